@@ -1,0 +1,153 @@
+"""What a run's configuration cannot be. Checks raise; none changes a value. Imports neither torch nor megatron.
+
+`check_run_config` needs the configuration alone; `check_world` also needs the number of ranks, and `check_model`
+the model's shape. All are called before anything is built or written.
+"""
+
+from __future__ import annotations
+
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.schema import ParallelConfig, RunConfig
+
+_AT_LEAST_ONE = (
+    ("parallel", "tensor_model_parallel_size"),
+    ("parallel", "pipeline_model_parallel_size"),
+    ("data", "seq_length"),
+    ("training", "train_iters"),
+    ("training", "micro_batch_size"),
+    ("training", "global_batch_size"),
+    ("training", "eval_samples"),
+    ("logging", "log_interval"),
+    ("model", "make_vocab_size_divisible_by"),
+)
+_NOT_NEGATIVE = (
+    ("training", "eval_interval"),
+    ("checkpoint", "save_interval"),
+    ("optimizer", "lr"),
+    ("optimizer", "min_lr"),
+    ("optimizer", "weight_decay"),
+    ("optimizer", "clip_grad"),
+    ("data", "num_workers"),
+)
+
+
+def check_run_config(config: RunConfig) -> None:
+    """Raise `ConfigError` where values are out of range or contradict each other."""
+    for section, name in _AT_LEAST_ONE:
+        if getattr(getattr(config, section), name) < 1:
+            raise ConfigError(f"{section}.{name} is {getattr(getattr(config, section), name)}: it must be at least 1")
+    for section, name in _NOT_NEGATIVE:
+        if getattr(getattr(config, section), name) < 0:
+            raise ConfigError(f"{section}.{name} is {getattr(getattr(config, section), name)}: it cannot be negative")
+    _check_optimizer(config)
+    _check_data(config)
+    _check_parallel(config.parallel)
+    if config.training.exit_interval is not None and config.training.exit_interval < 1:
+        raise ConfigError("training.exit_interval must be at least 1: leave it out to run to the end")
+    if not config.model.trainable:
+        raise ConfigError("model.trainable is empty: name at least one thing that trains, e.g. added_blocks")
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    optimizer = config.optimizer
+    if not 0 <= optimizer.lr_warmup_fraction < 1:
+        raise ConfigError(f"optimizer.lr_warmup_fraction is {optimizer.lr_warmup_fraction}: it is a part of 1, e.g. 0.06")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            raise ConfigError(f"optimizer.{name} is {getattr(optimizer, name)}: it must be in [0, 1)")
+    if optimizer.min_lr > optimizer.lr:
+        raise ConfigError(f"optimizer.min_lr ({optimizer.min_lr}) is above optimizer.lr ({optimizer.lr})")
+
+
+def _check_data(config: RunConfig) -> None:
+    data = config.data
+    if not data.train:
+        raise ConfigError("data.train is empty: name at least one .bin/.idx prefix")
+    for entry in data.train:
+        if entry.weight <= 0:
+            raise ConfigError(f"data.train: {entry.prefix} has weight {entry.weight}: weights are above 0")
+    needed = config.training.train_iters * config.training.global_batch_size
+    if config.data_order_samples < needed:
+        raise ConfigError(
+            f"data.train_samples is {data.train_samples}, but train_iters * global_batch_size needs {needed} samples"
+        )
+    if config.training.eval_interval and not data.valid:
+        raise ConfigError("training.eval_interval is set, but data.valid names no held-out set")
+
+
+def _check_parallel(parallel: ParallelConfig) -> None:
+    stages = parallel.pipeline_model_parallel_size
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    if virtual is not None and (stages < 2 or virtual < 2):
+        raise ConfigError(
+            f"parallel.virtual_pipeline_model_parallel_size is {virtual} with {stages} pipeline stages: "
+            "the interleaved schedule needs at least 2 of each"
+        )
+    layers = parallel.pipeline_stage_layers
+    if layers is not None and (len(layers) != stages * (virtual or 1) or min(layers) < 0):
+        raise ConfigError(
+            f"parallel.pipeline_stage_layers has {len(layers)} entries: it needs one count of layers (0 or more) "
+            f"for each of the {stages * (virtual or 1)} (virtual) stages"
+        )
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise ConfigError("parallel.sequence_parallel needs tensor_model_parallel_size above 1: leave it out")
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        raise ConfigError("parallel.overlap_param_gather needs parallel.overlap_grad_reduce")
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """Replicas that `world_size` ranks make.
+
+    Raises:
+        ConfigError: the ranks, the batch or the micro-batch do not divide.
+    """
+    parallel, training = config.parallel, config.training
+    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if world_size % model_ranks:
+        raise ConfigError(
+            f"{world_size} ranks cannot be divided into replicas of {parallel.tensor_model_parallel_size} tensor-parallel "
+            f"x {parallel.pipeline_model_parallel_size} pipeline ranks: start a multiple of {model_ranks} processes"
+        )
+    replicas = world_size // model_ranks
+    samples = training.micro_batch_size * replicas
+    if training.global_batch_size % samples:
+        raise ConfigError(
+            f"training.global_batch_size ({training.global_batch_size}) is not a multiple of micro_batch_size "
+            f"({training.micro_batch_size}) x data-parallel size ({replicas}) = {samples}"
+        )
+    micro_batches = training.global_batch_size // samples
+    stages = parallel.pipeline_model_parallel_size
+    if parallel.virtual_pipeline_model_parallel_size and micro_batches % stages:
+        raise ConfigError(
+            f"the interleaved schedule needs a multiple of {stages} micro-batches (one a stage), not {micro_batches}: "
+            "change training.global_batch_size"
+        )
+    return replicas
+
+
+def check_model(
+    config: RunConfig, *, num_layers: int, num_attention_heads: int, num_query_groups: int, ffn_hidden_size: int
+) -> None:
+    """Raise `ConfigError` where the model cannot be divided as `config.parallel` says."""
+    parallel = config.parallel
+    tensor_ranks = parallel.tensor_model_parallel_size
+    counts = {
+        "attention heads": num_attention_heads,
+        "query groups (key-value heads)": num_query_groups,
+        "feed-forward columns": ffn_hidden_size,
+    }
+    for name, count in counts.items():
+        if count % tensor_ranks:
+            raise ConfigError(
+                f"the model's {count} {name} cannot be divided by parallel.tensor_model_parallel_size {tensor_ranks}"
+            )
+    stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    if parallel.pipeline_stage_layers is None and num_layers < stages:
+        raise ConfigError(f"the model has {num_layers} layers, fewer than the {stages} (virtual) pipeline stages")
+    if parallel.pipeline_stage_layers is not None and sum(parallel.pipeline_stage_layers) != num_layers:
+        raise ConfigError(
+            f"parallel.pipeline_stage_layers has {sum(parallel.pipeline_stage_layers)} layers in all, "
+            f"the model has {num_layers}"
+        )
+    if parallel.sequence_parallel and config.data.seq_length % tensor_ranks:
+        raise ConfigError(f"data.seq_length ({config.data.seq_length}) cannot be divided by {tensor_ranks} tensor ranks")

@@ -1,0 +1,61 @@
+"""What every command has in common: one-line errors, exit codes, `--debug`. Imports neither torch nor megatron.
+
+Exit codes: 0 done, 1 a check said no (verify), 2 the user's input (one `error: …` line), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from megatron_llamapro.config.errors import LlamaProError
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+class CommandParser(argparse.ArgumentParser):
+    """`ArgumentParser` whose usage errors are one `error: …` line and exit code 2."""
+
+    def __init__(self, **kwargs) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+        if not kwargs.get("prog", "").count(" "):  # sub-commands inherit it from their parent
+            self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR)
+
+
+def one_line_error(error: BaseException) -> str:
+    """The `error: …` line for `error`; an `OSError` says which file and what the system answered."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror}"
+    else:
+        text = str(error)
+    return "error: " + " ".join(text.split())
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run `main` as a program: user errors become one line and exit code 2.
+
+    Errors that are not the user's (bugs) keep their traceback. `--debug` on the command line, or
+    `LLAMAPRO_DEBUG=1`, keeps all of them.
+    """
+    debug = "--debug" in sys.argv[1:] or os.environ.get("LLAMAPRO_DEBUG") == "1"
+    try:
+        raise SystemExit(main() or 0)
+    except (LlamaProError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        print(one_line_error(error), file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from None
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None

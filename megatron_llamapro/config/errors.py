@@ -1,0 +1,25 @@
+"""The errors a user can meet. A command prints one as a single `error: …` line and exits with 2."""
+
+
+class LlamaProError(Exception):
+    """What is wrong, where, and what to do, in one line."""
+
+
+class ConfigError(LlamaProError):
+    """The run's configuration cannot be what was meant."""
+
+
+class ExpansionError(LlamaProError):
+    """No expansion plan can be made from what was asked."""
+
+
+class CheckpointError(LlamaProError):
+    """A checkpoint is missing, damaged, of the wrong shape, or does not fit the model."""
+
+
+class DataError(LlamaProError):
+    """Text, tokens or tokenizer are missing, damaged, or do not match each other."""
+
+
+class PipelinePlanError(LlamaProError):
+    """Blocks cannot be laid on the pipeline stages as asked."""

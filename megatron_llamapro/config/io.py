@@ -1,0 +1,86 @@
+"""YAML and command line -> `RunConfig`, and back to YAML. Imports neither torch nor megatron."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+
+import jsonargparse
+import yaml
+
+from megatron_llamapro.config.checks import check_run_config
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.schema import RunConfig
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+PROG = "torchrun --nproc-per-node N -m megatron_llamapro.pretrain"
+_UNKNOWN_OPTION = re.compile(r"(?:does not accept option|unrecognized arguments:) '?-*([\w.]+)")
+
+
+def parse_run_config(args: Sequence[str] | None = None) -> RunConfig:
+    """The run configuration from `args` (default: the command line): `--config FILE` and dotted overrides.
+
+    Raises:
+        ConfigError: a file that is not there, a key that does not exist (with the nearest that does), a value of
+            the wrong type, a required field that is missing, or values that cannot go together.
+    """
+    parser = _parser()
+    try:
+        namespace = parser.parse_args(sys.argv[1:] if args is None else list(args))
+    except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError) as error:
+        raise ConfigError(_with_nearest_key(" ".join(str(error).split()))) from None
+    config = parser.instantiate(namespace)
+    sections = {f.name: config[f.name] for f in dataclasses.fields(RunConfig)}
+    run_config = RunConfig(**sections)
+    check_run_config(run_config)
+    return run_config
+
+
+def to_plain(value: object) -> object:
+    """A config as plain dicts, lists, strings and numbers, in the order of its fields."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """`config`, every field resolved, as YAML that `--config` reads back."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False)
+
+
+def _parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog=PROG,
+        description="Post-pretrain an expanded LLaMA: one YAML file, every field overridable by its dotted name.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with the fields below; may be given again")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_class_arguments(RunConfig, as_group=True)
+    return parser
+
+
+def _with_nearest_key(message: str) -> str:
+    """`message`, and the nearest existing key where it names one that does not exist."""
+    unknown = _UNKNOWN_OPTION.search(message)
+    if not unknown:
+        return message
+    names = {f.name for section in _sections() for f in dataclasses.fields(section)}
+    names |= {f.name for f in dataclasses.fields(RunConfig)}
+    nearest = difflib.get_close_matches(unknown.group(1).split(".")[-1], sorted(names), n=1)
+    return f"{message}: did you mean '{nearest[0]}'?" if nearest else message
+
+
+def _sections() -> list[type]:
+    from megatron_llamapro.config import schema
+
+    return [x for x in vars(schema).values() if dataclasses.is_dataclass(x) and isinstance(x, type)]

@@ -1,0 +1,190 @@
+"""The configuration of a pretraining run: frozen, typed data. Field names are megatron.core's and Megatron-LM's.
+
+One YAML file holds a `RunConfig`; every field can be overridden on the command line with its dotted name, e.g.
+`--parallel.tensor_model_parallel_size 2`. Attribute docstrings are the help text. `checks.py` says what cannot be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Precision = Literal["bf16", "fp32"]
+LRDecayStyle = Literal["cosine", "linear", "constant"]
+TransformerImpl = Literal["auto", "local", "transformer_engine"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained."""
+
+    checkpoint: str
+    """Megatron checkpoint folder to start from, written by tools/convert_checkpoint.py. Its llamapro.json says
+    which blocks were added, its config.json the model's shape."""
+    trainable: tuple[str, ...] = ("added_blocks",)
+    """What trains: added_blocks, embedding, final_norm, output_layer, everything, or projections of the added
+    blocks: linear_qkv, linear_proj, linear_fc1, linear_fc2, input_layernorm, pre_mlp_layernorm."""
+    transformer_impl: TransformerImpl = "auto"
+    """auto takes Transformer Engine's layers where it is installed and a GPU is there, else local."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times tensor_model_parallel_size; padding never gets loss."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and its optimizer state are divided over ranks. Optimizer state is always divided over the
+    data-parallel ranks (megatron.core's distributed optimizer)."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each weight matrix."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that the layers are laid on."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Chunks of layers a stage holds, for the interleaved schedule."""
+    pipeline_stage_layers: tuple[int, ...] | None = None
+    """Layers on each stage, first to last (with virtual stages: chunk 0 of every stage, then chunk 1, …). Without
+    it they are spread as evenly as possible."""
+    sequence_parallel: bool = False
+    """Split norms and residuals along the sequence over the tensor-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass already runs."""
+    distributed_timeout_minutes: float = 10.0
+    """Minutes that a collective waits for a missing rank."""
+
+
+@dataclass(frozen=True)
+class ParamGroupRule:
+    """Settings of the parameters that a pattern matches."""
+
+    match: str
+    """Pattern (shell style, e.g. '*.linear_fc2.weight') over global parameter names such as
+    decoder.layers.39.mlp.linear_fc2.weight. A pattern that matches no trainable parameter is an error."""
+    lr_mult: float = 1.0
+    """Multiple of the learning rate."""
+    wd_mult: float | None = None
+    """Multiple of weight_decay; 0 turns it off. Without it: 1, and 0 for norms and biases."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule. The defaults are the paper's."""
+
+    lr: float = 2e-4
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: LRDecayStyle = "cosine"
+    """Shape of the learning rate after warm-up."""
+    lr_warmup_fraction: float = 0.06
+    """Part of train_iters over which the learning rate rises from 0."""
+    weight_decay: float = 0.1
+    """AdamW's; norms and biases get none."""
+    adam_beta1: float = 0.9
+    """AdamW's."""
+    adam_beta2: float = 0.95
+    """AdamW's."""
+    adam_eps: float = 1e-8
+    """AdamW's."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm over all trainable parameters; 0 turns clipping off."""
+    param_groups: tuple[ParamGroupRule, ...] = ()
+    """Rules for single parameters; the first that matches applies."""
+
+
+@dataclass(frozen=True)
+class BlendEntry:
+    """One source of training data."""
+
+    prefix: str
+    """Path of a .bin/.idx pair, without the ending, written by tools/preprocess_data.py or Megatron-LM."""
+    weight: float = 1.0
+    """Share of the samples that come from it, relative to the other weights."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read."""
+
+    train: tuple[BlendEntry, ...]
+    """What is trained on."""
+    seq_length: int
+    """Tokens a sample."""
+    valid: dict[str, str] = field(default_factory=dict)
+    """Held-out sets: name -> prefix. Each is evaluated and reported under its name."""
+    tokenizer: str | None = None
+    """tokenizer.json, tokenizer.model, or a folder that holds one; without it, the checkpoint's own."""
+    cache_dir: str | None = None
+    """Folder for index files, on a filesystem that all ranks share; without it, .cache beside the metrics file."""
+    train_samples: int | None = None
+    """Samples the order of the data is made for; without it, train_iters * global_batch_size. Fix it when a run
+    may be prolonged: the order of the data depends on it."""
+    eod_mask_loss: bool = False
+    """Give no loss where the input is the end-of-document token."""
+    num_workers: int = 0
+    """Worker processes for loading; 0 loads in the training process, which is faster for token files."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, how much at a time."""
+
+    train_iters: int
+    """Optimizer steps of the whole run."""
+    micro_batch_size: int
+    """Samples a forward pass."""
+    global_batch_size: int
+    """Samples an optimizer step, over all data-parallel ranks."""
+    precision: Precision = "bf16"
+    """Of weights and activations; the checkpoint must have been converted to it."""
+    seed: int = 1234
+    """Of data order and of anything random in the model."""
+    eval_interval: int = 0
+    """Steps between evaluations of the held-out sets; also before the first and after the last step. 0: never."""
+    eval_samples: int = 64
+    """Samples of each held-out set that an evaluation reads, at most."""
+    exit_interval: int | None = None
+    """Save and stop when the step is a multiple of this."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept."""
+
+    save: str | None = None
+    """Folder for checkpoints (iter_0000100, …). A run whose folder already holds one continues from it."""
+    save_interval: int = 0
+    """Steps between checkpoints; one is always written at the end. 0: only at the end."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is told."""
+
+    log_interval: int = 1
+    """Steps between lines."""
+    metrics_file: str | None = None
+    """JSONL record of every logged step and evaluation; without it, metrics.jsonl in checkpoint.save or here."""
+    tensorboard_dir: str | None = None
+    """TensorBoard folder (needs the tensorboard package)."""
+    wandb_project: str | None = None
+    """Weights & Biases project (needs the wandb package; sends the metrics to its server)."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def data_order_samples(self) -> int:
+        """Samples that the order of the data is made for."""
+        return self.data.train_samples or self.training.train_iters * self.training.global_batch_size

@@ -1,0 +1,223 @@
+"""Expansion plans: for every layer of the expanded model, where it comes from and whether it was added.
+
+A plan is data. It is made before a tensor is read, stored in every checkpoint's manifest, and is the only
+source of "what is new". Layer indices are 0-based, global, Hugging Face's. Paper: arXiv 2401.02415, section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from megatron_llamapro.config.errors import ExpansionError
+
+
+class Placement(str, Enum):
+    """Where the added blocks go."""
+
+    INTERLEAVED = "interleaved"
+    """After every group of blocks: the paper's."""
+    PREFIX = "prefix"
+    """Before block 0."""
+    SUFFIX = "suffix"
+    """After the last block."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the expanded model."""
+
+    source_layer: int
+    """Layer of the first source model (before any round) that it is, or is a copy of."""
+    parent_layer: int
+    """Layer of the model that the latest round expanded that it is, or is a copy of."""
+    added_in_round: int = 0
+    """0: an original block. r >= 1: added in round r."""
+
+    @property
+    def is_added(self) -> bool:
+        return self.added_in_round > 0
+
+
+@dataclass(frozen=True)
+class ExpansionPlan:
+    """Every layer of the expanded model, in order, with its lineage back to the first source model."""
+
+    layers: tuple[Layer, ...]
+    num_rounds: int = 0
+    """How many times the first source model was expanded; the latest round's blocks have this number."""
+
+    @classmethod
+    def unexpanded(cls, num_layers: int) -> ExpansionPlan:
+        """The plan of a model as it was published: every layer is its own source."""
+        return cls(tuple(Layer(source_layer=i, parent_layer=i) for i in range(num_layers)))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def added_layers(self) -> tuple[int, ...]:
+        """Layers added in any round."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.is_added)
+
+    @property
+    def original_layers(self) -> tuple[int, ...]:
+        """Layers of the first source model, in its order."""
+        return tuple(i for i, layer in enumerate(self.layers) if not layer.is_added)
+
+    @property
+    def newest_layers(self) -> tuple[int, ...]:
+        """Layers added in the latest round: the ones whose output projections that round zeroed."""
+        if self.num_rounds == 0:
+            return ()
+        return tuple(i for i, layer in enumerate(self.layers) if layer.added_in_round == self.num_rounds)
+
+    def expand(self, positions: Sequence[int]) -> ExpansionPlan:
+        """One more round: the plan with added blocks at `positions`, indices in the expanded model.
+
+        A run of k added blocks behind source block s copies s-k+1 … s, in order (the paper's "top P"); a run
+        at the very start copies the first k.
+
+        Raises:
+            ExpansionError: positions are not ascending indices of the expanded model, or a run is longer
+                than the blocks there are to copy.
+        """
+        parents = parent_of_each_layer(self.num_layers, positions)
+        added = set(positions)
+        new_round = self.num_rounds + 1
+        layers = tuple(
+            Layer(
+                source_layer=self.layers[parent].source_layer,
+                parent_layer=parent,
+                added_in_round=new_round if index in added else self.layers[parent].added_in_round,
+            )
+            for index, parent in enumerate(parents)
+        )
+        return ExpansionPlan(layers, new_round)
+
+    def to_json(self) -> dict:
+        """Plain data; `from_json` gives the equal plan back."""
+        return {
+            "num_rounds": self.num_rounds,
+            "layers": [
+                {"source_layer": x.source_layer, "parent_layer": x.parent_layer, "added_in_round": x.added_in_round}
+                for x in self.layers
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict) -> ExpansionPlan:
+        """The plan that `to_json` wrote.
+
+        Raises:
+            ExpansionError: the data is not a plan, or its lineage contradicts itself.
+        """
+        try:
+            plan = cls(tuple(Layer(**layer) for layer in data["layers"]), data["num_rounds"])
+        except (KeyError, TypeError) as error:
+            raise ExpansionError(f"not an expansion plan: {error}") from None
+        plan._check_lineage()
+        return plan
+
+    def _check_lineage(self) -> None:
+        numbers = [n for x in self.layers for n in (x.source_layer, x.parent_layer, x.added_in_round)]
+        if not all(type(n) is int and n >= 0 for n in [*numbers, self.num_rounds]):
+            raise ExpansionError("not an expansion plan: layers and rounds are whole numbers, 0 or more")
+        originals = [layer.source_layer for layer in self.layers if not layer.is_added]
+        if not originals or originals != list(range(len(originals))):
+            raise ExpansionError("not an expansion plan: its original layers are not 0, 1, 2, … in order")
+        if any(layer.source_layer >= len(originals) for layer in self.layers):
+            raise ExpansionError("not an expansion plan: an added layer copies a layer that is not there")
+        if {x.added_in_round for x in self.layers if x.is_added} != set(range(1, self.num_rounds + 1)):
+            raise ExpansionError("not an expansion plan: its rounds do not match its added layers")
+
+
+def parent_of_each_layer(num_source_layers: int, positions: Sequence[int]) -> list[int]:
+    """For every layer of the model expanded at `positions`, the source layer that it is or copies."""
+    num_layers = num_source_layers + len(positions)
+    _check_positions(positions, num_layers)
+    added = set(positions)
+    parents: list[int] = []
+    next_source = 0
+    index = 0
+    while index < num_layers:
+        if index not in added:
+            parents.append(next_source)
+            next_source += 1
+            index += 1
+            continue
+        run = 1
+        while index + run in added:
+            run += 1
+        first = next_source - run if next_source else 0
+        if first < 0 or first + run > num_source_layers:
+            raise ExpansionError(
+                f"{run} added blocks in a row at position {index} have only "
+                f"{next_source or num_source_layers} source blocks to copy: add fewer there"
+            )
+        parents.extend(range(first, first + run))
+        index += run
+    return parents
+
+
+def _check_positions(positions: Sequence[int], num_layers: int) -> None:
+    if not positions:
+        raise ExpansionError("no positions given: name at least one layer index of the expanded model")
+    for before, after in zip(positions, positions[1:], strict=False):
+        if after == before:
+            raise ExpansionError(f"position {after} is given twice: each added block has its own index")
+        if after < before:
+            raise ExpansionError(f"positions are not ascending: {after} comes after {before}")
+    if positions[0] < 0 or positions[-1] >= num_layers:
+        wrong = positions[0] if positions[0] < 0 else positions[-1]
+        raise ExpansionError(
+            f"position {wrong} is out of range: the expanded model has layers 0 … {num_layers - 1} "
+            f"({num_layers - len(positions)} + {len(positions)} added)"
+        )
+
+
+def placed_positions(
+    num_source_layers: int,
+    num_added_blocks: int,
+    *,
+    placement: Placement = Placement.INTERLEAVED,
+    blocks_per_group: int = 1,
+) -> tuple[int, ...]:
+    """Positions, in the expanded model, of `num_added_blocks` blocks added to `num_source_layers`.
+
+    `interleaved` makes `num_added_blocks / blocks_per_group` groups; group i ends after source block
+    `floor((i + 1) * L * P / N) - 1`, with its added blocks behind it. 32 + 8 gives 4, 9, …, 39.
+
+    Raises:
+        ExpansionError: the counts cannot be placed so.
+    """
+    if num_added_blocks < 1:
+        raise ExpansionError(f"num_added_blocks is {num_added_blocks}: add at least 1 block")
+    if num_added_blocks > num_source_layers:
+        raise ExpansionError(
+            f"cannot add {num_added_blocks} blocks to {num_source_layers} layers in one round: "
+            f"each source block is copied at most once, so add at most {num_source_layers}"
+        )
+    if placement is not Placement.INTERLEAVED and blocks_per_group != 1:
+        raise ExpansionError(f"blocks_per_group is for interleaved placement, not for {placement.value}")
+    if placement is Placement.PREFIX:
+        return tuple(range(num_added_blocks))
+    if placement is Placement.SUFFIX:
+        return tuple(range(num_source_layers, num_source_layers + num_added_blocks))
+    return _interleaved_positions(num_source_layers, num_added_blocks, blocks_per_group)
+
+
+def _interleaved_positions(num_source_layers: int, num_added_blocks: int, per_group: int) -> tuple[int, ...]:
+    if per_group < 1 or num_added_blocks % per_group:
+        raise ExpansionError(
+            f"blocks_per_group is {per_group}: it must be at least 1 and divide num_added_blocks ({num_added_blocks})"
+        )
+    num_groups = num_added_blocks // per_group
+    positions: list[int] = []
+    for group in range(num_groups):
+        group_end = (group + 1) * num_source_layers // num_groups  # source blocks up to the group's end
+        start = group_end + group * per_group
+        positions.extend(range(start, start + per_group))
+    return tuple(positions)

@@ -1,0 +1,161 @@
+"""`megatron.core`'s GPTModel from the shape of a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import silu
+
+from megatron_llamapro.config.schema import ModelConfig, ParallelConfig, Precision
+from megatron_llamapro.model.families import ModelShape
+from megatron_llamapro.model.rotary import inverse_frequencies
+from megatron_llamapro.model.spec import block_spec, uses_transformer_engine
+from megatron_llamapro.pipeline.layout import stage_layers, to_megatron_layout
+
+PARAMS_DTYPE: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# Fields of ModelShape that TransformerConfig has under the same name.
+_SHAPE_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "layernorm_epsilon",
+)
+
+# Dimension along which megatron.core divides a module's weight over tensor-parallel ranks.
+_PARTITION_DIMENSION = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+
+# What makes a megatron.core transformer a LLaMA.
+_LLAMA = {
+    "normalization": "RMSNorm",
+    "activation_func": silu,
+    "gated_linear_unit": True,
+    "add_bias_linear": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+
+
+class LlamaModel(GPTModel):
+    """GPTModel whose padded vocabulary entries never get any probability."""
+
+    def __init__(self, *args, true_vocab_size: int, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.true_vocab_size = true_vocab_size
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """labels [b, s], logits [s, b, padded vocabulary / tensor ranks] → loss of every token, [b, s]"""
+        entries = logits.shape[-1]
+        real_entries = self.true_vocab_size - self.pg_collection.tp.rank() * entries
+        if real_entries < entries:
+            logits[..., max(real_entries, 0) :] = torch.finfo(logits.dtype).min
+        return super().compute_language_model_loss(labels, logits)
+
+
+def transformer_config(
+    shape: ModelShape, *, parallel: ParallelConfig, precision: Precision, transformer_impl: str
+) -> TransformerConfig:
+    """megatron.core's configuration of the model and of how it is divided."""
+    dtype = PARAMS_DTYPE[precision]
+    pipelined = parallel.pipeline_model_parallel_size > 1
+    counts = stage_layers(parallel, shape.num_layers)
+    on_gpu = torch.cuda.is_available()
+    return TransformerConfig(
+        **{name: getattr(shape, name) for name in _SHAPE_FIELDS},
+        **_LLAMA,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=to_megatron_layout(counts) if pipelined else None,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision == "bf16",
+        transformer_impl="transformer_engine" if transformer_impl == "transformer_engine" else "local",
+        perform_initialization=False,  # every weight comes from a checkpoint
+        calculate_per_token_loss=True,  # a token weighs the same in every micro-batch
+        deallocate_pipeline_outputs=True,
+        batch_p2p_comm=on_gpu,  # gloo has no batched sends
+        overlap_p2p_comm=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        cuda_graph_scope=[],
+        # One checkpoint key a layer: stacked layers cannot hold optimizer state for some of them only.
+        hetereogenous_dist_checkpoint=True,
+    )
+
+
+def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_model_parallel_size: int) -> int:
+    """`vocab_size` rounded up so that every tensor-parallel rank holds a multiple of `divisible_by`."""
+    multiple = divisible_by * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_model(
+    shape: ModelShape, *, model: ModelConfig, parallel: ParallelConfig, precision: Precision
+) -> list[LlamaModel]:
+    """This rank's part of the model: one chunk, or one a virtual stage. Weights are not initialised.
+
+    Model-parallel groups must be there (`runtime.distributed.start_model_parallel`).
+    """
+    impl = "transformer_engine" if uses_transformer_engine(model.transformer_impl) else "local"
+    config = transformer_config(shape, parallel=parallel, precision=precision, transformer_impl=impl)
+    virtual_stages = range(parallel.virtual_pipeline_model_parallel_size or 1)
+    is_virtual = parallel.virtual_pipeline_model_parallel_size is not None
+    return [
+        _build_chunk(shape, config, model=model, vp_stage=stage if is_virtual else None) for stage in virtual_stages
+    ]
+
+
+def _build_chunk(
+    shape: ModelShape, config: TransformerConfig, *, model: ModelConfig, vp_stage: int | None
+) -> LlamaModel:
+    from megatron.core import parallel_state
+
+    vocab_size = padded_vocab_size(
+        shape.vocab_size,
+        divisible_by=model.make_vocab_size_divisible_by,
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+    )
+    chunk = LlamaModel(
+        config,
+        block_spec(config, transformer_impl=model.transformer_impl, vp_stage=vp_stage),
+        vocab_size,
+        shape.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=shape.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rotary_base,
+        vp_stage=vp_stage,
+        true_vocab_size=shape.vocab_size,
+    )
+    chunk.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(chunk.rotary_pos_emb.inv_freq.device)
+    _mark_tensor_parallel(chunk)
+    return chunk
+
+
+def _mark_tensor_parallel(chunk: LlamaModel) -> None:
+    """Mark which weights are divided over tensor-parallel ranks, and along which dimension.
+
+    megatron.core does it while it initialises a weight, which we leave out. Without the marks it takes every
+    divided weight for a copy, and the global gradient norm misses all ranks but the first.
+    """
+    for module in chunk.modules():
+        for kind, dimension in _PARTITION_DIMENSION.items():
+            if isinstance(module, kind) and module.weight is not None:
+                set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dimension, stride=1)

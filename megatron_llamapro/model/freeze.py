@@ -1,0 +1,127 @@
+"""What trains: the added blocks of an expansion plan, and whatever else is named. Everything else is frozen.
+
+By global layer index and before DDP wraps the model: DDP's gradient buffers and the optimizer then never see a
+frozen parameter. Usable with any megatron.core GPTModel; see docs/in_your_own_loop.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.model.names import NamedParameter, named_parameters
+
+ADDED_BLOCKS = "added_blocks"
+EVERYTHING = "everything"
+
+# Parts outside the blocks: what a user names -> the start of its parameters' names.
+OUTSIDE_PARTS = {
+    "embedding": "embedding.",
+    "final_norm": "decoder.final_layernorm.",
+    "output_layer": "output_layer.",
+}
+
+# Parts of added blocks: what a user names -> a part of its parameters' names, ours and Transformer Engine's.
+BLOCK_PARTS = {
+    "linear_qkv": (".linear_qkv.weight",),
+    "linear_proj": (".linear_proj.weight",),
+    "linear_fc1": (".linear_fc1.weight",),
+    "linear_fc2": (".linear_fc2.weight",),
+    "input_layernorm": (".input_layernorm.", ".linear_qkv.layer_norm_weight"),
+    "pre_mlp_layernorm": (".pre_mlp_layernorm.", ".linear_fc1.layer_norm_weight"),
+}
+
+TRAINABLE_CHOICES = (ADDED_BLOCKS, EVERYTHING, *OUTSIDE_PARTS, *BLOCK_PARTS)
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What trains on one rank's stage."""
+
+    num_layers: int
+    trainable_layers: tuple[int, ...]
+    """Global layers with at least one trainable parameter."""
+    num_parameters: int
+    num_trainable: int
+    weight_bytes: int
+    gradient_bytes: int
+    """float32 gradient buffers of trainable parameters."""
+    optimizer_bytes: int
+    """float32 moments, and float32 master weights where the weights are not float32; before any division over
+    data-parallel ranks."""
+
+
+def check_trainable(trainable: Sequence[str], plan: ExpansionPlan, *, tie_word_embeddings: bool) -> None:
+    """Raise `ConfigError` where `trainable` names what is not there."""
+    for choice in trainable:
+        if choice not in TRAINABLE_CHOICES:
+            nearest = difflib.get_close_matches(choice, TRAINABLE_CHOICES, n=1)
+            hint = f": did you mean '{nearest[0]}'?" if nearest else f": it is one of {', '.join(TRAINABLE_CHOICES)}"
+            raise ConfigError(f"model.trainable names '{choice}', which is nothing that can train{hint}")
+        if (choice == ADDED_BLOCKS or choice in BLOCK_PARTS) and not plan.added_layers:
+            raise ConfigError(
+                f"model.trainable names '{choice}', but the checkpoint has no added blocks: expand it first "
+                "(tools/convert_checkpoint.py --num_added_blocks N), or set model.trainable to [everything]"
+            )
+        if choice == "output_layer" and tie_word_embeddings:
+            raise ConfigError(
+                "model.trainable names 'output_layer', which this model ties to its embedding: name 'embedding'"
+            )
+
+
+def freeze(
+    chunks: Iterable[torch.nn.Module],
+    plan: ExpansionPlan,
+    trainable: Sequence[str] = (ADDED_BLOCKS,),
+    *,
+    tie_word_embeddings: bool = False,
+) -> StageReport:
+    """Set `requires_grad` of every parameter of this rank's model chunks, and report what trains.
+
+    `trainable` holds names out of `TRAINABLE_CHOICES`. Call it before DDP wraps the chunks.
+
+    Raises:
+        ConfigError: a name that is nothing, or that this model does not have.
+    """
+    check_trainable(trainable, plan, tie_word_embeddings=tie_word_embeddings)
+    parameters = list(named_parameters(chunks))
+    added = frozenset(plan.added_layers)
+    for named in parameters:
+        named.parameter.requires_grad_(_trains(named, trainable, added, tie_word_embeddings))
+    return stage_report(parameters)
+
+
+def _trains(named: NamedParameter, trainable: Sequence[str], added: Collection[int], tied: bool) -> bool:
+    if EVERYTHING in trainable:
+        return True
+    if named.layer is None:
+        parts = [OUTSIDE_PARTS[choice] for choice in trainable if choice in OUTSIDE_PARTS]
+        if tied and "embedding" in trainable:
+            parts.append(OUTSIDE_PARTS["output_layer"])  # the last stage's copy of the embedding
+        return named.name.startswith(tuple(parts)) if parts else False
+    if named.layer not in added:
+        return False
+    if ADDED_BLOCKS in trainable:
+        return True
+    return any(part in named.name for choice in trainable for part in BLOCK_PARTS.get(choice, ()))
+
+
+def stage_report(parameters: Sequence[NamedParameter]) -> StageReport:
+    """Counts and bytes of what trains among one rank's parameters."""
+    training = [named for named in parameters if named.parameter.requires_grad]
+    num_trainable = sum(named.parameter.numel() for named in training)
+    masters = sum(named.parameter.numel() for named in training if named.parameter.dtype != torch.float32)
+    return StageReport(
+        num_layers=len({named.layer for named in parameters if named.layer is not None}),
+        trainable_layers=tuple(sorted({named.layer for named in training if named.layer is not None})),
+        num_parameters=sum(named.parameter.numel() for named in parameters),
+        num_trainable=num_trainable,
+        weight_bytes=sum(named.parameter.numel() * named.parameter.element_size() for named in parameters),
+        gradient_bytes=4 * num_trainable,
+        optimizer_bytes=8 * num_trainable + 4 * masters,
+    )

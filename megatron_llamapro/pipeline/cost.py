@@ -1,0 +1,69 @@
+"""Work that a step must do, by arithmetic: matrix products of every block, counted where frozen blocks need none.
+
+An original block below the first trainable one is only run forward; one above it also needs its input gradient; what
+trains also its weight gradient. A multiply-add is 2 FLOP; causal attention is counted once (half the square).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from megatron_llamapro.model.families import ModelShape
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOP a token."""
+
+    forward: float
+    input_gradient: float
+    weight_gradient: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.input_gradient + self.weight_gradient
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.forward + other.forward,
+            self.input_gradient + other.input_gradient,
+            self.weight_gradient + other.weight_gradient,
+        )
+
+
+def block_matrix_flops(shape: ModelShape) -> float:
+    """Forward FLOP a token of one block's weight matrices."""
+    query = shape.num_attention_heads * shape.kv_channels
+    key_value = shape.num_query_groups * shape.kv_channels
+    attention = shape.hidden_size * (2 * query + 2 * key_value)
+    return 2.0 * (attention + 3 * shape.hidden_size * shape.ffn_hidden_size)
+
+
+def block_attention_flops(shape: ModelShape, seq_length: int) -> float:
+    """Forward FLOP a token of one block's causal attention: scores and their product with the values."""
+    return 2.0 * seq_length * shape.num_attention_heads * shape.kv_channels
+
+
+def step_work(
+    shape: ModelShape,
+    *,
+    seq_length: int,
+    trainable_layers: Collection[int],
+    embedding_trains: bool = False,
+    output_layer_trains: bool = False,
+) -> Work:
+    """FLOP a token of a training step of the whole model, with what trains as given."""
+    matrices, attention = block_matrix_flops(shape), block_attention_flops(shape, seq_length)
+    first = -1 if embedding_trains else min(trainable_layers, default=shape.num_layers)
+    work = Work(0.0, 0.0, 0.0)
+    for layer in range(shape.num_layers):
+        backward = layer >= first
+        work += Work(
+            forward=matrices + attention,
+            input_gradient=(matrices + 2 * attention) if backward else 0.0,
+            weight_gradient=matrices if layer in trainable_layers else 0.0,
+        )
+    head = 2.0 * shape.hidden_size * shape.vocab_size
+    backward = first < shape.num_layers
+    return work + Work(head, head if backward else 0.0, head if output_layer_trains else 0.0)

@@ -1,0 +1,66 @@
+"""Post-pretrain an expanded LLaMA.
+
+    torchrun --nproc-per-node N -m megatron_llamapro.pretrain --config run.yaml [--section.field value …]
+
+One process needs no torchrun: python -m megatron_llamapro.pretrain --config run.yaml
+"""
+
+from __future__ import annotations
+
+import os
+
+from megatron_llamapro.config.command import run_command
+from megatron_llamapro.config.errors import LlamaProError
+from megatron_llamapro.config.io import parse_run_config
+from megatron_llamapro.config.schema import RunConfig
+
+
+def main() -> int:
+    """Parse, set up, train, close."""
+    config, error = _parse()
+    from megatron_llamapro.runtime.distributed import import_megatron, raise_together, start_world, stop_world
+
+    import_megatron()
+    start_world(timeout_minutes=config.parallel.distributed_timeout_minutes if config else 10.0)
+    try:
+        raise_together(error)
+        assert config is not None  # raise_together raised otherwise
+        _train(config)
+    finally:
+        stop_world()
+    return 0
+
+
+def _parse() -> tuple[RunConfig | None, LlamaProError | None]:
+    try:
+        return parse_run_config(), None
+    except LlamaProError as error:
+        if "WORLD_SIZE" not in os.environ:
+            raise
+        return None, error
+
+
+def _train(config: RunConfig) -> None:
+    from megatron_llamapro.training.loop import StopRequest, train
+    from megatron_llamapro.training.metrics import open_writers
+    from megatron_llamapro.training.report import print_report
+    from megatron_llamapro.training.setup import set_up
+
+    stop = StopRequest()
+    run = set_up(config)
+    record = print_report(run)
+    writers = []
+    if run.layout.rank == 0:
+        writers = open_writers(
+            config.logging,
+            save=config.checkpoint.save,
+            train_iters=config.training.train_iters,
+            resumed_at=run.state.iteration,
+        )
+    for writer in writers:
+        writer.write(record)
+    train(run, writers, stop)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,195 @@
+"""The training loop: steps, evaluations, checkpoints, and a clean stop when asked."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from megatron_llamapro.config.errors import LlamaProError
+from megatron_llamapro.config.io import dump_yaml
+from megatron_llamapro.data.sampling import train_batches
+from megatron_llamapro.training.checkpointing import save_checkpoint
+from megatron_llamapro.training.evaluation import evaluate
+from megatron_llamapro.training.metrics import MetricsWriter
+from megatron_llamapro.training.report import peak_memory_gib, tflops_per_token
+from megatron_llamapro.training.setup import Run
+from megatron_llamapro.training.step import StepResult, train_step
+
+
+class StopRequest:
+    """Set by SIGTERM (a scheduler's, or Ctrl-C's twin): the run saves after the step and ends."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+
+def train(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest) -> None:
+    """Train to the configured end, or until a stop is asked for. All ranks call it; `writers` are the reporter's.
+
+    Raises:
+        LlamaProError: the loss or the gradient norm is not a number, or no gradient arrives at all.
+    """
+    config, state = run.config, run.state
+    total = config.training.train_iters
+    batches = [_batches(run) for _ in run.chunks]
+    if state.iteration == 0:
+        _evaluate(run, writers)
+    timer = StepTimer(run)
+    saved_at = state.iteration if state.iteration else None
+    while state.iteration < total:
+        result = _step(run, batches, stop)
+        _check_healthy(result, state.iteration)
+        last = state.iteration == total
+        if last or state.iteration % config.logging.log_interval == 0:
+            _write(writers, timer.record(result))
+        if _due(config.training.eval_interval, state.iteration, last):
+            _evaluate(run, writers)
+            timer.restart()
+        stopping = result.loss.stop_requested or _exits(config.training.exit_interval, state.iteration)
+        if config.checkpoint.save and (stopping or last or _due(config.checkpoint.save_interval, state.iteration)):
+            _save(run)
+            saved_at = state.iteration
+            timer.restart()
+        if stopping and not last:
+            _say(run, f"stopped after step {state.iteration} of {total}" + _where_saved(run, saved_at))
+            return
+    _say(run, f"finished {total} steps" + _where_saved(run, saved_at))
+
+
+def _step(run: Run, batches: Sequence, stop: StopRequest) -> StepResult:
+    training = run.config.training
+    result = train_step(
+        run.chunks,
+        run.optimizer,
+        run.scheduler,
+        batches,
+        layout=run.layout,
+        num_microbatches=run.num_microbatches,
+        micro_batch_size=training.micro_batch_size,
+        seq_length=run.config.data.seq_length,
+        stop_requested=stop.requested,
+    )
+    run.state.iteration += 1
+    run.state.consumed_samples += training.global_batch_size
+    return result
+
+
+def _batches(run: Run):
+    training = run.config.training
+    return train_batches(
+        run.train_set,
+        num_samples=run.config.data_order_samples,
+        consumed_samples=run.state.consumed_samples,
+        micro_batch_size=training.micro_batch_size,
+        global_batch_size=training.global_batch_size,
+        data_parallel_rank=run.layout.data_rank,
+        data_parallel_size=run.layout.data_size,
+        num_workers=run.config.data.num_workers,
+    )
+
+
+def _check_healthy(result: StepResult, iteration: int) -> None:
+    if not (math.isfinite(result.loss.loss) and math.isfinite(result.grad_norm)):
+        raise LlamaProError(
+            f"step {iteration}: the loss is {result.loss.loss} and the gradient norm {result.grad_norm}: lower "
+            "optimizer.lr, or look at the data of this step; the last checkpoint is intact"
+        )
+    if result.grad_norm == 0.0 and iteration > 1:
+        raise LlamaProError(
+            f"step {iteration}: the gradient norm is exactly 0, so nothing learns: look at model.trainable and at "
+            "the data's loss_mask"
+        )
+
+
+def _evaluate(run: Run, writers: Sequence[MetricsWriter]) -> None:
+    if not (run.held_out and run.config.training.eval_interval):
+        return
+    losses = evaluate(
+        run.chunks,
+        run.held_out,
+        num_samples=run.config.training.eval_samples,
+        layout=run.layout,
+        micro_batch_size=run.config.training.micro_batch_size,
+        seq_length=run.config.data.seq_length,
+    )
+    for name, loss in losses.items():
+        record = {"kind": "eval", "iteration": run.state.iteration, "name": name}
+        _write(writers, {**record, "loss": loss.loss, "tokens": loss.num_tokens})
+
+
+def _save(run: Run) -> None:
+    save_checkpoint(
+        Path(run.config.checkpoint.save),
+        chunks=run.chunks,
+        optimizer=run.optimizer,
+        scheduler=run.scheduler,
+        state=run.state,
+        data_order=run.data_order,
+        source=run.source.folder,
+        companions={"run.yaml": dump_yaml(run.config)},
+    )
+
+
+class StepTimer:
+    """Figures of the steps since the last record."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.flops = tflops_per_token(run)
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from here: what lay between was no step."""
+        self.started, self.iteration = time.perf_counter(), self.run.state.iteration
+
+    def record(self, result: StepResult) -> dict[str, object]:
+        """The `train` record of the latest step, speeds averaged since the last record."""
+        run = self.run
+        steps = run.state.iteration - self.iteration
+        seconds = (time.perf_counter() - self.started) / max(steps, 1)
+        tokens = run.config.training.global_batch_size * run.config.data.seq_length / seconds
+        self.restart()
+        return {
+            "kind": "train",
+            "iteration": run.state.iteration,
+            "loss": result.loss.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "tokens_per_second": tokens,
+            "tflops_per_second": tokens * self.flops / run.layout.world_size,
+            "memory_gib": peak_memory_gib(),
+            "step_seconds": seconds,
+            "consumed_samples": run.state.consumed_samples,
+        }
+
+
+def _due(interval: int, iteration: int, last: bool = False) -> bool:
+    return interval > 0 and (last or iteration % interval == 0)
+
+
+def _exits(interval: int | None, iteration: int) -> bool:
+    return interval is not None and iteration % interval == 0
+
+
+def _write(writers: Sequence[MetricsWriter], record: dict[str, object]) -> None:
+    for writer in writers:
+        writer.write(record)
+
+
+def _say(run: Run, text: str) -> None:
+    if run.layout.rank == 0:
+        print(text, flush=True)
+
+
+def _where_saved(run: Run, saved_at: int | None) -> str:
+    if saved_at is None:
+        return "; nothing was saved (set checkpoint.save to keep the model)"
+    return f"; checkpoint: {run.config.checkpoint.save}, step {saved_at}"

@@ -1,0 +1,97 @@
+"""What a run says when it starts: the stages, what trains, bytes; and figures that need the model's shape."""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+import torch.distributed as dist
+
+from megatron_llamapro.model.freeze import EVERYTHING, StageReport
+from megatron_llamapro.pipeline.cost import step_work
+from megatron_llamapro.pipeline.layout import draw, stage_layers
+from megatron_llamapro.training.setup import Run
+
+GIB = 2**30
+
+
+def print_report(run: Run) -> dict[str, object]:
+    """Print what trains on every stage, on rank 0. All ranks call it; returns the `run` record."""
+    stages = _first_of_each_stage(run)
+    parameters = sum(stage.num_parameters for stage in stages)
+    trainable = sum(stage.num_trainable for stage in stages)
+    record = _run_record(run, parameters=parameters, trainable=trainable)
+    if run.layout.rank == 0:
+        plan = run.source.manifest.plan
+        print(draw(stage_layers(run.config.parallel, run.source.shape.num_layers), set(plan.added_layers)))
+        print("E embedding, o original block, A added block, H head; per rank of each stage:")
+        for number, stage in enumerate(stages):
+            print(_stage_line(number, stage, run.layout.data_size))
+        share = trainable / parameters
+        tensor_size = run.layout.tensor_size
+        print(
+            f"{trainable * tensor_size:,} of {parameters * tensor_size:,} parameters train ({share:.1%}); "
+            f"{run.layout.world_size} ranks: TP {tensor_size} x PP {run.layout.pipeline_size} x DP {run.layout.data_size}",
+            flush=True,
+        )
+        if run.state.iteration:
+            print(f"continuing from {run.config.checkpoint.save}, step {run.state.iteration}", flush=True)
+    return record
+
+
+def _first_of_each_stage(run: Run) -> list[StageReport]:
+    everyone: list = [None] * run.layout.world_size
+    dist.all_gather_object(everyone, (run.layout.pipeline_rank, run.report))
+    first = {}
+    for stage, report in everyone:
+        first.setdefault(stage, report)
+    return [first[stage] for stage in sorted(first)]
+
+
+def _stage_line(number: int, stage: StageReport, data_size: int) -> str:
+    blocks = ", ".join(map(str, stage.trainable_layers)) or "none"
+    return (
+        f"  stage {number}: {stage.num_layers} blocks, trainable in {blocks}; "
+        f"{stage.num_trainable:,} of {stage.num_parameters:,} parameters; weights {stage.weight_bytes / GIB:.2f} GiB, "
+        f"gradients {stage.gradient_bytes / GIB:.2f}, optimizer {stage.optimizer_bytes / data_size / GIB:.2f}"
+    )
+
+
+def _run_record(run: Run, *, parameters: int, trainable: int) -> dict[str, object]:
+    return {
+        "kind": "run",
+        "iteration": run.state.iteration,
+        "world_size": run.layout.world_size,
+        "tensor_model_parallel_size": run.layout.tensor_size,
+        "pipeline_model_parallel_size": run.layout.pipeline_size,
+        "data_parallel_size": run.layout.data_size,
+        "parameters": parameters * run.layout.tensor_size,
+        "trainable_parameters": trainable * run.layout.tensor_size,
+        "trainable": list(run.config.model.trainable),
+    }
+
+
+def tflops_per_token(run: Run) -> float:
+    """TFLOP that a token's training needs, by arithmetic (pipeline/cost.py), with what is frozen left out."""
+    trainable = run.config.model.trainable
+    everything = EVERYTHING in trainable
+    shape = run.source.shape
+    work = step_work(
+        shape,
+        seq_length=run.config.data.seq_length,
+        trainable_layers=range(shape.num_layers) if everything else run.source.manifest.plan.added_layers,
+        embedding_trains=everything or "embedding" in trainable,
+        output_layer_trains=everything or "output_layer" in trainable or _trains_tied_head(run),
+    )
+    return work.total / 1e12
+
+
+def _trains_tied_head(run: Run) -> bool:
+    return run.source.shape.tie_word_embeddings and "embedding" in run.config.model.trainable
+
+
+def peak_memory_gib() -> float:
+    """Most memory this rank held so far: on the GPU, or of the process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

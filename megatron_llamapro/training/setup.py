@@ -1,0 +1,185 @@
+"""Everything a run is built from, in order: checks, model, what trains, optimizer, data, and where it continues."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.utils.data import Dataset
+
+from megatron_llamapro.checkpoint.folder import resolve_megatron_checkpoint
+from megatron_llamapro.checkpoint.manifest import Manifest
+from megatron_llamapro.config.checks import check_model, data_parallel_size
+from megatron_llamapro.config.errors import ConfigError, LlamaProError
+from megatron_llamapro.config.schema import ParallelConfig, RunConfig
+from megatron_llamapro.data.dataset import build_train_dataset, build_valid_datasets
+from megatron_llamapro.data.sampling import check_same_order, data_order_fingerprint
+from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_llamapro.model.build import LlamaModel, build_model
+from megatron_llamapro.model.families import ModelShape, model_shape, read_hf_config
+from megatron_llamapro.model.freeze import StageReport, check_trainable, freeze
+from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler, check_apex
+from megatron_llamapro.runtime.distributed import ParallelLayout, raise_together, start_model_parallel
+from megatron_llamapro.training.checkpointing import latest_checkpoint, load_checkpoint, load_model
+from megatron_llamapro.training.metrics import metrics_path
+from megatron_llamapro.training.state import TrainingState
+from megatron_llamapro.training.step import connect
+
+_MANIFEST_DTYPE = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint a run starts from, as its small files describe it."""
+
+    folder: Path
+    manifest: Manifest
+    shape: ModelShape
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train. Only `state` (and the tensors) change from here on."""
+
+    config: RunConfig
+    layout: ParallelLayout
+    source: Source
+    chunks: Sequence[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    train_set: Dataset
+    held_out: Mapping[str, Dataset]
+    data_order: Mapping[str, object]
+    report: StageReport
+    state: TrainingState
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches a replica runs in a step."""
+        training = self.config.training
+        return training.global_batch_size // (training.micro_batch_size * self.layout.data_size)
+
+
+def set_up(config: RunConfig) -> Run:
+    """Build the run on every rank of the started world, or raise the same error on all of them.
+
+    Raises:
+        LlamaProError: anything in the configuration, the checkpoint or the data that cannot be trained with.
+    """
+    source = _checked_source(config)
+    layout = start_model_parallel(config.parallel, seed=config.training.seed)
+    models = build_model(
+        source.shape, model=config.model, parallel=config.parallel, precision=config.training.precision
+    )
+    report = freeze(
+        models, source.manifest.plan, config.model.trainable, tie_word_embeddings=source.shape.tie_word_embeddings
+    )
+    resume_from = latest_checkpoint(Path(config.checkpoint.save)) if config.checkpoint.save else None
+    if resume_from is None:
+        load_model(models, source.folder)
+    chunks = [_wrapped(model, config.parallel) for model in models]
+    optimizer = build_optimizer(chunks, config.optimizer, precision=config.training.precision)
+    scheduler = build_scheduler(optimizer, config.optimizer, train_iters=config.training.train_iters)
+    connect(
+        models[0].config,
+        chunks,
+        optimizer,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    data_order = data_order_fingerprint(
+        config.data, num_samples=config.data_order_samples, seed=config.training.seed
+    )
+    state = TrainingState()
+    if resume_from is not None:
+        state, stored_order = load_checkpoint(resume_from, chunks=chunks, optimizer=optimizer, scheduler=scheduler)
+        check_same_order(stored_order, data_order)
+    return Run(
+        config=config,
+        layout=layout,
+        source=source,
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        train_set=_train_set(config, source.tokenizer),
+        held_out=build_valid_datasets(config.data, vocab_size=source.shape.vocab_size),
+        data_order=data_order,
+        report=report,
+        state=state,
+    )
+
+
+def _checked_source(config: RunConfig) -> Source:
+    """Everything that can be known to be wrong before a model is built, agreed on by all ranks."""
+    source, error = None, None
+    try:
+        source = _read_source(config)
+    except LlamaProError as found:
+        error = found
+    raise_together(error)
+    assert source is not None  # raise_together raised otherwise
+    return source
+
+
+def _read_source(config: RunConfig) -> Source:
+    check_apex()
+    data_parallel_size(config, torch.distributed.get_world_size())
+    folder = resolve_megatron_checkpoint(Path(config.model.checkpoint))
+    shape = model_shape(read_hf_config(folder))
+    manifest = Manifest.read(folder)
+    manifest.check_fits(shape)
+    check_model(
+        config,
+        num_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        ffn_hidden_size=shape.ffn_hidden_size,
+    )
+    check_trainable(config.model.trainable, manifest.plan, tie_word_embeddings=shape.tie_word_embeddings)
+    _check_precision(config, manifest, folder)
+    if config.data.seq_length > shape.max_position_embeddings:
+        raise ConfigError(
+            f"data.seq_length is {config.data.seq_length}, but the model was made for at most "
+            f"{shape.max_position_embeddings} positions"
+        )
+    return Source(folder, manifest, shape, load_tokenizer(Path(config.data.tokenizer or folder)))
+
+
+def _check_precision(config: RunConfig, manifest: Manifest, folder: Path) -> None:
+    """Weights are trained in the type they are stored in: a cast would change every original weight unseen."""
+    wanted = _MANIFEST_DTYPE[config.training.precision]
+    if manifest.dtype != wanted:
+        raise ConfigError(
+            f"training.precision is {config.training.precision}, but {folder} holds {manifest.dtype} weights: "
+            f"convert it with --dtype {wanted}, or change training.precision"
+        )
+
+
+def _wrapped(model: LlamaModel, parallel: ParallelConfig) -> DistributedDataParallel:
+    return DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+        ),
+        model,
+    )
+
+
+def _train_set(config: RunConfig, tokenizer: Tokenizer) -> Dataset:
+    metrics = metrics_path(config.logging, save=config.checkpoint.save)
+    return build_train_dataset(
+        config.data,
+        num_samples=config.data_order_samples,
+        seed=config.training.seed,
+        tokenizer=tokenizer,
+        cache_dir=Path(config.data.cache_dir or metrics.parent / ".cache"),
+    )

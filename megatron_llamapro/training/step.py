@@ -1,0 +1,149 @@
+"""One optimizer step, and the forward pass that evaluation shares with it. megatron.core's schedules do the work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_llamapro.runtime.distributed import ParallelLayout
+
+Batch = dict[str, torch.Tensor]
+"""tokens, labels, loss_mask, position_ids: [b, s] each."""
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """Over all tokens that count, of all ranks."""
+
+    loss: float
+    """Mean loss a token, in nats; NaN where no token counts."""
+    num_tokens: int
+    stop_requested: bool = False
+    """Whether some rank was asked to stop."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did; the same on every rank."""
+
+    loss: LossSum
+    grad_norm: float
+    """Global norm over all trainable parameters, before clipping."""
+    learning_rate: float
+    """That the step was taken with."""
+
+
+def connect(
+    config: TransformerConfig,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    *,
+    overlap_grad_reduce: bool,
+    overlap_param_gather: bool,
+) -> None:
+    """Tell megatron.core's schedules how gradients are scaled, synchronised and finalised."""
+
+    def one_or_all(functions: list) -> object:
+        return functions[0] if len(functions) == 1 else functions
+
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if overlap_grad_reduce:
+        config.no_sync_func = one_or_all([chunk.no_sync for chunk in chunks])
+        config.grad_sync_func = one_or_all([chunk.start_grad_sync for chunk in chunks]) if len(chunks) > 1 else None
+    if overlap_param_gather:
+        config.param_sync_func = one_or_all([chunk.start_param_sync for chunk in chunks]) if len(chunks) > 1 else None
+
+
+def train_step(
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    batches: Sequence[Iterator[Batch]],
+    *,
+    layout: ParallelLayout,
+    num_microbatches: int,
+    micro_batch_size: int,
+    seq_length: int,
+    stop_requested: bool = False,
+) -> StepResult:
+    """Forward, backward, clip, update. `batches` holds one iterator a model chunk, all over the same micro-batches."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    sums = run_microbatches(
+        chunks,
+        batches,
+        num_microbatches=num_microbatches,
+        micro_batch_size=micro_batch_size,
+        seq_length=seq_length,
+        forward_only=False,
+    )
+    learning_rate = get_canonical_lr_for_logging(optimizer.param_groups) or 0.0
+    _, grad_norm, _ = optimizer.step()
+    scheduler.step(increment=1)
+    loss = reduce_loss(sums, layout=layout, stop_requested=stop_requested)
+    return StepResult(loss=loss, grad_norm=float(grad_norm or 0.0), learning_rate=learning_rate)
+
+
+def run_microbatches(
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[Iterator[Batch]],
+    *,
+    num_microbatches: int,
+    micro_batch_size: int,
+    seq_length: int,
+    forward_only: bool,
+) -> list[torch.Tensor]:
+    """Run megatron.core's schedule. Returns each micro-batch's [loss sum, tokens] on the last stage, else nothing."""
+    return get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=list(batches) if len(chunks) > 1 else batches[0],
+        model=list(chunks),
+        num_microbatches=num_microbatches,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def _forward_step(batches: Iterator[Batch], chunk: torch.nn.Module):
+    batch = next(batches)
+    device = torch.cuda.current_device()
+    tokens, position_ids, labels, loss_mask = (
+        batch[name].to(device, non_blocking=True) for name in ("tokens", "position_ids", "labels", "loss_mask")
+    )
+    output = chunk(tokens, position_ids, None, labels=labels)
+    return output, partial(_sum_loss, loss_mask)
+
+
+def _sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor):
+    """losses, loss_mask [b, s] → sum, number of tokens, and both as one vector for the report"""
+    total = (losses.float() * loss_mask).sum()
+    num_tokens = loss_mask.sum()
+    return total, num_tokens.to(torch.int), torch.stack([total.detach(), num_tokens]).double()
+
+
+def reduce_loss(sums: Sequence[torch.Tensor], *, layout: ParallelLayout, stop_requested: bool = False) -> LossSum:
+    """Every rank gets the loss over all micro-batches and replicas, and whether any rank was asked to stop.
+
+    One all-reduce of three numbers; tensor-parallel ranks hold the same loss, so only the first of them adds it.
+    """
+    vector = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+    if sums and layout.tensor_rank == 0:
+        vector[:2] = torch.stack(list(sums)).sum(dim=0)
+    vector[2] = float(stop_requested)
+    dist.all_reduce(vector)
+    total, num_tokens, stops = vector.tolist()
+    mean = total / num_tokens if num_tokens else math.nan
+    return LossSum(loss=mean, num_tokens=int(num_tokens), stop_requested=stops > 0)
