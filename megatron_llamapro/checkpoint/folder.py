@@ -1,0 +1,170 @@
+"""Checkpoint folders on disk: written beside their place and renamed into it, resolved, and their small files."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_llamapro.config.errors import CheckpointError
+
+LATEST = "latest_checkpointed_iteration.txt"
+TORCH_DIST_MARK = "metadata.json"
+"""Written last by whoever writes torch_dist, so that its presence means a complete checkpoint."""
+
+CARRIED_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What belongs to a model besides weights and configuration, and travels with it unchanged."""
+
+
+def carry_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation config and chat template, as far as `source` has them."""
+    for name in CARRIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def iteration_folder(save: Path, iteration: int) -> Path:
+    """Folder of the checkpoint after `iteration` steps."""
+    return save / f"iter_{iteration:07d}"
+
+
+def latest_checkpoint(save: Path) -> Path | None:
+    """The newest complete checkpoint of a training run's folder, or None where there is none yet.
+
+    Raises:
+        CheckpointError: the file that names it is damaged, or names a folder that is not there.
+    """
+    latest = save / LATEST
+    if not latest.exists():
+        return None
+    text = latest.read_text(errors="replace").strip()
+    if not (text.isascii() and text.isdigit()):
+        raise CheckpointError(f"{latest} holds '{text[:40]}', not a step number: write the number of a folder beside it")
+    folder = iteration_folder(save, int(text))
+    if not folder.is_dir():
+        raise CheckpointError(f"{latest} names {folder.name}, which is not there: write the number of one that is")
+    return folder
+
+
+def resolve_megatron_checkpoint(path: Path) -> Path:
+    """The folder that holds the tensors: `path` itself, or the newest checkpoint of a training run's folder.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder: give the folder of a Megatron checkpoint")
+    folder = path if is_torch_dist(path) else latest_checkpoint(path)
+    if folder is None or not is_torch_dist(folder):
+        raise CheckpointError(
+            f"{folder or path} is not a Megatron checkpoint: it has no {TORCH_DIST_MARK} "
+            "(tools/convert_checkpoint.py hf-to-megatron writes one)"
+        )
+    return folder
+
+
+def is_torch_dist(folder: Path) -> bool:
+    """Whether a folder holds a complete checkpoint in torch_dist format."""
+    return (folder / TORCH_DIST_MARK).is_file()
+
+
+@contextlib.contextmanager
+def staged(target: Path, *, overwrite: bool, sources: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """A folder to write into, beside `target`; when the block ends well it is synced and becomes `target`.
+
+    If the block fails, `target` is as it was and what was written is gone. After a kill the next writer to the same
+    target clears what is left.
+
+    Raises:
+        CheckpointError: `target` exists and is not empty (unless `overwrite`), is one of `sources` or holds or lies in
+            one, or another process is writing to it.
+    """
+    target = Path(target).absolute()
+    _check_target(target, overwrite=overwrite, sources=sources)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.partial")
+    draft.mkdir(exist_ok=True)
+    with _locked(draft, target):
+        _clear(draft)
+        try:
+            yield draft
+            _sync_tree(draft)
+            _check_target(target, overwrite=overwrite, sources=sources)
+            _move_into_place(draft, target)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+
+def _check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
+    real = target.resolve()
+    for source in sources:
+        inside = Path(source).resolve()
+        if real == inside or real in inside.parents or inside in real.parents:
+            raise CheckpointError(f"the target {target} and the source {source} overlap: choose another target")
+    if target.is_dir() and not target.is_symlink():
+        if any(target.iterdir()) and not overwrite:
+            raise CheckpointError(f"{target} exists and is not empty: choose another target, or give --overwrite")
+    elif target.exists() or target.is_symlink():
+        raise CheckpointError(f"{target} exists and is not a folder: choose another target")
+
+
+@contextlib.contextmanager
+def _locked(draft: Path, target: Path) -> Iterator[None]:
+    """Hold the draft folder's lock; the kernel frees it when this process ends, however it ends."""
+    descriptor = os.open(draft, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CheckpointError(f"another process is writing {target}: wait for it, or choose another target") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _move_into_place(draft: Path, target: Path) -> None:
+    replaced = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        target.rename(replaced)
+    draft.rename(target)
+    sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync(path)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

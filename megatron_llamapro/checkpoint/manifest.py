@@ -1,0 +1,136 @@
+"""The manifest: which blocks were added, to what, and a hash of every original tensor. Kept with every checkpoint.
+
+`llamapro.json` beside the weights; a Hugging Face export has the same content under "llamapro" in its config.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import megatron_llamapro
+from megatron_llamapro.config.errors import CheckpointError, ExpansionError
+from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.model.families import ModelShape
+
+MANIFEST_NAME = "llamapro.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """Fingerprint of the first source model, before any round of expansion."""
+
+    name: str
+    """Its folder's name."""
+    config_sha256: str
+    """Of its config.json as canonical JSON."""
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is made of and where it came from."""
+
+    family: str
+    """model_type."""
+    dtype: str
+    """Type of the stored weights, e.g. bfloat16."""
+    plan: ExpansionPlan
+    source: Source
+    original_sha256: Mapping[str, str]
+    """Hash of every original tensor's bytes in `dtype`, by its Hugging Face name in the first source model."""
+    tool_versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict:
+        """Plain data; `from_json` gives the equal manifest back."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "family": self.family,
+            "dtype": self.dtype,
+            "plan": self.plan.to_json(),
+            "source": vars(self.source),
+            "original_sha256": dict(self.original_sha256),
+            "tool_versions": dict(self.tool_versions),
+        }
+
+    @classmethod
+    def from_json(cls, data: object, *, where: object) -> Manifest:
+        """The manifest that `to_json` wrote; `where` is named in errors.
+
+        Raises:
+            CheckpointError: another format version, or not a manifest.
+        """
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{where}: the manifest is not a JSON object")
+        if data.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{where}: manifest format {data.get('format_version')!r}, this version reads {FORMAT_VERSION}: "
+                "use the version of megatron-llamapro that wrote it, or convert the model again"
+            )
+        try:
+            return cls(
+                family=_text(data["family"]),
+                dtype=_text(data["dtype"]),
+                plan=ExpansionPlan.from_json(data["plan"]),
+                source=Source(**data["source"]),
+                original_sha256={_text(k): _text(v) for k, v in data["original_sha256"].items()},
+                tool_versions={_text(k): _text(v) for k, v in data["tool_versions"].items()},
+            )
+        except (KeyError, TypeError, AttributeError, ExpansionError) as error:
+            raise CheckpointError(f"{where}: damaged manifest ({error!r}): convert the model again") from None
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a checkpoint folder.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        path = Path(folder) / MANIFEST_NAME
+        if not path.is_file():
+            raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: convert the model with tools/convert_checkpoint.py")
+        return cls.from_json(_read_json(path), where=path)
+
+    def write(self, folder: Path) -> None:
+        """Write `llamapro.json` atomically."""
+        path = Path(folder) / MANIFEST_NAME
+        draft = path.with_name(f"{MANIFEST_NAME}.tmp")
+        draft.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+
+    def check_fits(self, shape: ModelShape, *, where: object = "the checkpoint") -> None:
+        """Raise `CheckpointError` where the plan and the model do not have the same layers."""
+        if self.plan.num_layers != shape.num_layers:
+            raise CheckpointError(
+                f"{where}: its manifest is for {self.plan.num_layers} layers, its config.json for {shape.num_layers}: "
+                "one of the two files belongs to another model"
+            )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+
+
+def config_sha256(config: Mapping) -> str:
+    """Hash of a configuration, whatever the order and layout of its fields."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what writes checkpoints here."""
+    return {"megatron_llamapro": megatron_llamapro.__version__, "torch": metadata.version("torch")}

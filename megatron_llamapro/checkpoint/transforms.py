@@ -1,0 +1,60 @@
+"""Between Hugging Face's tensors and megatron.core's: pure, bit-exact rearrangements of rows, and casts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_llamapro.checkpoint.weight_map import Merge, Weight
+from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.model.families import ModelShape
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types that weights are stored in, by the name that config.json, safetensors and the commands use."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def merge(weight: Weight, tensors: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
+    """Hugging Face's tensors of one weight → megatron.core's, [rows, columns]."""
+    if weight.row.merge is Merge.COPY:
+        return tensors[0]
+    if weight.row.merge is Merge.GATE_UP:
+        return torch.cat(list(tensors))
+    groups = shape.num_query_groups
+    by_group = [tensor.reshape(groups, -1, tensor.shape[-1]) for tensor in tensors]  # [groups, rows a group, h]
+    return torch.cat(by_group, dim=1).reshape(-1, tensors[0].shape[-1])
+
+
+def split(weight: Weight, tensor: torch.Tensor, shape: ModelShape) -> list[torch.Tensor]:
+    """megatron.core's tensor → Hugging Face's, in the order of the row; `merge`'s inverse."""
+    if weight.row.merge is Merge.COPY:
+        return [tensor]
+    if weight.row.merge is Merge.GATE_UP:
+        return list(tensor.split([size[0] for size in weight.hf_shapes]))
+    groups = shape.num_query_groups
+    by_group = tensor.reshape(groups, -1, tensor.shape[-1])
+    parts = by_group.split([size[0] // groups for size in weight.hf_shapes], dim=1)
+    return [part.reshape(-1, tensor.shape[-1]) for part in parts]
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype, *, name: str) -> torch.Tensor:
+    """`tensor` in `dtype`.
+
+    Raises:
+        CheckpointError: a finite value becomes infinite (bfloat16 7e4 has no float16).
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    result = tensor.to(dtype)
+    if torch.isfinite(result).logical_not().sum() > torch.isfinite(tensor).logical_not().sum():
+        raise CheckpointError(
+            f"{name} has values that {DTYPE_NAMES[dtype]} cannot hold (they become infinite): keep the source's type, "
+            "or choose bfloat16 or float32"
+        )
+    return result
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's bytes, row-major, without a copy where it is contiguous."""
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())

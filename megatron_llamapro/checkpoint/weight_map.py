@@ -1,0 +1,157 @@
+"""The weight map: one row a weight, read in both directions between Hugging Face's names and megatron.core's.
+
+`{layer}` is the global 0-based layer index in both. Shapes are products of named dimensions of the model's shape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+
+from megatron_llamapro.model.families import ModelShape
+
+Shape = tuple[int, ...]
+
+
+class Merge(Enum):
+    """How Hugging Face's tensors become megatron.core's one."""
+
+    COPY = "copy"
+    QKV = "qkv"
+    """Rows by query group: its query heads, its key head, its value head."""
+    GATE_UP = "gate_up"
+    """All gate rows, then all up rows."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight of a block, or of the model outside its blocks."""
+
+    megatron: str
+    hugging_face: tuple[tuple[str, tuple[str, ...]], ...]
+    """Names there, each with its dimensions."""
+    merge: Merge = Merge.COPY
+    zero_in_added: bool = False
+    """Whether an added block starts with zeros here, which makes it an identity (paper, section 3.2)."""
+
+
+_LAYER, _HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
+
+BLOCK_ROWS = (
+    Row(
+        _LAYER + "self_attention.linear_qkv.layer_norm_weight",
+        ((_HF_LAYER + "input_layernorm.weight", ("hidden",)),),
+    ),
+    Row(
+        _LAYER + "self_attention.linear_qkv.weight",
+        (
+            (_HF_LAYER + "self_attn.q_proj.weight", ("query", "hidden")),
+            (_HF_LAYER + "self_attn.k_proj.weight", ("key_value", "hidden")),
+            (_HF_LAYER + "self_attn.v_proj.weight", ("key_value", "hidden")),
+        ),
+        Merge.QKV,
+    ),
+    Row(
+        _LAYER + "self_attention.linear_proj.weight",
+        ((_HF_LAYER + "self_attn.o_proj.weight", ("hidden", "query")),),
+        zero_in_added=True,
+    ),
+    Row(
+        _LAYER + "mlp.linear_fc1.layer_norm_weight",
+        ((_HF_LAYER + "post_attention_layernorm.weight", ("hidden",)),),
+    ),
+    Row(
+        _LAYER + "mlp.linear_fc1.weight",
+        (
+            (_HF_LAYER + "mlp.gate_proj.weight", ("feed_forward", "hidden")),
+            (_HF_LAYER + "mlp.up_proj.weight", ("feed_forward", "hidden")),
+        ),
+        Merge.GATE_UP,
+    ),
+    Row(
+        _LAYER + "mlp.linear_fc2.weight",
+        ((_HF_LAYER + "mlp.down_proj.weight", ("hidden", "feed_forward")),),
+        zero_in_added=True,
+    ),
+)
+EMBEDDING = Row("embedding.word_embeddings.weight", (("model.embed_tokens.weight", ("vocabulary", "hidden")),))
+FINAL_NORM = Row("decoder.final_layernorm.weight", (("model.norm.weight", ("hidden",)),))
+OUTPUT_LAYER = Row("output_layer.weight", (("lm_head.weight", ("vocabulary", "hidden")),))
+
+VOCABULARY_ROWS = frozenset({EMBEDDING.megatron, OUTPUT_LAYER.megatron})
+"""megatron.core pads these to more rows than the vocabulary has."""
+
+_ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A row for one layer of one model: a tensor of the Megatron checkpoint."""
+
+    row: Row
+    layer: int | None
+    hf_names: tuple[str, ...]
+    hf_shapes: tuple[Shape, ...]
+
+    @cached_property
+    def megatron_name(self) -> str:
+        return self.row.megatron.format(layer=self.layer)
+
+    @property
+    def megatron_shape(self) -> Shape:
+        """Without padding of the vocabulary."""
+        return (sum(shape[0] for shape in self.hf_shapes), *self.hf_shapes[0][1:])
+
+
+def weights_of(shape: ModelShape) -> list[Weight]:
+    """Every weight of a model of this shape, in the order of the forward pass."""
+    blocks = [_resolve(row, shape, layer) for layer in range(shape.num_layers) for row in BLOCK_ROWS]
+    weights = [_resolve(EMBEDDING, shape), *blocks, _resolve(FINAL_NORM, shape)]
+    return weights if shape.tie_word_embeddings else [*weights, _resolve(OUTPUT_LAYER, shape)]
+
+
+def hf_shapes(shape: ModelShape) -> dict[str, Shape]:
+    """Name and shape of every tensor that a Hugging Face checkpoint of this shape must have."""
+    return {name: size for weight in weights_of(shape) for name, size in zip(weight.hf_names, weight.hf_shapes, strict=True)}
+
+
+def is_known_extra(name: str, shape: ModelShape) -> bool:
+    """Whether a Hugging Face tensor may be left out: a rotary buffer, which is computed, or the stored copy of a tied
+    head."""
+    if name == OUTPUT_LAYER.hugging_face[0][0]:
+        return shape.tie_word_embeddings
+    return _ROTARY_BUFFER.fullmatch(name) is not None
+
+
+def hf_name_in_layer(name: str, layer: int) -> str:
+    """The same tensor of another layer: model.layers.3.mlp.up_proj.weight, 7 → model.layers.7.mlp.up_proj.weight."""
+    return _HF_LAYER_NAME.sub(rf"\g<1>{layer}.", name, count=1)
+
+
+_HF_LAYER_NAME = re.compile(r"^(model\.layers\.)\d+\.")
+
+
+def _resolve(row: Row, shape: ModelShape, layer: int | None = None) -> Weight:
+    sizes = {
+        "hidden": shape.hidden_size,
+        "query": shape.num_attention_heads * shape.kv_channels,
+        "key_value": shape.num_query_groups * shape.kv_channels,
+        "feed_forward": shape.ffn_hidden_size,
+        "vocabulary": shape.vocab_size,
+    }
+    return Weight(
+        row=row,
+        layer=layer,
+        hf_names=tuple(name.format(layer=layer) for name, _ in row.hugging_face),
+        hf_shapes=tuple(tuple(sizes[dimension] for dimension in dimensions) for _, dimensions in row.hugging_face),
+    )
+
+
+def iter_hf(weights: list[Weight]) -> Iterator[tuple[Weight, str, Shape]]:
+    """Every Hugging Face tensor with the weight that it belongs to, in order."""
+    for weight in weights:
+        for name, size in zip(weight.hf_names, weight.hf_shapes, strict=True):
+            yield weight, name, size

@@ -1,0 +1,76 @@
+"""Tiny random LLaMA checkpoints in Hugging Face's format, complete with a tokenizer, the same for the same seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_llamapro.checkpoint.transforms import DTYPES
+
+VOCABULARY = 131  # no multiple of anything, so that padding of the vocabulary is always in play
+
+
+def make_tiny_llama(
+    folder: Path,
+    *,
+    num_hidden_layers: int = 4,
+    num_attention_heads: int = 4,
+    num_key_value_heads: int = 2,
+    hidden_size: int = 64,
+    intermediate_size: int = 96,
+    vocab_size: int = VOCABULARY,
+    tie_word_embeddings: bool = False,
+    dtype: str = "float32",
+    seed: int = 0,
+    max_shard_size: str = "5GB",
+    **config: object,
+) -> Path:
+    """Write the checkpoint and return its folder. `config` are further fields of transformers' LlamaConfig."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=num_key_value_heads,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            vocab_size=vocab_size,
+            tie_word_embeddings=tie_word_embeddings,
+            **{"max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, **config},
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_norm = parameter.dim() == 1
+            parameter.copy_(1 + 0.2 * noise if is_norm else 0.1 * noise)
+    model.to(DTYPES[dtype]).save_pretrained(folder, max_shard_size=max_shard_size)
+    write_tiny_tokenizer(Path(folder), vocab_size=min(vocab_size, VOCABULARY))
+    return Path(folder)
+
+
+def write_tiny_tokenizer(folder: Path, *, vocab_size: int = VOCABULARY) -> None:
+    """A tokenizer.json of one character a token, and its tokenizer_config.json; id 2 ends a document."""
+    import json
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    characters = [chr(code) for code in range(32, 127)]
+    special = ["<unk>", "<s>", "</s>"]
+    words = (special + characters + [f"<unused{i}>" for i in range(vocab_size)])[:vocab_size]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "model_max_length": 128,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))

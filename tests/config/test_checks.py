@@ -1,0 +1,103 @@
+"""Values that cannot go together are refused, and the message says what to do."""
+
+import dataclasses
+
+import pytest
+
+from megatron_llamapro.config.checks import check_model, check_run_config, data_parallel_size
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.schema import BlendEntry, DataConfig, ModelConfig, RunConfig, TrainingConfig
+
+BASE = RunConfig(
+    model=ModelConfig(checkpoint="c"),
+    data=DataConfig(train=(BlendEntry("a"),), seq_length=8, valid={"v": "b"}),
+    training=TrainingConfig(train_iters=10, micro_batch_size=2, global_batch_size=8),
+)
+
+
+def changed(**fields: object) -> RunConfig:
+    """BASE with `section__field=value`."""
+    config = BASE
+    for name, value in fields.items():
+        section, field = name.split("__")
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
+        )
+    return config
+
+
+def test_the_base_is_fine() -> None:
+    check_run_config(BASE)
+    assert data_parallel_size(BASE, 4) == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"training__micro_batch_size": 0}, "at least 1"),
+        ({"optimizer__lr": -1.0}, "cannot be negative"),
+        ({"optimizer__lr_warmup_fraction": 6.0}, "part of 1"),
+        ({"optimizer__min_lr": 1.0}, "above optimizer.lr"),
+        ({"data__train": ()}, "data.train is empty"),
+        ({"data__train_samples": 79}, "needs 80 samples"),
+        ({"data__valid": {}, "training__eval_interval": 5}, "names no held-out set"),
+        ({"parallel__virtual_pipeline_model_parallel_size": 2}, "at least 2 of each"),
+        ({"parallel__pipeline_stage_layers": (3, 3)}, "needs one count"),
+        ({"parallel__sequence_parallel": True}, "tensor_model_parallel_size above 1"),
+        ({"parallel__overlap_param_gather": True}, "overlap_grad_reduce"),
+        ({"training__exit_interval": 0}, "at least 1"),
+        ({"model__trainable": ()}, "trainable is empty"),
+    ],
+)
+def test_refused_alone(fields: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_run_config(changed(**fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "world_size", "message"),
+    [
+        ({"parallel__tensor_model_parallel_size": 2}, 3, "multiple of 2 processes"),
+        ({}, 3, "not a multiple of micro_batch_size"),
+        (
+            {
+                "parallel__pipeline_model_parallel_size": 4,
+                "parallel__virtual_pipeline_model_parallel_size": 2,
+                "training__global_batch_size": 12,
+            },
+            4,
+            "multiple of 4 micro-batches",
+        ),
+    ],
+)
+def test_refused_for_the_world(fields: dict, world_size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        data_parallel_size(changed(**fields), world_size)
+
+
+MODEL = {"num_layers": 6, "num_attention_heads": 8, "num_query_groups": 2, "ffn_hidden_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"parallel__tensor_model_parallel_size": 4}, "query groups"),
+        ({"parallel__tensor_model_parallel_size": 3}, "attention heads"),
+        ({"parallel__pipeline_model_parallel_size": 7}, "fewer than the 7"),
+        (
+            {"parallel__pipeline_model_parallel_size": 2, "parallel__pipeline_stage_layers": (3, 4)},
+            "7 layers in all",
+        ),
+        (
+            {
+                "parallel__tensor_model_parallel_size": 2,
+                "parallel__sequence_parallel": True,
+                "data__seq_length": 7,
+            },
+            "cannot be divided by 2 tensor ranks",
+        ),
+    ],
+)
+def test_refused_for_the_model(fields: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_model(changed(**fields), **MODEL)

@@ -1,0 +1,68 @@
+"""Errors of any command: one line, the right exit code."""
+
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from megatron_llamapro.config.command import CommandParser, one_line_error, run_command
+from megatron_llamapro.config.errors import CheckpointError
+
+
+def raising(error: BaseException):
+    def main() -> int:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (CheckpointError("a\n b"), 2, "error: a b\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "error: /x/y: No space left on device\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+    ],
+)
+def test_one_line_and_exit_code(error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        run_command(raising(error))
+    assert end.value.code == code
+    assert capsys.readouterr().err == text
+
+
+def test_results_become_exit_codes() -> None:
+    for result, code in ((None, 0), (0, 0), (1, 1)):
+        with pytest.raises(SystemExit) as end:
+            run_command(lambda result=result: result)
+        assert end.value.code == code
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_command(raising(ZeroDivisionError()))
+
+
+def test_usage_error_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        CommandParser(prog="tool").parse_args(["--nothing"])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_one_line_error_without_errno() -> None:
+    assert one_line_error(ValueError("x\ny")) == "error: x y"
+
+
+HEAVY = ("torch", "megatron.core", "numpy", "transformers")
+LIGHT = ("config.io", "config.checks", "config.command", "expansion.plan", "pipeline.cost", "pipeline.layout")
+
+
+def test_light_modules_import_nothing_heavy() -> None:
+    """`--help`, planning and configuration start at once: torch alone would cost two seconds."""
+    imports = "; ".join(f"import megatron_llamapro.{module}" for module in LIGHT)
+    program = f"import sys; {imports}; print([m for m in {HEAVY} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
