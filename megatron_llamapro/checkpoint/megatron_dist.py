@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 
 from megatron_llamapro.checkpoint.folder import TORCH_DIST_MARK
@@ -48,6 +48,13 @@ class _LazyPlanner(dcp.DefaultSavePlanner):
         return self._resolve(write_item.index.fqn)
 
 
+class _Writer(dcp.FileSystemWriter):
+    """Leaves path and random number of this save out of the index: the same tensors give the same bytes."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()
+
+
 def write_torch_dist(
     folder: Path, shapes: Mapping[str, Shape], *, dtype: torch.dtype, resolve: Callable[[str], torch.Tensor]
 ) -> None:
@@ -56,7 +63,7 @@ def write_torch_dist(
     had_crc = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)  # content hashes in the manifest do its work, and cost less
     try:
-        writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=False, thread_count=1)
+        writer = _Writer(folder, single_file_per_rank=True, sync_files=False, thread_count=1)
         with _alone():
             dcp.save(state, storage_writer=writer, planner=_LazyPlanner(resolve), no_dist=True)
     except dcp.api.CheckpointException as error:  # torch's wrapping of what `resolve` or the disk raised

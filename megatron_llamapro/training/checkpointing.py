@@ -20,40 +20,17 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_llamapro.checkpoint.folder import carry_files
+from megatron_llamapro.checkpoint.folder import LATEST, carry_files, iteration_folder, sync
+from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.model.families import CONFIG_NAME
 from megatron_llamapro.model.names import unwrapped
 from megatron_llamapro.optimizer.build import torch_adam_parts
 from megatron_llamapro.training.state import TrainingState
 
-LATEST = "latest_checkpointed_iteration.txt"
-
 # Optimizer state is stored in the shape of the parameters it belongs to, so that any layout can read it. (Upstream's
 # default cannot be saved at all; its faster "dp_reshardable" does not resume exactly.)
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-
-
-def iteration_folder(save: Path, iteration: int) -> Path:
-    """Folder of the checkpoint after `iteration` steps."""
-    return save / f"iter_{iteration:07d}"
-
-
-def latest_checkpoint(save: Path) -> Path | None:
-    """The newest complete checkpoint in `save`, or None where there is none yet.
-
-    Raises:
-        CheckpointError: the file that names it is damaged, or names a folder that is not there.
-    """
-    latest = save / LATEST
-    if not latest.exists():
-        return None
-    text = latest.read_text().strip()
-    if not text.isdigit():
-        raise CheckpointError(f"{latest} does not hold a step number: it holds '{text[:40]}'; write the right one")
-    folder = iteration_folder(save, int(text))
-    if not folder.is_dir():
-        raise CheckpointError(f"{latest} names {folder.name}, which is not there: write the number of one that is")
-    return folder
 
 
 def model_state(chunks: Sequence[torch.nn.Module]) -> dict:
@@ -114,6 +91,8 @@ def save_checkpoint(
     dist.barrier()
     if dist.get_rank() == 0:
         carry_files(source, temporary)
+        for name in (CONFIG_NAME, MANIFEST_NAME):
+            shutil.copyfile(source / name, temporary / name)
         for name, text in companions.items():
             (temporary / name).write_text(text)
         _publish(temporary, folder)
@@ -125,25 +104,17 @@ def _publish(temporary: Path, folder: Path) -> None:
     """Make the finished folder the newest checkpoint, in an order that a kill cannot break."""
     for path in temporary.rglob("*"):
         if path.is_file():
-            _sync(path)
-    _sync(temporary)
+            sync(path)
+    sync(temporary)
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
     latest = folder.parent / LATEST
     draft = latest.with_name(f"{LATEST}.tmp")
     draft.write_text(f"{int(folder.name.removeprefix('iter_'))}\n")
-    _sync(draft)
+    sync(draft)
     os.replace(draft, latest)
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder.parent)
 
 
 def load_checkpoint(

@@ -12,7 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.utils.data import Dataset
 
-from megatron_llamapro.checkpoint.folder import resolve_megatron_checkpoint
+from megatron_llamapro.checkpoint.folder import latest_checkpoint, resolve_megatron_checkpoint
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.config.checks import check_model, data_parallel_size
 from megatron_llamapro.config.errors import ConfigError, LlamaProError
@@ -25,7 +25,7 @@ from megatron_llamapro.model.families import ModelShape, model_shape, read_hf_co
 from megatron_llamapro.model.freeze import StageReport, check_trainable, freeze
 from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler, check_apex
 from megatron_llamapro.runtime.distributed import ParallelLayout, raise_together, start_model_parallel
-from megatron_llamapro.training.checkpointing import latest_checkpoint, load_checkpoint, load_model
+from megatron_llamapro.training.checkpointing import load_checkpoint, load_model
 from megatron_llamapro.training.metrics import metrics_path
 from megatron_llamapro.training.state import TrainingState
 from megatron_llamapro.training.step import connect
@@ -107,8 +107,10 @@ def set_up(config: RunConfig) -> Run:
         chunks=chunks,
         optimizer=optimizer,
         scheduler=scheduler,
-        train_set=_train_set(config, source.tokenizer),
-        held_out=build_valid_datasets(config.data, vocab_size=source.shape.vocab_size),
+        train_set=_train_set(config, source),
+        held_out=build_valid_datasets(
+            config.data, vocab_size=source.shape.vocab_size, eod=source.tokenizer.eod
+        ),
         data_order=data_order,
         report=report,
         state=state,
@@ -174,12 +176,13 @@ def _wrapped(model: LlamaModel, parallel: ParallelConfig) -> DistributedDataPara
     )
 
 
-def _train_set(config: RunConfig, tokenizer: Tokenizer) -> Dataset:
+def _train_set(config: RunConfig, source: Source) -> Dataset:
     metrics = metrics_path(config.logging, save=config.checkpoint.save)
     return build_train_dataset(
         config.data,
         num_samples=config.data_order_samples,
         seed=config.training.seed,
-        tokenizer=tokenizer,
+        tokenizer=source.tokenizer,
+        vocab_size=source.shape.vocab_size,
         cache_dir=Path(config.data.cache_dir or metrics.parent / ".cache"),
     )

@@ -1,0 +1,62 @@
+"""What a conversion shows on a terminal: a bar of bytes while it runs, a few lines when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from megatron_llamapro.checkpoint.convert import Conversion
+
+
+class ByteBar:
+    """A bar whose total becomes known when the work starts."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
+
+    def on_total(self, num_bytes: int) -> None:
+        """Say how many bytes are to come."""
+        self._bar.reset(total=num_bytes)
+
+    def progress(self, num_bytes: int) -> None:
+        """Say that so many more are done."""
+        self._bar.update(num_bytes)
+
+
+@contextmanager
+def byte_bar(description: str) -> Iterator[ByteBar]:
+    """A bar on standard error, shown on a terminal only."""
+    with tqdm(desc=description, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        yield ByteBar(bar)
+
+
+def summary(conversion: Conversion) -> str:
+    """Layers before and after, the added blocks, bytes and speed."""
+    plan = conversion.plan
+    lines = [f"{conversion.target}: {layers_text(conversion.num_source_layers, plan.num_layers)}"]
+    if plan.added_layers:
+        lines.append(f"added blocks: {', '.join(map(str, plan.added_layers))}")
+    seconds = max(conversion.seconds, 1e-9)
+    lines.append(
+        f"{size_text(conversion.num_bytes)} of {conversion.dtype} weights in {conversion.seconds:.1f} s "
+        f"({conversion.num_bytes / seconds / 1e9:.2f} GB/s), read back and compared"
+    )
+    return "\n".join(lines)
+
+
+def layers_text(before: int, after: int) -> str:
+    """30 → 36 layers."""
+    return f"{after} layers" if before == after else f"{before} → {after} layers"
+
+
+def size_text(num_bytes: float) -> str:
+    """1234567 → 1.23 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"

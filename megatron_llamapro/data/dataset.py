@@ -1,0 +1,155 @@
+"""Datasets: blended, shuffled, packed samples to train on (megatron.core's), and held-out sets read in order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from torch.utils.data import Dataset
+
+from megatron_llamapro.config.errors import DataError, LlamaProError
+from megatron_llamapro.config.schema import DataConfig
+from megatron_llamapro.data.token_files import content_digest, open_token_file
+from megatron_llamapro.data.tokenizer import Tokenizer
+from megatron_llamapro.runtime.distributed import raise_together
+
+Sample = dict[str, torch.Tensor]
+"""tokens, labels, position_ids: int64 [s]; loss_mask: float32 [s]."""
+
+
+class CheckedDataset(Dataset):
+    """Samples whose tokens are in the model's vocabulary; a token beyond it would read another weight, or crash CUDA."""
+
+    def __init__(self, dataset: Dataset, *, name: str, vocab_size: int) -> None:
+        self.dataset, self.name, self.vocab_size = dataset, name, vocab_size
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.dataset[index]
+        largest = max(int(sample["tokens"].max()), int(sample["labels"].max()))
+        if largest >= self.vocab_size:
+            raise DataError(
+                f"{self.name} holds the token {largest}, but the model's vocabulary has {self.vocab_size}: it was made "
+                "with another tokenizer; preprocess the text again"
+            )
+        return sample
+
+
+class HeldOutDataset(Dataset):
+    """Consecutive, whole samples of a pair's tokens, in the order of the file; the tail is left out.
+
+    Raises (on opening):
+        DataError: the pair cannot be read, or is shorter than one sample.
+    """
+
+    def __init__(self, prefix: str, *, seq_length: int, vocab_size: int, eod: int | None = None) -> None:
+        self.tokens = open_token_file(prefix, vocab_size=vocab_size)
+        self.seq_length = seq_length
+        self.eod = eod
+        self._ends = numpy.cumsum(self.tokens.sequence_lengths, dtype=numpy.int64)
+        self._num_samples = (int(self._ends[-1]) - 1) // seq_length
+        if self._num_samples < 1:
+            raise DataError(
+                f"{prefix} has {self._ends[-1]} tokens, fewer than one sample of {seq_length} + 1: take a larger "
+                "held-out set or a smaller data.seq_length"
+            )
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        """`eod` given: no loss where the input ends a document."""
+        if not 0 <= index < self._num_samples:
+            raise IndexError(index)
+        stream = torch.from_numpy(self._read(index * self.seq_length, self.seq_length + 1))
+        tokens, labels = stream[:-1].contiguous(), stream[1:].contiguous()
+        loss_mask = torch.ones(self.seq_length) if self.eod is None else (tokens != self.eod).float()
+        return {
+            "tokens": tokens,
+            "labels": labels,
+            "loss_mask": loss_mask,
+            "position_ids": torch.arange(self.seq_length),
+        }
+
+    def _read(self, start: int, count: int) -> numpy.ndarray:
+        """`count` tokens of the concatenated documents from `start`, int64, copied out of the mapped file."""
+        parts = []
+        document = int(numpy.searchsorted(self._ends, start, side="right"))
+        while count:
+            offset = start - (int(self._ends[document - 1]) if document else 0)
+            part = self.tokens.get(document, offset=offset)[:count].astype(numpy.int64)
+            parts.append(part)
+            start, count, document = start + len(part), count - len(part), document + 1
+        return numpy.concatenate(parts)
+
+
+def build_train_dataset(
+    data: DataConfig, *, num_samples: int, seed: int, tokenizer: Tokenizer, vocab_size: int, cache_dir: Path
+) -> Dataset:
+    """The blended training set, with an order made for `num_samples`. All ranks call it; rank 0 builds the indices.
+
+    Raises:
+        DataError: a pair is missing, damaged or of another vocabulary, on any rank.
+    """
+    error: LlamaProError | None = None
+    try:
+        for entry in data.train:
+            open_token_file(entry.prefix, vocab_size=vocab_size)
+    except LlamaProError as found:
+        error = found
+    if torch.distributed.is_initialized():
+        raise_together(error)
+    elif error is not None:
+        raise error
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=data.seq_length,
+        tokenizer=tokenizer,
+        blend_per_split=[_blend(data), None, None],
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=data.eod_mask_loss,
+        create_attention_mask=False,
+        path_to_cache=str(cache_dir / _cache_name(data)),
+    )
+    try:
+        train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config).build()
+    except ModuleNotFoundError as missing:
+        raise DataError(
+            f"megatron.core's compiled dataset helper is missing ({missing.name}): install the megatron-core wheel for "
+            "this Python and platform"
+        ) from None
+    return CheckedDataset(train, name=", ".join(entry.prefix for entry in data.train), vocab_size=vocab_size)
+
+
+def _blend(data: DataConfig) -> tuple[list[str], list[float] | None]:
+    """One set needs no blending, and then no process group either."""
+    prefixes = [entry.prefix for entry in data.train]
+    return prefixes, [entry.weight for entry in data.train] if len(prefixes) > 1 else None
+
+
+def _cache_name(data: DataConfig) -> str:
+    """megatron.core's cache key holds the paths of the files, not their content; this name does."""
+    digests = [content_digest(entry.prefix) for entry in data.train]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
+
+
+def build_valid_datasets(data: DataConfig, *, vocab_size: int, eod: int) -> dict[str, Dataset]:
+    """The held-out sets, by name."""
+    return {
+        name: CheckedDataset(
+            HeldOutDataset(
+                prefix, seq_length=data.seq_length, vocab_size=vocab_size, eod=eod if data.eod_mask_loss else None
+            ),
+            name=prefix,
+            vocab_size=vocab_size,
+        )
+        for name, prefix in data.valid.items()
+    }

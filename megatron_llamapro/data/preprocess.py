@@ -1,0 +1,170 @@
+"""Text to `.bin/.idx`: jsonl in, megatron.core's token files out, in several processes, complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+from megatron_llamapro.checkpoint.folder import sync
+from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.data.encoding import Chunk, Encoded, Encoder, chunks_of, encode_in_worker, start_worker
+from megatron_llamapro.data.token_files import TokenFileInfo, paths_of
+from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Preprocessed:
+    """What was written."""
+
+    info: TokenFileInfo
+    num_empty: int
+    """Documents without text, left out."""
+
+
+def preprocess(
+    inputs: Sequence[Path],
+    output_prefix: Path,
+    *,
+    tokenizer: Path,
+    json_key: str = "text",
+    eod_token: str | None = None,
+    num_workers: int = 1,
+    overwrite: bool = False,
+    progress: Callable[[int], object] = lambda num_bytes: None,
+) -> Preprocessed:
+    """Tokenize jsonl files (one document a line) into `<output_prefix>.bin` and `.idx`.
+
+    The result is the same bytes for any number of workers. `progress` is called with input bytes that are done.
+
+    Raises:
+        DataError: an input or the tokenizer is missing or damaged, nothing is left to write, or the output is there
+            already (unless `overwrite`).
+    """
+    _check(inputs, output_prefix, overwrite)
+    loaded = load_tokenizer(tokenizer, eod_token=eod_token)
+    encoder = Encoder(loaded, json_key)
+    start = (str(tokenizer), eod_token, json_key)
+    with _encoded(chunks_of(inputs), encoder, start, num_workers) as encoded, _draft(output_prefix) as draft:
+        writer = _Writer(draft, loaded)
+        num_empty = 0
+        for part in encoded:
+            writer.add(part)
+            num_empty += part.num_empty
+            progress(part.num_bytes)
+        if not writer.num_documents:
+            raise DataError(f"{', '.join(map(str, inputs))}: no documents with text, so there is nothing to write")
+        info = writer.finish()
+        _publish(draft, output_prefix, info)
+    return Preprocessed(info, num_empty)
+
+
+def _check(inputs: Sequence[Path], output_prefix: Path, overwrite: bool) -> None:
+    for path in inputs:
+        if not path.is_file():
+            raise DataError(f"{path} is not there: give jsonl files, one document a line")
+    for path in paths_of(output_prefix):
+        if path.exists() and not overwrite:
+            raise DataError(f"{path} exists: choose another --output_prefix, or give --overwrite")
+        if path in inputs:
+            raise DataError(f"{path} is an input and would be written: choose another --output_prefix")
+    output_prefix.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _encoded(
+    chunks: Iterable[Chunk], encoder: Encoder, start: tuple, num_workers: int
+) -> Iterator[Iterator[Encoded]]:
+    """The encoded chunks, in order; with workers, a few are under way at a time, so that memory stays bounded."""
+    if num_workers <= 1:
+        yield map(encoder, chunks)
+        return
+    places = threading.Semaphore(4 * num_workers)
+
+    def admitted() -> Iterator[Chunk]:
+        for chunk in chunks:
+            places.acquire()
+            yield chunk
+
+    def released(results: Iterator[Encoded]) -> Iterator[Encoded]:
+        for result in results:
+            places.release()
+            yield result
+
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(num_workers, initializer=start_worker, initargs=start) as pool:
+        yield released(pool.imap(encode_in_worker, admitted()))
+
+
+class _Writer:
+    """Appends documents to a draft pair, and counts what the side file tells."""
+
+    def __init__(self, draft: Path, tokenizer: Tokenizer) -> None:
+        self.draft = draft
+        self.tokenizer = tokenizer
+        self.dtype = DType.optimal_dtype(tokenizer.vocab_size)
+        self.builder = IndexedDatasetBuilder(str(paths_of(draft)[0]), dtype=self.dtype)
+        self.digest = hashlib.sha256()
+        self.num_documents = self.num_tokens = self.max_token = 0
+
+    def add(self, part: Encoded) -> None:
+        tokens = numpy.frombuffer(part.tokens, dtype=numpy.int32) if part.tokens else numpy.empty(0, numpy.int32)
+        if not len(tokens):
+            return
+        if tokens.min() < 0 or tokens.max() >= self.tokenizer.vocab_size:
+            raise DataError(f"the tokenizer gave the token {tokens.max()}, beyond its own {self.tokenizer.vocab_size}")
+        tokens = tokens.astype(self.dtype)
+        first = 0
+        for length in part.lengths:
+            self.builder.add_document(tokens[first : first + length], [length])
+            first += length
+        self.digest.update(tokens.tobytes())
+        self.num_documents += len(part.lengths)
+        self.num_tokens += len(tokens)
+        self.max_token = max(self.max_token, int(tokens.max()))
+
+    def finish(self) -> TokenFileInfo:
+        self.builder.finalize(str(paths_of(self.draft)[1]))
+        return TokenFileInfo(
+            num_documents=self.num_documents,
+            num_tokens=self.num_tokens,
+            vocab_size=self.tokenizer.vocab_size,
+            max_token=self.max_token,
+            eod=self.tokenizer.eod,
+            tokenizer_sha256=self.tokenizer.digest,
+            bin_bytes=paths_of(self.draft)[0].stat().st_size,
+            bin_sha256=self.digest.hexdigest(),
+        )
+
+
+@contextlib.contextmanager
+def _draft(output_prefix: Path) -> Iterator[Path]:
+    """A prefix beside the output's, whose files are gone afterwards."""
+    draft = output_prefix.with_name(f".{output_prefix.name}.partial-{os.getpid()}")
+    try:
+        yield draft
+    finally:
+        for path in paths_of(draft):
+            path.unlink(missing_ok=True)
+
+
+def _publish(draft: Path, output_prefix: Path, info: TokenFileInfo) -> None:
+    """Put the pair in place. The index goes first and comes last: where there is one, the pair is complete."""
+    info.write(paths_of(draft)[2])
+    new_bin, new_index, new_info = paths_of(draft)
+    for path in (new_bin, new_index, new_info):
+        sync(path)
+    old_bin, old_index, old_info = paths_of(output_prefix)
+    old_index.unlink(missing_ok=True)
+    os.replace(new_bin, old_bin)
+    os.replace(new_info, old_info)
+    os.replace(new_index, old_index)
+    sync(output_prefix.parent)

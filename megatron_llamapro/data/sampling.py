@@ -1,0 +1,103 @@
+"""Which samples a rank trains on, and when: a pure function of the order of the data and the samples consumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.config.schema import DataConfig
+from megatron_llamapro.data.token_files import content_digest
+
+
+class BatchSampler:
+    """Indices of this replica's micro-batches, from the first sample that was not consumed.
+
+    Every global batch is the next `global_batch_size` samples of the order, dealt out micro-batch by micro-batch over
+    the replicas; so a run that continues with another number of replicas trains on the same global batches.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_samples: int,
+        consumed_samples: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+    ) -> None:
+        self.starts = range(consumed_samples, num_samples - global_batch_size + 1, global_batch_size)
+        self.rounds = range(global_batch_size // (micro_batch_size * data_parallel_size))
+        self.micro_batch_size = micro_batch_size
+        self.rank, self.size = data_parallel_rank, data_parallel_size
+
+    def __len__(self) -> int:
+        return len(self.starts) * len(self.rounds)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self.starts:
+            for number in self.rounds:
+                first = start + (number * self.size + self.rank) * self.micro_batch_size
+                yield list(range(first, first + self.micro_batch_size))
+
+
+def train_batches(
+    dataset: Dataset,
+    *,
+    num_samples: int,
+    consumed_samples: int,
+    micro_batch_size: int,
+    global_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    num_workers: int = 0,
+) -> Iterator[dict]:
+    """This replica's micro-batches, [b, s] tensors by name, until `num_samples` are consumed.
+
+    Raises (when the samples are used up):
+        DataError: asked for more.
+    """
+    sampler = BatchSampler(
+        num_samples=num_samples,
+        consumed_samples=consumed_samples,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        data_parallel_rank=data_parallel_rank,
+        data_parallel_size=data_parallel_size,
+    )
+    yield from DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers)
+    raise DataError(f"all {num_samples} samples of the data's order are used up: set data.train_samples for a longer run")
+
+
+def data_order_fingerprint(data: DataConfig, *, num_samples: int, seed: int) -> dict[str, object]:
+    """Everything that the order of the samples depends on; not the paths of the files."""
+    return {
+        "train_samples": num_samples,
+        "seed": seed,
+        "seq_length": data.seq_length,
+        "eod_mask_loss": data.eod_mask_loss,
+        "blend": [[content_digest(entry.prefix), float(entry.weight)] for entry in data.train],
+    }
+
+
+_WHERE_SET = {
+    "train_samples": "training.train_iters, training.global_batch_size or data.train_samples",
+    "seed": "training.seed",
+    "seq_length": "data.seq_length",
+    "eod_mask_loss": "data.eod_mask_loss",
+    "blend": "data.train (its files, their order or their weights)",
+}
+
+
+def check_same_order(stored: Mapping[str, object], current: Mapping[str, object]) -> None:
+    """Raise `DataError` where a continued run would read its samples in another order than it began with."""
+    for name, where in _WHERE_SET.items():
+        if stored.get(name) != current[name]:
+            was, now = (f" ({value})" if name != "blend" else "" for value in (stored.get(name), current[name]))
+            raise DataError(
+                f"the run in checkpoint.save began with another {where}{was}, now{now or ' changed'}: the rest of its "
+                "data would come in another order; restore it, or start a new run in another checkpoint.save with "
+                "model.checkpoint set to this one"
+            )

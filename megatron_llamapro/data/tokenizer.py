@@ -1,0 +1,165 @@
+"""Tokenizers as megatron.core's datasets ask for them: sentencepiece `.model` (Llama 2) and `tokenizer.json` (Llama 3).
+
+Neither adds begin- or end-of-text by itself here; preprocessing ends every document with `eod`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from megatron_llamapro.config.errors import DataError
+
+JSON_NAME, MODEL_NAME = "tokenizer.json", "tokenizer.model"
+
+
+class _Backend(Protocol):
+    """What the two libraries have in common here."""
+
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token_id(self, token: str) -> int | None: ...
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    `vocab_size` is the number of ids it can give, `eod` the id that ends a document. It has no padding id: a padding
+    id that occurs in documents would have those tokens count for nothing in the loss.
+    """
+
+    pad = -1
+
+    def __init__(self, backend: _Backend, *, eod: int, digest: str) -> None:
+        self._backend = backend
+        self.vocab_size = backend.vocab_size
+        self.eod = eod
+        self.digest = digest
+        """Hash of the file that defines it."""
+        self.unique_identifiers = {"class": type(self).__name__, "digest": digest, "eod": eod}
+        """Part of the key of megatron.core's index cache."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, nothing added."""
+        return self._backend.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`."""
+        return self._backend.decode(ids)
+
+
+class _JsonBackend:
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer as FastTokenizer
+
+        try:
+            self._tokenizer = FastTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{path} is not a tokenizer: {error}") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids, default=-1) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+
+class _SentencePieceBackend:
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._processor = SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{path} is not a sentencepiece model: {error}") from None
+        self.vocab_size = self._processor.vocab_size()
+        self.eos_id = self._processor.eos_id()
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode(list(ids))
+
+    def token_id(self, token: str) -> int | None:
+        found = self._processor.piece_to_id(token)
+        return None if self._processor.id_to_piece(found) != token else found
+
+
+def load_tokenizer(path: Path, *, eod_token: str | None = None) -> Tokenizer:
+    """The tokenizer in `path`: tokenizer.json, a .model file, or a folder with one (tokenizer.json first).
+
+    `eod_token` names the token that ends a document; without it, the tokenizer's end-of-sequence token.
+
+    Raises:
+        DataError: there is none, it is damaged, or its end-of-sequence token is not known.
+    """
+    file = _tokenizer_file(Path(path))
+    is_json = file.suffix == ".json"
+    backend = _JsonBackend(file) if is_json else _SentencePieceBackend(file)
+    eod = _named_token(backend, eod_token, file) if eod_token else _end_of_sequence(backend, file)
+    return Tokenizer(backend, eod=eod, digest=hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+def _tokenizer_file(path: Path) -> Path:
+    if path.is_dir():
+        for name in (JSON_NAME, MODEL_NAME):
+            if (path / name).is_file():
+                return path / name
+        raise DataError(f"{path} has no {JSON_NAME} and no {MODEL_NAME}: give a tokenizer file, or a folder with one")
+    if not path.is_file():
+        raise DataError(f"{path} is not there: give a tokenizer file, or a folder with one")
+    if path.suffix not in (".json", ".model"):
+        raise DataError(f"{path} is no known tokenizer: give a {JSON_NAME} or a sentencepiece .model file")
+    return path
+
+
+def _named_token(backend: _Backend, token: str, file: Path) -> int:
+    found = backend.token_id(token)
+    if found is None:
+        raise DataError(f"{file} has no token {token!r}")
+    return found
+
+
+def _end_of_sequence(backend: _Backend, file: Path) -> int:
+    """The end-of-sequence id: sentencepiece's own, or what the files beside tokenizer.json say."""
+    if isinstance(backend, _SentencePieceBackend) and backend.eos_id >= 0:
+        return backend.eos_id
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _json(file.with_name(name)).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return _named_token(backend, token, file)
+    for name in ("generation_config.json", "config.json"):
+        ids = _json(file.with_name(name)).get("eos_token_id")
+        first = ids[0] if isinstance(ids, list) and ids else ids
+        if type(first) is int and 0 <= first < backend.vocab_size:
+            return first
+    raise DataError(
+        f"{file}: no end-of-sequence token is known (no eos_token in tokenizer_config.json beside it): name one with "
+        "--eod_token"
+    )
+
+
+def _json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
+    return content if isinstance(content, dict) else {}

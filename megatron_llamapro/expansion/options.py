@@ -1,0 +1,73 @@
+"""The command-line options that ask for added blocks, the same in every tool that takes them. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from megatron_llamapro.config.command import CommandParser
+from megatron_llamapro.expansion.plan import ExpansionPlan, Placement, placed_positions
+
+Expand = Callable[[ExpansionPlan], ExpansionPlan]
+"""From the plan of a model to the plan of the model with one more round of added blocks."""
+
+
+def add_expansion_options(parser: argparse.ArgumentParser) -> None:
+    """Add --num_added_blocks, --placement, --blocks_per_group and --positions."""
+    group = parser.add_argument_group("added blocks")
+    group.add_argument(
+        "--num_added_blocks",
+        type=int,
+        metavar="N",
+        help="blocks to add; interleaved, they are spread as evenly as N allows",
+    )
+    group.add_argument(
+        "--placement",
+        choices=[placement.value for placement in Placement],
+        help="interleaved: a copy behind every group of blocks (the paper's, and the default); prefix: copies of the "
+        "first N before block 0; suffix: copies of the last N after the last",
+    )
+    group.add_argument(
+        "--blocks_per_group",
+        type=int,
+        metavar="P",
+        help="interleaved: a group's last P blocks are copied behind it (default 1); P divides N",
+    )
+    group.add_argument(
+        "--positions",
+        type=_layer_indices,
+        metavar="4,9,14",
+        help="instead of all these: the added blocks' layer indices in the expanded model, from 0, ascending",
+    )
+
+
+def read_expansion_options(parser: CommandParser, args: argparse.Namespace) -> Expand | None:
+    """What the options ask for; None where they ask for no added blocks. Options that exclude each other end the
+    program with a usage error."""
+    counted = [name for name in ("num_added_blocks", "placement", "blocks_per_group") if getattr(args, name) is not None]
+    if args.positions is not None:
+        if counted:
+            parser.error(f"--positions says where every added block goes: leave out --{counted[0]}")
+        return lambda plan: plan.expand(args.positions)
+    if args.num_added_blocks is None:
+        if counted:
+            parser.error(f"--{counted[0]} needs --num_added_blocks")
+        return None
+
+    def expand(plan: ExpansionPlan) -> ExpansionPlan:
+        positions = placed_positions(
+            plan.num_layers,
+            args.num_added_blocks,
+            placement=Placement(args.placement or Placement.INTERLEAVED.value),
+            blocks_per_group=1 if args.blocks_per_group is None else args.blocks_per_group,
+        )
+        return plan.expand(positions)
+
+    return expand
+
+
+def _layer_indices(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of layer indices such as 4,9,14") from None
