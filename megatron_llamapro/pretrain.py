@@ -18,9 +18,12 @@ from megatron_llamapro.config.schema import RunConfig
 def main() -> int:
     """Parse, set up, train, close."""
     config, error = _parse()
-    from megatron_llamapro.runtime.distributed import import_megatron, raise_together, start_world, stop_world
+    from megatron_llamapro.runtime import cpu
+    from megatron_llamapro.runtime.distributed import raise_together, start_world, stop_world
+    from megatron_llamapro.runtime.upstream import import_megatron
 
     import_megatron()
+    cpu.install()
     start_world(timeout_minutes=config.parallel.distributed_timeout_minutes if config else 10.0)
     try:
         raise_together(error)

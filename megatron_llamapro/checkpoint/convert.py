@@ -7,7 +7,6 @@ target's place.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,7 @@ from megatron_llamapro.checkpoint.hf_writer import (
 from megatron_llamapro.checkpoint.manifest import Manifest, Source, config_sha256, tool_versions
 from megatron_llamapro.checkpoint.megatron_dist import TorchDistReader, write_torch_dist
 from megatron_llamapro.checkpoint.sources import ExpandedSource, MegatronSource, TensorSource
-from megatron_llamapro.checkpoint.transforms import DTYPES, merge, raw_bytes
+from megatron_llamapro.checkpoint.transforms import DTYPES, merge, sha256
 from megatron_llamapro.checkpoint.weight_map import Merge, hf_name_in_layer, iter_hf, weights_of
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.plan import ExpansionPlan
@@ -64,7 +63,7 @@ class _Hashes:
 
     def note(self, name: str, tensor: torch.Tensor, plan: ExpansionPlan) -> str:
         """The hash of a Hugging Face tensor of the target, kept where the tensor is an original."""
-        digest = _sha256(tensor)
+        digest = sha256(tensor)
         source_name = original_name(name, plan)
         if source_name is not None:
             self.original[source_name] = digest
@@ -106,7 +105,7 @@ def hf_to_megatron(
         parts = [tensors.tensor(part) for part in weight.hf_names]
         digests = [hashes.note(part, tensor, tensors.plan) for part, tensor in zip(weight.hf_names, parts, strict=True)]
         whole = merge(weight, parts, tensors.shape)
-        hashes.written[name] = digests[0] if weight.row.merge is Merge.COPY else _sha256(whole)
+        hashes.written[name] = digests[0] if weight.row.merge is Merge.COPY else sha256(whole)
         progress(whole.nbytes)
         return whole
 
@@ -213,10 +212,6 @@ def original_name(name: str, plan: ExpansionPlan) -> str | None:
     return None if layer.is_added else hf_name_in_layer(name, layer.source_layer)
 
 
-def _sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
-
-
 def _manifest(reader: HFReader, tensors: ExpandedSource, hashes: _Hashes) -> Manifest:
     """The target's manifest. What the source's own manifest says of the original tensors is kept, not made anew from
     tensors that may have been trained since."""
@@ -244,7 +239,7 @@ def _check_unmoved(reader: HFReader, known: Manifest) -> None:
     """A cast makes new hashes of the original tensors: refuse to make them of tensors that are no longer original."""
     for _, name, _ in iter_hf(weights_of(reader.shape)):
         source_name = original_name(name, known.plan)
-        if source_name is not None and _sha256(reader.tensor(name)) != known.original_sha256.get(source_name):
+        if source_name is not None and sha256(reader.tensor(name)) != known.original_sha256.get(source_name):
             raise CheckpointError(
                 f"{reader.folder}: {name} is not the original tensor any more, so a cast would lose the proof of which "
                 "ones are: convert without --dtype"
@@ -262,7 +257,7 @@ def _fingerprint(reader: HFReader) -> Source:
 def _compare(folder: Path, hashes: _Hashes, read: Callable[[str], torch.Tensor]) -> None:
     """Read back what was written; the disk, or a bug, may have changed it."""
     for name, expected in hashes.written.items():
-        if _sha256(read(name)) != expected:
+        if sha256(read(name)) != expected:
             raise CheckpointError(f"{folder}: {name} reads back other than it was written: check the disk, and try again")
 
 

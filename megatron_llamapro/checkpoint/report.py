@@ -26,6 +26,10 @@ class ByteBar:
         """Say that so many more are done."""
         self._bar.update(num_bytes)
 
+    def write(self, line: str) -> None:
+        """Print a line to standard output, above the bar."""
+        self._bar.write(line)
+
 
 @contextmanager
 def byte_bar(description: str) -> Iterator[ByteBar]:

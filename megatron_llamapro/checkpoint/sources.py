@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_llamapro.checkpoint.folder import resolve_megatron_checkpoint
+from megatron_llamapro.checkpoint.folder import LATEST, is_torch_dist, resolve_megatron_checkpoint
 from megatron_llamapro.checkpoint.hf_reader import HFReader
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.megatron_dist import TorchDistReader
@@ -79,6 +79,17 @@ class MegatronSource:
         unknown = sorted(set(stored) - set(expected))
         if unknown:
             raise CheckpointError(f"{self.folder} has the tensor {unknown[0]}, which this model family does not have")
+
+
+def open_checkpoint(folder: Path) -> HFReader | MegatronSource:
+    """A checkpoint of either format; of a training run's folder, its newest.
+
+    Raises:
+        CheckpointError: neither, or one that is not complete.
+    """
+    folder = Path(folder)
+    is_megatron = is_torch_dist(folder) or (folder / LATEST).is_file()
+    return MegatronSource(folder) if is_megatron else HFReader(folder)
 
 
 def _fits(stored: tuple[int, ...], weight: Weight) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -58,3 +59,13 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, *, name: str) -> torch.Tensor
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes, row-major, without a copy where it is contiguous."""
     return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def sha256(tensor: torch.Tensor) -> str:
+    """Content hash of a tensor: of its bytes, not of its shape or type."""
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
+
+
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one type hold the same bits: tells -0.0 from 0.0, and knows a NaN again."""
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

@@ -47,7 +47,13 @@ class StageReport:
     trainable_layers: tuple[int, ...]
     """Global layers with at least one trainable parameter."""
     num_parameters: int
+    """Of this rank."""
     num_trainable: int
+    """Of this rank."""
+    num_stage_parameters: int
+    """Of all tensor-parallel ranks of the stage, each counted once; with padding of the vocabulary."""
+    num_stage_trainable: int
+    """Of all tensor-parallel ranks of the stage, each counted once."""
     weight_bytes: int
     gradient_bytes: int
     """float32 gradient buffers of trainable parameters."""
@@ -80,10 +86,12 @@ def freeze(
     trainable: Sequence[str] = (ADDED_BLOCKS,),
     *,
     tie_word_embeddings: bool = False,
+    tensor_size: int = 1,
 ) -> StageReport:
     """Set `requires_grad` of every parameter of this rank's model chunks, and report what trains.
 
-    `trainable` holds names out of `TRAINABLE_CHOICES`. Call it before DDP wraps the chunks.
+    `trainable` holds names out of `TRAINABLE_CHOICES`; `tensor_size` is the tensor-parallel size, for the report's
+    totals. Call it before DDP wraps the chunks.
 
     Raises:
         ConfigError: a name that is nothing, or that this model does not have.
@@ -93,7 +101,7 @@ def freeze(
     added = frozenset(plan.added_layers)
     for named in parameters:
         named.parameter.requires_grad_(_trains(named, trainable, added, tie_word_embeddings))
-    return stage_report(parameters)
+    return stage_report(parameters, tensor_size=tensor_size)
 
 
 def _trains(named: NamedParameter, trainable: Sequence[str], added: Collection[int], tied: bool) -> bool:
@@ -111,8 +119,12 @@ def _trains(named: NamedParameter, trainable: Sequence[str], added: Collection[i
     return any(part in named.name for choice in trainable for part in BLOCK_PARTS.get(choice, ()))
 
 
-def stage_report(parameters: Sequence[NamedParameter]) -> StageReport:
+def stage_report(parameters: Sequence[NamedParameter], *, tensor_size: int = 1) -> StageReport:
     """Counts and bytes of what trains among one rank's parameters."""
+
+    def on_stage(some: Sequence[NamedParameter]) -> int:
+        return sum(x.parameter.numel() * (tensor_size if _is_divided(x.parameter) else 1) for x in some)
+
     training = [named for named in parameters if named.parameter.requires_grad]
     num_trainable = sum(named.parameter.numel() for named in training)
     masters = sum(named.parameter.numel() for named in training if named.parameter.dtype != torch.float32)
@@ -121,7 +133,14 @@ def stage_report(parameters: Sequence[NamedParameter]) -> StageReport:
         trainable_layers=tuple(sorted({named.layer for named in training if named.layer is not None})),
         num_parameters=sum(named.parameter.numel() for named in parameters),
         num_trainable=num_trainable,
+        num_stage_parameters=on_stage(parameters),
+        num_stage_trainable=on_stage(training),
         weight_bytes=sum(named.parameter.numel() * named.parameter.element_size() for named in parameters),
         gradient_bytes=4 * num_trainable,
         optimizer_bytes=8 * num_trainable + 4 * masters,
     )
+
+
+def _is_divided(parameter: torch.nn.Parameter) -> bool:
+    """Whether tensor-parallel ranks hold different parts of it, by megatron.core's mark."""
+    return getattr(parameter, "tensor_model_parallel", False)

@@ -6,10 +6,8 @@ The only module that reads `megatron.core.parallel_state`.
 from __future__ import annotations
 
 import datetime
-import importlib
 import os
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,27 +16,6 @@ import torch.distributed as dist
 
 from megatron_llamapro.config.errors import LlamaProError
 from megatron_llamapro.config.schema import ParallelConfig
-
-# What this package imports of megatron.core, and what warns when it is imported.
-_MEGATRON_MODULES = (
-    "megatron.core",
-    "megatron.core.datasets.blended_megatron_dataset_builder",
-    "megatron.core.datasets.gpt_dataset",
-    "megatron.core.dist_checkpointing",
-    "megatron.core.distributed",
-    "megatron.core.models.gpt.gpt_layer_specs",
-    "megatron.core.optimizer",
-    "megatron.core.pipeline_parallel",
-)
-
-# What megatron.core 0.16.1 makes newer versions of torch warn of. Start of the message, category.
-UPSTREAM_WARNINGS = (
-    (r"`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning),
-    (r"The .grad attribute of a Tensor that is not a leaf", UserWarning),  # its optimizer asks views of parameters
-    (r"`load_state_dict` is deprecated", FutureWarning),  # its checkpoint loader
-    (r"torch.distributed.(_all_gather_base|_reduce_scatter_base) is a private function", FutureWarning),
-)
-
 
 @dataclass(frozen=True)
 class ParallelLayout:
@@ -130,20 +107,3 @@ def raise_together(error: LlamaProError | None) -> None:
         if found is not None:
             where = f" (on rank {rank})" if rank else ""
             raise type(found)(f"{found}{where}")
-
-
-def import_megatron() -> None:
-    """Import `megatron.core` without its notices that Transformer Engine and Apex are missing, silence what it warns
-    of later and nobody can mend, and let the CPU stand in for CUDA where there is none."""
-    # Kernels and collectives in one queue, so that tensor-parallel all-reduces overlap with the products after them.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for module in _MEGATRON_MODULES:
-            importlib.import_module(module)
-    for message, category in UPSTREAM_WARNINGS:
-        warnings.filterwarnings("ignore", message=message, category=category)
-
-    from megatron_llamapro.runtime import cpu
-
-    cpu.install()

@@ -45,9 +45,12 @@ def _rank_main(rank: int, world_size: int, folder: str, worker: Callable, args: 
     faulthandler.dump_traceback_later(TIMEOUT_SECONDS, exit=True)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    from megatron_llamapro.runtime.distributed import import_megatron, stop_world
+    from megatron_llamapro.runtime import cpu
+    from megatron_llamapro.runtime.distributed import stop_world
+    from megatron_llamapro.runtime.upstream import import_megatron
 
     import_megatron()
+    cpu.install()
     torch.distributed.init_process_group(
         "gloo",
         init_method=(Path(folder) / "rendezvous").as_uri(),

@@ -1,5 +1,5 @@
 """Imported once by the fork server of `testing.distributed`: the slow imports. Starts no thread and no group."""
 
-from megatron_llamapro.runtime.distributed import import_megatron
+from megatron_llamapro.runtime.upstream import import_megatron
 
 import_megatron()

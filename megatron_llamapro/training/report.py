@@ -18,8 +18,8 @@ GIB = 2**30
 def print_report(run: Run) -> dict[str, object]:
     """Print what trains on every stage, on rank 0. All ranks call it; returns the `run` record."""
     stages = _first_of_each_stage(run)
-    parameters = sum(stage.num_parameters for stage in stages)
-    trainable = sum(stage.num_trainable for stage in stages)
+    parameters = sum(stage.num_stage_parameters for stage in stages)
+    trainable = sum(stage.num_stage_trainable for stage in stages)
     record = _run_record(run, parameters=parameters, trainable=trainable)
     if run.layout.rank == 0:
         plan = run.source.manifest.plan
@@ -28,10 +28,10 @@ def print_report(run: Run) -> dict[str, object]:
         for number, stage in enumerate(stages):
             print(_stage_line(number, stage, run.layout.data_size))
         share = trainable / parameters
-        tensor_size = run.layout.tensor_size
+        layout = run.layout
         print(
-            f"{trainable * tensor_size:,} of {parameters * tensor_size:,} parameters train ({share:.1%}); "
-            f"{run.layout.world_size} ranks: TP {tensor_size} x PP {run.layout.pipeline_size} x DP {run.layout.data_size}",
+            f"{trainable:,} of {parameters:,} parameters train ({share:.1%}); {layout.world_size} ranks: "
+            f"TP {layout.tensor_size} x PP {layout.pipeline_size} x DP {layout.data_size}",
             flush=True,
         )
         if run.state.iteration:
@@ -52,9 +52,14 @@ def _stage_line(number: int, stage: StageReport, data_size: int) -> str:
     blocks = ", ".join(map(str, stage.trainable_layers)) or "none"
     return (
         f"  stage {number}: {stage.num_layers} blocks, trainable in {blocks}; "
-        f"{stage.num_trainable:,} of {stage.num_parameters:,} parameters; weights {stage.weight_bytes / GIB:.2f} GiB, "
-        f"gradients {stage.gradient_bytes / GIB:.2f}, optimizer {stage.optimizer_bytes / data_size / GIB:.2f}"
+        f"{stage.num_trainable:,} of {stage.num_parameters:,} parameters; weights {human(stage.weight_bytes)}, "
+        f"gradients {human(stage.gradient_bytes)}, optimizer {human(stage.optimizer_bytes / data_size)}"
     )
+
+
+def human(num_bytes: float) -> str:
+    """Bytes for people: 1.50 GiB, 22.1 MiB."""
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _run_record(run: Run, *, parameters: int, trainable: int) -> dict[str, object]:
@@ -65,8 +70,8 @@ def _run_record(run: Run, *, parameters: int, trainable: int) -> dict[str, objec
         "tensor_model_parallel_size": run.layout.tensor_size,
         "pipeline_model_parallel_size": run.layout.pipeline_size,
         "data_parallel_size": run.layout.data_size,
-        "parameters": parameters * run.layout.tensor_size,
-        "trainable_parameters": trainable * run.layout.tensor_size,
+        "parameters": parameters,
+        "trainable_parameters": trainable,
         "trainable": list(run.config.model.trainable),
     }
 

@@ -78,12 +78,16 @@ def set_up(config: RunConfig) -> Run:
         source.shape, model=config.model, parallel=config.parallel, precision=config.training.precision
     )
     report = freeze(
-        models, source.manifest.plan, config.model.trainable, tie_word_embeddings=source.shape.tie_word_embeddings
+        models,
+        source.manifest.plan,
+        config.model.trainable,
+        tie_word_embeddings=source.shape.tie_word_embeddings,
+        tensor_size=layout.tensor_size,
     )
     resume_from = latest_checkpoint(Path(config.checkpoint.save)) if config.checkpoint.save else None
     if resume_from is None:
         load_model(models, source.folder)
-    chunks = [_wrapped(model, config.parallel) for model in models]
+    chunks = [wrapped(model, config.parallel) for model in models]
     optimizer = build_optimizer(chunks, config.optimizer, precision=config.training.precision)
     scheduler = build_scheduler(optimizer, config.optimizer, train_iters=config.training.train_iters)
     connect(
@@ -163,7 +167,8 @@ def _check_precision(config: RunConfig, manifest: Manifest, folder: Path) -> Non
         )
 
 
-def _wrapped(model: LlamaModel, parallel: ParallelConfig) -> DistributedDataParallel:
+def wrapped(model: LlamaModel, parallel: ParallelConfig) -> DistributedDataParallel:
+    """The model in megatron.core's DDP: gradient buffers in float32, for what trains only."""
     return DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(

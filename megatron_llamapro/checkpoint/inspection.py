@@ -1,0 +1,139 @@
+"""What a checkpoint is, told from its small files and headers; no tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_llamapro.checkpoint.hf_reader import HFReader
+from megatron_llamapro.checkpoint.report import size_text
+from megatron_llamapro.checkpoint.sources import open_checkpoint
+from megatron_llamapro.checkpoint.transforms import DTYPES
+from megatron_llamapro.checkpoint.weight_map import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, Weight, weights_of
+from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.model.families import ModelShape
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model, in numbers."""
+
+    name: str
+    num_parameters: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint, described."""
+
+    folder: Path
+    format: str
+    family: str
+    dtype: str
+    shape: ModelShape
+    plan: ExpansionPlan
+    source: str | None
+    """Name of the first source model; None without a manifest."""
+    parts: tuple[Part, ...]
+
+    @property
+    def trains(self) -> str:
+        """What trains unless a run's configuration says otherwise."""
+        added = next(part for part in self.parts if part.name == "added blocks")
+        if not added.num_parameters:
+            return "nothing is added yet: add blocks first, or train everything"
+        total = sum(part.num_parameters for part in self.parts)
+        share = f"{100 * added.num_parameters / total:.1f} %"
+        return f"added blocks: {added.num_parameters:,} of {total:,} parameters ({share})"
+
+    def to_json(self) -> dict:
+        """Plain data."""
+        return {
+            "folder": str(self.folder),
+            "format": self.format,
+            "family": self.family,
+            "dtype": self.dtype,
+            "shape": asdict(self.shape),
+            "source": self.source,
+            "num_layers": self.plan.num_layers,
+            "added_layers": list(self.plan.added_layers),
+            "plan": self.plan.to_json(),
+            "parts": [asdict(part) for part in self.parts],
+            "trains": self.trains,
+        }
+
+    def __str__(self) -> str:
+        size = self.shape
+        rows = [
+            ("folder", f"{self.folder} ({self.format})"),
+            ("family", f"{self.family}, {self.dtype}" + (f", made from {self.source}" if self.source else "")),
+            ("layers", f"{self.plan.num_layers}, of which {len(self.plan.added_layers)} added"),
+            ("plan", drawing(self.plan, tie_word_embeddings=size.tie_word_embeddings)),
+            ("", legend(self.plan)),
+            ("trains", self.trains),
+            ("shape", f"hidden {size.hidden_size}, feed-forward {size.ffn_hidden_size}, vocabulary {size.vocab_size}"),
+            ("heads", f"{size.num_attention_heads} in {size.num_query_groups} groups of {size.kv_channels} channels"),
+            *((part.name, f"{part.num_parameters:,} parameters, {size_text(part.num_bytes)}") for part in self.parts),
+        ]
+        return "\n".join(f"{name:<16}{text}" for name, text in rows)
+
+
+def inspect(folder: Path) -> Inspection:
+    """Describe a checkpoint of either format; of a training run's folder, its newest.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    opened = open_checkpoint(folder)
+    plan = opened.plan
+    return Inspection(
+        folder=opened.folder,
+        format="Hugging Face" if isinstance(opened, HFReader) else "Megatron, torch_dist",
+        family=opened.config["model_type"],
+        dtype=opened.dtype,
+        shape=opened.shape,
+        plan=plan,
+        source=opened.manifest.source.name if opened.manifest else None,
+        parts=tuple(_part(name, belongs, opened.shape, plan, opened.dtype) for name, belongs in _PARTS.items()),
+    )
+
+
+_PARTS: dict[str, Callable[[Weight, ExpansionPlan], bool]] = {
+    "embedding": lambda weight, plan: weight.row is EMBEDDING,
+    "original blocks": lambda weight, plan: weight.layer is not None and not plan.layers[weight.layer].is_added,
+    "added blocks": lambda weight, plan: weight.layer is not None and plan.layers[weight.layer].is_added,
+    "final norm": lambda weight, plan: weight.row is FINAL_NORM,
+    "output layer": lambda weight, plan: weight.row is OUTPUT_LAYER,
+}
+
+
+def _part(
+    name: str, belongs: Callable[[Weight, ExpansionPlan], bool], shape: ModelShape, plan: ExpansionPlan, dtype: str
+) -> Part:
+    weights = [weight for weight in weights_of(shape) if belongs(weight, plan)]
+    num_parameters = sum(torch.Size(weight.megatron_shape).numel() for weight in weights)
+    return Part(name, num_parameters, num_parameters * DTYPES[dtype].itemsize)
+
+
+def drawing(plan: ExpansionPlan, *, tie_word_embeddings: bool) -> str:
+    """The model in one line: E o o A o o A H."""
+    blocks = [_letter(plan, layer.added_in_round) for layer in plan.layers]
+    return " ".join(["E", *blocks, "E" if tie_word_embeddings else "H"])
+
+
+def legend(plan: ExpansionPlan) -> str:
+    """What the letters of `drawing` mean."""
+    rounds = range(1, plan.num_rounds + 1)
+    added = [f"{_letter(plan, number)} added" + (f" in round {number}" if len(rounds) > 1 else "") for number in rounds]
+    return ", ".join(["E embedding", "o original block", *added, "H head"])
+
+
+def _letter(plan: ExpansionPlan, added_in_round: int) -> str:
+    """o; A for an added block, or the number of its round where there were several."""
+    if added_in_round == 0:
+        return "o"
+    return "A" if plan.num_rounds == 1 else str(added_in_round)

@@ -1,0 +1,247 @@
+"""Proof that an expanded model is what it should be: identical in function before training, untouched originals after.
+
+Every claim is a `Check`. Both checkpoints are read a tensor at a time; nothing is taken from a manifest that the
+tensors do not confirm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+import torch
+
+from megatron_llamapro.checkpoint.convert import original_name
+from megatron_llamapro.checkpoint.hf_reader import HFReader
+from megatron_llamapro.checkpoint.reference import logits
+from megatron_llamapro.checkpoint.sources import MegatronSource, TensorSource, open_checkpoint
+from megatron_llamapro.checkpoint.transforms import DTYPES, cast, same_bytes, sha256
+from megatron_llamapro.checkpoint.weight_map import Weight, hf_name_in_layer, weights_of
+from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.expansion.plan import ExpansionPlan, Layer
+from megatron_llamapro.model.families import ModelShape
+
+_NUM_TOKENS = 32  # the sequence that the function is compared on
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim, and whether it holds."""
+
+    name: str
+    ok: bool
+    text: str
+    """What was found, with numbers and names."""
+
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.ok else 'FAIL'} {self.name}: {self.text}"
+
+
+def verify(
+    original: Path, expanded: Path, *, progress: Callable[[int], object] = lambda num_bytes: None
+) -> Iterator[Check]:
+    """Compare `expanded` (either format, trained or not) with the Hugging Face checkpoint it was made from.
+
+    Lineage, original tensors, their hashes in the manifest, added blocks; and, where no added block is trained yet,
+    the function. `progress` is called with the bytes that were read. Checks come as they are made.
+
+    Raises:
+        CheckpointError: one of the two cannot be read, or `expanded` does not say which blocks were added.
+    """
+    source, result = HFReader(original), open_checkpoint(expanded)
+    if result.manifest is None:
+        raise CheckpointError(f"{expanded} has no manifest, so nothing says which of its blocks were added")
+    lineage = _check_lineage(source, result)
+    yield lineage
+    if not lineage.ok:
+        return
+    watched_source = _Watched(source, dtype=result.dtype, progress=progress)
+    watched = _Watched(result, dtype=result.dtype, progress=progress)
+    yield from _check_originals(watched_source, watched, source, result)
+    blocks = [_inspect_block(watched, result.plan, index) for index in _blocks_to_judge(source.plan, result.plan)]
+    if blocks:
+        yield _check_blocks(blocks)
+    if not any(block.state is BlockState.TRAINED for block in blocks):
+        yield _check_function(watched_source, watched)
+
+
+class _Watched:
+    """A checkpoint seen in `dtype`, that reports every byte that is read of it."""
+
+    def __init__(self, source: TensorSource, *, dtype: str, progress: Callable[[int], object]) -> None:
+        self.shape, self.dtype = source.shape, dtype
+        self._read, self._progress = source.tensor, progress
+
+    def tensor(self, name: str) -> torch.Tensor:
+        tensor = self._read(name)
+        self._progress(tensor.nbytes)
+        return cast(tensor, DTYPES[self.dtype], name=name)
+
+
+def _check_lineage(source: HFReader, result: HFReader | MegatronSource) -> Check:
+    """The blocks of the original, in order, are those that the expanded model's plan says it had."""
+    before, after = source.plan, result.plan
+    kept = [layer for layer in after.layers if layer.added_in_round <= before.num_rounds]
+    differing = _differing_fields(source.shape, result.shape)
+    if [_identity(layer) for layer in kept] != [_identity(layer) for layer in before.layers]:
+        problem = f"its plan starts from other blocks than the original's {before.num_layers}"
+        return Check("lineage", ok=False, text=problem)
+    if differing:
+        return Check("lineage", ok=False, text=f"config.json differs from the original's in {', '.join(differing)}")
+    added = after.num_layers - before.num_layers
+    return Check("lineage", ok=True, text=f"{before.num_layers} blocks of the original and {added} added")
+
+
+def _identity(layer: Layer) -> tuple[int, int]:
+    return layer.source_layer, layer.added_in_round
+
+
+def _differing_fields(before: ModelShape, after: ModelShape) -> list[str]:
+    names = [field.name for field in dataclasses.fields(ModelShape) if field.name != "num_layers"]
+    return [name for name in names if getattr(before, name) != getattr(after, name)]
+
+
+@dataclass
+class _Comparison:
+    """What was found about tensors that must not have moved."""
+
+    compared: int = 0
+    moved: list[str] = field(default_factory=list)
+    hash_differs: list[str] = field(default_factory=list)
+
+
+def _check_originals(
+    source: TensorSource, result: TensorSource, original: HFReader, expanded: HFReader | MegatronSource
+) -> Iterator[Check]:
+    """Tensors of the first source model are the original's, bit for bit, and have the manifest's hashes."""
+    found = _Comparison()
+    hashes = expanded.manifest.original_sha256
+    for weight in weights_of(result.shape):
+        for name in weight.hf_names:
+            first_name = original_name(name, expanded.plan)
+            if first_name is None:
+                continue
+            actual = result.tensor(name)
+            expected = source.tensor(_name_in_original(name, weight, original.plan, expanded.plan))
+            found.compared += 1
+            if not same_bytes(actual, expected):
+                found.moved.append(name)
+            if sha256(actual) != hashes.get(first_name):
+                found.hash_differs.append(name)
+    was_cast = original.dtype != expanded.dtype
+    how = f", after the cast from {original.dtype} to {expanded.dtype}" if was_cast else ""
+    yield _check_none(found.moved, "original tensors", f"of {found.compared} moved", f"{found.compared} bit-identical{how}")
+    yield _check_none(
+        found.hash_differs,
+        "manifest",
+        f"of {found.compared} original tensors do not have their hash",
+        f"{found.compared} original tensors have their hash",
+    )
+
+
+def _check_none(names: list[str], claim: str, problem: str, success: str) -> Check:
+    return Check(claim, ok=not names, text=f"{_some(names)} {problem}" if names else success)
+
+
+def _name_in_original(name: str, weight: Weight, before: ExpansionPlan, after: ExpansionPlan) -> str:
+    """The name, in the given original, of an original block's tensor of the expanded model."""
+    if weight.layer is None:
+        return name
+    return hf_name_in_layer(name, before.original_layers[after.layers[weight.layer].source_layer])
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+
+
+class BlockState(Enum):
+    """What has become of an added block."""
+
+    IDENTITY = "identity, as it was added"
+    TRAINED = "trained"
+    WRONG = "wrong"
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """An added block, judged."""
+
+    layer: int
+    state: BlockState
+    text: str = ""
+    """What is wrong."""
+
+
+def _blocks_to_judge(before: ExpansionPlan, after: ExpansionPlan) -> list[int]:
+    """Blocks that were added since the original. (Those that it had already may have been trained in it.)"""
+    return [i for i, layer in enumerate(after.layers) if layer.added_in_round > before.num_rounds]
+
+
+def _inspect_block(result: TensorSource, plan: ExpansionPlan, index: int) -> BlockReport:
+    """Judge one added block by its tensors and its parent's, both in the expanded model.
+
+    Training moves the output projections first (their gradient is the only one that is not zero at step 0), so
+    zeros there mean an untrained block, which must then be its parent's copy. Only the latest round's parents are
+    known; an earlier round's block is judged by its zeros alone.
+    """
+    weights = [weight for weight in weights_of(result.shape) if weight.layer == index]
+    outputs = [name for weight in weights if weight.row.zero_in_added for name in weight.hf_names]
+    others = [name for weight in weights if not weight.row.zero_in_added for name in weight.hf_names]
+    parent = _parent_in(plan, index)
+    all_zero = True
+    for name in outputs:
+        tensor = result.tensor(name)
+        if torch.count_nonzero(tensor):
+            all_zero = False
+            if parent is not None and same_bytes(tensor, result.tensor(hf_name_in_layer(name, parent))):
+                return BlockReport(index, BlockState.WRONG, f"{name} is block {parent}'s, not zero")
+        elif not _is_positive_zero(tensor):
+            return BlockReport(index, BlockState.WRONG, f"{name} holds -0.0, which is not the +0.0 it was given")
+    if not all_zero:
+        return BlockReport(index, BlockState.TRAINED)
+    if parent is not None:
+        for name in others:
+            if not same_bytes(result.tensor(name), result.tensor(hf_name_in_layer(name, parent))):
+                return BlockReport(index, BlockState.WRONG, f"{name} is not block {parent}'s")
+    return BlockReport(index, BlockState.IDENTITY)
+
+
+def _is_positive_zero(tensor: torch.Tensor) -> bool:
+    return not torch.signbit(tensor).any()
+
+
+def _parent_in(plan: ExpansionPlan, index: int) -> int | None:
+    """Where the block that a latest-round block copies now stands; None for a block of an earlier round."""
+    if plan.layers[index].added_in_round != plan.num_rounds:
+        return None
+    there_before = [i for i, layer in enumerate(plan.layers) if layer.added_in_round < plan.num_rounds]
+    return there_before[plan.layers[index].parent_layer]
+
+
+def _check_blocks(blocks: Iterable[BlockReport]) -> Check:
+    wrong = [f"block {block.layer}: {block.text}" for block in blocks if block.state is BlockState.WRONG]
+    if wrong:
+        return Check("added blocks", ok=False, text="; ".join(wrong))
+    parts = []
+    for state in (BlockState.IDENTITY, BlockState.TRAINED):
+        layers = [str(block.layer) for block in blocks if block.state is state]
+        if layers:
+            parts.append(f"{', '.join(layers)} {'is' if len(layers) == 1 else 'are'} {state.value}")
+    return Check("added blocks", ok=True, text="; ".join(parts))
+
+
+def _check_function(source: TensorSource, result: TensorSource) -> Check:
+    """Logits of both models on the same random tokens, each computed from its own weights, block by block."""
+    shape = source.shape
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(shape.vocab_size, (1, min(_NUM_TOKENS, shape.max_position_embeddings)), generator=generator)
+    before, after = logits(source, tokens), logits(result, tokens)
+    where = f"on {tokens.shape[1]} random tokens"
+    if torch.equal(before, after):
+        return Check("function", ok=True, text=f"logits are equal, bit for bit, {where}")
+    largest = (before - after).abs().max().item()
+    return Check("function", ok=False, text=f"logits differ by up to {largest:.3g} {where}")

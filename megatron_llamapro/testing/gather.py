@@ -1,0 +1,108 @@
+"""Whole logits and whole gradients of a divided model, so that a test can compare them with one process's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+from megatron_llamapro.checkpoint.transforms import split
+from megatron_llamapro.checkpoint.weight_map import weights_of
+from megatron_llamapro.model.families import ModelShape
+from megatron_llamapro.training.checkpointing import model_state
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a global tensor."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    data: torch.Tensor
+
+
+def whole_logits(
+    chunks: Sequence[torch.nn.Module], tokens: torch.Tensor, *, vocab_size: int
+) -> torch.Tensor | None:
+    """Logits of `tokens` [b, s] → [b, s, vocab_size] on ranks of the last stage, None on the others."""
+    batch, seq_length = tokens.shape
+    position_ids = torch.arange(seq_length).expand(batch, seq_length)
+
+    def forward_step(_: object, chunk: torch.nn.Module):
+        return chunk(tokens, position_ids, None), lambda logits, non_loss_data: logits
+
+    for chunk in chunks:
+        chunk.eval()
+    num_microbatches = dist.get_world_size() if len(chunks) > 1 else 1  # the interleaved schedule wants one a stage
+    with torch.no_grad():
+        logits = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
+            model=list(chunks) if len(chunks) > 1 else chunks[0],
+            num_microbatches=num_microbatches,
+            seq_length=seq_length,
+            micro_batch_size=batch,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    if not logits:
+        return None
+    return gather_from_tensor_model_parallel_region(logits[0])[..., :vocab_size].contiguous()
+
+
+def gradient_pieces(chunks: Sequence[torch.nn.Module], *, data_group: dist.ProcessGroup) -> list[Piece]:
+    """This rank's part of every trainable parameter's gradient, after a backward pass through DDP."""
+    for chunk in chunks:
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:
+                _fill_from_all_replicas(bucket.grad_data, data_group)
+    pieces = []
+    for tensors in model_state(chunks).values():
+        for sharded in tensors.values():
+            if getattr(sharded.data, "requires_grad", False):
+                pieces += [_piece(part) for part in _parts(sharded, sharded.data.main_grad)]
+    return pieces
+
+
+def _fill_from_all_replicas(gradients: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """The distributed optimizer reduces each replica's share of a bucket only: put the shares together."""
+    shares = gradients.view(group.size(), -1)
+    for rank in range(group.size()):
+        if rank != group.rank():
+            shares[rank].zero_()
+    dist.all_reduce(gradients, group=group)
+
+
+def _parts(sharded: ShardedTensor | ShardedTensorFactory, data: torch.Tensor) -> Iterable[ShardedTensor]:
+    with_data = replace(sharded, data=data)
+    return with_data.build() if isinstance(with_data, ShardedTensorFactory) else [with_data]
+
+
+def _piece(part: ShardedTensor) -> Piece:
+    return Piece(part.key, tuple(part.global_shape), tuple(part.global_offset), part.data.clone())
+
+
+def assembled(pieces: Iterable[Piece]) -> dict[str, torch.Tensor]:
+    """Whole tensors by megatron.core's key, from the pieces of all ranks."""
+    whole: dict[str, torch.Tensor] = {}
+    for piece in pieces:
+        target = whole.setdefault(piece.key, torch.full(piece.global_shape, torch.nan))
+        place = tuple(slice(start, start + size) for start, size in zip(piece.offset, piece.data.shape, strict=True))
+        target[place] = piece.data
+    return whole
+
+
+def under_hf_names(tensors: Mapping[str, torch.Tensor], shape: ModelShape) -> dict[str, torch.Tensor]:
+    """The same tensors cut into Hugging Face's and named as there."""
+    result = {}
+    for weight in weights_of(shape):
+        if weight.megatron_name in tensors:
+            whole = tensors[weight.megatron_name][: weight.megatron_shape[0]]
+            result.update(zip(weight.hf_names, split(weight, whole, shape), strict=True))
+    return result

@@ -1,0 +1,209 @@
+"""The same numbers as transformers, and as the unexpanded model, however the model is divided.
+
+Gradients and losses: 1e-5 relative, logits 1e-4, in float32: sums of a few thousand products taken in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_llamapro.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_llamapro.testing.distributed import run_distributed
+
+SEQ_LENGTH, BATCH = 32, 4
+
+
+def parallel(tp: int = 1, pp: int = 1, vp: int | None = None, sp: bool = False) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vp,
+        sequence_parallel=sp,
+    )
+
+
+LAYOUTS = {
+    "one process": (1, parallel()),
+    "tp2": (2, parallel(tp=2)),
+    "tp2 sequence parallel": (2, parallel(tp=2, sp=True)),
+    "pp2": (2, parallel(pp=2)),
+    "pp2 virtual 2": (2, parallel(pp=2, vp=2)),
+    "tp2 pp2 sequence parallel": (4, parallel(tp=2, pp=2, sp=True)),
+    "dp2": (2, parallel()),
+}
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels, [BATCH, SEQ_LENGTH]."""
+    stream = torch.randint(3, 131, (BATCH, SEQ_LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
+
+
+def load_chunks(folder: Path, config: ParallelConfig):
+    """This rank's chunks of a Megatron checkpoint, frozen but for the added blocks."""
+    from megatron_llamapro.checkpoint.manifest import Manifest
+    from megatron_llamapro.model.build import build_model
+    from megatron_llamapro.model.families import model_shape, read_hf_config
+    from megatron_llamapro.model.freeze import freeze
+    from megatron_llamapro.runtime.distributed import start_model_parallel
+    from megatron_llamapro.training.checkpointing import load_model
+
+    layout = start_model_parallel(config, seed=1)
+    shape = model_shape(read_hf_config(folder))
+    chunks = build_model(shape, model=ModelConfig(checkpoint=str(folder)), parallel=config, precision="fp32")
+    plan = Manifest.read(folder).plan
+    if plan.added_layers:
+        freeze(chunks, plan)
+    load_model(chunks, folder)
+    return layout, shape, chunks
+
+
+def logits_worker(folders: list[Path], config: ParallelConfig) -> list[torch.Tensor | None]:
+    from megatron_llamapro.testing.gather import whole_logits
+
+    results = []
+    for folder in folders:
+        _, shape, chunks = load_chunks(folder, config)
+        results.append(whole_logits(chunks, batch()[0], vocab_size=shape.vocab_size))
+    return results
+
+
+def hf_model(folder: Path):
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+FAMILIES = {
+    "gqa": {},
+    "mha tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    "llama3 rope, head_dim": {
+        "head_dim": 32,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "dp2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits(family: str, layout: str, models: Callable) -> None:
+    """Expanded and original are equal bit for bit, and equal to transformers."""
+    if family != "gqa" and "pp2" in layout and "tp2" not in layout:
+        family = "mha tied"  # the copy of a tied embedding on the last stage is the case of interest there
+    made = models(**FAMILIES[family])
+    world_size, config = LAYOUTS[layout]
+    ranks = run_distributed(logits_worker, world_size, [made.original_megatron, made.expanded_megatron], config)
+    original, expanded = ranks[-1]
+    assert torch.equal(original, expanded)
+    with torch.no_grad():
+        reference = hf_model(made.original_hf)(batch()[0]).logits
+        assert torch.equal(reference, hf_model(made.expanded_hf)(batch()[0]).logits)
+    torch.testing.assert_close(expanded, reference, rtol=1e-4, atol=1e-4)
+
+
+def gradients_worker(folder: Path, config: ParallelConfig, num_steps: int = 1):
+    """Loss, gradient norm and gradients of each of some steps."""
+    from megatron.core import parallel_state
+
+    from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler
+    from megatron_llamapro.testing.gather import gradient_pieces
+    from megatron_llamapro.training.setup import wrapped
+    from megatron_llamapro.training.step import connect, reduce_loss, run_microbatches
+
+    layout, _, models = load_chunks(folder, config)
+    chunks = [wrapped(model, config) for model in models]
+    settings = OptimizerConfig(lr=1e-2, lr_warmup_fraction=0.0)
+    optimizer = build_optimizer(chunks, settings, precision="fp32")
+    scheduler = build_scheduler(optimizer, settings, train_iters=10)
+    connect(models[0].config, chunks, optimizer, overlap_grad_reduce=False, overlap_param_gather=False)
+    steps = []
+    for _ in range(num_steps):
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        sums = run_microbatches(
+            chunks,
+            [micro_batches(layout) for _ in chunks],
+            num_microbatches=BATCH // layout.data_size,
+            micro_batch_size=1,
+            seq_length=SEQ_LENGTH,
+            forward_only=False,
+        )
+        loss = reduce_loss(sums, layout=layout).loss
+        # A copy: the whole gradients replace what the optimizer would clip.
+        saved = [buffer.grad_data.clone() for chunk in chunks for buffer in chunk.buffers]
+        pieces = gradient_pieces(chunks, data_group=parallel_state.get_data_parallel_group())
+        for buffer, data in zip([b for chunk in chunks for b in chunk.buffers], saved, strict=True):
+            buffer.grad_data.copy_(data)
+        _, norm, _ = optimizer.step()
+        scheduler.step(1)
+        steps.append((loss, norm, pieces))
+    return steps
+
+
+def micro_batches(layout):
+    tokens, labels = batch()
+    for number in range(BATCH // layout.data_size):
+        row = slice(number * layout.data_size + layout.data_rank, number * layout.data_size + layout.data_rank + 1)
+        yield {
+            "tokens": tokens[row],
+            "labels": labels[row],
+            "loss_mask": torch.ones(1, SEQ_LENGTH),
+            "position_ids": torch.arange(SEQ_LENGTH)[None],
+        }
+
+
+@pytest.fixture(scope="module")
+def reference(models: Callable):
+    """transformers' loss and gradients of the added blocks."""
+    made = models()
+    model = hf_model(made.expanded_hf)
+    tokens, labels = batch()
+    logits = model(tokens).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    loss.backward()
+    added = [f"model.layers.{layer}." for layer in (2, 5)]
+    gradients = {n: p.grad for n, p in model.named_parameters() if n.startswith(tuple(added))}
+    return made, loss.item(), gradients
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_and_gradients(layout: str, reference) -> None:
+    from megatron_llamapro.model.families import model_shape, read_hf_config
+    from megatron_llamapro.testing.gather import assembled, under_hf_names
+
+    made, loss, gradients = reference
+    world_size, config = LAYOUTS[layout]
+    ranks = run_distributed(gradients_worker, world_size, made.expanded_megatron, config)
+    shape = model_shape(read_hf_config(made.expanded_megatron))
+    ours = under_hf_names(assembled(piece for rank in ranks for piece in rank[0][2]), shape)
+    assert set(ours) == set(gradients)
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
+    for rank in ranks:
+        assert rank[0][0] == pytest.approx(loss, rel=1e-5)
+        assert rank[0][1] == pytest.approx(norm, rel=1e-5)
+    for name, expected in gradients.items():
+        assert (ours[name] - expected).norm() <= 1e-5 * max(expected.norm(), 1e-3 * norm), name
+
+
+def test_only_zeroed_projections_have_gradient_at_first(reference) -> None:
+    """Paper, section 3.2: nothing reaches the rest of an identity block before its output projections move."""
+    from megatron_llamapro.testing.gather import assembled
+
+    made, _, _ = reference
+    [steps] = run_distributed(gradients_worker, 1, made.expanded_megatron, parallel(), 2)
+    first, second = (assembled(pieces) for _, _, pieces in steps)
+    for name, gradient in first.items():
+        assert bool(gradient.any()) == name.endswith(("linear_proj.weight", "linear_fc2.weight")), name
+    assert len(second) == 12 and all(gradient.any() for gradient in second.values())
