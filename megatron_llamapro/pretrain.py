@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from megatron_llamapro.config.command import run_command
+from megatron_llamapro.config.command import USAGE_ERROR, run_command
 from megatron_llamapro.config.errors import LlamaProError
 from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.config.schema import RunConfig
@@ -29,6 +29,10 @@ def main() -> int:
         raise_together(error)
         assert config is not None  # raise_together raised otherwise
         _train(config)
+    except LlamaProError as raised:
+        if raised.on_all_ranks and os.environ.get("RANK", "0") != "0":
+            return USAGE_ERROR  # rank 0 says it
+        raise
     finally:
         stop_world()
     return 0

@@ -258,7 +258,9 @@ def _compare(folder: Path, hashes: _Hashes, read: Callable[[str], torch.Tensor])
     """Read back what was written; the disk, or a bug, may have changed it."""
     for name, expected in hashes.written.items():
         if sha256(read(name)) != expected:
-            raise CheckpointError(f"{folder}: {name} reads back other than it was written: check the disk, and try again")
+            raise CheckpointError(
+                f"{folder}: {name} reads back other than it was written: check the disk, and try again"
+            )
 
 
 def _total_bytes(tensors: TensorSource) -> int:

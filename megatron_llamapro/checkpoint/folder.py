@@ -53,7 +53,9 @@ def latest_checkpoint(save: Path) -> Path | None:
         return None
     text = latest.read_text(errors="replace").strip()
     if not (text.isascii() and text.isdigit()):
-        raise CheckpointError(f"{latest} holds '{text[:40]}', not a step number: write the number of a folder beside it")
+        raise CheckpointError(
+            f"{latest} holds '{text[:40]}', not a step number: write the number of a folder beside it"
+        )
     folder = iteration_folder(save, int(text))
     if not folder.is_dir():
         raise CheckpointError(f"{latest} names {folder.name}, which is not there: write the number of one that is")

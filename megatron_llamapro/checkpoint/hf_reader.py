@@ -78,7 +78,9 @@ class HFReader:
             return
         for name, shard in _weight_map(index).items():
             if self._shard_of.get(name) != shard:
-                raise CheckpointError(f"{self.folder / shard} lacks the tensor {name}, which {INDEX_FILE} says it holds")
+                raise CheckpointError(
+                    f"{self.folder / shard} lacks the tensor {name}, which {INDEX_FILE} says it holds"
+                )
 
     def _check_tensors(self) -> str:
         """Check names, shapes and types; return the one type of all."""

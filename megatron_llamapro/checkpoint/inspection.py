@@ -70,13 +70,22 @@ class Inspection:
         size = self.shape
         rows = [
             ("folder", f"{self.folder} ({self.format})"),
-            ("family", f"{self.family}, {self.dtype}" + (f", made from {self.source}" if self.source else "")),
+            (
+                "family",
+                f"{self.family}, {self.dtype}" + (f", made from {self.source}" if self.source else ""),
+            ),
             ("layers", f"{self.plan.num_layers}, of which {len(self.plan.added_layers)} added"),
             ("plan", drawing(self.plan, tie_word_embeddings=size.tie_word_embeddings)),
             ("", legend(self.plan)),
             ("trains", self.trains),
-            ("shape", f"hidden {size.hidden_size}, feed-forward {size.ffn_hidden_size}, vocabulary {size.vocab_size}"),
-            ("heads", f"{size.num_attention_heads} in {size.num_query_groups} groups of {size.kv_channels} channels"),
+            (
+                "shape",
+                f"hidden {size.hidden_size}, feed-forward {size.ffn_hidden_size}, vocabulary {size.vocab_size}",
+            ),
+            (
+                "heads",
+                f"{size.num_attention_heads} in {size.num_query_groups} groups of {size.kv_channels} channels",
+            ),
             *((part.name, f"{part.num_parameters:,} parameters, {size_text(part.num_bytes)}") for part in self.parts),
         ]
         return "\n".join(f"{name:<16}{text}" for name, text in rows)
@@ -112,7 +121,11 @@ _PARTS: dict[str, Callable[[Weight, ExpansionPlan], bool]] = {
 
 
 def _part(
-    name: str, belongs: Callable[[Weight, ExpansionPlan], bool], shape: ModelShape, plan: ExpansionPlan, dtype: str
+    name: str,
+    belongs: Callable[[Weight, ExpansionPlan], bool],
+    shape: ModelShape,
+    plan: ExpansionPlan,
+    dtype: str,
 ) -> Part:
     weights = [weight for weight in weights_of(shape) if belongs(weight, plan)]
     num_parameters = sum(torch.Size(weight.megatron_shape).numel() for weight in weights)

@@ -16,7 +16,7 @@ from pathlib import Path
 import megatron_llamapro
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.families import ModelShape
+from megatron_llamapro.model.families import WEIGHT_DTYPES, ModelShape
 
 MANIFEST_NAME = "llamapro.json"
 FORMAT_VERSION = 1
@@ -76,13 +76,13 @@ class Manifest:
         try:
             return cls(
                 family=_text(data["family"]),
-                dtype=_text(data["dtype"]),
+                dtype=_dtype(data["dtype"]),
                 plan=ExpansionPlan.from_json(data["plan"]),
-                source=Source(**data["source"]),
+                source=_source(data["source"]),
                 original_sha256={_text(k): _text(v) for k, v in data["original_sha256"].items()},
                 tool_versions={_text(k): _text(v) for k, v in data["tool_versions"].items()},
             )
-        except (KeyError, TypeError, AttributeError, ExpansionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ExpansionError) as error:
             raise CheckpointError(f"{where}: damaged manifest ({error!r}): convert the model again") from None
 
     @classmethod
@@ -94,7 +94,9 @@ class Manifest:
         """
         path = Path(folder) / MANIFEST_NAME
         if not path.is_file():
-            raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: convert the model with tools/convert_checkpoint.py")
+            raise CheckpointError(
+                f"{folder} has no {MANIFEST_NAME}: convert the model with tools/convert_checkpoint.py"
+            )
         return cls.from_json(_read_json(path), where=path)
 
     def write(self, folder: Path) -> None:
@@ -117,6 +119,19 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not text")
     return value
+
+
+def _dtype(value: object) -> str:
+    if value not in WEIGHT_DTYPES:
+        raise ValueError(f"weights of type {value!r}")
+    return _text(value)
+
+
+def _source(data: Mapping) -> Source:
+    source = Source(**data)
+    if type(source.weight_bytes) is not int:
+        raise TypeError(f"{source.weight_bytes!r} is no number of bytes")
+    return Source(_text(source.name), _text(source.config_sha256), source.weight_bytes)
 
 
 def _read_json(path: Path) -> object:

@@ -9,21 +9,23 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem
 
+from megatron_llamapro.checkpoint.dist_index import Piece, read_index
 from megatron_llamapro.checkpoint.folder import TORCH_DIST_MARK
 from megatron_llamapro.checkpoint.weight_map import Shape
 from megatron_llamapro.config.errors import CheckpointError
 
-_METADATA = ".metadata"
 _COMMON = "common.pt"
 _BACKENDS = {
     "sharded_backend": "torch_dist",
@@ -91,28 +93,70 @@ class TorchDistReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        self._storage = _Storage(self.folder)
-        entries = self._storage.read_metadata().state_dict_metadata
-        self.shapes: dict[str, Shape] = {
-            name: tuple(entry.size)
-            for name, entry in entries.items()
-            if isinstance(entry, TensorStorageMetadata) and not is_other_state(name)
-        }
-        self.dtypes = {name: entries[name].properties.dtype for name in self.shapes}
+        self._tensors = {name: t for name, t in read_index(self.folder).items() if not is_other_state(name)}
+        self.shapes: dict[str, Shape] = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor, as it is stored (a vocabulary may be padded).
 
         Raises:
-            CheckpointError: its file is missing or damaged.
+            CheckpointError: its file is missing or damaged, or its pieces do not make a whole.
         """
-        target = {name: torch.empty(self.shapes[name], dtype=self.dtypes[name])}
+        stored = self._tensors[name]
+        pieces = [self._read(name, piece) for piece in stored.pieces]
+        if len(pieces) == 1:
+            return pieces[0]
+        whole = torch.empty(stored.shape, dtype=stored.dtype)
+        seen = torch.zeros(stored.shape, dtype=torch.bool)
+        for piece, values in zip(stored.pieces, pieces, strict=True):
+            whole[piece.region] = values
+            seen[piece.region] = True
+        if not seen.all():
+            raise CheckpointError(f"{self.folder}: the pieces of {name} overlap and leave a gap: the index is damaged")
+        return whole
+
+    def _read(self, name: str, piece: Piece) -> torch.Tensor:
         try:
-            with _alone():
-                dcp.load(target, storage_reader=self._storage, no_dist=True)
-        except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{self.folder}: cannot read {name}: {_first_line(error)}") from None
-        return target[name]
+            with piece.path.open("rb") as file:
+                values = torch.load(_Section(file, piece), map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{piece.path}: cannot read {name}: {_first_line(error)}") from None
+        if not isinstance(values, torch.Tensor) or values.dtype != self.dtypes[name] or values.shape != piece.shape:
+            raise CheckpointError(f"{piece.path}: {name} is not the tensor that the index promises")
+        return values
+
+
+class _Section(io.RawIOBase):
+    """A part of an open file, as a file of its own."""
+
+    def __init__(self, file: BinaryIO, piece: Piece) -> None:
+        self._file = file
+        self._start = piece.offset
+        self._length = piece.num_bytes
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer) -> int:  # noqa: ANN001 (any writable buffer)
+        view = memoryview(buffer).cast("B")
+        wanted = max(0, min(len(view), self._length - self._position))
+        self._file.seek(self._start + self._position)
+        count = self._file.readinto(view[:wanted])
+        self._position += count
+        return count
 
 
 def is_other_state(name: str) -> bool:
@@ -120,71 +164,6 @@ def is_other_state(name: str) -> bool:
     return name.startswith(_OTHER_STATE) or _EXTRA_STATE in name
 
 
-class _Storage(dcp.FileSystemReader):
-    """Torch's reader with the index read once, and by an unpickler that admits only what an index is made of."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self._metadata = read_index(folder)
-
-    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-        return self._metadata
-
-
-# What the index of a torch_dist checkpoint is made of. Nothing here does anything when it is unpickled.
-_INDEX_CLASSES = {
-    ("builtins", "set"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "Path"),
-    ("torch", "Size"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "Metadata"),
-    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
-    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-    ("torch.distributed.checkpoint.planner", "SavePlan"),
-    ("torch.distributed.checkpoint.planner", "TensorWriteData"),
-    ("torch.distributed.checkpoint.planner", "WriteItem"),
-    ("torch.distributed.checkpoint.planner", "WriteItemType"),
-    ("torch.serialization", "_get_layout"),
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
-}
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> object:
-        value = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(value, (torch.dtype, torch.layout)) or (module, name) in _INDEX_CLASSES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def read_index(folder: Path) -> Metadata:
-    """The index (`.metadata`) of a torch_dist checkpoint, without running anything that a hostile one may ask for.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or it asks for anything but an index's own classes.
-    """
-    path = Path(folder) / _METADATA
-    try:
-        index = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {_METADATA}: it is not a complete torch_dist checkpoint") from None
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is not the index of a checkpoint, and was not loaded: {error}") from None
-    except (EOFError, AttributeError, ValueError, TypeError, IndexError, KeyError, ImportError, MemoryError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from None
-    if not isinstance(index, Metadata):
-        raise CheckpointError(f"{path} is not the index of a checkpoint")
-    return index
-
-
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+    return lines[0] if lines else type(error).__name__

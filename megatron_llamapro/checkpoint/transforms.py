@@ -9,10 +9,9 @@ import torch
 
 from megatron_llamapro.checkpoint.weight_map import Merge, Weight
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.model.families import ModelShape
+from megatron_llamapro.model.families import WEIGHT_DTYPES, ModelShape
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Types that weights are stored in, by the name that config.json, safetensors and the commands use."""
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WEIGHT_DTYPES}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -133,7 +133,9 @@ def _check_originals(
                 found.hash_differs.append(name)
     was_cast = original.dtype != expanded.dtype
     how = f", after the cast from {original.dtype} to {expanded.dtype}" if was_cast else ""
-    yield _check_none(found.moved, "original tensors", f"of {found.compared} moved", f"{found.compared} bit-identical{how}")
+    yield _check_none(
+        found.moved, "original tensors", f"of {found.compared} moved", f"{found.compared} bit-identical{how}"
+    )
     yield _check_none(
         found.hash_differs,
         "manifest",

@@ -115,7 +115,9 @@ def weights_of(shape: ModelShape) -> list[Weight]:
 
 def hf_shapes(shape: ModelShape) -> dict[str, Shape]:
     """Name and shape of every tensor that a Hugging Face checkpoint of this shape must have."""
-    return {name: size for weight in weights_of(shape) for name, size in zip(weight.hf_names, weight.hf_shapes, strict=True)}
+    return {
+        name: size for weight in weights_of(shape) for name, size in zip(weight.hf_names, weight.hf_shapes, strict=True)
+    }
 
 
 def is_known_extra(name: str, shape: ModelShape) -> bool:

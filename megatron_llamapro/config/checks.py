@@ -51,7 +51,9 @@ def check_run_config(config: RunConfig) -> None:
 def _check_optimizer(config: RunConfig) -> None:
     optimizer = config.optimizer
     if not 0 <= optimizer.lr_warmup_fraction < 1:
-        raise ConfigError(f"optimizer.lr_warmup_fraction is {optimizer.lr_warmup_fraction}: it is a part of 1, e.g. 0.06")
+        raise ConfigError(
+            f"optimizer.lr_warmup_fraction is {optimizer.lr_warmup_fraction}: it is a part of 1, e.g. 0.06"
+        )
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(optimizer, name) < 1:
             raise ConfigError(f"optimizer.{name} is {getattr(optimizer, name)}: it must be in [0, 1)")
@@ -105,8 +107,9 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     if world_size % model_ranks:
         raise ConfigError(
-            f"{world_size} ranks cannot be divided into replicas of {parallel.tensor_model_parallel_size} tensor-parallel "
-            f"x {parallel.pipeline_model_parallel_size} pipeline ranks: start a multiple of {model_ranks} processes"
+            f"{world_size} ranks cannot be divided into replicas of {parallel.tensor_model_parallel_size} "
+            f"tensor-parallel x {parallel.pipeline_model_parallel_size} pipeline ranks: start a multiple of "
+            f"{model_ranks} processes"
         )
     replicas = world_size // model_ranks
     samples = training.micro_batch_size * replicas
@@ -126,7 +129,12 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
 
 
 def check_model(
-    config: RunConfig, *, num_layers: int, num_attention_heads: int, num_query_groups: int, ffn_hidden_size: int
+    config: RunConfig,
+    *,
+    num_layers: int,
+    num_attention_heads: int,
+    num_query_groups: int,
+    ffn_hidden_size: int,
 ) -> None:
     """Raise `ConfigError` where the model cannot be divided as `config.parallel` says."""
     parallel = config.parallel
@@ -150,4 +158,6 @@ def check_model(
             f"the model has {num_layers}"
         )
     if parallel.sequence_parallel and config.data.seq_length % tensor_ranks:
-        raise ConfigError(f"data.seq_length ({config.data.seq_length}) cannot be divided by {tensor_ranks} tensor ranks")
+        raise ConfigError(
+            f"data.seq_length ({config.data.seq_length}) cannot be divided by {tensor_ranks} tensor ranks"
+        )

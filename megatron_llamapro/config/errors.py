@@ -4,6 +4,9 @@
 class LlamaProError(Exception):
     """What is wrong, where, and what to do, in one line."""
 
+    on_all_ranks = False
+    """Whether every rank of a distributed program raises it, so that one of them should say it."""
+
 
 class ConfigError(LlamaProError):
     """The run's configuration cannot be what was meant."""

@@ -12,18 +12,17 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import Dataset
 
-from megatron_llamapro.config.errors import DataError, LlamaProError
+from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.schema import DataConfig
 from megatron_llamapro.data.token_files import content_digest, open_token_file
 from megatron_llamapro.data.tokenizer import Tokenizer
-from megatron_llamapro.runtime.distributed import raise_together
 
 Sample = dict[str, torch.Tensor]
 """tokens, labels, position_ids: int64 [s]; loss_mask: float32 [s]."""
 
 
 class CheckedDataset(Dataset):
-    """Samples whose tokens are in the model's vocabulary; a token beyond it would read another weight, or crash CUDA."""
+    """Samples whose tokens are in the model's vocabulary: one beyond it would read another weight, or crash CUDA."""
 
     def __init__(self, dataset: Dataset, *, name: str, vocab_size: int) -> None:
         self.dataset, self.name, self.vocab_size = dataset, name, vocab_size
@@ -90,24 +89,22 @@ class HeldOutDataset(Dataset):
         return numpy.concatenate(parts)
 
 
+def check_train_files(data: DataConfig, *, vocab_size: int) -> None:
+    """Raise `DataError` where a pair to train on is missing, damaged or of another vocabulary."""
+    for entry in data.train:
+        open_token_file(entry.prefix, vocab_size=vocab_size)
+
+
 def build_train_dataset(
     data: DataConfig, *, num_samples: int, seed: int, tokenizer: Tokenizer, vocab_size: int, cache_dir: Path
 ) -> Dataset:
     """The blended training set, with an order made for `num_samples`. All ranks call it; rank 0 builds the indices.
 
     Raises:
-        DataError: a pair is missing, damaged or of another vocabulary, on any rank.
+        DataError: a pair is missing, damaged or of another vocabulary. If that can differ between ranks, let them
+            agree on `check_train_files` first: an error on one rank leaves the others waiting.
     """
-    error: LlamaProError | None = None
-    try:
-        for entry in data.train:
-            open_token_file(entry.prefix, vocab_size=vocab_size)
-    except LlamaProError as found:
-        error = found
-    if torch.distributed.is_initialized():
-        raise_together(error)
-    elif error is not None:
-        raise error
+    check_train_files(data, vocab_size=vocab_size)
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=data.seq_length,
@@ -146,7 +143,10 @@ def build_valid_datasets(data: DataConfig, *, vocab_size: int, eod: int) -> dict
     return {
         name: CheckedDataset(
             HeldOutDataset(
-                prefix, seq_length=data.seq_length, vocab_size=vocab_size, eod=eod if data.eod_mask_loss else None
+                prefix,
+                seq_length=data.seq_length,
+                vocab_size=vocab_size,
+                eod=eod if data.eod_mask_loss else None,
             ),
             name=prefix,
             vocab_size=vocab_size,

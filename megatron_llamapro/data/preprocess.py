@@ -80,9 +80,7 @@ def _check(inputs: Sequence[Path], output_prefix: Path, overwrite: bool) -> None
 
 
 @contextlib.contextmanager
-def _encoded(
-    chunks: Iterable[Chunk], encoder: Encoder, start: tuple, num_workers: int
-) -> Iterator[Iterator[Encoded]]:
+def _encoded(chunks: Iterable[Chunk], encoder: Encoder, start: tuple, num_workers: int) -> Iterator[Iterator[Encoded]]:
     """The encoded chunks, in order; with workers, a few are under way at a time, so that memory stays bounded."""
     if num_workers <= 1:
         yield map(encoder, chunks)
@@ -164,7 +162,7 @@ def _publish(draft: Path, output_prefix: Path, info: TokenFileInfo) -> None:
         sync(path)
     old_bin, old_index, old_info = paths_of(output_prefix)
     old_index.unlink(missing_ok=True)
-    os.replace(new_bin, old_bin)
-    os.replace(new_info, old_info)
-    os.replace(new_index, old_index)
+    new_bin.replace(old_bin)
+    new_info.replace(old_info)
+    new_index.replace(old_index)
     sync(output_prefix.parent)

@@ -68,7 +68,9 @@ def train_batches(
         data_parallel_size=data_parallel_size,
     )
     yield from DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers)
-    raise DataError(f"all {num_samples} samples of the data's order are used up: set data.train_samples for a longer run")
+    raise DataError(
+        f"all {num_samples} samples of the data's order are used up: set data.train_samples for a longer run"
+    )
 
 
 def data_order_fingerprint(data: DataConfig, *, num_samples: int, seed: int) -> dict[str, object]:

@@ -44,7 +44,9 @@ def add_expansion_options(parser: argparse.ArgumentParser) -> None:
 def read_expansion_options(parser: CommandParser, args: argparse.Namespace) -> Expand | None:
     """What the options ask for; None where they ask for no added blocks. Options that exclude each other end the
     program with a usage error."""
-    counted = [name for name in ("num_added_blocks", "placement", "blocks_per_group") if getattr(args, name) is not None]
+    counted = [
+        name for name in ("num_added_blocks", "placement", "blocks_per_group") if getattr(args, name) is not None
+    ]
     if args.positions is not None:
         if counted:
             parser.error(f"--positions says where every added block goes: leave out --{counted[0]}")

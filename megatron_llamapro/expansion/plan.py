@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 
 from megatron_llamapro.config.errors import ExpansionError
 
@@ -102,7 +103,11 @@ class ExpansionPlan:
         return {
             "num_rounds": self.num_rounds,
             "layers": [
-                {"source_layer": x.source_layer, "parent_layer": x.parent_layer, "added_in_round": x.added_in_round}
+                {
+                    "source_layer": x.source_layer,
+                    "parent_layer": x.parent_layer,
+                    "added_in_round": x.added_in_round,
+                }
                 for x in self.layers
             ],
         }
@@ -165,7 +170,7 @@ def parent_of_each_layer(num_source_layers: int, positions: Sequence[int]) -> li
 def _check_positions(positions: Sequence[int], num_layers: int) -> None:
     if not positions:
         raise ExpansionError("no positions given: name at least one layer index of the expanded model")
-    for before, after in zip(positions, positions[1:], strict=False):
+    for before, after in pairwise(positions):
         if after == before:
             raise ExpansionError(f"position {after} is given twice: each added block has its own index")
         if after < before:

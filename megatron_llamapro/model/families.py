@@ -17,6 +17,9 @@ from megatron_llamapro.expansion.plan import ExpansionPlan
 CONFIG_NAME = "config.json"
 MANIFEST_KEY = "llamapro"
 
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+"""Types that weights may be stored in, by the name that config.json and the commands use."""
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -155,6 +158,8 @@ def model_shape(config: Mapping) -> ModelShape:
     if config.get("head_dim") is None and counts["hidden_size"] % heads:
         raise CheckpointError(f"config.json has hidden_size {counts['hidden_size']}, which {heads} heads do not divide")
     channels = _count(config, "head_dim", 100_000, default=default_channels)
+    if channels % 2:
+        raise CheckpointError(f"config.json has head_dim {channels}: rotary embeddings turn pairs, so it must be even")
     rope = _rope_parameters(config)
     return ModelShape(
         **counts,

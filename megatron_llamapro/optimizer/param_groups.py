@@ -21,9 +21,7 @@ from megatron_llamapro.model.names import named_parameters
 _RULE_MARK = "llamapro_param_group_rule"
 
 
-def config_overrides(
-    chunks: Iterable[torch.nn.Module], config: OptimizerConfig
-) -> dict[ParamKey, dict[str, float]]:
+def config_overrides(chunks: Iterable[torch.nn.Module], config: OptimizerConfig) -> dict[ParamKey, dict[str, float]]:
     """`config_overrides` for `get_megatron_optimizer`: no weight decay on norms and biases, then the user's rules.
 
     All ranks call it, after `freeze`.

@@ -151,7 +151,10 @@ def _megatron_rows() -> list[Substitution]:
 
     return [
         Substitution(
-            megatron_random, "_get_cuda_rng_state", lambda _: lambda *a, **k: torch.get_rng_state(), "RNG tracker's fork"
+            megatron_random,
+            "_get_cuda_rng_state",
+            lambda _: lambda *a, **k: torch.get_rng_state(),
+            "RNG tracker's fork",
         ),
         Substitution(megatron_random, "_set_cuda_rng_state", lambda _: _set_rng_state, "RNG tracker's fork"),
     ]

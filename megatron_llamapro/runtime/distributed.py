@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_llamapro.config.errors import LlamaProError
 from megatron_llamapro.config.schema import ParallelConfig
 
+
 @dataclass(frozen=True)
 class ParallelLayout:
     """This rank's place in the world."""
@@ -96,6 +97,12 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def for_all_ranks(error: LlamaProError) -> LlamaProError:
+    """`error`, marked as one that every rank raises."""
+    error.on_all_ranks = True
+    return error
+
+
 def raise_together(error: LlamaProError | None) -> None:
     """Every rank calls this with its own error, or None. If any has one, all raise the first rank's.
 
@@ -106,4 +113,4 @@ def raise_together(error: LlamaProError | None) -> None:
     for rank, found in enumerate(errors):
         if found is not None:
             where = f" (on rank {rank})" if rank else ""
-            raise type(found)(f"{found}{where}")
+            raise for_all_ranks(type(found)(f"{found}{where}"))

@@ -1,4 +1,4 @@
-"""megatron.core, imported without its noise. Light by itself: nothing is imported before `import_megatron` is called."""
+"""megatron.core, imported without its noise. Nothing is imported before `import_megatron` is called."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _MEGATRON_MODULES = (
 # What megatron.core 0.16.1 makes newer versions of torch warn of. Start of the message, category.
 UPSTREAM_WARNINGS = (
     (r"`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning),
-    (r"The .grad attribute of a Tensor that is not a leaf", UserWarning),  # its optimizer asks views of parameters
+    (
+        r"The .grad attribute of a Tensor that is not a leaf",
+        UserWarning,
+    ),  # its optimizer asks views of parameters
     (r"`load_state_dict` is deprecated", FutureWarning),  # its checkpoint loader
     (r"torch.distributed.(_all_gather_base|_reduce_scatter_base) is a private function", FutureWarning),
 )

@@ -27,9 +27,7 @@ class Piece:
     data: torch.Tensor
 
 
-def whole_logits(
-    chunks: Sequence[torch.nn.Module], tokens: torch.Tensor, *, vocab_size: int
-) -> torch.Tensor | None:
+def whole_logits(chunks: Sequence[torch.nn.Module], tokens: torch.Tensor, *, vocab_size: int) -> torch.Tensor | None:
     """Logits of `tokens` [b, s] → [b, s, vocab_size] on ranks of the last stage, None on the others."""
     batch, seq_length = tokens.shape
     position_ids = torch.arange(seq_length).expand(batch, seq_length)

@@ -38,7 +38,13 @@ def make_tiny_llama(
             intermediate_size=intermediate_size,
             vocab_size=vocab_size,
             tie_word_embeddings=tie_word_embeddings,
-            **{"max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, **config},
+            **{
+                "max_position_embeddings": 128,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "pad_token_id": None,
+                **config,
+            },
         )
     )
     generator = torch.Generator().manual_seed(seed)

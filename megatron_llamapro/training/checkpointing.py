@@ -6,7 +6,6 @@ A folder is written under a temporary name and renamed when every rank is done; 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -48,7 +47,10 @@ def _is_extra_state(key: str, value: object) -> bool:
 
 def load_model(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
     """Fill the model's weights from a checkpoint in torch_dist format. All ranks call it."""
-    _apply_model(chunks, dist_checkpointing.load(model_state(chunks), str(folder), strict=StrictHandling.RAISE_UNEXPECTED))
+    _apply_model(
+        chunks,
+        dist_checkpointing.load(model_state(chunks), str(folder), strict=StrictHandling.RAISE_UNEXPECTED),
+    )
 
 
 def _apply_model(chunks: Sequence[torch.nn.Module], loaded: Mapping) -> None:
@@ -86,7 +88,9 @@ def save_checkpoint(
     optimizer_state = optimizer.sharded_state_dict(model, is_loading=False, metadata=_METADATA)
     progress = {**asdict(state), "data_order": dict(data_order), "scheduler": scheduler.state_dict()}
     dist_checkpointing.save(
-        {**model, "optimizer": optimizer_state, "progress": progress}, str(temporary), content_metadata=_METADATA
+        {**model, "optimizer": optimizer_state, "progress": progress},
+        str(temporary),
+        content_metadata=_METADATA,
     )
     dist.barrier()
     if dist.get_rank() == 0:
@@ -113,7 +117,7 @@ def _publish(temporary: Path, folder: Path) -> None:
     draft = latest.with_name(f"{LATEST}.tmp")
     draft.write_text(f"{int(folder.name.removeprefix('iter_'))}\n")
     sync(draft)
-    os.replace(draft, latest)
+    draft.replace(latest)
     sync(folder.parent)
 
 

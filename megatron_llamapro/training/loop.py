@@ -12,6 +12,7 @@ from types import FrameType
 from megatron_llamapro.config.errors import LlamaProError
 from megatron_llamapro.config.io import dump_yaml
 from megatron_llamapro.data.sampling import train_batches
+from megatron_llamapro.runtime.distributed import for_all_ranks
 from megatron_llamapro.training.checkpointing import save_checkpoint
 from megatron_llamapro.training.evaluation import evaluate
 from megatron_llamapro.training.metrics import MetricsWriter
@@ -98,23 +99,27 @@ def _batches(run: Run):
 
 def _check_healthy(result: StepResult, iteration: int) -> None:
     if not (math.isfinite(result.loss.loss) and math.isfinite(result.grad_norm)):
-        raise LlamaProError(
-            f"step {iteration}: the loss is {result.loss.loss} and the gradient norm {result.grad_norm}: lower "
-            "optimizer.lr, or look at the data of this step; the last checkpoint is intact"
+        raise for_all_ranks(
+            LlamaProError(
+                f"step {iteration}: the loss is {result.loss.loss} and the gradient norm {result.grad_norm}: lower "
+                "optimizer.lr, or look at the data of this step; the last checkpoint is intact"
+            )
         )
     if result.grad_norm == 0.0 and iteration > 1:
-        raise LlamaProError(
-            f"step {iteration}: the gradient norm is exactly 0, so nothing learns: look at model.trainable and at "
-            "the data's loss_mask"
+        raise for_all_ranks(
+            LlamaProError(
+                f"step {iteration}: the gradient norm is exactly 0, so nothing learns: look at model.trainable and at "
+                "the data's loss_mask"
+            )
         )
 
 
 def _evaluate(run: Run, writers: Sequence[MetricsWriter]) -> None:
-    if not (run.held_out and run.config.training.eval_interval):
+    if not (run.source.held_out and run.config.training.eval_interval):
         return
     losses = evaluate(
         run.chunks,
-        run.held_out,
+        run.source.held_out,
         num_samples=run.config.training.eval_samples,
         layout=run.layout,
         micro_batch_size=run.config.training.micro_batch_size,

@@ -6,7 +6,6 @@ A record is a flat dict with its `kind`: `run` (once a start), `train` (a logged
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -55,7 +54,7 @@ class JsonlWriter:
         kept = [line for line in _lines(path) if resumed_at and _iteration(line) <= resumed_at]
         temporary = path.with_name(f"{path.name}.tmp")
         temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        temporary.replace(path)
 
     def write(self, record: Record) -> None:
         with self.path.open("a") as file:
@@ -81,7 +80,9 @@ class TensorBoardWriter:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ConfigError("logging.tensorboard_dir needs the tensorboard package: pip install tensorboard") from None
+            raise ConfigError(
+                "logging.tensorboard_dir needs the tensorboard package: pip install tensorboard"
+            ) from None
         self.writer = SummaryWriter(folder)
 
     def write(self, record: Record) -> None:

@@ -17,7 +17,7 @@ from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.config.checks import check_model, data_parallel_size
 from megatron_llamapro.config.errors import ConfigError, LlamaProError
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
-from megatron_llamapro.data.dataset import build_train_dataset, build_valid_datasets
+from megatron_llamapro.data.dataset import build_train_dataset, build_valid_datasets, check_train_files
 from megatron_llamapro.data.sampling import check_same_order, data_order_fingerprint
 from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_llamapro.model.build import LlamaModel, build_model
@@ -35,12 +35,13 @@ _MANIFEST_DTYPE = {"bf16": "bfloat16", "fp32": "float32"}
 
 @dataclass(frozen=True)
 class Source:
-    """The checkpoint a run starts from, as its small files describe it."""
+    """What a run starts from: a checkpoint as its small files describe it, and its held-out sets."""
 
     folder: Path
     manifest: Manifest
     shape: ModelShape
     tokenizer: Tokenizer
+    held_out: Mapping[str, Dataset]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ class Run:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     train_set: Dataset
-    held_out: Mapping[str, Dataset]
     data_order: Mapping[str, object]
     report: StageReport
     state: TrainingState
@@ -97,9 +97,7 @@ def set_up(config: RunConfig) -> Run:
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    data_order = data_order_fingerprint(
-        config.data, num_samples=config.data_order_samples, seed=config.training.seed
-    )
+    data_order = data_order_fingerprint(config.data, num_samples=config.data_order_samples, seed=config.training.seed)
     state = TrainingState()
     if resume_from is not None:
         state, stored_order = load_checkpoint(resume_from, chunks=chunks, optimizer=optimizer, scheduler=scheduler)
@@ -112,9 +110,6 @@ def set_up(config: RunConfig) -> Run:
         optimizer=optimizer,
         scheduler=scheduler,
         train_set=_train_set(config, source),
-        held_out=build_valid_datasets(
-            config.data, vocab_size=source.shape.vocab_size, eod=source.tokenizer.eod
-        ),
         data_order=data_order,
         report=report,
         state=state,
@@ -154,7 +149,10 @@ def _read_source(config: RunConfig) -> Source:
             f"data.seq_length is {config.data.seq_length}, but the model was made for at most "
             f"{shape.max_position_embeddings} positions"
         )
-    return Source(folder, manifest, shape, load_tokenizer(Path(config.data.tokenizer or folder)))
+    tokenizer = load_tokenizer(Path(config.data.tokenizer or folder))
+    check_train_files(config.data, vocab_size=shape.vocab_size)
+    held_out = build_valid_datasets(config.data, vocab_size=shape.vocab_size, eod=tokenizer.eod)
+    return Source(folder, manifest, shape, tokenizer, held_out)
 
 
 def _check_precision(config: RunConfig, manifest: Manifest, folder: Path) -> None:

@@ -21,7 +21,11 @@ def raising(error: BaseException):
     ("error", "code", "text"),
     [
         (CheckpointError("a\n b"), 2, "error: a b\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "error: /x/y: No space left on device\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/y"),
+            2,
+            "error: /x/y: No space left on device\n",
+        ),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
     ],
 )

@@ -32,6 +32,10 @@ def test_llama_pro_8b() -> None:
 
 def test_everything_trainable() -> None:
     work = step_work(
-        LLAMA2_7B, seq_length=4096, trainable_layers=range(40), embedding_trains=True, output_layer_trains=True
+        LLAMA2_7B,
+        seq_length=4096,
+        trainable_layers=range(40),
+        embedding_trains=True,
+        output_layer_trains=True,
     )
     assert work.total / 1e9 == pytest.approx(53.38, abs=0.02)

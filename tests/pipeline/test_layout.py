@@ -16,7 +16,10 @@ def test_even_split_is_complete_and_even(num_layers: int, num_stages: int) -> No
 
 def test_configured_counts_are_taken() -> None:
     assert stage_layers(ParallelConfig(pipeline_model_parallel_size=2), 7) == (4, 3)
-    assert stage_layers(ParallelConfig(pipeline_model_parallel_size=2, pipeline_stage_layers=(2, 5)), 7) == (2, 5)
+    assert stage_layers(ParallelConfig(pipeline_model_parallel_size=2, pipeline_stage_layers=(2, 5)), 7) == (
+        2,
+        5,
+    )
 
 
 def test_megatron_layout() -> None:

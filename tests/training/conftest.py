@@ -10,14 +10,20 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from megatron_llamapro.runtime.upstream import import_megatron
-
-import_megatron()  # before anything of ours imports it with its warnings, which are errors here
-
 from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron
-from megatron_llamapro.config.schema import BlendEntry, CheckpointConfig, DataConfig, LoggingConfig, ModelConfig
-from megatron_llamapro.config.schema import OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_llamapro.config.schema import (
+    BlendEntry,
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from megatron_llamapro.expansion.plan import ExpansionPlan, placed_positions
+from megatron_llamapro.testing import preload  # noqa: F401 (imports megatron.core without its warnings)
 
 NUM_LAYERS, NUM_ADDED = 4, 2
 
@@ -44,13 +50,14 @@ def models(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     def make(**settings: object) -> Models:
         key = json.dumps(settings, sort_keys=True)
         if key not in made:
-            source, folder = tiny_llama(num_hidden_layers=NUM_LAYERS, **settings), tmp_path_factory.mktemp("models")
+            source, folder = (
+                tiny_llama(num_hidden_layers=NUM_LAYERS, **settings),
+                tmp_path_factory.mktemp("models"),
+            )
             expand_hf(source, folder / "expanded", expand=with_added_blocks)
             hf_to_megatron(source, folder / "megatron")
             hf_to_megatron(source, folder / "expanded_megatron", expand=with_added_blocks)
-            made[key] = Models(
-                source, folder / "expanded", folder / "megatron", folder / "expanded_megatron"
-            )
+            made[key] = Models(source, folder / "expanded", folder / "megatron", folder / "expanded_megatron")
         return made[key]
 
     return make
@@ -85,9 +92,7 @@ def run_config(models: Callable[..., Models], token_files: tuple[Path, Path], tm
     ) -> RunConfig:
         settings = {"train_iters": 4, "micro_batch_size": 1, "global_batch_size": 4, **training}
         return RunConfig(
-            model=ModelConfig(
-                checkpoint=str(checkpoint or models(dtype=dtype).expanded_megatron), trainable=trainable
-            ),
+            model=ModelConfig(checkpoint=str(checkpoint or models(dtype=dtype).expanded_megatron), trainable=trainable),
             data=DataConfig(
                 train=(BlendEntry(str(token_files[0]), 2.0), BlendEntry(str(token_files[1]))),
                 valid={"b": str(token_files[1])},

@@ -1,0 +1,117 @@
+"""What cannot be trained is refused before anything is built: the same one line on every rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import workers
+
+from megatron_llamapro.config.io import dump_yaml
+from megatron_llamapro.config.schema import BlendEntry, ParallelConfig
+from megatron_llamapro.testing.distributed import run_distributed
+
+
+def with_data(config, **fields: object):
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **fields))
+
+
+def with_model(config, **fields: object):
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+
+
+def test_every_refusal(run_config: Callable, models: Callable, token_files: tuple[Path, Path], tmp_path: Path) -> None:
+    """All in one start of the ranks: the checks come before anything that could not be undone."""
+    base = run_config()
+    short = shutil.copytree(base.model.checkpoint, tmp_path / "short")
+    plan = json.loads((short / "llamapro.json").read_text())
+    plan["plan"]["layers"].pop()
+    (short / "llamapro.json").write_text(json.dumps(plan))
+    cut_bin = tmp_path / "cut"
+    for ending in (".bin", ".idx"):
+        shutil.copyfile(f"{token_files[0]}{ending}", f"{cut_bin}{ending}")
+    with Path(f"{cut_bin}.bin").open("r+b") as file:
+        file.truncate(1000)
+    cases = {
+        "is not a folder": with_model(base, checkpoint=str(tmp_path / "nowhere")),
+        "is not a Megatron checkpoint": with_model(base, checkpoint=str(models().original_hf)),
+        "its manifest is for 5 layers": with_model(base, checkpoint=str(short)),
+        "convert it with --dtype bfloat16": dataclasses.replace(
+            base, training=dataclasses.replace(base.training, precision="bf16")
+        ),
+        "did you mean 'added_blocks'": with_model(base, trainable=("added_block",)),
+        "has no added blocks": with_model(base, checkpoint=str(models().original_megatron)),
+        "needs a CUDA device": with_model(base, transformer_impl="transformer_engine"),
+        "cannot be divided by parallel.tensor_model_parallel_size 4": dataclasses.replace(
+            base, parallel=ParallelConfig(tensor_model_parallel_size=4)
+        ),
+        "positions": with_data(base, seq_length=4096),
+        "is not there": with_data(base, train=(BlendEntry(str(tmp_path / "none")),)),
+        "one is cut short": with_data(base, train=(BlendEntry(str(cut_bin)),)),
+        "fewer than one sample": with_data(base, valid={"tiny": str(one_token_file(tmp_path, models))}),
+        "give a tokenizer file": with_data(base, tokenizer=str(tmp_path)),
+    }
+    answers = run_distributed(workers.set_up_errors, 4, list(cases.values()))
+    for message, *on_ranks in zip(cases, *answers, strict=True):
+        assert all(message in str(answer) for answer in on_ranks), (message, on_ranks)
+        assert all("\n" not in answer for answer in on_ranks)
+
+
+def one_token_file(folder: Path, models: Callable) -> Path:
+    from megatron_llamapro.data.preprocess import preprocess
+
+    (folder / "tiny.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
+    preprocess([folder / "tiny.jsonl"], folder / "tiny", tokenizer=models().original_hf)
+    return folder / "tiny"
+
+
+def pretrain(config, folder: Path, *, launcher: list[str] | None = None) -> subprocess.CompletedProcess:
+    (folder / "run.yaml").write_text(dump_yaml(config))
+    command = [
+        *(launcher or [sys.executable]),
+        "-m",
+        "megatron_llamapro.pretrain",
+        "--config",
+        str(folder / "run.yaml"),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def test_front_door_says_one_line(run_config: Callable, tmp_path: Path) -> None:
+    result = pretrain(with_model(run_config(), checkpoint="nowhere"), tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: nowhere is not a folder") and result.stderr.count("\n") == 1
+
+
+def test_torchrun_says_it_once(run_config: Callable, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    result = pretrain(with_model(run_config(), checkpoint="nowhere"), tmp_path, launcher=torchrun)
+    assert result.returncode != 0
+    assert result.stderr.count("error: nowhere is not a folder") == 1
+
+
+def test_changed_order_of_data_is_refused(run_config: Callable, token_files: tuple[Path, Path]) -> None:
+    config = run_config(exit_interval=1, train_iters=2)
+    run_distributed(workers.train, 1, config)
+    other_seed = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=5))
+    other_blend = with_data(config, train=(BlendEntry(str(token_files[0])),))
+    answers = run_distributed(workers.set_up_errors, 1, [other_seed, other_blend])
+    assert "training.seed" in answers[0][0] and "data.train" in answers[0][1]
+
+
+def test_pypis_apex_is_refused(tmp_path: Path, run_config: Callable) -> None:
+    """The package of that name on PyPI is a web toolkit; it has no apex.optimizers."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from megatron_llamapro.runtime.upstream import import_megatron; import_megatron()\n"
+        "from megatron_llamapro.optimizer.build import check_apex; check_apex()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "is not NVIDIA's Apex" in result.stderr

@@ -1,0 +1,133 @@
+"""Whole runs on a tiny model: what moves, what does not, and that a run that was cut goes on as if it had not been."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import workers
+
+from megatron_llamapro.checkpoint.sources import MegatronSource
+from megatron_llamapro.config.schema import ParallelConfig
+from megatron_llamapro.testing.distributed import run_distributed
+
+TP2_PP2 = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True)
+PP2 = ParallelConfig(pipeline_model_parallel_size=2)
+
+
+def moved(before: Path, after: Path) -> set[str]:
+    """Names of the tensors that are not the same bits in two Megatron checkpoints."""
+    one, other = MegatronSource(before), MegatronSource(after)
+    names = [name for weight in one._weight_of.values() for name in weight.hf_names]
+    return {name for name in names if not torch.equal(one.tensor(name), other.tensor(name))}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_originals_do_not_move(dtype: str, run_config: Callable) -> None:
+    """TP 2 x PP 2: every tensor of an added block moves, no other; optimizer state is for those alone."""
+    config = run_config(dtype=dtype, parallel=TP2_PP2)
+    results = run_distributed(workers.train, 4, config)
+    changed = moved(Path(config.model.checkpoint), Path(config.checkpoint.save))
+    assert {name.split(".")[2] for name in changed} == {"2", "5"}
+    assert len(changed) == 2 * 9
+    for result in results:
+        assert result.optimizer_bytes == 2 * 4 * result.num_trainable  # two float32 moments
+        assert result.figures == results[0].figures
+
+
+def test_everything_trains_where_asked(run_config: Callable) -> None:
+    config = run_config(trainable=("everything",), train_iters=2)
+    run_distributed(workers.train, 1, config)
+    changed = moved(Path(config.model.checkpoint), Path(config.checkpoint.save))
+    assert len(changed) == 6 * 9 + 3
+
+
+def test_parts_train_where_named(run_config: Callable) -> None:
+    config = run_config(trainable=("linear_proj", "final_norm"), train_iters=2)
+    run_distributed(workers.train, 1, config)
+    assert moved(Path(config.model.checkpoint), Path(config.checkpoint.save)) == {
+        "model.layers.2.self_attn.o_proj.weight",
+        "model.layers.5.self_attn.o_proj.weight",
+        "model.norm.weight",
+    }
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("parallel", "world_size"), [(ParallelConfig(), 2), (PP2, 2)], ids=["dp2", "pp2"])
+def test_resume_is_exact(dtype: str, parallel: ParallelConfig, world_size: int, run_config: Callable) -> None:
+    whole = run_distributed(workers.train, world_size, run_config(dtype=dtype, parallel=parallel, save="whole"))
+    cut = run_config(dtype=dtype, parallel=parallel, save="cut", exit_interval=2)
+    first = run_distributed(workers.train, world_size, cut)
+    second = run_distributed(workers.train, world_size, cut)
+    assert [step for step, *_ in second[0].figures] == [3, 4]
+    assert first[0].figures + second[0].figures == whole[0].figures
+
+
+@pytest.mark.parametrize(
+    ("saved_with", "saved_ranks", "loaded_with", "loaded_ranks"),
+    [(ParallelConfig(), 2, TP2_PP2, 4), (TP2_PP2, 4, ParallelConfig(), 1), (PP2, 2, ParallelConfig(), 2)],
+    ids=["dp2 to tp2 pp2", "tp2 pp2 to one", "pp2 to dp2"],
+)
+def test_resume_at_another_layout(saved_with, saved_ranks, loaded_with, loaded_ranks, run_config: Callable) -> None:
+    """The same losses to 1e-5: the sums are taken in another order."""
+    whole = run_distributed(workers.train, 1, run_config(save="whole"))[0].figures
+    run_distributed(workers.train, saved_ranks, run_config(parallel=saved_with, save="cut", exit_interval=2))
+    rest = run_distributed(workers.train, loaded_ranks, run_config(parallel=loaded_with, save="cut"))[0].figures
+    assert [step for step, *_ in rest] == [3, 4]
+    for ours, theirs in zip(rest, whole[2:], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_stage_with_nothing_to_train_resumes(run_config: Callable, models: Callable, tmp_path: Path) -> None:
+    """Blocks added at the end only: the first stage has no optimizer state to save or load."""
+    from megatron_llamapro.checkpoint.convert import hf_to_megatron
+
+    folder = tmp_path / "suffix"
+    hf_to_megatron(models().original_hf, folder, expand=lambda plan: plan.expand((4, 5)))
+    whole = run_distributed(workers.train, 2, run_config(checkpoint=folder, parallel=PP2, save="whole"))
+    cut = run_config(checkpoint=folder, parallel=PP2, save="cut", exit_interval=2)
+    parts = [run_distributed(workers.train, 2, cut)[0].figures for _ in range(2)]
+    assert parts[0] + parts[1] == whole[0].figures
+    assert whole[0].num_trainable == 0 and whole[0].optimizer_bytes == 0
+
+
+def test_held_out_losses_do_not_depend_on_the_layout(run_config: Callable) -> None:
+    """Nine samples over two replicas of one: the last place is filled, and counts for nothing."""
+    one = run_distributed(workers.train, 1, run_config(save="one", eval_interval=2, eval_samples=9))[0].held_out
+    two = run_distributed(workers.train, 2, run_config(save="two", eval_interval=2, eval_samples=9))[0].held_out
+    assert [(step, name) for step, name, _ in one] == [(0, "b"), (2, "b"), (4, "b")]
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours[2] == pytest.approx(theirs[2], rel=1e-5)
+
+
+def test_sigterm_saves_and_ends(run_config: Callable) -> None:
+    """The step that runs when the signal comes is finished, all ranks save, and a second start goes on from there."""
+    config = run_config(parallel=PP2, train_iters=6)
+    stopped = run_distributed(workers.train, 2, config, 2)
+    last = stopped[0].figures[-1][0]
+    assert last == 3  # the signal came after step 2 was reported
+    rest = run_distributed(workers.train, 2, config)
+    assert [step for step, *_ in rest[0].figures] == [4, 5, 6]
+
+
+def test_a_finished_run_does_nothing_more(run_config: Callable) -> None:
+    config = run_config(train_iters=1)
+    run_distributed(workers.train, 1, config)
+    assert run_distributed(workers.train, 1, config)[0].figures == []
+
+
+def test_parameter_group_rules(run_config: Callable, tmp_path: Path) -> None:
+    """A learning rate of 0 for one projection keeps it where it is, also after a resume."""
+    from megatron_llamapro.config.schema import ParamGroupRule
+
+    config = run_config(train_iters=4, exit_interval=2)
+    rules = (ParamGroupRule(match="*.linear_fc2.weight", lr_mult=0.0),)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, param_groups=rules))
+    for _ in range(2):
+        run_distributed(workers.train, 2, config)
+    changed = moved(Path(config.model.checkpoint), Path(config.checkpoint.save))
+    assert "model.layers.5.self_attn.o_proj.weight" in changed
+    assert not any("down_proj" in name for name in changed)

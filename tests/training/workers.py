@@ -1,0 +1,81 @@
+"""What the ranks of a training test run: the program's own set-up and loop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from megatron_llamapro.config.schema import RunConfig
+
+
+@dataclass
+class Records:
+    """A metrics writer that keeps what it is given."""
+
+    records: list[dict] = field(default_factory=list)
+    on_step: Callable[[int], None] = lambda step: None
+
+    def write(self, record: dict) -> None:
+        self.records.append(dict(record))
+        if record["kind"] == "train":
+            self.on_step(record["iteration"])
+
+    def figures(self) -> list[tuple[int, float, float, float]]:
+        """Step, loss, gradient norm and learning rate of every step."""
+        names = ("iteration", "loss", "grad_norm", "learning_rate")
+        return [tuple(r[name] for name in names) for r in self.records if r["kind"] == "train"]
+
+    def held_out(self) -> list[tuple[int, str, float]]:
+        return [(r["iteration"], r["name"], r["loss"]) for r in self.records if r["kind"] == "eval"]
+
+
+@dataclass(frozen=True)
+class Result:
+    figures: list
+    held_out: list
+    optimizer_bytes: int
+    num_trainable: int
+
+
+def train(config: RunConfig, sigterm_at: int | None = None) -> Result:
+    """Set up, train, and tell what happened. At step `sigterm_at` the first rank is sent SIGTERM."""
+    from megatron_llamapro.training.loop import StopRequest, train
+    from megatron_llamapro.training.setup import set_up
+
+    stop = StopRequest()
+    run = set_up(config)
+    writer = Records()
+    if sigterm_at is not None and run.layout.rank == 0:
+        writer.on_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == sigterm_at else None
+    train(run, [writer], stop)
+    state = [
+        value
+        for part in run.optimizer.chained_optimizers
+        if part.optimizer is not None
+        for tensors in part.optimizer.state.values()
+        for name, value in tensors.items()
+        if name != "step"
+    ]
+    return Result(
+        figures=writer.figures(),
+        held_out=writer.held_out(),
+        optimizer_bytes=sum(value.nbytes for value in state),
+        num_trainable=run.report.num_trainable,
+    )
+
+
+def set_up_errors(configs: list[RunConfig]) -> list[str]:
+    """For each configuration, the message of the error that set-up raises on this rank; it must be one of ours."""
+    from megatron_llamapro.config.errors import LlamaProError
+    from megatron_llamapro.training.setup import set_up
+
+    messages = []
+    for config in configs:
+        try:
+            set_up(config)
+            messages.append("no error")
+        except LlamaProError as error:
+            messages.append(f"{type(error).__name__}: {error}")
+    return messages
