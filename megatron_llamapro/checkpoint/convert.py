@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -213,9 +213,9 @@ def original_name(name: str, plan: ExpansionPlan) -> str | None:
 
 
 def _manifest(reader: HFReader, tensors: ExpandedSource, hashes: _Hashes) -> Manifest:
-    """The target's manifest. What the source's own manifest says of the original tensors is kept, not made anew from
-    tensors that may have been trained since."""
-    known = reader.manifest
+    """The target's manifest. What an expanded source's manifest says of the original tensors is kept, not made anew
+    from tensors that may have been trained since; a source that was never expanded is its own original."""
+    known = _known(reader)
     return Manifest(
         family=reader.config["model_type"],
         dtype=tensors.dtype,
@@ -226,8 +226,12 @@ def _manifest(reader: HFReader, tensors: ExpandedSource, hashes: _Hashes) -> Man
     )
 
 
+def _known(reader: HFReader) -> Manifest | None:
+    return reader.manifest if reader.plan.num_rounds else None
+
+
 def _original_hashes(reader: HFReader, dtype: str, hashes: _Hashes) -> dict[str, str]:
-    known = reader.manifest
+    known = _known(reader)
     if known is None or known.dtype != dtype:
         if known is not None:
             _check_unmoved(reader, known)

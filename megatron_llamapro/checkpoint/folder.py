@@ -100,7 +100,6 @@ def staged(target: Path, *, overwrite: bool, sources: tuple[Path, ...] = ()) -> 
     _check_target(target, overwrite=overwrite, sources=sources)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.partial")
-    draft.mkdir(exist_ok=True)
     with _locked(draft, target):
         _clear(draft)
         try:
@@ -120,7 +119,7 @@ def _check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -
         if real == inside or real in inside.parents or inside in real.parents:
             raise CheckpointError(f"the target {target} and the source {source} overlap: choose another target")
     if target.is_dir() and not target.is_symlink():
-        if any(target.iterdir()) and not overwrite:
+        if not overwrite and any(target.iterdir()):
             raise CheckpointError(f"{target} exists and is not empty: choose another target, or give --overwrite")
     elif target.exists() or target.is_symlink():
         raise CheckpointError(f"{target} exists and is not a folder: choose another target")
@@ -128,17 +127,35 @@ def _check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -
 
 @contextlib.contextmanager
 def _locked(draft: Path, target: Path) -> Iterator[None]:
-    """Hold the draft folder's lock; the kernel frees it when this process ends, however it ends."""
-    descriptor = os.open(draft, os.O_RDONLY)
+    """Make the draft folder and hold its lock, which the kernel frees when this process ends, however it ends."""
+    busy = CheckpointError(f"another process is writing {target}: wait for it, or choose another target")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise CheckpointError(f"another process is writing {target}: wait for it, or choose another target") from None
+        draft.mkdir(exist_ok=True)
+        descriptor = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, FileExistsError):  # its owner was done with it just now
+        raise busy from None
     try:
+        if not _lock(descriptor) or not _is_still(descriptor, draft):
+            raise busy
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_still(descriptor: int, path: Path) -> bool:
+    """Whether the open folder is the one at `path`: its last owner may have renamed or removed it in between."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _clear(folder: Path) -> None:
@@ -147,11 +164,18 @@ def _clear(folder: Path) -> None:
 
 
 def _move_into_place(draft: Path, target: Path) -> None:
+    """Two renames; should the second fail, the first is taken back."""
     replaced = target.with_name(f".{target.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
+    had_target = target.exists()
+    if had_target:
         target.rename(replaced)
-    draft.rename(target)
+    try:
+        draft.rename(target)
+    except OSError:
+        if had_target:
+            replaced.rename(target)
+        raise
     sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 

@@ -11,22 +11,28 @@ import io
 import json
 import os
 import pickle
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
-from megatron_llamapro.checkpoint.dist_index import Piece, read_index
+from megatron_llamapro.checkpoint.dist_index import INDEX_NAME, Piece, read_index
 from megatron_llamapro.checkpoint.folder import TORCH_DIST_MARK
 from megatron_llamapro.checkpoint.weight_map import Shape
 from megatron_llamapro.config.errors import CheckpointError
 
 _COMMON = "common.pt"
+_DATA = "__0_0.distcp"
 _BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -39,49 +45,43 @@ _OTHER_STATE = ("optimizer.", "rng_state", "rerun_state_machine_state")
 _EXTRA_STATE = "_extra_state"
 
 
-class _LazyPlanner(dcp.DefaultSavePlanner):
-    """Asks for each tensor when it is written; the state dict holds tensors of the right shape without data."""
-
-    def __init__(self, resolve: Callable[[str], torch.Tensor]) -> None:
-        super().__init__(flatten_state_dict=False)
-        self._resolve = resolve
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        return self._resolve(write_item.index.fqn)
-
-
-class _Writer(dcp.FileSystemWriter):
-    """Leaves path and random number of this save out of the index: the same tensors give the same bytes."""
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta()
-
-
 def write_torch_dist(
     folder: Path, shapes: Mapping[str, Shape], *, dtype: torch.dtype, resolve: Callable[[str], torch.Tensor]
 ) -> None:
-    """Write every tensor of `shapes` to the empty `folder`; `resolve(name)` gives its data when its turn comes."""
-    state = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-    had_crc = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)  # content hashes in the manifest do its work, and cost less
-    try:
-        writer = _Writer(folder, single_file_per_rank=True, sync_files=False, thread_count=1)
-        with _alone():
-            dcp.save(state, storage_writer=writer, planner=_LazyPlanner(resolve), no_dist=True)
-    except dcp.api.CheckpointException as error:  # torch's wrapping of what `resolve` or the disk raised
-        raise next(iter(error.failures.values()))[0] from None
-    finally:
-        torch.serialization.set_crc32_options(had_crc)
+    """Write every tensor of `shapes` to the empty `folder`; `resolve(name)` gives its data when its turn comes.
+
+    The same tensors give the same bytes. (Torch's own writer keeps every tensor until the last is written, and leaves
+    the path and a random number in the index.)
+    """
+    entries: dict[str, TensorStorageMetadata] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    with (folder / _DATA).open("wb") as file, _without_crc():
+        for name, shape in shapes.items():
+            start = file.tell()
+            torch.save(_with_own_storage(resolve(name)), file)
+            whole = ChunkStorageMetadata(offsets=torch.Size([0] * len(shape)), sizes=torch.Size(shape))
+            entries[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [whole])
+            places[MetadataIndex(name, whole.offsets)] = _StorageInfo(_DATA, start, file.tell() - start)
+    index = Metadata(entries, storage_data=places, storage_meta=StorageMeta())
+    (folder / INDEX_NAME).write_bytes(pickle.dumps(index))
     torch.save({}, folder / _COMMON)
-    (folder / TORCH_DIST_MARK).write_text(json.dumps(_BACKENDS))
+    (folder / TORCH_DIST_MARK).write_text(json.dumps(_BACKENDS), encoding="utf-8")
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Without torch's warning that one process saves or loads alone, which is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+def _without_crc() -> Iterator[None]:
+    """Without the checksums in torch's files: the manifest's content hashes do their work, and cost less."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
         yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """`torch.save` writes all the memory that a tensor is a view of."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 class TorchDistReader:
@@ -150,7 +150,7 @@ class _Section(io.RawIOBase):
         self._position = max(0, base + offset)
         return self._position
 
-    def readinto(self, buffer) -> int:  # noqa: ANN001 (any writable buffer)
+    def readinto(self, buffer) -> int:
         view = memoryview(buffer).cast("B")
         wanted = max(0, min(len(view), self._length - self._position))
         self._file.seek(self._start + self._position)

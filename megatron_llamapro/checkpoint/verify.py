@@ -163,7 +163,7 @@ def _some(names: list[str]) -> str:
 class BlockState(Enum):
     """What has become of an added block."""
 
-    IDENTITY = "identity, as it was added"
+    IDENTITY = "identity, as when added"
     TRAINED = "trained"
     WRONG = "wrong"
 
@@ -232,7 +232,7 @@ def _check_blocks(blocks: Iterable[BlockReport]) -> Check:
     for state in (BlockState.IDENTITY, BlockState.TRAINED):
         layers = [str(block.layer) for block in blocks if block.state is state]
         if layers:
-            parts.append(f"{', '.join(layers)} {'is' if len(layers) == 1 else 'are'} {state.value}")
+            parts.append(f"{', '.join(layers)}: {state.value}")
     return Check("added blocks", ok=True, text="; ".join(parts))
 
 

@@ -143,7 +143,7 @@ class TrainingConfig:
     eval_interval: int = 0
     """Steps between evaluations of the held-out sets; also before the first and after the last step. 0: never."""
     eval_samples: int = 64
-    """Samples of each held-out set that an evaluation reads, at most."""
+    """Samples of each held-out set that an evaluation reads, evenly spaced; all where it has fewer."""
     exit_interval: int | None = None
     """Save and stop when the step is a multiple of this."""
 

@@ -51,7 +51,8 @@ class StageReport:
     num_trainable: int
     """Of this rank."""
     num_stage_parameters: int
-    """Of all tensor-parallel ranks of the stage, each counted once; with padding of the vocabulary."""
+    """Of all tensor-parallel ranks of the stage, each counted once, with padding of the vocabulary; the last stage's
+    copy of a tied embedding is left out."""
     num_stage_trainable: int
     """Of all tensor-parallel ranks of the stage, each counted once."""
     weight_bytes: int
@@ -123,7 +124,8 @@ def stage_report(parameters: Sequence[NamedParameter], *, tensor_size: int = 1) 
     """Counts and bytes of what trains among one rank's parameters."""
 
     def on_stage(some: Sequence[NamedParameter]) -> int:
-        return sum(x.parameter.numel() * (tensor_size if _is_divided(x.parameter) else 1) for x in some)
+        counted = (x.parameter for x in some if not _is_copy(x.parameter))
+        return sum(parameter.numel() * (tensor_size if _is_divided(parameter) else 1) for parameter in counted)
 
     training = [named for named in parameters if named.parameter.requires_grad]
     num_trainable = sum(named.parameter.numel() for named in training)
@@ -144,3 +146,8 @@ def stage_report(parameters: Sequence[NamedParameter], *, tensor_size: int = 1) 
 def _is_divided(parameter: torch.nn.Parameter) -> bool:
     """Whether tensor-parallel ranks hold different parts of it, by megatron.core's mark."""
     return getattr(parameter, "tensor_model_parallel", False)
+
+
+def _is_copy(parameter: torch.nn.Parameter) -> bool:
+    """Whether it is the last stage's copy of a tied embedding, by megatron.core's mark."""
+    return getattr(parameter, "shared", False)

@@ -24,6 +24,7 @@ def make_tiny_llama(
     dtype: str = "float32",
     seed: int = 0,
     max_shard_size: str = "5GB",
+    with_tokenizer: bool = True,
     **config: object,
 ) -> Path:
     """Write the checkpoint and return its folder. `config` are further fields of transformers' LlamaConfig."""
@@ -54,7 +55,8 @@ def make_tiny_llama(
             is_norm = parameter.dim() == 1
             parameter.copy_(1 + 0.2 * noise if is_norm else 0.1 * noise)
     model.to(DTYPES[dtype]).save_pretrained(folder, max_shard_size=max_shard_size)
-    write_tiny_tokenizer(Path(folder), vocab_size=min(vocab_size, VOCABULARY))
+    if with_tokenizer:
+        write_tiny_tokenizer(Path(folder), vocab_size=min(vocab_size, VOCABULARY))
     return Path(folder)
 
 

@@ -20,7 +20,7 @@ def evaluate(
     micro_batch_size: int,
     seq_length: int,
 ) -> dict[str, LossSum]:
-    """Loss of the first `num_samples` samples (or all there are) of every held-out set. All ranks call it."""
+    """Loss of `num_samples` samples, evenly spaced, of every held-out set, or of all it has. All ranks call it."""
     for chunk in chunks:
         chunk.eval()
     losses = {}
@@ -57,7 +57,7 @@ def _batches(
         first = (number * layout.data_size + layout.data_rank) * micro_batch_size
         samples = []
         for index in range(first, first + micro_batch_size):
-            sample = dict(dataset[index if index < count else 0])
+            sample = dict(dataset[index * len(dataset) // count if index < count else 0])
             if index >= count:
                 sample["loss_mask"] = torch.zeros_like(sample["loss_mask"])
             samples.append(sample)

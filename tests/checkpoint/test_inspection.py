@@ -1,0 +1,58 @@
+"""What inspection tells, from headers only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron
+from megatron_llamapro.checkpoint.inspection import drawing, inspect
+from megatron_llamapro.expansion.plan import ExpansionPlan, placed_positions
+
+Tiny = Callable[..., Path]
+
+
+def test_the_papers_plan_as_a_drawing() -> None:
+    plan = ExpansionPlan.unexpanded(8).expand(placed_positions(8, 2))
+    assert drawing(plan, tie_word_embeddings=False) == "E o o o o A o o o o A H"
+    assert drawing(plan.expand((0,)), tie_word_embeddings=True) == "E 2 o o o o 1 o o o o 1 E"
+
+
+@pytest.mark.parametrize("format_name", ["Hugging Face", "Megatron, torch_dist"])
+def test_an_expanded_model(format_name: str, tiny_llama: Tiny, tmp_path: Path) -> None:
+    convert = {"Hugging Face": expand_hf, "Megatron, torch_dist": hf_to_megatron}[format_name]
+    convert(tiny_llama(dtype="bfloat16"), tmp_path / "it", expand=lambda plan: plan.expand((2, 5)))
+    found = inspect(tmp_path / "it")
+    assert (found.format, found.family, found.dtype, found.source) == (format_name, "llama", "bfloat16", "tiny")
+    block = 2 * 64 + 128 * 64 + 64 * 64 + 3 * 96 * 64
+    assert {part.name: part.num_parameters for part in found.parts} == {
+        "embedding": 131 * 64,
+        "original blocks": 4 * block,
+        "added blocks": 2 * block,
+        "final norm": 64,
+        "output layer": 131 * 64,
+    }
+    assert all(part.num_bytes == 2 * part.num_parameters for part in found.parts)
+    assert "E o o A o o A H" in str(found)
+    assert found.trains == "added blocks: 61,696 of 201,920 parameters (30.6 %)"
+    plain = json.loads(json.dumps(found.to_json()))
+    assert (plain["num_layers"], plain["added_layers"]) == (6, [2, 5])
+    assert ExpansionPlan.from_json(plain["plan"]) == found.plan
+
+
+def test_a_model_without_added_blocks(tiny_llama: Tiny) -> None:
+    found = inspect(tiny_llama(tie_word_embeddings=True))
+    assert found.source is None
+    assert found.trains.startswith("nothing is added yet")
+    assert "E o o o o E" in str(found)
+
+
+def test_tensors_are_not_read(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """The data of a safetensors file may be anything."""
+    hf_to_megatron(tiny_llama(), tmp_path / "megatron")
+    data = tmp_path / "megatron" / "__0_0.distcp"
+    data.write_bytes(bytes(data.stat().st_size))
+    assert inspect(tmp_path / "megatron").shape == inspect(tiny_llama()).shape

@@ -1,0 +1,111 @@
+"""The exports are ordinary checkpoints: `transformers` loads them without a word, and computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, megatron_to_hf
+from megatron_llamapro.checkpoint.hf_reader import HFReader
+from megatron_llamapro.checkpoint.reference import logits as reference_logits
+from megatron_llamapro.checkpoint.sources import open_checkpoint
+
+Tiny = Callable[..., Path]
+
+LLAMA_3_SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS = {
+    "grouped queries": {},
+    "tied, bfloat16, every head its own keys": {
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+        "num_key_value_heads": 4,
+    },
+    "float16": {"dtype": "float16"},
+    "llama3 scaling, head_dim given": {"rope_parameters": LLAMA_3_SCALING, "head_dim": 32},
+    "linear scaling": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+}
+
+
+def load(folder: Path) -> LlamaForCausalLM:
+    """Load with `transformers`; every tensor must be found, and none left over."""
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    return model.eval()
+
+
+def some_tokens() -> torch.Tensor:
+    return torch.randint(131, (2, 48), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits_of(model: LlamaForCausalLM) -> torch.Tensor:
+    return model(some_tokens()).logits
+
+
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
+def test_expanded_equals_original(settings: dict, tiny_llama: Tiny, tmp_path: Path) -> None:
+    source = tiny_llama(**settings)
+    expand_hf(source, tmp_path / "hf", expand=lambda plan: plan.expand((1, 4, 6)), max_shard_bytes=100_000)
+    hf_to_megatron(source, tmp_path / "megatron", expand=lambda plan: plan.expand((0, 1, 5, 6)))
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "through")
+    expected = logits_of(load(source))
+    assert expected.std() > 0.1
+    for folder in (tmp_path / "hf", tmp_path / "through"):
+        expanded = load(folder)
+        assert expanded.dtype == load(source).dtype
+        assert torch.equal(logits_of(expanded), expected)
+
+
+def test_loading_is_silent(tiny_llama: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Warnings are errors here as it is; neither does transformers log one."""
+    expand_hf(tiny_llama(), tmp_path / "hf", expand=lambda plan: plan.expand((2, 5)))
+    with caplog.at_level("WARNING"):
+        load(tmp_path / "hf")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert caplog.records == []
+    assert tokenizer.decode(tokenizer("Hello").input_ids) == "Hello"
+
+
+def test_decoding_with_a_cache_equals_decoding_without(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """Every block has a cache of its own, added ones too; they are made to matter first."""
+    expand_hf(tiny_llama(), tmp_path / "hf", expand=lambda plan: plan.expand((2, 5)))
+    model = load(tmp_path / "hf")
+    with torch.no_grad():
+        for layer in (2, 5):
+            for projection in (model.model.layers[layer].self_attn.o_proj, model.model.layers[layer].mlp.down_proj):
+                projection.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(layer))
+    start = some_tokens()[:, :8]
+    settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    mask = torch.ones_like(start)
+    cached = model.generate(start, attention_mask=mask, use_cache=True, **settings)
+    plain = model.generate(start, attention_mask=mask, use_cache=False, **settings)
+    assert torch.equal(cached.sequences, plain.sequences)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
+def test_our_own_forward_pass_is_the_same_function(settings: dict, tiny_llama: Tiny) -> None:
+    """`checkpoint.reference` computes in float32 what `transformers` does."""
+    source = tiny_llama(**settings)
+    theirs = logits_of(load(source).float())
+    torch.testing.assert_close(reference_logits(HFReader(source), some_tokens()), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_our_own_forward_pass_reads_either_format(tiny_llama: Tiny, tmp_path: Path) -> None:
+    hf_to_megatron(tiny_llama(), tmp_path / "megatron")
+    ours = [
+        reference_logits(open_checkpoint(folder), some_tokens()) for folder in (tiny_llama(), tmp_path / "megatron")
+    ]
+    assert torch.equal(*ours)

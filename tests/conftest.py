@@ -1,0 +1,25 @@
+"""What several rooms' tests share: tiny models, each made once in a session."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_tiny_llama` with its folder chosen: the same arguments give the same folder, which must not be changed."""
+    from megatron_llamapro.testing.tiny_models import make_tiny_llama
+
+    made: dict[str, Path] = {}
+
+    def make(**settings: object) -> Path:
+        key = json.dumps(settings, sort_keys=True)
+        if key not in made:
+            made[key] = make_tiny_llama(tmp_path_factory.mktemp("llama") / "tiny", **settings)
+        return made[key]
+
+    return make

@@ -1,0 +1,188 @@
+"""Expansion plans against the paper's rule, written a second time and naively."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_llamapro.config.errors import ExpansionError
+from megatron_llamapro.expansion.plan import ExpansionPlan, Placement, placed_positions
+
+
+def naive_interleaved(num_layers: int, num_added: int, top: int) -> list[tuple[int, bool]]:
+    """(source layer, added?) of every layer: after each group, copies of its last `top` blocks."""
+    num_groups = num_added // top
+    ends = [(group + 1) * num_layers // num_groups for group in range(num_groups)]
+    expanded: list[tuple[int, bool]] = []
+    for layer in range(num_layers):
+        expanded.append((layer, False))
+        if layer + 1 in ends:
+            expanded += [(copied, True) for copied in range(layer + 1 - top, layer + 1)]
+    return expanded
+
+
+def described(plan: ExpansionPlan) -> list[tuple[int, bool]]:
+    return [(layer.source_layer, layer.is_added) for layer in plan.layers]
+
+
+@st.composite
+def interleavings(draw: st.DrawFn) -> tuple[int, int, int]:
+    """Layers, added blocks, blocks a group: any that can be."""
+    num_layers = draw(st.integers(1, 100))
+    top = draw(st.integers(1, num_layers))
+    num_groups = draw(st.integers(1, num_layers // top))
+    return num_layers, num_groups * top, top
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> ExpansionPlan:
+    """Up to three rounds on a small model."""
+    plan = ExpansionPlan.unexpanded(draw(st.integers(1, 8)))
+    for _ in range(draw(st.integers(0, 3))):
+        num_added = draw(st.integers(1, plan.num_layers))
+        placement = draw(st.sampled_from(Placement))
+        plan = plan.expand(placed_positions(plan.num_layers, num_added, placement=placement))
+    return plan
+
+
+def test_the_papers_plan() -> None:
+    """LLaMA-2-7B, 32 + 8: new blocks 4, 9, … 39, each the copy of the block before it."""
+    positions = placed_positions(32, 8)
+    assert positions == (4, 9, 14, 19, 24, 29, 34, 39)
+    plan = ExpansionPlan.unexpanded(32).expand(positions)
+    assert plan.num_layers == 40
+    assert plan.added_layers == plan.newest_layers == positions
+    assert [plan.layers[position].source_layer for position in positions] == [3, 7, 11, 15, 19, 23, 27, 31]
+
+
+@given(interleavings())
+def test_interleaved_is_the_papers_rule(counts: tuple[int, int, int]) -> None:
+    num_layers, num_added, top = counts
+    plan = ExpansionPlan.unexpanded(num_layers).expand(placed_positions(num_layers, num_added, blocks_per_group=top))
+    assert described(plan) == naive_interleaved(num_layers, num_added, top)
+
+
+@given(st.integers(1, 100).flatmap(lambda layers: st.tuples(st.just(layers), st.integers(1, layers))))
+def test_groups_differ_by_at_most_one_block(counts: tuple[int, int]) -> None:
+    num_layers, num_added = counts
+    plan = ExpansionPlan.unexpanded(num_layers).expand(placed_positions(num_layers, num_added))
+    ends = [plan.layers[position].source_layer + 1 for position in plan.added_layers]
+    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    assert sum(sizes) == num_layers
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.integers(1, 40).flatmap(lambda layers: st.tuples(st.just(layers), st.integers(1, layers))))
+def test_prefix_and_suffix(counts: tuple[int, int]) -> None:
+    num_layers, num_added = counts
+    original = [(layer, False) for layer in range(num_layers)]
+    start = ExpansionPlan.unexpanded(num_layers)
+    prefix = start.expand(placed_positions(num_layers, num_added, placement=Placement.PREFIX))
+    assert described(prefix) == [(layer, True) for layer in range(num_added)] + original
+    suffix = start.expand(placed_positions(num_layers, num_added, placement=Placement.SUFFIX))
+    assert described(suffix) == original + [(layer, True) for layer in range(num_layers - num_added, num_layers)]
+
+
+@given(plans())
+def test_rounds_keep_the_original_layers_in_order(plan: ExpansionPlan) -> None:
+    originals = [plan.layers[index] for index in plan.original_layers]
+    assert [layer.source_layer for layer in originals] == list(range(len(originals)))
+    assert set(plan.newest_layers) <= set(plan.added_layers)
+    assert {layer.added_in_round for layer in plan.layers} <= set(range(plan.num_rounds + 1))
+
+
+@given(plans())
+def test_a_further_round_keeps_every_layer_of_the_one_before(plan: ExpansionPlan) -> None:
+    expanded = plan.expand(placed_positions(plan.num_layers, 1))
+    kept = [layer for layer in expanded.layers if layer.added_in_round <= plan.num_rounds]
+    assert [layer.parent_layer for layer in kept] == list(range(plan.num_layers))
+    assert [(layer.source_layer, layer.added_in_round) for layer in kept] == [
+        (layer.source_layer, layer.added_in_round) for layer in plan.layers
+    ]
+
+
+@given(plans())
+def test_json_there_and_back(plan: ExpansionPlan) -> None:
+    assert ExpansionPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_a_run_of_positions_copies_the_blocks_before_it() -> None:
+    plan = ExpansionPlan.unexpanded(4).expand((2, 3, 6))
+    assert described(plan) == [
+        (0, False),
+        (1, False),
+        (0, True),
+        (1, True),
+        (2, False),
+        (3, False),
+        (3, True),
+    ]
+
+
+def test_a_run_at_the_start_copies_the_first_blocks() -> None:
+    plan = ExpansionPlan.unexpanded(3).expand((0, 1, 3))
+    assert described(plan) == [(0, True), (1, True), (0, False), (0, True), (1, False), (2, False)]
+
+
+BAD_POSITIONS = {
+    "none": ((), "no positions given"),
+    "repeated": ((2, 2), "position 2 is given twice"),
+    "unsorted": ((5, 2), "not ascending: 2 comes after 5"),
+    "too large": (
+        (2, 6),
+        r"position 6 is out of range: the expanded model has layers 0 … 5 \(4 \+ 2 added\)",
+    ),
+    "negative": ((-1, 2), "position -1 is out of range"),
+    "longer than what is before it": (
+        (1, 2),
+        "2 added blocks in a row at position 1 have only 1 source blocks",
+    ),
+}
+
+
+@pytest.mark.parametrize(("positions", "message"), BAD_POSITIONS.values(), ids=BAD_POSITIONS.keys())
+def test_positions_that_cannot_be(positions: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ExpansionError, match=message):
+        ExpansionPlan.unexpanded(4).expand(positions)
+
+
+BAD_COUNTS = {
+    "none": ({"num_added_blocks": 0}, "add at least 1"),
+    "more than there are": ({"num_added_blocks": 5}, "cannot add 5 blocks to 4 layers"),
+    "groups that do not divide": ({"num_added_blocks": 3, "blocks_per_group": 2}, "divide num_added_blocks"),
+    "no blocks a group": ({"num_added_blocks": 2, "blocks_per_group": 0}, "at least 1"),
+    "groups in a prefix": (
+        {"num_added_blocks": 2, "blocks_per_group": 2, "placement": Placement.PREFIX},
+        "for interleaved placement, not for prefix",
+    ),
+}
+
+
+@pytest.mark.parametrize(("counts", "message"), BAD_COUNTS.values(), ids=BAD_COUNTS.keys())
+def test_counts_that_cannot_be(counts: dict, message: str) -> None:
+    with pytest.raises(ExpansionError, match=message):
+        placed_positions(4, **counts)
+
+
+LAYER = {"source_layer": 0, "parent_layer": 0, "added_in_round": 0}
+BAD_JSON = {
+    "no layers": {"num_rounds": 0},
+    "an unknown field": {"num_rounds": 0, "layers": [{**LAYER, "zero": True}]},
+    "text for a number": {"num_rounds": 0, "layers": [{**LAYER, "source_layer": "0"}]},
+    "originals out of order": {"num_rounds": 0, "layers": [{**LAYER, "source_layer": 1}, LAYER]},
+    "a copy of what is not there": {
+        "num_rounds": 1,
+        "layers": [LAYER, {**LAYER, "source_layer": 4, "added_in_round": 1}],
+    },
+    "a round that is missing": {"num_rounds": 2, "layers": [LAYER, {**LAYER, "added_in_round": 2}]},
+    "only added layers": {"num_rounds": 1, "layers": [{**LAYER, "added_in_round": 1}]},
+}
+
+
+@pytest.mark.parametrize("data", BAD_JSON.values(), ids=BAD_JSON.keys())
+def test_json_that_is_no_plan(data: dict) -> None:
+    with pytest.raises(ExpansionError, match="not an expansion plan"):
+        ExpansionPlan.from_json(data)

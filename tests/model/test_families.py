@@ -1,0 +1,176 @@
+"""What config.json says about a model's shape, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.model.families import (
+    RopeScaling,
+    expanded_hf_config,
+    family_of,
+    model_shape,
+    read_hf_config,
+)
+
+LLAMA_2 = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+LLAMA_3 = {**LLAMA_2, "num_key_value_heads": 8, "rope_theta": 500000.0, "vocab_size": 128256, "head_dim": 128}
+SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+
+def test_llama_2() -> None:
+    shape = model_shape(LLAMA_2)
+    assert (shape.num_layers, shape.hidden_size, shape.ffn_hidden_size) == (32, 4096, 11008)
+    assert (shape.num_attention_heads, shape.num_query_groups, shape.kv_channels) == (32, 32, 128)
+    assert (shape.vocab_size, shape.max_position_embeddings, shape.layernorm_epsilon) == (32000, 4096, 1e-5)
+    assert (shape.rotary_base, shape.rope_scaling, shape.tie_word_embeddings) == (10000.0, None, False)
+
+
+def test_llama_1_has_no_groups_and_no_rope_fields() -> None:
+    older = {key: value for key, value in LLAMA_2.items() if key not in ("num_key_value_heads", "rope_scaling")}
+    assert model_shape(older) == model_shape(LLAMA_2)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 500000.0, "rope_scaling": SCALING},
+        {"rope_parameters": {"rope_theta": 500000.0, **SCALING}},
+        {"rope_theta": None, "rope_scaling": None, "rope_parameters": {"rope_theta": 500000, **SCALING}},
+    ],
+    ids=["transformers 4", "transformers 5", "both, one empty"],
+)
+def test_llama_3_1_rotary_embeddings(rope: dict) -> None:
+    shape = model_shape({**LLAMA_3, **rope})
+    assert shape.rotary_base == 500000.0
+    assert shape.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+
+
+def test_linear_scaling_under_its_older_name() -> None:
+    shape = model_shape({**LLAMA_2, "rope_scaling": {"type": "linear", "factor": 4}})
+    assert shape.rope_scaling == RopeScaling("linear", 4.0)
+
+
+def test_head_dim_may_differ_from_the_quotient() -> None:
+    assert model_shape({**LLAMA_3, "head_dim": 64}).kv_channels == 64
+    assert model_shape({**LLAMA_3, "head_dim": None}).kv_channels == 128
+
+
+def without(field: str) -> dict:
+    return {key: value for key, value in LLAMA_2.items() if key != field}
+
+
+REFUSED = {
+    "an unknown family": ({**LLAMA_2, "model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported"),
+    "no family": (without("model_type"), "model_type"),
+    "a family that is no text": ({**LLAMA_2, "model_type": ["llama"]}, "model_type"),
+    "biases in attention": ({**LLAMA_2, "attention_bias": True}, "attention_bias True.*bias"),
+    "biases in the feed-forward": ({**LLAMA_2, "mlp_bias": True}, "mlp_bias True.*bias"),
+    "another activation": ({**LLAMA_2, "hidden_act": "gelu"}, "hidden_act 'gelu'.*SwiGLU"),
+    "rotary embeddings that are not known": (
+        {**LLAMA_2, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        "'yarn': known are default, linear, llama3",
+    ),
+    "scaling that lacks a field": (
+        {**LLAMA_2, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        "llama3 need low_freq_factor, high_freq_factor, original_max_position_embeddings",
+    ),
+    "scaling that is no object": (
+        {**LLAMA_2, "rope_scaling": "linear"},
+        "rope_scaling 'linear': it must be an object",
+    ),
+    "groups that do not divide": (
+        {**LLAMA_2, "num_key_value_heads": 5},
+        "32 attention heads.* 5 key-value heads",
+    ),
+    "more groups than heads": ({**LLAMA_2, "num_key_value_heads": 64}, "num_key_value_heads 64"),
+    "heads that do not divide": (
+        {**LLAMA_2, "num_attention_heads": 30, "num_key_value_heads": 30},
+        "hidden_size 4096",
+    ),
+    "a missing field": (without("intermediate_size"), "no intermediate_size"),
+    "a field of the wrong type": ({**LLAMA_2, "hidden_size": "4096"}, "hidden_size '4096'"),
+    "a fraction": ({**LLAMA_2, "num_hidden_layers": 2.5}, "num_hidden_layers 2.5"),
+    "true for a number": ({**LLAMA_2, "num_hidden_layers": True}, "num_hidden_layers True"),
+    "no layers": ({**LLAMA_2, "num_hidden_layers": 0}, "num_hidden_layers 0"),
+    "an absurd number": ({**LLAMA_2, "hidden_size": 10**15}, "hidden_size 1000000000000000"),
+    "an odd head_dim": ({**LLAMA_2, "head_dim": 63}, "head_dim 63"),
+    "a negative epsilon": ({**LLAMA_2, "rms_norm_eps": -1e-5}, "rms_norm_eps -1e-05"),
+    "a NaN": ({**LLAMA_2, "rope_theta": float("nan")}, "rope_theta nan"),
+    "text for true": ({**LLAMA_2, "tie_word_embeddings": "yes"}, "tie_word_embeddings 'yes'"),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused_in_one_line_with_the_reason(config: dict, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as refusal:
+        model_shape(config)
+    assert "\n" not in str(refusal.value)
+
+
+def test_expanded_config_has_every_per_layer_field_extended() -> None:
+    config = {**LLAMA_2, "num_hidden_layers": 4, "layer_types": list("abcd"), "llamapro": {"old": "manifest"}}
+    plan = ExpansionPlan.unexpanded(4).expand((2, 5))
+    expected = {**LLAMA_2, "num_hidden_layers": 6, "layer_types": list("abbcdd")}
+    assert expanded_hf_config(config, plan) == expected
+    assert config["num_hidden_layers"] == 4
+
+
+def test_per_layer_field_of_the_wrong_length() -> None:
+    config = {**LLAMA_2, "num_hidden_layers": 4, "layer_types": ["a"]}
+    with pytest.raises(CheckpointError, match="layer_types has no value for each of the 4 layers"):
+        expanded_hf_config(config, ExpansionPlan.unexpanded(4).expand((4,)))
+
+
+def test_family_is_found_by_its_model_type() -> None:
+    assert family_of(LLAMA_2).model_type == "llama"
+
+
+BROKEN_FILES = {
+    "no file": (None, "has no config.json"),
+    "not JSON": ("{", "is not JSON"),
+    "not an object": ("[]", "holds no JSON object"),
+    "not text": (b"\xff\xfe\x00", "is not JSON"),
+    "nested too deeply": ("[" * 100_000, "is not JSON"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN_FILES.values(), ids=BROKEN_FILES.keys())
+def test_config_files_that_cannot_be_read(content: str | bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CheckpointError, match=message):
+        read_hf_config(tmp_path)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere is not a folder"):
+        read_hf_config(tmp_path / "nowhere")
+
+
+def test_a_config_file_is_read_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3))
+    assert read_hf_config(tmp_path) == LLAMA_3

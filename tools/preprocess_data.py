@@ -1,0 +1,58 @@
+"""Turn jsonl text (one document a line) into token files, .bin and .idx, that Megatron reads.
+
+python tools/preprocess_data.py --input FILE.jsonl... --tokenizer DIR_OR_FILE --output_prefix PREFIX [--num_workers N]
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_llamapro.config.command import CommandParser, run_command
+
+
+def main() -> int:
+    """Read the options, tokenize, say what was written."""
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE.jsonl", help="text, in order")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="DIR_OR_FILE", help="tokenizer.json, .model, or their folder"
+    )
+    parser.add_argument("--output_prefix", type=Path, required=True, metavar="PREFIX", help="path without .bin or .idx")
+    parser.add_argument("--json_key", default="text", help="field of a line that holds the text (default: text)")
+    parser.add_argument("--eod_token", help="token that ends a document (default: the tokenizer's end of sequence)")
+    parser.add_argument("--num_workers", type=int, default=1, metavar="N", help="processes that tokenize (default: 1)")
+    parser.add_argument("--overwrite", action="store_true", help="replace token files that are there")
+    args = parser.parse_args()
+
+    from megatron_llamapro.runtime.upstream import import_megatron
+
+    import_megatron()
+    from megatron_llamapro.data.preprocess import preprocess
+
+    started = time.monotonic()
+    total = sum(path.stat().st_size for path in args.input if path.is_file())
+    with tqdm(desc="tokenizing", total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        done = preprocess(
+            args.input,
+            args.output_prefix,
+            tokenizer=args.tokenizer,
+            json_key=args.json_key,
+            eod_token=args.eod_token,
+            num_workers=args.num_workers,
+            overwrite=args.overwrite,
+            progress=bar.update,
+        )
+    seconds = time.monotonic() - started
+    empty = f", {done.num_empty} without text left out" if done.num_empty else ""
+    print(
+        f"{args.output_prefix}: {done.info.num_documents:,} documents{empty}, {done.info.num_tokens:,} tokens "
+        f"in {seconds:.1f} s ({done.info.num_tokens / seconds:,.0f} tokens/s)"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
