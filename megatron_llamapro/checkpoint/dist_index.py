@@ -119,7 +119,7 @@ def _unpickle(path: Path) -> Metadata:
         raise CheckpointError(f"{path.parent} has no {path.name}: it is not a complete checkpoint") from None
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is not the index of a checkpoint, and was not loaded: {error}") from None
-    except (OSError, MemoryError, RecursionError):
+    except OSError:
         raise
     except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"{path} is damaged: {error!r}") from None

@@ -91,8 +91,8 @@ class HFReader:
         unknown = [n for n in self._shard_of if n not in expected and not is_known_extra(n, self.shape)]
         if unknown:
             raise CheckpointError(
-                f"{self.folder} has the tensor {unknown[0]}{_and_more(unknown)}, which this model family does not have: "
-                "it would be lost"
+                f"{self.folder} has the tensor {unknown[0]}{_and_more(unknown)}, which this model family does not "
+                "have: it would be lost"
             )
         dtypes = {}
         for name, size in expected.items():
@@ -143,7 +143,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = {**weight_map}
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} is not an index of safetensors shards: {error!r}") from None
     for shard in names.values():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard:

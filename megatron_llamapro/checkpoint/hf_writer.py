@@ -70,7 +70,7 @@ def write_config(folder: Path, config: Mapping, manifest: Manifest) -> None:
 
 
 def with_dtype(config: Mapping, dtype: str) -> dict:
-    """`config` with the type of its weights, under the name it used: "dtype", or "torch_dtype" before transformers 5."""
+    """`config` with the type of its weights, under the name it used: "dtype", or the older "torch_dtype"."""
     names = [name for name in ("torch_dtype", "dtype") if name in config] or ["dtype"]
     return {**config, **dict.fromkeys(names, dtype)}
 

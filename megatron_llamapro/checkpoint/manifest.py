@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -104,7 +103,7 @@ class Manifest:
         path = Path(folder) / MANIFEST_NAME
         draft = path.with_name(f"{MANIFEST_NAME}.tmp")
         draft.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, path)
+        draft.replace(path)
 
     def check_fits(self, shape: ModelShape, *, where: object = "the checkpoint") -> None:
         """Raise `CheckpointError` where the plan and the model do not have the same layers."""
@@ -137,7 +136,7 @@ def _source(data: Mapping) -> Source:
 def _read_json(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
 
 

@@ -54,15 +54,15 @@ def preprocess(
     encoder = Encoder(loaded, json_key)
     start = (str(tokenizer), eod_token, json_key)
     with _encoded(chunks_of(inputs), encoder, start, num_workers) as encoded, _draft(output_prefix) as draft:
-        writer = _Writer(draft, loaded)
         num_empty = 0
-        for part in encoded:
-            writer.add(part)
-            num_empty += part.num_empty
-            progress(part.num_bytes)
-        if not writer.num_documents:
-            raise DataError(f"{', '.join(map(str, inputs))}: no documents with text, so there is nothing to write")
-        info = writer.finish()
+        with contextlib.closing(_Writer(draft, loaded)) as writer:
+            for part in encoded:
+                writer.add(part)
+                num_empty += part.num_empty
+                progress(part.num_bytes)
+            if not writer.num_documents:
+                raise DataError(f"{', '.join(map(str, inputs))}: no documents with text, so there is nothing to write")
+            info = writer.finish()
         _publish(draft, output_prefix, info)
     return Preprocessed(info, num_empty)
 
@@ -128,6 +128,10 @@ class _Writer:
         self.num_documents += len(part.lengths)
         self.num_tokens += len(tokens)
         self.max_token = max(self.max_token, int(tokens.max()))
+
+    def close(self) -> None:
+        """Let go of the draft; megatron.core's builder does it only when it is finalized."""
+        self.builder.data_file.close()
 
     def finish(self) -> TokenFileInfo:
         self.builder.finalize(str(paths_of(self.draft)[1]))

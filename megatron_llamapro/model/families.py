@@ -7,6 +7,7 @@ identity by zeroing its two output projections, and the fields that hold one val
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def read_hf_config(folder: Path) -> dict:
         raise CheckpointError(f"{folder} {what}: give the folder of a checkpoint")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds no JSON object: it is not a model's configuration")
@@ -130,7 +131,7 @@ def family_of(config: Mapping) -> Family:
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        raise CheckpointError(f"model_type '{model_type}' is not supported: known are {', '.join(sorted(FAMILIES))}")
+        raise CheckpointError(f"model_type {model_type!r} is not supported: known are {', '.join(sorted(FAMILIES))}")
     for requirement in family.requirements:
         value = config.get(requirement.field, requirement.value)
         if value != requirement.value:
@@ -201,7 +202,7 @@ def _count(config: Mapping, name: str, largest: int, default: int | None = None)
 def _number(config: Mapping, name: str, default: float | None = None) -> float:
     value = config.get(name)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise CheckpointError(f"config.json has {name} {value!r}: it must be a number above 0")
     return float(value)
 
@@ -235,6 +236,10 @@ def _rope_scaling(rope: Mapping) -> RopeScaling | None:
     missing = [name for name in fields if name not in values]
     if missing:
         raise CheckpointError(f"config.json: rotary embeddings of type {rope_type} need {', '.join(missing)}")
-    if "original_max_position_embeddings" in values:
-        values["original_max_position_embeddings"] = int(values["original_max_position_embeddings"])
+    if rope_type == "llama3":
+        values["original_max_position_embeddings"] = _count(rope, "original_max_position_embeddings", 10**10)
+        if values["low_freq_factor"] >= values["high_freq_factor"]:
+            raise CheckpointError(
+                "config.json: low_freq_factor of the rotary embeddings must be below high_freq_factor"
+            )
     return RopeScaling(rope_type=rope_type, **values)

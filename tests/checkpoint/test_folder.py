@@ -32,7 +32,7 @@ def test_a_target_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     target.mkdir()
     (target / "mine.txt").write_text("precious")
     with (
-        pytest.raises(CheckpointError, match="exists and is not empty: .*--overwrite"),
+        pytest.raises(CheckpointError, match=r"exists and is not empty: .*--overwrite"),
         staged(target, overwrite=False),
     ):
         pass

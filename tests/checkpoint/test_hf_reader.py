@@ -158,5 +158,5 @@ def test_a_manifest_that_does_not_fit(damaged: Callable[..., Path], tmp_path: Pa
     manifest = json.loads((tmp_path / "megatron" / "llamapro.json").read_text())
     manifest["plan"]["layers"].pop()
     (tmp_path / "damaged" / "llamapro.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="manifest is for 3 layers, its config.json for 4"):
+    with pytest.raises(CheckpointError, match=r"manifest is for 3 layers, its config\.json for 4"):
         HFReader(tmp_path / "damaged")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_llamapro.checkpoint.convert import hf_to_megatron, megatron_to_hf
@@ -137,6 +139,7 @@ def test_tensors_are_asked_for_when_they_are_written(tmp_path: Path) -> None:
 def test_nothing_of_megatron_is_imported(tiny_llama: Tiny, tmp_path: Path) -> None:
     code = """
 import sys
+import warnings
 from pathlib import Path
 from megatron_llamapro.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_llamapro.checkpoint.verify import verify
@@ -306,3 +309,13 @@ def test_a_damaged_folder(damage: Callable, message: str, megatron: Path, tmp_pa
         megatron_to_hf(megatron, tmp_path / "hf")
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "hf").exists()
+
+
+def test_torch_reads_what_we_write(megatron: Path) -> None:
+    """Through its own loader: the index is an ordinary one."""
+    reader = TorchDistReader(megatron)
+    tensors = {name: torch.empty(shape) for name, shape in reader.shapes.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, checkpoint_id=megatron, no_dist=True)
+    assert all(torch.equal(tensor, reader.tensor(name)) for name, tensor in tensors.items())

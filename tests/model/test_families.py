@@ -102,6 +102,15 @@ REFUSED = {
         {**LLAMA_2, "rope_scaling": "linear"},
         "rope_scaling 'linear': it must be an object",
     ),
+    "scaling between factors that are equal": (
+        {**LLAMA_2, "rope_scaling": {**SCALING, "high_freq_factor": 1.0}},
+        "low_freq_factor of the rotary embeddings must be below",
+    ),
+    "scaling from a fraction of a position": (
+        {**LLAMA_2, "rope_scaling": {**SCALING, "original_max_position_embeddings": 0.5}},
+        "original_max_position_embeddings 0.5",
+    ),
+    "a number too large for any type": ({**LLAMA_2, "rope_theta": 10**400}, "rope_theta 1000"),
     "groups that do not divide": (
         {**LLAMA_2, "num_key_value_heads": 5},
         "32 attention heads.* 5 key-value heads",
@@ -154,6 +163,7 @@ BROKEN_FILES = {
     "not JSON": ("{", "is not JSON"),
     "not an object": ("[]", "holds no JSON object"),
     "not text": (b"\xff\xfe\x00", "is not JSON"),
+    "a number of 5000 digits": ('{"hidden_size": ' + "9" * 5000 + "}", "is not JSON"),
     "nested too deeply": ("[" * 100_000, "is not JSON"),
 }
 

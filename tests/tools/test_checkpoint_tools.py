@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,28 +18,65 @@ TOOLS = Path(__file__).parents[2] / "tools"
 NAMES = ("convert", "expand", "verify", "inspect")
 
 
-def run(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", str(TOOLS / f"{tool}_checkpoint.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def run_well(tool: str, *arguments: object) -> str:
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a tool's script in this process, as `python tools/…` would: `run("expand", "--source", …)`."""
+
+    def run_tool(tool: str, *arguments: object) -> Ended:
+        script = str(TOOLS / f"{tool}_checkpoint.py")
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(script, run_name="__main__")
+        return Ended(int(ended.value.code or 0), *capsys.readouterr())
+
+    return run_tool
+
+
+@pytest.fixture
+def run_well(run: Run) -> Callable[..., str]:
     """Its output; it must succeed and say nothing on standard error (no bar, where there is no terminal)."""
-    ended = run(tool, *arguments)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    return ended.stdout
+
+    def run_tool_well(tool: str, *arguments: object) -> str:
+        ended = run(tool, *arguments)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        return ended.stdout
+
+    return run_tool_well
+
+
+def run_as_a_program(tool: str, *arguments: object) -> Ended:
+    """In a process of its own."""
+    command = [sys.executable, "-W", "error", str(TOOLS / f"{tool}_checkpoint.py"), *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
 @pytest.fixture(scope="module")
 def megatron(tiny_llama: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, converted by the tool, with blocks 2 and 5 added."""
     target = tmp_path_factory.mktemp("tools") / "megatron"
-    said = run_well("convert", "hf-to-megatron", "--source", tiny_llama(), "--target", target, "--num_added_blocks", 2)
-    assert said.startswith(f"{target}: 4 → 6 layers\nadded blocks: 2, 5\n808 kB of float32 weights in ")
+    options = ("--source", tiny_llama(), "--target", target, "--num_added_blocks", 2)
+    ended = run_as_a_program("convert", "hf-to-megatron", *options)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith(f"{target}: 4 → 6 layers\nadded blocks: 2, 5\n808 kB of float32 weights in ")
     return target
 
 
-def test_there_and_back_and_verified(megatron: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_there_and_back_and_verified(
+    run_well: Callable[..., str], megatron: Path, tiny_llama: Tiny, tmp_path: Path
+) -> None:
     run_well("convert", "megatron-to-hf", "--source", megatron, "--target", tmp_path / "back")
     run_well("expand", "--source", tiny_llama(), "--target", tmp_path / "direct", "--positions", "2,5")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
@@ -50,7 +89,7 @@ def test_there_and_back_and_verified(megatron: Path, tiny_llama: Tiny, tmp_path:
 
 
 def test_verification_that_fails_is_exit_code_1_and_names_the_tensor(
-    megatron: Path, tiny_llama: Tiny, tmp_path: Path
+    run: Run, run_well: Callable[..., str], megatron: Path, tiny_llama: Tiny, tmp_path: Path
 ) -> None:
     run_well("convert", "megatron-to-hf", "--source", megatron, "--target", tmp_path / "back")
     tensors = load_file(tmp_path / "back" / "model.safetensors")
@@ -61,13 +100,13 @@ def test_verification_that_fails_is_exit_code_1_and_names_the_tensor(
     assert "FAIL original tensors: model.norm.weight of 39 moved\n" in ended.stdout
 
 
-def test_inspect(megatron: Path) -> None:
+def test_inspect(run_well: Callable[..., str], megatron: Path) -> None:
     assert "E o o A o o A H" in run_well("inspect", "--checkpoint", megatron)
     found = json.loads(run_well("inspect", "--checkpoint", megatron, "--json"))
     assert (found["num_layers"], found["added_layers"], found["dtype"]) == (6, [2, 5], "float32")
 
 
-def test_placements(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_placements(run_well: Callable[..., str], tiny_llama: Tiny, tmp_path: Path) -> None:
     expected = {"prefix": "0, 1", "suffix": "4, 5", "interleaved": "2, 5"}
     for placement, blocks in expected.items():
         options = ("--num_added_blocks", 2, "--placement", placement)
@@ -111,7 +150,9 @@ USAGE = {
 
 
 @pytest.mark.parametrize(("tool", "options", "message"), USAGE.values(), ids=USAGE.keys())
-def test_one_line_for_every_mistake(tool: str, options: tuple, message: str, tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_one_line_for_every_mistake(
+    run: Run, tool: str, options: tuple, message: str, tiny_llama: Tiny, tmp_path: Path
+) -> None:
     ended = run(tool, "--source", tiny_llama(), "--target", tmp_path / "target", *options)
     assert ended.returncode == 2
     assert ended.stdout == ""
@@ -129,13 +170,23 @@ NOWHERE = {
 
 
 @pytest.mark.parametrize("command", NOWHERE.values(), ids=NOWHERE.keys())
-def test_a_folder_that_is_not_there(command: tuple[str, ...]) -> None:
+def test_a_folder_that_is_not_there(run: Run, command: tuple[str, ...]) -> None:
     ended = run(*command)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: nowhere is not a folder") and ended.stderr.count("\n") == 1, ended.stderr
 
 
-def test_an_existing_target_needs_overwrite(megatron: Path, tmp_path: Path) -> None:
+def test_one_line_from_a_program_of_its_own(tiny_llama: Tiny, tmp_path: Path) -> None:
+    options = ("--source", tiny_llama(), "--target", tmp_path / "target", "--positions", "2,9")
+    ended = run_as_a_program("convert", "hf-to-megatron", *options)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: position 9 is out of range") and ended.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_target_needs_overwrite(
+    run: Run, run_well: Callable[..., str], megatron: Path, tmp_path: Path
+) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     command = ("convert", "megatron-to-hf", "--source", megatron, "--target", tmp_path)
     ended = run(*command)

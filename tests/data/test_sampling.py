@@ -1,0 +1,82 @@
+"""The order of the data is a function of what was consumed, for any number of replicas."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.config.schema import BlendEntry, DataConfig
+from megatron_llamapro.data.sampling import BatchSampler, check_same_order, data_order_fingerprint, train_batches
+
+
+def global_batches(*, consumed: int, size: int, micro: int, total: int, batch: int) -> list[list[int]]:
+    """Samples of every step, over all replicas, in the order of the data."""
+    samplers = [
+        BatchSampler(
+            num_samples=total,
+            consumed_samples=consumed,
+            micro_batch_size=micro,
+            global_batch_size=batch,
+            data_parallel_rank=rank,
+            data_parallel_size=size,
+        )
+        for rank in range(size)
+    ]
+    rounds = batch // (micro * size)
+    by_rank = [list(sampler) for sampler in samplers]
+    steps = len(by_rank[0]) // rounds
+    return [
+        sorted(
+            index for ranks in by_rank for indices in ranks[step * rounds : (step + 1) * rounds] for index in indices
+        )
+        for step in range(steps)
+    ]
+
+
+@given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.integers(0, 5), st.integers(0, 9))
+def test_every_replica_count_reads_the_same_steps(size: int, micro: int, steps_done: int, extra: int) -> None:
+    total = 8 * 6 + extra
+    found = global_batches(consumed=8 * steps_done, size=size, micro=micro, total=total, batch=8)
+    whole = [list(range(start, start + 8)) for start in range(0, total - 7, 8)]
+    assert found == whole[steps_done:]
+
+
+def test_used_up_data_is_an_error_that_says_so() -> None:
+    batches = train_batches(
+        [{"tokens": 0}] * 4,
+        num_samples=4,
+        consumed_samples=0,
+        micro_batch_size=2,
+        global_batch_size=4,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+    )
+    assert len([next(batches), next(batches)]) == 2
+    with pytest.raises(DataError, match=r"data\.train_samples"):
+        next(batches)
+
+
+def test_fingerprint_names_what_changed(pair: Path, tmp_path: Path) -> None:
+    data = DataConfig(train=(BlendEntry(str(pair)),), seq_length=16)
+    stored = data_order_fingerprint(data, num_samples=8, seed=1)
+    check_same_order(stored, data_order_fingerprint(data, num_samples=8, seed=1))
+    for ending in (".bin", ".idx", ".json"):
+        (tmp_path / f"moved{ending}").write_bytes(Path(f"{pair}{ending}").read_bytes())
+    moved = dataclasses.replace(data, train=(BlendEntry(str(tmp_path / "moved")),))
+    check_same_order(stored, data_order_fingerprint(moved, num_samples=8, seed=1))
+    changes = {
+        r"training\.seed \(1\), now \(2\)": data_order_fingerprint(data, num_samples=8, seed=2),
+        r"train_samples": data_order_fingerprint(data, num_samples=9, seed=1),
+        r"data\.seq_length": data_order_fingerprint(dataclasses.replace(data, seq_length=8), num_samples=8, seed=1),
+        r"data\.train \(": data_order_fingerprint(
+            dataclasses.replace(data, train=(BlendEntry(str(pair), 3.0),)), num_samples=8, seed=1
+        ),
+    }
+    for message, current in changes.items():
+        with pytest.raises(DataError, match=message):
+            check_same_order(stored, current)

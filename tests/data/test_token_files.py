@@ -1,0 +1,79 @@
+"""Pairs of token files are checked when they are opened, not when training reads beyond their end."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.data.token_files import content_digest, open_token_file, paths_of, read_info
+
+
+def cut(path: Path, num_bytes: int) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - num_bytes)
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+def test_missing(ending: str, copied_pair: Path) -> None:
+    Path(f"{copied_pair}{ending}").unlink()
+    with pytest.raises(DataError, match="is not there"):
+        open_token_file(copied_pair)
+
+
+@pytest.mark.parametrize("num_bytes", [1, 2, 1000])
+def test_bin_cut_short(num_bytes: int, copied_pair: Path) -> None:
+    cut(paths_of(copied_pair)[0], num_bytes)
+    with pytest.raises(DataError, match="do not belong together"):
+        open_token_file(copied_pair)
+
+
+def test_every_length_of_a_cut_index(copied_pair: Path) -> None:
+    path = paths_of(copied_pair)[1]
+    whole = path.read_bytes()
+    for length in [*range(0, 60), len(whole) // 2, len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"damaged|not an index|no documents"):
+            open_token_file(copied_pair)
+
+
+def test_another_sets_index(copied_pair: Path, tmp_path: Path) -> None:
+    path = paths_of(copied_pair)[1]
+    data = bytearray(path.read_bytes())
+    data[17] = 4  # int32 in place of uint16
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="do not belong together"):
+        open_token_file(copied_pair)
+    data[17] = 99
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="not an index"):
+        open_token_file(copied_pair)
+
+
+def test_vocabulary(pair: Path) -> None:
+    info = read_info(pair)
+    assert info is not None
+    open_token_file(pair, vocab_size=info.max_token + 1)
+    with pytest.raises(DataError, match="another tokenizer"):
+        open_token_file(pair, vocab_size=info.max_token)
+
+
+def test_digest_follows_the_content(copied_pair: Path, pair: Path) -> None:
+    """With our side file it is the tokens' own hash; without it (Megatron-LM's files) the ends' and the index'."""
+    assert content_digest(copied_pair) == content_digest(pair)
+    bin_path, _, info_path = paths_of(copied_pair)
+    info_path.unlink()
+    first = content_digest(copied_pair)
+    data = bytearray(bin_path.read_bytes())
+    data[-2] ^= 1
+    bin_path.write_bytes(data)
+    assert content_digest(copied_pair) != first
+
+
+def test_side_file_of_other_tokens_does_not_count(copied_pair: Path) -> None:
+    info = read_info(copied_pair)
+    assert info is not None
+    dataclasses.replace(info, bin_bytes=info.bin_bytes + 2).write(paths_of(copied_pair)[2])
+    assert read_info(copied_pair) is None
