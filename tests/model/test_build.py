@@ -1,0 +1,70 @@
+"""The model's parts that are ours: padded vocabulary, norm, attention."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+from megatron_llamapro.model.build import padded_vocab_size
+from megatron_llamapro.testing.distributed import run_distributed
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "divisible_by", "tensor_size", "padded"),
+    [(32000, 128, 2, 32000), (32001, 128, 2, 32256), (131, 1, 2, 132), (131, 1, 1, 131), (128256, 128, 8, 129024)],
+)
+def test_padded_vocab_size(vocab_size: int, divisible_by: int, tensor_size: int, padded: int) -> None:
+    found = padded_vocab_size(vocab_size, divisible_by=divisible_by, tensor_model_parallel_size=tensor_size)
+    assert found == padded
+
+
+def test_attention_equals_the_formula() -> None:
+    """softmax(q kᵀ / √d, causal) v, with every key head serving its group of query heads."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_llamapro.model.spec import SDPACoreAttention
+
+    config = types.SimpleNamespace(attention_dropout=0.0)
+    attention = SDPACoreAttention(config, 1, AttnMaskType.causal, "self")
+    query, key, value = (torch.randn(5, 2, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    ours = attention(query, key, value, None)
+    key, value = (x.repeat_interleave(2, dim=2) for x in (key, value))
+    scores = torch.einsum("sbhd,tbhd->bhst", query, key) / 8**0.5
+    scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
+    expected = torch.einsum("bhst,tbhd->sbhd", scores.softmax(-1), value).reshape(5, 2, 32)
+    torch.testing.assert_close(ours, expected)
+
+
+def padding_worker(divisible_by: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and its gradient with respect to this rank's logits, with garbage in the padded entries."""
+    from test_freeze import SHAPE
+
+    from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
+    from megatron_llamapro.model.build import build_model
+    from megatron_llamapro.runtime.distributed import start_model_parallel
+
+    parallel = ParallelConfig(tensor_model_parallel_size=torch.distributed.get_world_size())
+    layout = start_model_parallel(parallel, seed=1)
+    settings = ModelConfig(checkpoint="", make_vocab_size_divisible_by=divisible_by)
+    [model] = build_model(SHAPE, model=settings, parallel=parallel, precision="fp32")
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.cat([torch.randn(6, 2, 131, generator=generator), torch.full((6, 2, 1000), 50.0)], dim=-1)
+    mine = logits[..., : model.vocab_size].chunk(layout.tensor_size, dim=-1)[layout.tensor_rank].clone()
+    leaf = mine.requires_grad_()
+    labels = torch.randint(0, 131, (2, 6), generator=generator)
+    loss = model.compute_language_model_loss(labels, leaf * 1.0)
+    loss.sum().backward()
+    return loss.detach(), leaf.grad
+
+
+@pytest.mark.parametrize(("divisible_by", "world_size"), [(1, 2), (128, 1), (128, 2), (200, 2)])
+def test_padding_gets_no_probability(divisible_by: int, world_size: int) -> None:
+    """Also where a whole rank holds nothing but padding."""
+    [(expected, gradient)] = run_distributed(padding_worker, 1, 1)
+    ranks = run_distributed(padding_worker, world_size, divisible_by)
+    whole = torch.cat([rank[1] for rank in ranks], dim=-1)
+    torch.testing.assert_close(ranks[0][0], expected)
+    torch.testing.assert_close(whole[..., :131], gradient)
+    assert not whole[..., 131:].any()

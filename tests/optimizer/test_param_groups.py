@@ -1,0 +1,63 @@
+"""Rules become megatron.core's overrides; what is frozen, or matches nothing, does not pass silently."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.schema import OptimizerConfig, ParamGroupRule
+from megatron_llamapro.optimizer.param_groups import config_overrides
+
+
+class FakeStage(torch.nn.Module):
+    """The naming of a pipeline stage: its only layer is number 8 of the model, and called 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = torch.nn.Module()
+        layer.layer_number = 8
+        layer.linear, layer.norm = torch.nn.Linear(2, 2), torch.nn.LayerNorm(2)
+        self.decoder = torch.nn.Module()
+        self.decoder.layers = torch.nn.ModuleList([layer])
+
+
+def settings_of(*rules: ParamGroupRule) -> dict[str, dict[str, float]]:
+    """Merged overrides of each parameter, by stage-local name."""
+    stage = FakeStage()
+    overrides = config_overrides([stage], OptimizerConfig(lr=1.0, min_lr=0.5, param_groups=rules))
+    found = {}
+    for name, parameter in stage.named_parameters():
+        matching = [values for key, values in overrides.items() if key.matches(parameter, name)]
+        found[name.removeprefix("decoder.layers.0.")] = {k: v for values in matching for k, v in values.items()}
+    return found
+
+
+def test_vectors_do_not_decay() -> None:
+    found = settings_of()
+    assert found["linear.weight"] == {}
+    assert found["linear.bias"] == found["norm.weight"] == {"wd_mult": 0.0}
+
+
+def test_rules_speak_of_global_layers_and_the_first_wins() -> None:
+    found = settings_of(
+        ParamGroupRule("decoder.layers.7.linear.*", lr_mult=0.1, wd_mult=2.0), ParamGroupRule("*", lr_mult=3.0)
+    )
+    assert found["linear.weight"] == {"max_lr": 0.1, "min_lr": 0.05, "lr_mult": 0.1, "wd_mult": 2.0}
+    assert found["linear.bias"]["wd_mult"] == 2.0
+    assert found["norm.weight"] == {"max_lr": 3.0, "min_lr": 1.5, "lr_mult": 3.0, "wd_mult": 0.0}
+
+
+@pytest.mark.parametrize("pattern", ["decoder.layers.0.*", "*.linaer.*"])
+def test_a_rule_that_matches_nothing(pattern: str) -> None:
+    with pytest.raises(ConfigError, match="matches no trainable parameter"):
+        settings_of(ParamGroupRule(pattern))
+
+
+def test_frozen_parameters_do_not_count() -> None:
+    stage = types.SimpleNamespace(rule=ParamGroupRule("*.norm.*"), module=FakeStage())
+    stage.module.decoder.layers[0].norm.requires_grad_(False)
+    with pytest.raises(ConfigError, match="matches no trainable parameter"):
+        config_overrides([stage.module], OptimizerConfig(param_groups=(stage.rule,)))

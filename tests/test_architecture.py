@@ -1,0 +1,78 @@
+"""Imports point one way: tools and the front door see everything, configuration sees nothing."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path("megatron_llamapro")
+
+# Which rooms a room may import. Some pure modules count as rooms of their own.
+ALLOWED = {
+    "config": set(),
+    "expansion": {"config"},
+    "model.families": {"config", "expansion"},
+    "model.rotary": {"model.families"},
+    "pipeline.cost": {"model.families"},
+    "pipeline": {"config"},
+    "checkpoint": {"config", "expansion", "model.families", "model.rotary"},
+    "runtime": {"config"},
+    "model": {"config", "expansion", "model.families", "model.rotary", "pipeline"},
+    "optimizer": {"config", "model"},
+    "data": {"config", "checkpoint"},
+    "training": {
+        "config",
+        "expansion",
+        "model.families",
+        "pipeline.cost",
+        "pipeline",
+        "checkpoint",
+        "runtime",
+        "model",
+        "optimizer",
+        "data",
+    },
+    "testing": {"config", "model.families", "checkpoint", "runtime", "training"},
+    "pretrain": {"config", "runtime", "training"},
+}
+WITHOUT_TORCH = ("config", "expansion", "model.families", "pipeline", "pipeline.cost")
+WITHOUT_MEGATRON = (*WITHOUT_TORCH, "model.rotary", "checkpoint")
+
+
+def room_of(module: str) -> str:
+    """megatron_llamapro.model.families → model.families; megatron_llamapro.model.build → model."""
+    parts = module.split(".")[1:]
+    return next((room for room in (".".join(parts[:2]), parts[0]) if room in ALLOWED), parts[0])
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_point_one_way(path: Path) -> None:
+    room = room_of(".".join(path.with_suffix("").parts))
+    imported = set(imports_of(path))
+    assert not any(name.startswith("megatron.training") for name in imported)
+    rooms = {room_of(name) for name in imported if name.startswith("megatron_llamapro.")} - {room}
+    assert rooms <= ALLOWED[room]
+    roots = {name.split(".")[0] for name in imported}
+    assert not (room in WITHOUT_TORCH and "torch" in roots)
+    assert not (room in WITHOUT_MEGATRON and "megatron" in roots)
+
+
+def test_files_stay_small() -> None:
+    lengths = {str(path): len(path.read_text().splitlines()) for path in MODULES}
+    assert {path: length for path, length in lengths.items() if length > 400} == {}
+    tools = {str(path): len(path.read_text().splitlines()) for path in Path("tools").glob("*.py")}
+    assert {path: length for path, length in tools.items() if length > 60} == {}
