@@ -149,7 +149,9 @@ def _piece(index: MetadataIndex, shape: object, metadata: Metadata, folder: Path
     name = str(stored.relative_path)
     if Path(name).name != name:
         raise CheckpointError(f"{folder / INDEX_NAME} names the file {name!r}: a checkpoint's files are in its folder")
-    path, offset, num_bytes = folder / name, int(stored.offset), int(stored.length)
+    path, offset, num_bytes = folder / name, stored.offset, stored.length
+    if type(offset) is not int or type(num_bytes) is not int:
+        raise ValueError(f"{name!r} holds {num_bytes!r} bytes at {offset!r}")
     if not path.is_file():
         raise CheckpointError(f"{folder} lacks the file {name}, which its index names")
     if offset < 0 or num_bytes < 0 or offset + num_bytes > path.stat().st_size:

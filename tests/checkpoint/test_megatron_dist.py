@@ -255,6 +255,7 @@ DAMAGED_INDEX = {
     "a file that is another": (set_path("config.json"), "truncated: its index says it holds more"),
     "an offset behind the end": (lambda index: setattr(entry(index), "offset", 10**15), "is truncated"),
     "a negative offset": (lambda index: setattr(entry(index), "offset", -5), "is truncated"),
+    "an offset that is infinite": (lambda index: setattr(entry(index), "offset", float("inf")), "is damaged"),
     "an offset that is text": (lambda index: setattr(entry(index), "offset", "here"), "is damaged"),
     "petabytes": (enlarge, "is damaged: a piece of embedding.word_embeddings.weight does not fit"),
     "a gap": (leave_a_gap, "decoder.final_layernorm.weight is not complete"),

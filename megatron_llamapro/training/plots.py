@@ -1,0 +1,92 @@
+"""Pictures of runs, from their JSONL records: loss, held-out losses, gradient norm, learning rate, speed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_llamapro.config.errors import ConfigError, DataError
+
+Series = list[tuple[int, float]]
+
+# Fields of a `train` record that get a panel, with their axis' name.
+TRAIN_PANELS = {
+    "loss": "training loss, nats a token",
+    "grad_norm": "gradient norm",
+    "learning_rate": "learning rate",
+    "tokens_per_second": "tokens a second",
+}
+
+
+def read_series(path: Path) -> dict[str, Series]:
+    """Every panel's points, by name; held-out sets under `held-out <name>`.
+
+    Raises:
+        DataError: the file is missing, or holds no records.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} is not there: give the metrics.jsonl of a run")
+    series: dict[str, Series] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            for name, value in _values(record).items():
+                series.setdefault(name, []).append((record["iteration"], value))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}, line {number}: not a metrics record: {error!r}") from None
+    if not series:
+        raise DataError(f"{path} holds no steps yet")
+    return series
+
+
+def _values(record: Mapping) -> dict[str, float]:
+    if record["kind"] == "eval":
+        return {f"held-out {record['name']}": record["loss"]}
+    if record["kind"] == "train":
+        return {TRAIN_PANELS[name]: record[name] for name in TRAIN_PANELS}
+    return {}
+
+
+def plot(runs: Mapping[str, dict[str, Series]], output: Path) -> None:
+    """Draw one panel a series, the runs (by label) over each other, into `output` (its ending says the format).
+
+    Raises:
+        ConfigError: matplotlib is not installed, or does not know the format.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("pictures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = list(dict.fromkeys(name for series in runs.values() for name in series))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, grid = pyplot.subplots(
+        rows, columns, figsize=(4.2 * columns, 3 * rows), layout="constrained", squeeze=False
+    )
+    for axis in grid.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, panel in zip(grid.flat, panels, strict=False):
+        for label, series in runs.items():
+            if panel in series:
+                axis.plot(*zip(*series[panel], strict=True), label=label, linewidth=1.5)
+        axis.set(title=panel, xlabel="step")
+        axis.grid(color="0.92")
+        axis.spines[["top", "right"]].set_visible(False)
+    if len(runs) > 1:
+        grid.flat[0].legend(frameon=False)
+    try:
+        figure.savefig(output, dpi=150)
+    except ValueError as error:
+        raise ConfigError(f"{output}: {error}") from None
+    finally:
+        pyplot.close(figure)
+
+
+def labels_of(paths: Sequence[Path]) -> list[str]:
+    """A label for each file: its folder's name where the files are all called alike, else its own."""
+    alike = len({path.name for path in paths}) < len(paths)
+    return [path.absolute().parent.name if alike else path.stem for path in paths]

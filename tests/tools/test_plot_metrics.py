@@ -1,0 +1,65 @@
+"""The picture tool: reads what training writes, refuses what is none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.training.plots import labels_of, read_series
+
+
+def record(step: int) -> str:
+    values = {"loss": 2.0 / step, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 10.0}
+    return json.dumps({"kind": "train", "iteration": step, **values})
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Path:
+    lines = [json.dumps({"kind": "run", "iteration": 0}), record(1), record(2)]
+    lines.append(json.dumps({"kind": "eval", "iteration": 2, "name": "cpp", "loss": 1.5, "tokens": 9}))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_series(metrics: Path) -> None:
+    series = read_series(metrics)
+    assert series["training loss, nats a token"] == [(1, 2.0), (2, 1.0)]
+    assert series["held-out cpp"] == [(2, 1.5)]
+
+
+def test_labels() -> None:
+    assert labels_of([Path("a/metrics.jsonl"), Path("b/metrics.jsonl")]) == ["a", "b"]
+    assert labels_of([Path("x.jsonl"), Path("y.jsonl")]) == ["x", "y"]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/plot_metrics.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_tool_draws(metrics: Path, tmp_path: Path) -> None:
+    output = tmp_path / "plot.png"
+    assert run("--input", metrics, metrics, "--label", "one", "two", "--output", output).returncode == 0
+    assert output.read_bytes().startswith(b"\x89PNG")
+    again = run("--input", metrics, "--output", output)
+    assert again.returncode == 2 and "--overwrite" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "no steps yet"), ("{", "line 1: not a metrics record"), ("[]", "line 1")]
+)
+def test_no_metrics(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_series(tmp_path / "m.jsonl")
+
+
+def test_wrong_format_is_one_line(metrics: Path, tmp_path: Path) -> None:
+    result = run("--input", metrics, "--output", tmp_path / "plot.xyz")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
