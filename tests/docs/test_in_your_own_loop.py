@@ -1,0 +1,88 @@
+"""The page's code, run as it stands on megatron.core's own model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_llamapro.checkpoint.convert import hf_to_megatron
+from megatron_llamapro.testing.distributed import run_distributed
+
+PAGE = Path(__file__).parents[2] / "docs" / "in_your_own_loop.md"
+
+
+def page_code() -> dict:
+    """Everything that the page's Python blocks define."""
+    names: dict = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)), names)
+    return names
+
+
+def loop_worker(folder: Path) -> tuple[torch.Tensor | None, list[int], float, set[float]]:
+    """A user's loop: megatron.core's GPTModel with megatron.core's own local layers, over two stages."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_llamapro.testing.gather import whole_logits
+
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
+    model_parallel_cuda_manual_seed(1)
+    config = TransformerConfig(
+        num_layers=6,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=2,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        layernorm_epsilon=1e-6,
+        pipeline_model_parallel_size=2,
+        pipeline_dtype=torch.float32,
+        hetereogenous_dist_checkpoint=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        batch_p2p_comm=False,
+        cuda_graph_scope=[],
+    )
+    model = GPTModel(
+        config,
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        256,
+        128,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+    )
+    page = page_code()
+    page["load"]([model], folder)
+    tokens = torch.arange(3, 35)[None]
+    logits = whole_logits([model], tokens, vocab_size=131)
+    report = page["freeze_originals"]([model], folder)
+    ddp = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
+    optimizer = page["optimizer_for"]([ddp], lr=1e-3)
+    sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]
+    rates = {group["max_lr"] for group in optimizer.param_groups}
+    return logits, list(report.trainable_layers), sum(sizes) / report.num_trainable, rates
+
+
+def test_the_page_works(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    source = tiny_llama(rms_norm_eps=1e-6)
+    hf_to_megatron(source, tmp_path / "pro", expand=lambda plan: plan.expand((2, 5)))
+    first, last = run_distributed(loop_worker, 2, tmp_path / "pro")
+    with torch.no_grad():
+        expected = LlamaForCausalLM.from_pretrained(source)(torch.arange(3, 35)[None]).logits
+    torch.testing.assert_close(last[0], expected, rtol=1e-4, atol=1e-4)
+    assert (first[1], last[1]) == ([2], [5])
+    assert first[2] == last[2] == 1.0  # the optimizer holds what trains and nothing else
+    assert first[3] == {1e-3, 5e-4}

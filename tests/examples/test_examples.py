@@ -1,0 +1,41 @@
+"""Every example is at least well-formed: configurations parse, scripts are shell, their commands exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_llamapro.config.io import parse_run_config
+
+ROOT = Path(__file__).parents[2]
+YAMLS = sorted(ROOT.glob("examples/**/*.yaml"))
+SCRIPTS = sorted([*ROOT.glob("examples/**/*.sh"), ROOT / ".ci" / "run"])
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_configurations_parse(path: Path) -> None:
+    config = parse_run_config(["--config", str(path)])
+    stages = config.parallel.pipeline_stage_layers
+    assert stages is None or len(stages) == config.parallel.pipeline_model_parallel_size
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_scripts_are_shell_and_name_files_that_are_there(path: Path) -> None:
+    subprocess.run(["bash", "-n", path], check=True)
+    assert path.stat().st_mode & 0o111
+    for name in re.findall(r"\b(?:tools|examples)/[\w/]+\.(?:py|yaml)", path.read_text()):
+        assert (ROOT / name).is_file(), name
+
+
+def test_every_tool_of_the_readme_is_there() -> None:
+    named = set(re.findall(r"tools/(\w+)\.py", (ROOT / "README.md").read_text()))
+    assert named == {path.stem for path in ROOT.glob("tools/*.py")}
+
+
+def test_links_of_the_documents_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
