@@ -24,8 +24,9 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **kwargs) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
-        if not kwargs.get("prog", "").count(" "):  # sub-commands inherit it from their parent
-            self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        # On a command and on its sub-commands; these must not reset what was given before them.
+        default = argparse.SUPPRESS if " " in kwargs.get("prog", "") else False
+        self.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
