@@ -25,6 +25,7 @@ from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.model.families import CONFIG_NAME
 from megatron_llamapro.model.names import unwrapped
 from megatron_llamapro.optimizer.build import torch_adam_parts
+from megatron_llamapro.training.resume import PROGRESS, RunIdentity
 from megatron_llamapro.training.state import TrainingState
 
 # Optimizer state is stored in the shape of the parameters it belongs to, so that any layout can read it. (Upstream's
@@ -68,7 +69,7 @@ def save_checkpoint(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     state: TrainingState,
-    data_order: Mapping[str, object],
+    identity: RunIdentity,
     source: Path,
     companions: Mapping[str, str],
 ) -> Path:
@@ -80,15 +81,16 @@ def save_checkpoint(
     folder = iteration_folder(save, state.iteration)
     temporary = folder.with_name(f"{folder.name}.tmp")
     if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in save.glob("iter_*.tmp"):  # of a run that was killed while it saved
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
     _note_steps(optimizer, state)
     model = model_state(chunks)
     optimizer_state = optimizer.sharded_state_dict(model, is_loading=False, metadata=_METADATA)
-    progress = {**asdict(state), "data_order": dict(data_order), "scheduler": scheduler.state_dict()}
+    progress = {**asdict(state), **asdict(identity), "scheduler": scheduler.state_dict()}
     dist_checkpointing.save(
-        {**model, "optimizer": optimizer_state, "progress": progress},
+        {**model, "optimizer": optimizer_state, PROGRESS: progress},
         str(temporary),
         content_metadata=_METADATA,
     )
@@ -127,9 +129,9 @@ def load_checkpoint(
     chunks: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-) -> tuple[TrainingState, dict]:
-    """Continue from `folder`: weights, optimizer, schedule. Returns the progress and the order of the data it was
-    made with. All ranks call it; the layout may be another than the one that saved."""
+) -> TrainingState:
+    """Continue from `folder`: weights, optimizer, schedule; returns the progress. All ranks call it; the layout may be
+    another than the one that saved."""
     for part in torch_adam_parts(optimizer):
         part.init_state()
     model = model_state(chunks)
@@ -137,11 +139,11 @@ def load_checkpoint(
     loaded = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
     _apply_model(chunks, loaded)
     optimizer.load_state_dict(loaded["optimizer"])
-    progress = loaded["progress"]
+    progress = loaded[PROGRESS]
     scheduler.load_state_dict(progress["scheduler"])
     state = TrainingState(iteration=progress["iteration"], consumed_samples=progress["consumed_samples"])
     _note_steps(optimizer, state)
-    return state, progress["data_order"]
+    return state
 
 
 def _note_steps(optimizer: MegatronOptimizer, state: TrainingState) -> None:

@@ -137,7 +137,7 @@ def _save(run: Run) -> None:
         optimizer=run.optimizer,
         scheduler=run.scheduler,
         state=run.state,
-        data_order=run.data_order,
+        identity=run.source.identity,
         source=run.source.folder,
         companions={"run.yaml": dump_yaml(run.config)},
     )

@@ -12,13 +12,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.utils.data import Dataset
 
-from megatron_llamapro.checkpoint.folder import latest_checkpoint, resolve_megatron_checkpoint
+from megatron_llamapro.checkpoint.folder import resolve_megatron_checkpoint
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.config.checks import check_model, data_parallel_size
 from megatron_llamapro.config.errors import ConfigError, LlamaProError
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
 from megatron_llamapro.data.dataset import build_train_dataset, build_valid_datasets, check_train_files
-from megatron_llamapro.data.sampling import check_same_order, data_order_fingerprint
 from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_llamapro.model.build import LlamaModel, build_model
 from megatron_llamapro.model.families import ModelShape, model_shape, read_hf_config
@@ -27,6 +26,7 @@ from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler, 
 from megatron_llamapro.runtime.distributed import ParallelLayout, raise_together, start_model_parallel
 from megatron_llamapro.training.checkpointing import load_checkpoint, load_model
 from megatron_llamapro.training.metrics import metrics_path
+from megatron_llamapro.training.resume import RunIdentity, checkpoint_to_resume, run_identity
 from megatron_llamapro.training.state import TrainingState
 from megatron_llamapro.training.step import connect
 
@@ -35,13 +35,16 @@ _MANIFEST_DTYPE = {"bf16": "bfloat16", "fp32": "float32"}
 
 @dataclass(frozen=True)
 class Source:
-    """What a run starts from: a checkpoint as its small files describe it, and its held-out sets."""
+    """What a run starts from, as far as small files tell: the model, its tokenizer, the data, and where it was."""
 
     folder: Path
     manifest: Manifest
     shape: ModelShape
     tokenizer: Tokenizer
     held_out: Mapping[str, Dataset]
+    identity: RunIdentity
+    resume_from: Path | None
+    """The run's own newest checkpoint, where it was started before."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,6 @@ class Run:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     train_set: Dataset
-    data_order: Mapping[str, object]
     report: StageReport
     state: TrainingState
 
@@ -84,8 +86,7 @@ def set_up(config: RunConfig) -> Run:
         tie_word_embeddings=source.shape.tie_word_embeddings,
         tensor_size=layout.tensor_size,
     )
-    resume_from = latest_checkpoint(Path(config.checkpoint.save)) if config.checkpoint.save else None
-    if resume_from is None:
+    if source.resume_from is None:
         load_model(models, source.folder)
     chunks = [wrapped(model, config.parallel) for model in models]
     optimizer = build_optimizer(chunks, config.optimizer, precision=config.training.precision)
@@ -97,11 +98,9 @@ def set_up(config: RunConfig) -> Run:
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    data_order = data_order_fingerprint(config.data, num_samples=config.data_order_samples, seed=config.training.seed)
     state = TrainingState()
-    if resume_from is not None:
-        state, stored_order = load_checkpoint(resume_from, chunks=chunks, optimizer=optimizer, scheduler=scheduler)
-        check_same_order(stored_order, data_order)
+    if source.resume_from is not None:
+        state = load_checkpoint(source.resume_from, chunks=chunks, optimizer=optimizer, scheduler=scheduler)
     return Run(
         config=config,
         layout=layout,
@@ -110,7 +109,6 @@ def set_up(config: RunConfig) -> Run:
         optimizer=optimizer,
         scheduler=scheduler,
         train_set=_train_set(config, source),
-        data_order=data_order,
         report=report,
         state=state,
     )
@@ -152,7 +150,9 @@ def _read_source(config: RunConfig) -> Source:
     tokenizer = load_tokenizer(Path(config.data.tokenizer or folder))
     check_train_files(config.data, vocab_size=shape.vocab_size)
     held_out = build_valid_datasets(config.data, vocab_size=shape.vocab_size, eod=tokenizer.eod)
-    return Source(folder, manifest, shape, tokenizer, held_out)
+    identity = run_identity(config)
+    resume_from = checkpoint_to_resume(config, manifest, identity)
+    return Source(folder, manifest, shape, tokenizer, held_out, identity, resume_from)
 
 
 def _check_precision(config: RunConfig, manifest: Manifest, folder: Path) -> None:

@@ -30,6 +30,12 @@ def test_scripts_are_shell_and_name_files_that_are_there(path: Path) -> None:
         assert (ROOT / name).is_file(), name
 
 
+def test_the_readmes_configuration_parses(tmp_path: Path) -> None:
+    [text] = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "run.yaml").write_text(text)
+    assert parse_run_config(["--config", str(tmp_path / "run.yaml")]).training.global_batch_size == 1024
+
+
 def test_every_tool_of_the_readme_is_there() -> None:
     named = set(re.findall(r"tools/(\w+)\.py", (ROOT / "README.md").read_text()))
     assert named == {path.stem for path in ROOT.glob("tools/*.py")}

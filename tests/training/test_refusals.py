@@ -95,13 +95,18 @@ def test_torchrun_says_it_once(run_config: Callable, tmp_path: Path) -> None:
     assert result.stderr.count("error: nowhere is not a folder") == 1
 
 
-def test_changed_order_of_data_is_refused(run_config: Callable, token_files: tuple[Path, Path]) -> None:
+def test_a_changed_run_is_refused(run_config: Callable, models: Callable, token_files: tuple[Path, Path]) -> None:
+    """A run that goes on reads the rest of the same data, and trains the same things of the same model."""
     config = run_config(exit_interval=1, train_iters=2)
     run_distributed(workers.train, 1, config)
     other_seed = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=5))
     other_blend = with_data(config, train=(BlendEntry(str(token_files[0])),))
-    answers = run_distributed(workers.set_up_errors, 1, [other_seed, other_blend])
-    assert "training.seed" in answers[0][0] and "data.train" in answers[0][1]
+    other_model = with_model(config, checkpoint=str(models(seed=3).expanded_megatron))
+    other_parts = with_model(config, trainable=("added_blocks", "final_norm"))
+    [answers] = run_distributed(workers.set_up_errors, 1, [other_seed, other_blend, other_model, other_parts])
+    expected = ("training.seed", "data.train", "belongs to a run of another model", "began with model.trainable")
+    for part, answer in zip(expected, answers, strict=True):
+        assert part in answer
 
 
 def test_pypis_apex_is_refused(tmp_path: Path, run_config: Callable) -> None:

@@ -1,0 +1,86 @@
+"""Whether a run can go on from the checkpoint in its folder: the same model, the same things trained, the same data.
+
+All of it is known from small files, so it is checked before a model is built.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_llamapro.checkpoint.folder import latest_checkpoint
+from megatron_llamapro.checkpoint.manifest import Manifest
+from megatron_llamapro.config.errors import CheckpointError, ConfigError
+from megatron_llamapro.config.io import to_plain
+from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.data.sampling import check_same_order, data_order_fingerprint
+
+COMMON_STATE = "common.pt"
+PROGRESS = "progress"
+
+_START_ANEW = "restore it, or start a new run in another checkpoint.save"
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What must not change between the starts of one run; saved with every checkpoint."""
+
+    data_order: Mapping[str, object]
+    trainable: list[str]
+    param_groups: list[dict]
+
+
+def run_identity(config: RunConfig) -> RunIdentity:
+    """The identity of a run as it is configured now. Reads the data's side files."""
+    return RunIdentity(
+        data_order=data_order_fingerprint(
+            config.data, num_samples=config.data_order_samples, seed=config.training.seed
+        ),
+        trainable=sorted(config.model.trainable),
+        param_groups=[to_plain(rule) for rule in config.optimizer.param_groups],
+    )
+
+
+def checkpoint_to_resume(config: RunConfig, manifest: Manifest, identity: RunIdentity) -> Path | None:
+    """The newest checkpoint of the run, or None where it has none yet.
+
+    Raises:
+        CheckpointError: the folder holds a run of another model, or is damaged.
+        ConfigError, DataError: the run began with other settings that cannot change on the way.
+    """
+    folder = latest_checkpoint(Path(config.checkpoint.save)) if config.checkpoint.save else None
+    if folder is None:
+        return None
+    if Manifest.read(folder) != manifest:
+        raise CheckpointError(
+            f"{folder} belongs to a run of another model than model.checkpoint ({config.model.checkpoint}): choose "
+            "another checkpoint.save, or the model.checkpoint that it began with"
+        )
+    stored = read_progress(folder)
+    check_same_order(stored["data_order"], identity.data_order)
+    for name, section in (("trainable", "model"), ("param_groups", "optimizer")):
+        if stored[name] != getattr(identity, name):
+            raise ConfigError(
+                f"the run in checkpoint.save began with {section}.{name} {stored[name]}, now "
+                f"{getattr(identity, name)}: "
+                f"its optimizer state would not fit; {_START_ANEW}"
+            )
+    return folder
+
+
+def read_progress(folder: Path) -> dict:
+    """What a training checkpoint says of the run that wrote it.
+
+    Raises:
+        CheckpointError: it says nothing: it was not written by training, or is damaged.
+    """
+    try:
+        return torch.load(folder / COMMON_STATE, weights_only=True)[PROGRESS]
+    except (OSError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be continued from: no training state in {COMMON_STATE}: {error!r}"
+        ) from None
