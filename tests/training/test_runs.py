@@ -16,6 +16,9 @@ from megatron_llamapro.testing.distributed import run_distributed
 
 TP2_PP2 = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True)
 PP2 = ParallelConfig(pipeline_model_parallel_size=2)
+VIRTUAL = ParallelConfig(
+    pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, pipeline_stage_layers=(2, 1, 2, 1)
+)
 
 
 def moved(before: Path, after: Path) -> set[str]:
@@ -68,8 +71,13 @@ def test_resume_is_exact(dtype: str, parallel: ParallelConfig, world_size: int, 
 
 @pytest.mark.parametrize(
     ("saved_with", "saved_ranks", "loaded_with", "loaded_ranks"),
-    [(ParallelConfig(), 2, TP2_PP2, 4), (TP2_PP2, 4, ParallelConfig(), 1), (PP2, 2, ParallelConfig(), 2)],
-    ids=["dp2 to tp2 pp2", "tp2 pp2 to one", "pp2 to dp2"],
+    [
+        (ParallelConfig(), 2, TP2_PP2, 4),
+        (TP2_PP2, 4, ParallelConfig(), 1),
+        (PP2, 2, VIRTUAL, 2),
+        (VIRTUAL, 2, ParallelConfig(), 2),
+    ],
+    ids=["dp2 to tp2 pp2", "tp2 pp2 to one", "pp2 to virtual pp2", "virtual pp2 to dp2"],
 )
 def test_resume_at_another_layout(saved_with, saved_ranks, loaded_with, loaded_ranks, run_config: Callable) -> None:
     """The same losses to 1e-5: the sums are taken in another order."""
