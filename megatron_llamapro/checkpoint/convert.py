@@ -1,40 +1,48 @@
-"""The conversions: Hugging Face → Megatron and back, Hugging Face → expanded Hugging Face. All stream.
+"""The conversions: any format to any other, adding blocks on the way. All stream, and none needs torch but for casts.
 
-Memory is a few tensors, whatever the model's size. What is written is read back and compared before it takes the
-target's place.
+Memory is a few megabytes a worker, whatever the model's size. What is written is read back from the disk and compared
+before it takes the target's place; a run that was cut goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
+import os
+import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from megatron_llamapro.checkpoint.folder import carry_files, staged
-from megatron_llamapro.checkpoint.hf_reader import HFReader
-from megatron_llamapro.checkpoint.hf_writer import (
-    DEFAULT_MAX_SHARD_BYTES,
-    NamedShape,
-    with_dtype,
-    write_config,
-    write_weights,
-)
+import megatron_llamapro
+from megatron_llamapro.checkpoint.folder import carry_files, clear, staged
+from megatron_llamapro.checkpoint.hf_writer import DEFAULT_MAX_SHARD_BYTES, config_text, hf_layout
+from megatron_llamapro.checkpoint.layout import TargetLayout
 from megatron_llamapro.checkpoint.manifest import Manifest, Source, config_sha256, tool_versions
-from megatron_llamapro.checkpoint.megatron_dist import TorchDistReader, write_torch_dist
-from megatron_llamapro.checkpoint.sources import ExpandedSource, MegatronSource, TensorSource
-from megatron_llamapro.checkpoint.transforms import DTYPES, merge, sha256
-from megatron_llamapro.checkpoint.weight_map import Merge, hf_name_in_layer, iter_hf, weights_of
+from megatron_llamapro.checkpoint.megatron_dist import torch_dist_layout
+from megatron_llamapro.checkpoint.opened import Checkpoint
+from megatron_llamapro.checkpoint.origins import Origins
+from megatron_llamapro.checkpoint.sources import open_checkpoint
+from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles, nothing, stored_hash
+from megatron_llamapro.checkpoint.transfer import Job, Journal, transfer
+from megatron_llamapro.checkpoint.weight_map import hf_name_in_layer, iter_hf, weights_of
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.expansion.inits import Init
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.families import CONFIG_NAME, MANIFEST_KEY, expanded_hf_config, model_shape
+from megatron_llamapro.model.families import (
+    CONFIG_NAME,
+    ITEMSIZES,
+    MANIFEST_KEY,
+    ModelShape,
+    expanded_hf_config,
+    model_shape,
+)
 
-Progress = Callable[[int], object]
-"""Called with the number of bytes that were just written."""
+JOURNAL = ".llamapro-journal.jsonl"
 
 Expand = Callable[[ExpansionPlan], ExpansionPlan]
 """From the plan of the source to the plan of the target."""
@@ -49,25 +57,51 @@ class Conversion:
     num_source_layers: int
     dtype: str
     num_bytes: int
+    num_resumed_bytes: int
+    """Of those, what an earlier run had done."""
     seconds: float
 
 
-@dataclass
-class _Hashes:
-    """Hashes of what is written, made while it streams."""
+@dataclass(frozen=True)
+class TargetKind:
+    """A format to write."""
 
-    written: dict[str, str] = field(default_factory=dict)
-    """Of every tensor, by its name in the target."""
-    original: dict[str, str] = field(default_factory=dict)
-    """Of every original tensor, by its Hugging Face name in the first source model."""
+    layout: Callable[[Path, ModelShape, str], TargetLayout]
+    """From the folder to write into, the model's shape and its type."""
+    manifest_in_config: bool = False
+    """Whether config.json carries the manifest too, as an export's does."""
 
-    def note(self, name: str, tensor: torch.Tensor, plan: ExpansionPlan) -> str:
-        """The hash of a Hugging Face tensor of the target, kept where the tensor is an original."""
-        digest = sha256(tensor)
-        source_name = original_name(name, plan)
-        if source_name is not None:
-            self.original[source_name] = digest
-        return digest
+
+_TORCH_DIST = TargetKind(torch_dist_layout)
+
+
+def _hugging_face(max_shard_bytes: int) -> TargetKind:
+    return TargetKind(partial(hf_layout, max_shard_bytes=max_shard_bytes), manifest_in_config=True)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to convert; every conversion takes them."""
+
+    overwrite: bool = False
+    """Replace a target that is there, once its successor is ready."""
+    resume: bool = False
+    """Go on where an earlier run to the same target was cut."""
+    num_workers: int = 0
+    """Threads; 0: one a core, four at the most."""
+    progress: Progress = nothing
+    """Told the bytes that were just written."""
+    on_total: Progress = nothing
+    """Told the bytes to come, once."""
+
+    @property
+    def workers(self) -> int:
+        return self.num_workers or default_workers()
+
+
+def default_workers() -> int:
+    """One thread a core, four at the most: more do not make a disk faster."""
+    return min(4, len(os.sched_getaffinity(0)))
 
 
 def unchanged(plan: ExpansionPlan) -> ExpansionPlan:
@@ -80,44 +114,20 @@ def hf_to_megatron(
     target: Path,
     *,
     expand: Expand = unchanged,
+    init: Init = Init.COPY,
+    seed: int = 0,
     dtype: str | None = None,
-    overwrite: bool = False,
-    progress: Progress = lambda num_bytes: None,
-    on_total: Progress = lambda num_bytes: None,
+    options: Options = Options(),
 ) -> Conversion:
     """Convert a Hugging Face LLaMA to a Megatron checkpoint (torch_dist), adding blocks on the way if `expand` says so.
 
-    `dtype` (float32, bfloat16, float16) casts; without it the source's is kept. `on_total` is told the bytes to come.
+    `dtype` (float32, bfloat16, float16) casts; without it the source's is kept.
 
     Raises:
         CheckpointError: the source is no checkpoint that can be converted, or the target cannot be written.
         ExpansionError: the blocks cannot be added as asked.
     """
-    started = time.monotonic()
-    reader = HFReader(source)
-    tensors, config = _expanded(reader, expand, dtype)
-    weights = {weight.megatron_name: weight for weight in weights_of(tensors.shape)}
-    hashes = _Hashes()
-    on_total(_total_bytes(tensors))
-
-    def resolve(name: str) -> torch.Tensor:
-        weight = weights[name]
-        parts = [tensors.tensor(part) for part in weight.hf_names]
-        digests = [hashes.note(part, tensor, tensors.plan) for part, tensor in zip(weight.hf_names, parts, strict=True)]
-        whole = merge(weight, parts, tensors.shape)
-        hashes.written[name] = digests[0] if weight.row.merge is Merge.COPY else sha256(whole)
-        progress(whole.nbytes)
-        return whole
-
-    with staged(target, overwrite=overwrite, sources=(reader.folder,)) as folder:
-        shapes = {name: weight.megatron_shape for name, weight in weights.items()}
-        write_torch_dist(folder, shapes, dtype=DTYPES[tensors.dtype], resolve=resolve)
-        _compare(folder, hashes, TorchDistReader(folder).tensor)
-        _manifest(reader, tensors, hashes).write(folder)
-        text = json.dumps(with_dtype(config, tensors.dtype), indent=2) + "\n"
-        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
-        carry_files(reader.folder, folder)
-    return _conversion(target, tensors, num_source_layers=reader.shape.num_layers, started=started)
+    return _convert(source, target, _TORCH_DIST, expand=expand, init=init, seed=seed, dtype=dtype, options=options)
 
 
 def expand_hf(
@@ -125,83 +135,143 @@ def expand_hf(
     target: Path,
     *,
     expand: Expand,
+    init: Init = Init.COPY,
+    seed: int = 0,
     dtype: str | None = None,
-    overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
-    progress: Progress = lambda num_bytes: None,
-    on_total: Progress = lambda num_bytes: None,
+    options: Options = Options(),
 ) -> Conversion:
-    """Write the expansion of a Hugging Face LLaMA as a Hugging Face checkpoint. Arguments and errors as above."""
-    started = time.monotonic()
-    reader = HFReader(source)
-    tensors, config = _expanded(reader, expand, dtype)
-    on_total(_total_bytes(tensors))
-    with staged(target, overwrite=overwrite, sources=(reader.folder,)) as folder:
-        hashes = _write_hf(folder, tensors, max_shard_bytes, progress)
-        write_config(folder, config, _manifest(reader, tensors, hashes))
-        carry_files(reader.folder, folder)
-        _compare(folder, hashes, HFReader(folder).tensor)
-    return _conversion(target, tensors, num_source_layers=reader.shape.num_layers, started=started)
+    """Write the expansion of a checkpoint as a Hugging Face checkpoint. Arguments and errors as above."""
+    kind = _hugging_face(max_shard_bytes)
+    return _convert(source, target, kind, expand=expand, init=init, seed=seed, dtype=dtype, options=options)
 
 
 def megatron_to_hf(
     source: Path,
     target: Path,
     *,
-    overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
-    progress: Progress = lambda num_bytes: None,
-    on_total: Progress = lambda num_bytes: None,
+    options: Options = Options(),
 ) -> Conversion:
     """Write a Megatron checkpoint, trained or not, as a Hugging Face checkpoint. Arguments and errors as above."""
+    return _convert(source, target, _hugging_face(max_shard_bytes), options=options)
+
+
+def _convert(
+    source: Path,
+    target: Path,
+    kind: TargetKind,
+    *,
+    expand: Expand = unchanged,
+    init: Init = Init.COPY,
+    seed: int = 0,
+    dtype: str | None = None,
+    options: Options,
+) -> Conversion:
     started = time.monotonic()
-    tensors = MegatronSource(source)
-    on_total(_total_bytes(tensors))
-    with staged(target, overwrite=overwrite, sources=(Path(source),)) as folder:
-        hashes = _write_hf(folder, tensors, max_shard_bytes, progress)
-        write_config(folder, tensors.config, tensors.manifest)
-        carry_files(tensors.folder, folder)
-        _compare(folder, hashes, HFReader(folder).tensor)
-    return _conversion(target, tensors, num_source_layers=tensors.shape.num_layers, started=started)
-
-
-def _conversion(target: Path, tensors: TensorSource, *, num_source_layers: int, started: float) -> Conversion:
+    opened = open_checkpoint(source)
+    model = _target_model(opened, expand, dtype, init)
+    options.on_total(model.num_bytes)
+    with (
+        SourceFiles() as files,
+        staged(target, overwrite=options.overwrite, resume=options.resume, sources=(opened.folder,)) as draft,
+    ):
+        layout = kind.layout(draft, model.shape, model.dtype)
+        origins = Origins(opened, files, model.plan, model.dtype, init, seed)
+        jobs = _jobs(origins, layout, model)
+        journal = Journal(draft / JOURNAL, _fingerprint(opened, model, layout, seed))
+        if journal.is_new:
+            clear(draft, but=JOURNAL)
+        done_before = sum(job.num_bytes for job in jobs if job.name in journal.hashes)
+        _check_space(target, draft, jobs, journal)
+        hashes = transfer(
+            jobs,
+            layout.files,
+            journal,
+            itemsize=ITEMSIZES[model.dtype],
+            num_workers=options.workers,
+            progress=options.progress,
+        )
+        files.check_unchanged()
+        manifest = _manifest(opened, model, hashes, files)
+        _write_small_files(draft, layout, kind, model, manifest)
+        carry_files(opened.folder, draft)
+        (draft / JOURNAL).unlink()
     return Conversion(
         target=Path(target),
-        plan=tensors.plan,
-        num_source_layers=num_source_layers,
-        dtype=tensors.dtype,
-        num_bytes=_total_bytes(tensors),
+        plan=model.plan,
+        num_source_layers=opened.shape.num_layers,
+        dtype=model.dtype,
+        num_bytes=model.num_bytes,
+        num_resumed_bytes=done_before,
         seconds=time.monotonic() - started,
     )
 
 
-def _expanded(reader: HFReader, expand: Expand, dtype: str | None) -> tuple[ExpandedSource, dict]:
-    """The tensors to write and their configuration, without any manifest in it."""
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"dtype '{dtype}' is not known: it is one of {', '.join(DTYPES)}")
-    plan = expand(reader.plan)
-    config = {key: value for key, value in reader.config.items() if key != MANIFEST_KEY}
-    if plan.num_rounds > reader.plan.num_rounds:
+@dataclass(frozen=True)
+class _Model:
+    """What is to be written."""
+
+    plan: ExpansionPlan
+    config: dict
+    """Without any manifest."""
+    shape: ModelShape
+    dtype: str
+    init: Init
+
+    @property
+    def num_bytes(self) -> int:
+        sizes = (size for _, _, size in iter_hf(weights_of(self.shape)))
+        return ITEMSIZES[self.dtype] * sum(math.prod(size) for size in sizes)
+
+
+def _target_model(source: Checkpoint, expand: Expand, dtype: str | None, init: Init) -> _Model:
+    if dtype is not None and dtype not in ITEMSIZES:
+        raise CheckpointError(f"dtype '{dtype}' is not known: it is one of {', '.join(ITEMSIZES)}")
+    plan = expand(source.plan)
+    config = {key: value for key, value in source.config.items() if key != MANIFEST_KEY}
+    if plan.num_rounds > source.plan.num_rounds:
         config = expanded_hf_config(config, plan)
-    shape = dataclasses.replace(reader.shape, num_layers=plan.num_layers)
-    assert model_shape(config) == shape
-    return ExpandedSource(reader, plan, shape=shape, dtype=dtype or reader.dtype), config
+    return _Model(plan, config, model_shape(config), dtype or source.dtype, init)
 
 
-def _write_hf(folder: Path, tensors: TensorSource, max_shard_bytes: int, progress: Progress) -> _Hashes:
-    names = [NamedShape(name, size) for _, name, size in iter_hf(weights_of(tensors.shape))]
-    hashes = _Hashes()
+def _jobs(origins: Origins, layout: TargetLayout, model: _Model) -> list[Job]:
+    """A job a tensor, in the order in which the layout has them."""
+    weight_of = {name: (weight, size) for weight, name, size in iter_hf(weights_of(model.shape))}
+    itemsize = ITEMSIZES[model.dtype]
+    return [
+        Job(name, origins.rows(weight_of[name][0], name), copies, itemsize * math.prod(weight_of[name][1]))
+        for name, copies in layout.tensors.items()
+    ]
 
-    def stream() -> Iterator[torch.Tensor]:
-        for item in names:
-            tensor = tensors.tensor(item.name)
-            hashes.written[item.name] = hashes.note(item.name, tensor, tensors.plan)
-            yield tensor
-            progress(tensor.nbytes)
 
-    write_weights(folder, stream(), names=names, dtype=tensors.dtype, max_shard_bytes=max_shard_bytes)
-    return hashes
+def _fingerprint(source: Checkpoint, model: _Model, layout: TargetLayout, seed: int) -> str:
+    """What a journal must agree on: the same source, untouched, and the same target."""
+    read = sorted({piece.file for tensor in source.tensors.values() for piece in tensor.pieces})
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in read]
+    written = [(file.path.name, file.num_bytes) for file in layout.files]
+    what = [megatron_llamapro.__version__, states, written, model.plan.to_json(), model.dtype, model.init.value, seed]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def _check_space(target: Path, draft: Path, jobs: Sequence[Job], journal: Journal) -> None:
+    """Say that the disk is too small before hours of writing, not after."""
+    todo = (job for job in jobs if job.name not in journal.hashes and not job.rows.is_zero)
+    needed = sum(job.num_bytes * len(job.copies) for job in todo)
+    free = shutil.disk_usage(draft).free
+    if needed > free:
+        raise CheckpointError(f"{target} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free: make room")
+
+
+def _write_small_files(
+    draft: Path, layout: TargetLayout, kind: TargetKind, model: _Model, manifest: Manifest
+) -> None:
+    for name, content in layout.small_files.items():
+        (draft / name).parent.mkdir(parents=True, exist_ok=True)
+        (draft / name).write_bytes(content)
+    in_config = manifest if kind.manifest_in_config else None
+    (draft / CONFIG_NAME).write_bytes(config_text(model.config, dtype=model.dtype, manifest=in_config))
+    manifest.write(draft)
 
 
 def original_name(name: str, plan: ExpansionPlan) -> str | None:
@@ -212,61 +282,41 @@ def original_name(name: str, plan: ExpansionPlan) -> str | None:
     return None if layer.is_added else hf_name_in_layer(name, layer.source_layer)
 
 
-def _manifest(reader: HFReader, tensors: ExpandedSource, hashes: _Hashes) -> Manifest:
-    """The target's manifest. What an expanded source's manifest says of the original tensors is kept, not made anew
-    from tensors that may have been trained since; a source that was never expanded is its own original."""
-    known = _known(reader)
+def _manifest(source: Checkpoint, model: _Model, hashes: Mapping[str, str], files: SourceFiles) -> Manifest:
+    """The target's manifest. What an expanded source's says of the original tensors is kept, not made anew from tensors
+    that may have been trained since; a source that was never expanded is its own original."""
+    known, is_new_round = source.manifest, model.plan.num_rounds > source.plan.num_rounds
+    if known and not is_new_round and known.dtype == model.dtype:
+        return known
+    inits = (*(known.inits if known else ()), *([model.init.value] if is_new_round else []))
+    if known and known.plan.num_rounds:
+        if known.dtype == model.dtype:
+            return dataclasses.replace(known, plan=model.plan, inits=inits, tool_versions=tool_versions())
+        _check_unmoved(source, known, files)
+    names = {name: original_name(name, model.plan) for name in hashes}
     return Manifest(
-        family=reader.config["model_type"],
-        dtype=tensors.dtype,
-        plan=tensors.plan,
-        source=known.source if known else _fingerprint(reader),
-        original_sha256=_original_hashes(reader, tensors.dtype, hashes),
+        family=source.config["model_type"],
+        dtype=model.dtype,
+        plan=model.plan,
+        inits=inits,
+        source=known.source if known and known.plan.num_rounds else _source_of(source),
+        original_hashes={first: hashes[name] for name, first in names.items() if first is not None},
         tool_versions=tool_versions(),
     )
 
 
-def _known(reader: HFReader) -> Manifest | None:
-    return reader.manifest if reader.plan.num_rounds else None
-
-
-def _original_hashes(reader: HFReader, dtype: str, hashes: _Hashes) -> dict[str, str]:
-    known = _known(reader)
-    if known is None or known.dtype != dtype:
-        if known is not None:
-            _check_unmoved(reader, known)
-        return dict(hashes.original)
-    return dict(known.original_sha256)
-
-
-def _check_unmoved(reader: HFReader, known: Manifest) -> None:
+def _check_unmoved(source: Checkpoint, known: Manifest, files: SourceFiles) -> None:
     """A cast makes new hashes of the original tensors: refuse to make them of tensors that are no longer original."""
-    for _, name, _ in iter_hf(weights_of(reader.shape)):
-        source_name = original_name(name, known.plan)
-        if source_name is not None and sha256(reader.tensor(name)) != known.original_sha256.get(source_name):
+    for name, tensor in source.tensors.items():
+        first = original_name(name, known.plan)
+        if first is not None and stored_hash(tensor, files, source.itemsize) != known.original_hashes.get(first):
             raise CheckpointError(
-                f"{reader.folder}: {name} is not the original tensor any more, so a cast would lose the proof of which "
+                f"{source.folder}: {name} is not the original tensor any more, so a cast would lose the proof of which "
                 "ones are: convert without --dtype"
             )
 
 
-def _fingerprint(reader: HFReader) -> Source:
+def _source_of(source: Checkpoint) -> Source:
     return Source(
-        name=reader.folder.resolve().name,
-        config_sha256=config_sha256(reader.config),
-        weight_bytes=reader.weight_bytes,
+        name=source.folder.resolve().name, config_sha256=config_sha256(source.config), weight_bytes=source.weight_bytes
     )
-
-
-def _compare(folder: Path, hashes: _Hashes, read: Callable[[str], torch.Tensor]) -> None:
-    """Read back what was written; the disk, or a bug, may have changed it."""
-    for name, expected in hashes.written.items():
-        if sha256(read(name)) != expected:
-            raise CheckpointError(
-                f"{folder}: {name} reads back other than it was written: check the disk, and try again"
-            )
-
-
-def _total_bytes(tensors: TensorSource) -> int:
-    itemsize = DTYPES[tensors.dtype].itemsize
-    return sum(itemsize * torch.Size(size).numel() for _, _, size in iter_hf(weights_of(tensors.shape)))

@@ -1,166 +1,228 @@
 """The index (`.metadata`) of a torch_dist checkpoint, read without running anything that a hostile one asks for.
 
-It is a pickle. It is read by an unpickler that admits only the classes an index is made of; what it then claims is
-held against the files before any memory is given to it.
+It is a pickle. It is read as inert records (`pickles.py`); what it then claims is held against the files before any
+memory is given to it.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-
+from megatron_llamapro.checkpoint.folder import file_inside
+from megatron_llamapro.checkpoint.pickles import Call, Global, Pairs, Record, dumps, instance, load
 from megatron_llamapro.checkpoint.weight_map import Shape
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.model.families import ITEMSIZES
 
 INDEX_NAME = ".metadata"
 
-# What an index is made of. Nothing here does anything when it is unpickled.
-_CLASSES = {
-    ("builtins", "set"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "Path"),
-    ("pathlib", "PosixPath"),
-    ("torch", "Size"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "Metadata"),
-    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
-    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-    ("torch.distributed.checkpoint.planner", "SavePlan"),
-    ("torch.distributed.checkpoint.planner", "TensorWriteData"),
-    ("torch.distributed.checkpoint.planner", "WriteItem"),
-    ("torch.distributed.checkpoint.planner", "WriteItemType"),
-    ("torch.serialization", "_get_layout"),
-}
+_METADATA = "torch.distributed.checkpoint.metadata"
+_FILESYSTEM = "torch.distributed.checkpoint.filesystem"
+_DTYPES = ("float64", "int64", "int32", "int16", "int8", "uint8", "bool", "float8_e4m3fn", "float8_e5m2", *ITEMSIZES)
 
-
-class _Bookkeeping:
-    """Stands in for classes of megatron.core that hold nothing which is needed here."""
-
-
-_STAND_INS = {
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _Bookkeeping,
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Bookkeeping,
-}
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) in _STAND_INS:
-            return _STAND_INS[module, name]
-        value = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(value, (torch.dtype, torch.layout)):
-            return value
-        if (module, name) in _CLASSES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+# What an index is made of.
+_ADMITTED = frozenset(
+    {
+        "pathlib.Path",
+        "pathlib.PosixPath",
+        f"{_FILESYSTEM}._StorageInfo",
+        f"{_METADATA}.BytesStorageMetadata",
+        f"{_METADATA}.ChunkStorageMetadata",
+        f"{_METADATA}.Metadata",
+        f"{_METADATA}.MetadataIndex",
+        f"{_METADATA}.StorageMeta",
+        f"{_METADATA}.TensorProperties",
+        f"{_METADATA}.TensorStorageMetadata",
+        f"{_METADATA}._MEM_FORMAT_ENCODING",
+        "torch.distributed.checkpoint.planner.SavePlan",
+        "torch.distributed.checkpoint.planner.TensorWriteData",
+        "torch.distributed.checkpoint.planner.WriteItem",
+        "torch.distributed.checkpoint.planner.WriteItemType",
+        "torch.serialization._get_layout",
+        "torch.strided",
+        "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata",
+        "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan",
+        *(f"torch.{dtype}" for dtype in _DTYPES),
+    }
+)
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of a tensor, as one file holds it."""
+class Section:
+    """A part of a file that holds a part of a tensor, as a `torch.save` file of its own."""
 
     start: Shape
-    """Where in the tensor it begins."""
+    """Where in the tensor its part begins."""
     shape: Shape
     path: Path
     offset: int
     """Bytes into the file."""
     num_bytes: int
 
-    @property
-    def region(self) -> tuple[slice, ...]:
-        """Its place in the tensor."""
-        return tuple(slice(start, start + size) for start, size in zip(self.start, self.shape, strict=True))
-
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of the checkpoint, in as many pieces as there were ranks that held a part of it."""
+class IndexedTensor:
+    """A tensor of the checkpoint, in as many sections as there were ranks that held a part of it."""
 
     shape: Shape
-    dtype: torch.dtype
-    pieces: tuple[Piece, ...]
+    dtype: str
+    sections: tuple[Section, ...]
 
 
-def read_index(folder: Path) -> dict[str, StoredTensor]:
+def read_index(folder: Path) -> dict[str, IndexedTensor]:
     """Every tensor of a torch_dist checkpoint by its key; objects that are no tensors are left out.
 
     Raises:
         CheckpointError: there is no index, it is damaged or asks for anything but an index's own classes, or it
             promises what its files do not have.
     """
-    path = Path(folder) / INDEX_NAME
-    metadata = _unpickle(path)
+    folder = Path(folder)
+    metadata = _unpickle(folder)
     try:
-        return {
-            name: _stored_tensor(name, entry, metadata, Path(folder))
-            for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
+        places = {
+            (index.field("fqn"), _shape(index.field("offset"))): stored
+            for index, stored in metadata.field("storage_data").items()  # type: ignore[attr-defined]
+            if index.field("offset") is not None
         }
-    except (AttributeError, TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from None
+        files = _Files(folder)
+        return {
+            name: _tensor(name, entry, places, files)
+            for name, entry in metadata.field("state_dict_metadata").items()  # type: ignore[attr-defined]
+            if entry.path == f"{_METADATA}.TensorStorageMetadata"
+        }
+    except (AttributeError, TypeError, ValueError, KeyError, IndexError, RecursionError) as error:
+        raise CheckpointError(f"{folder / INDEX_NAME} is damaged: {type(error).__name__}: {str(error)[:200]}") from None
 
 
-def _unpickle(path: Path) -> Metadata:
+def _unpickle(folder: Path) -> Record:
+    path = file_inside(folder, INDEX_NAME)
+    if path is None:
+        raise CheckpointError(f"{folder} has no {INDEX_NAME}: it is not a complete checkpoint")
     try:
-        index = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}: it is not a complete checkpoint") from None
+        index = load(path.read_bytes(), admitted=_ADMITTED)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is not the index of a checkpoint, and was not loaded: {error}") from None
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle may raise anything
-        raise CheckpointError(f"{path} is damaged: {error!r}") from None
-    if not isinstance(index, Metadata):
+    if not isinstance(index, Record) or not index.path.endswith("Metadata"):
         raise CheckpointError(f"{path} is not the index of a checkpoint")
     return index
 
 
-def _stored_tensor(name: str, entry: TensorStorageMetadata, metadata: Metadata, folder: Path) -> StoredTensor:
-    pieces = tuple(_piece(MetadataIndex(name, chunk.offsets), chunk.sizes, metadata, folder) for chunk in entry.chunks)
-    tensor = StoredTensor(_shape(entry.size), entry.properties.dtype, pieces)
-    if not isinstance(tensor.dtype, torch.dtype):
-        raise CheckpointError(f"{folder / INDEX_NAME} is damaged: {name} has no type")
-    itemsize = tensor.dtype.itemsize
-    for piece in pieces:
-        ends = [start + size for start, size in zip(piece.start, piece.shape, strict=True)]
-        fits = len(ends) == len(tensor.shape) and all(e <= s for e, s in zip(ends, tensor.shape, strict=True))
-        if not fits or math.prod(piece.shape) * itemsize > piece.num_bytes:
-            raise CheckpointError(f"{folder / INDEX_NAME} is damaged: a piece of {name} does not fit")
-    if sum(math.prod(piece.shape) for piece in pieces) != math.prod(tensor.shape):
-        raise CheckpointError(f"{folder}: {name} is not complete: a part of the checkpoint is missing")
-    return tensor
+class _Files:
+    """The folder's files, each looked at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._sizes: dict[str, int] = {}
+
+    def size(self, name: str) -> int:
+        if name not in self._sizes:
+            if Path(name).name != name or "\0" in name:
+                raise CheckpointError(
+                    f"{self.folder / INDEX_NAME} names the file {name[:200]!r}: a checkpoint's files are in its folder"
+                )
+            path = file_inside(self.folder, name)
+            if path is None:
+                raise CheckpointError(f"{self.folder} lacks the file {name}, which its index names")
+            self._sizes[name] = path.stat().st_size
+        return self._sizes[name]
 
 
-def _piece(index: MetadataIndex, shape: object, metadata: Metadata, folder: Path) -> Piece:
-    stored = metadata.storage_data[index]
-    name = str(stored.relative_path)
-    if Path(name).name != name:
-        raise CheckpointError(f"{folder / INDEX_NAME} names the file {name!r}: a checkpoint's files are in its folder")
-    path, offset, num_bytes = folder / name, stored.offset, stored.length
+def _tensor(name: str, entry: Record, places: dict[tuple[str, Shape], Record], files: _Files) -> IndexedTensor:
+    dtype = entry.field("properties").state[0]  # type: ignore[attr-defined]
+    dtype = dtype.path.removeprefix("torch.") if isinstance(dtype, type) and issubclass(dtype, Record) else None
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name} has no type")
+    shape = _shape(entry.field("size"))
+    sections = tuple(_section(name, chunk, places, files) for chunk in entry.field("chunks"))  # type: ignore[attr-defined]
+    for section in sections:
+        ends = [start + size for start, size in zip(section.start, section.shape, strict=True)]
+        fits = len(ends) == len(shape) and all(end <= size for end, size in zip(ends, shape, strict=True))
+        if not fits or math.prod(section.shape) * ITEMSIZES.get(dtype, 0) > section.num_bytes:
+            raise ValueError(f"a piece of {name} does not fit")
+    if sum(math.prod(section.shape) for section in sections) != math.prod(shape):
+        raise CheckpointError(f"{files.folder}: {name} is not complete: a part of the checkpoint is missing")
+    return IndexedTensor(shape, dtype, sections)
+
+
+def _section(name: str, chunk: Record, places: dict[tuple[str, Shape], Record], files: _Files) -> Section:
+    start, shape = _shape(chunk.field("offsets")), _shape(chunk.field("sizes"))
+    stored = places[name, start]
+    file, offset, num_bytes = _file_name(stored.field("relative_path")), stored.field("offset"), stored.field("length")
     if type(offset) is not int or type(num_bytes) is not int:
-        raise ValueError(f"{name!r} holds {num_bytes!r} bytes at {offset!r}")
-    if not path.is_file():
-        raise CheckpointError(f"{folder} lacks the file {name}, which its index names")
-    if offset < 0 or num_bytes < 0 or offset + num_bytes > path.stat().st_size:
-        raise CheckpointError(f"{path} is truncated: its index says it holds more")
-    return Piece(_shape(index.offset), _shape(shape), path, offset, num_bytes)
+        raise ValueError(f"{name} holds {str(num_bytes)[:40]} bytes at {str(offset)[:40]}")
+    if offset < 0 or num_bytes < 0 or offset + num_bytes > files.size(file):
+        raise CheckpointError(f"{files.folder / file} is truncated: its index says it holds more")
+    return Section(start, shape, files.folder / file, offset, num_bytes)
+
+
+def _file_name(value: object) -> str:
+    """Text, or a pathlib object, whose arguments are its parts."""
+    if isinstance(value, Record) and value.path.startswith("pathlib."):
+        return str(Path(*value.args))  # type: ignore[arg-type]
+    if not isinstance(value, str):
+        raise ValueError("a file whose name is no text")
+    return value
 
 
 def _shape(value: object) -> Shape:
+    """torch.Size, which becomes a tuple around its numbers, or the numbers."""
     sizes = tuple(value)  # type: ignore[arg-type]
     if not all(type(size) is int and size >= 0 for size in sizes):
-        raise ValueError(f"{sizes!r} is no shape")
+        raise ValueError("a shape that is none")
     return sizes
+
+
+def index_bytes(tensors: dict[str, IndexedTensor], dtype: str) -> bytes:
+    """The index of a checkpoint whose tensors are in one section each, as torch writes it."""
+    entries = {name: _entry(tensor, dtype) for name, tensor in tensors.items()}
+    places = tuple(
+        (_index(name, section.start), _place(section)) for name, tensor in tensors.items() for section in tensor.sections
+    )
+    meta = instance(_METADATA, "StorageMeta", checkpoint_id=None, save_id=None, load_id=None, modules=[])
+    return dumps(
+        instance(
+            _METADATA,
+            "Metadata",
+            state_dict_metadata=entries,
+            planner_data=None,
+            storage_data=Pairs(places),
+            storage_meta=meta,
+            version=None,
+        )
+    )
+
+
+def _size(shape: Shape) -> Call:
+    return Call(Global("torch", "Size"), (tuple(shape),))
+
+
+def _entry(tensor: IndexedTensor, dtype: str) -> Call:
+    layout = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+    memory_format = Call(Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
+    properties = Call(
+        Global("copyreg", "__newobj__"),
+        (Global(_METADATA, "TensorProperties"),),
+        state=(Global("torch", dtype), layout, False, memory_format, False),
+    )
+    chunks = [
+        instance(_METADATA, "ChunkStorageMetadata", offsets=_size(section.start), sizes=_size(section.shape))
+        for section in tensor.sections
+    ]
+    return instance(_METADATA, "TensorStorageMetadata", properties=properties, size=_size(tensor.shape), chunks=chunks)
+
+
+def _index(name: str, start: Shape) -> Call:
+    return instance(_METADATA, "MetadataIndex", fqn=name, offset=_size(start), index=None)
+
+
+def _place(section: Section) -> Call:
+    return instance(
+        _FILESYSTEM,
+        "_StorageInfo",
+        relative_path=section.path.name,
+        offset=section.offset,
+        length=section.num_bytes,
+    )

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,10 +32,45 @@ CARRIED_FILES = (
 
 
 def carry_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config and chat template, as far as `source` has them."""
+    """Copy tokenizer, generation config and chat template, as far as `source` has them.
+
+    Raises:
+        CheckpointError: one of them is a link out of `source`: copying it would publish another file.
+    """
     for name in CARRIED_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        if (path := file_inside(source, name)) is not None:
+            shutil.copyfile(path, target / name)
+
+
+def file_inside(folder: Path, name: str) -> Path | None:
+    """The file of a checkpoint folder; None where it has none of that name.
+
+    Links are followed, but not out of the folder: only into the blobs of the Hugging Face cache that it lies in
+    (…/snapshots/<revision> beside …/blobs).
+
+    Raises:
+        CheckpointError: it is a link to somewhere else or in a loop, or no regular file (reading a pipe would wait).
+    """
+    path = Path(folder) / name
+    try:
+        mode = path.stat().st_mode
+        real, home = path.resolve(strict=True), Path(folder).resolve()
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a link to a file that is not there") from None
+        return None
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop, in Python before 3.13
+        raise CheckpointError(f"{path} cannot be opened: {error}") from None
+    if stat.S_ISDIR(mode):
+        return None
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path} is not a regular file")
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parent.parent / "blobs")
+    if not any(allowed in real.parents for allowed in homes):
+        raise CheckpointError(f"{path} is a link out of its folder, to {real}: copy the file there, then try again")
+    return path
 
 
 def iteration_folder(save: Path, iteration: int) -> Path:
@@ -86,11 +122,11 @@ def is_torch_dist(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def staged(target: Path, *, overwrite: bool, sources: tuple[Path, ...] = ()) -> Iterator[Path]:
+def staged(target: Path, *, overwrite: bool, resume: bool = False, sources: tuple[Path, ...] = ()) -> Iterator[Path]:
     """A folder to write into, beside `target`; when the block ends well it is synced and becomes `target`.
 
-    If the block fails, `target` is as it was and what was written is gone. After a kill the next writer to the same
-    target clears what is left.
+    If the block fails, `target` is as it was and what was written is gone. After a kill or an interrupt it is still
+    there: the next writer to the same target clears it, or goes on with it (`resume`).
 
     Raises:
         CheckpointError: `target` exists and is not empty (unless `overwrite`), is one of `sources` or holds or lies in
@@ -101,13 +137,14 @@ def staged(target: Path, *, overwrite: bool, sources: tuple[Path, ...] = ()) -> 
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.partial")
     with _locked(draft, target):
-        _clear(draft)
+        if not resume:
+            clear(draft)
         try:
             yield draft
             _sync_tree(draft)
             _check_target(target, overwrite=overwrite, sources=sources)
             _move_into_place(draft, target)
-        except BaseException:
+        except Exception:
             shutil.rmtree(draft, ignore_errors=True)
             raise
 
@@ -158,8 +195,11 @@ def _is_still(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path, *, but: str | None = None) -> None:
+    """Remove everything in a folder, `but` one file."""
     for path in folder.iterdir():
+        if path.name == but:
+            continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

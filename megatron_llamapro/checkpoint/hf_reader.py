@@ -1,140 +1,84 @@
-"""Hugging Face checkpoints, read one tensor at a time. Every header is checked before any tensor is read."""
+"""Hugging Face checkpoints: where every tensor lies in their safetensors files. Headers are read and checked whole,
+tensors are not touched."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_llamapro.checkpoint.folder import file_inside
+from megatron_llamapro.checkpoint.layout import StoredTensor, whole
 from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME, Manifest
-from megatron_llamapro.checkpoint.transforms import DTYPES
+from megatron_llamapro.checkpoint.opened import Checkpoint, Format
 from megatron_llamapro.checkpoint.weight_map import Shape, hf_shapes, is_known_extra
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.families import MANIFEST_KEY, ModelShape, model_shape, read_hf_config
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_DTYPES = {theirs: ours for ours, theirs in SAFETENSORS_DTYPES.items()}
+
+_Entry = tuple[str, Shape, Path, int]
+"""Their dtype, shape, file, offset of the bytes in it."""
 
 
-class HFReader:
-    """An open Hugging Face checkpoint: its configuration, its lineage, and its tensors by name.
+def open_hf(folder: Path) -> Checkpoint:
+    """A Hugging Face checkpoint, with its configuration and lineage.
 
-    Raises (on opening):
+    Raises:
         CheckpointError: no checkpoint, a missing or truncated shard, a tensor that is missing, unknown, of the wrong
             shape or of an unsupported or mixed type, a model that is not supported.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self.config = read_hf_config(self.folder)
-        self.shape: ModelShape = model_shape(self.config)
-        self.manifest = self._read_manifest()
-        self._files = {path.name: _open_shard(path) for path in _shards(self.folder)}
-        self._shard_of = {name: shard for shard, file in self._files.items() for name in file.keys()}  # noqa: SIM118
-        self._check_index()
-        self.dtype = self._check_tensors()
-
-    @property
-    def plan(self) -> ExpansionPlan:
-        """The plan that this model was expanded with; that of an unexpanded model without a manifest."""
-        return self.manifest.plan if self.manifest else ExpansionPlan.unexpanded(self.shape.num_layers)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the tensors that belong to the model."""
-        itemsize = DTYPES[self.dtype].itemsize
-        return sum(itemsize * torch.Size(size).numel() for size in hf_shapes(self.shape).values())
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as it is stored.
-
-        Raises:
-            CheckpointError: its shard vanished or changed since it was opened.
-        """
-        try:
-            return self._files[self._shard_of[name]].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder / self._shard_of[name]}: cannot read {name}: {error}") from None
-
-    def _read_manifest(self) -> Manifest | None:
-        if (self.folder / MANIFEST_NAME).is_file():
-            manifest = Manifest.read(self.folder)
-        elif MANIFEST_KEY in self.config:
-            manifest = Manifest.from_json(self.config[MANIFEST_KEY], where=self.folder / "config.json")
-        else:
-            return None
-        manifest.check_fits(self.shape, where=self.folder)
-        return manifest
-
-    def _check_index(self) -> None:
-        """Every tensor that the index promises is in the shard it names."""
-        index = self.folder / INDEX_FILE
-        if not index.is_file() or (self.folder / SINGLE_FILE).is_file():
-            return
-        for name, shard in _weight_map(index).items():
-            if self._shard_of.get(name) != shard:
-                raise CheckpointError(
-                    f"{self.folder / shard} lacks the tensor {name}, which {INDEX_FILE} says it holds"
-                )
-
-    def _check_tensors(self) -> str:
-        """Check names, shapes and types; return the one type of all."""
-        expected = hf_shapes(self.shape)
-        missing = [name for name in expected if name not in self._shard_of]
-        if missing:
-            raise CheckpointError(f"{self.folder} lacks the tensor {missing[0]}{_and_more(missing)}")
-        unknown = [n for n in self._shard_of if n not in expected and not is_known_extra(n, self.shape)]
-        if unknown:
-            raise CheckpointError(
-                f"{self.folder} has the tensor {unknown[0]}{_and_more(unknown)}, which this model family does not "
-                "have: it would be lost"
-            )
-        dtypes = {}
-        for name, size in expected.items():
-            stored = self._files[self._shard_of[name]].get_slice(name)
-            if tuple(stored.get_shape()) != size:
-                raise CheckpointError(
-                    f"{self.folder}: {name} has shape {tuple(stored.get_shape())}, config.json makes it {size}"
-                )
-            dtypes.setdefault(stored.get_dtype(), name)
-        return self._one_dtype(dtypes)
-
-    def _one_dtype(self, dtypes: dict[str, str]) -> str:
-        for dtype, name in dtypes.items():
-            if dtype not in _SAFETENSORS_DTYPES:
-                raise CheckpointError(
-                    f"{self.folder}: {name} is stored as {dtype}: only {', '.join(_SAFETENSORS_DTYPES)} are supported"
-                )
-        if len(dtypes) > 1:
-            (one, first), (other, second) = list(dtypes.items())[:2]
-            raise CheckpointError(
-                f"{self.folder} mixes types: {first} is {one}, {second} is {other}: save the model in one type"
-            )
-        return _SAFETENSORS_DTYPES[next(iter(dtypes))]
+    folder = Path(folder)
+    config = read_hf_config(folder)
+    shape = model_shape(config)
+    manifest = _read_manifest(folder, config, shape)
+    entries: dict[str, _Entry] = {}
+    for path in _shards(folder):
+        entries.update(_read_header(path))
+    _check_index(folder, entries)
+    dtype = _check_tensors(folder, entries, shape)
+    tensors = {name: _stored(entries[name]) for name in hf_shapes(shape)}
+    return Checkpoint(folder, Format.HUGGING_FACE, config, shape, manifest, dtype, tensors)
 
 
-def _and_more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+def _stored(entry: _Entry) -> StoredTensor:
+    _, size, path, offset = entry
+    return whole(size, path, offset)
+
+
+def _read_manifest(folder: Path, config: Mapping, shape: ModelShape) -> Manifest | None:
+    if file_inside(folder, MANIFEST_NAME) is not None:
+        manifest = Manifest.read(folder)
+    elif MANIFEST_KEY in config:
+        manifest = Manifest.from_json(config[MANIFEST_KEY], where=folder / "config.json")
+    else:
+        return None
+    manifest.check_fits(shape, where=folder)
+    return manifest
 
 
 def _shards(folder: Path) -> list[Path]:
     """The weight files of a checkpoint, all of them there."""
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
-    index = folder / INDEX_FILE
-    if not index.is_file():
+    single = file_inside(folder, SINGLE_FILE)
+    if single is not None:
+        return [single]
+    index = file_inside(folder, INDEX_FILE)
+    if index is None:
         hint = "it has only pytorch_model*.bin, which runs code when read: save it as safetensors first"
         none = f"no {SINGLE_FILE} and no {INDEX_FILE}: give the folder of a Hugging Face checkpoint"
         raise CheckpointError(f"{folder}: {hint if any(folder.glob('pytorch_model*.bin')) else none}")
-    shards = [folder / name for name in sorted(set(_weight_map(index).values()))]
-    for shard in shards:
-        if not shard.is_file():
-            raise CheckpointError(f"{folder} lacks the shard {shard.name}, which {INDEX_FILE} names")
+    shards = []
+    for name in sorted(set(_weight_map(index).values())):
+        shard = file_inside(folder, name)
+        if shard is None:
+            raise CheckpointError(f"{folder} lacks the shard {name}, which {INDEX_FILE} names")
+        shards.append(shard)
     return shards
 
 
@@ -146,18 +90,79 @@ def _weight_map(index: Path) -> dict[str, str]:
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} is not an index of safetensors shards: {error!r}") from None
     for shard in names.values():
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard:
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard or "\0" in shard:
             raise CheckpointError(f"{index} names the shard {shard!r}: shards are files in the same folder")
     return names
 
 
-def _open_shard(path: Path):
+def _read_header(path: Path) -> dict[str, _Entry]:
+    """Every tensor of a file. The library says whether the header is sound: offsets within the file, no overlap, no gap;
+    what it does not tell is where a tensor begins."""
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        with safe_open(path, framework="np") as checked:
+            names = set(checked.keys())
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        start = 8 + length
+        entries = {
+            name: (entry["dtype"], tuple(entry["shape"]), path, start + entry["data_offsets"][0])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file: {error!r}") from None
+    if entries.keys() != names:
+        raise CheckpointError(f"{path} changed while it was being read: wait until it is complete, try again")
+    return entries
 
 
-def shapes_in_bytes(shape: Shape, dtype: torch.dtype) -> int:
-    """Bytes of a tensor."""
-    return torch.Size(shape).numel() * dtype.itemsize
+def _check_index(folder: Path, entries: Mapping[str, _Entry]) -> None:
+    """Every tensor that the index promises is in the shard it names."""
+    index = folder / INDEX_FILE
+    if not index.is_file() or (folder / SINGLE_FILE).is_file():
+        return
+    for name, shard in _weight_map(index).items():
+        if name not in entries or entries[name][2].name != shard:
+            raise CheckpointError(f"{folder / shard} lacks the tensor {name}, which {INDEX_FILE} says it holds")
+
+
+def _check_tensors(folder: Path, entries: Mapping[str, _Entry], shape: ModelShape) -> str:
+    """Check names, shapes and types; return the one type of all."""
+    expected = hf_shapes(shape)
+    missing = [name for name in expected if name not in entries]
+    if missing:
+        raise CheckpointError(f"{folder} lacks the tensor {missing[0]}{_and_more(missing)}")
+    unknown = [name for name in entries if name not in expected and not is_known_extra(name, shape)]
+    if unknown:
+        raise CheckpointError(
+            f"{folder} has the tensor {unknown[0][:200]}{_and_more(unknown)}, which this model family does not "
+            "have: it would be lost"
+        )
+    dtypes: dict[str, str] = {}
+    for name, size in expected.items():
+        dtype, stored, _, _ = entries[name]
+        if stored != size:
+            raise CheckpointError(f"{folder}: {name} has shape {stored}, config.json makes it {size}")
+        dtypes.setdefault(dtype, name)
+    return _one_dtype(folder, dtypes)
+
+
+def _one_dtype(folder: Path, dtypes: Mapping[str, str]) -> str:
+    for dtype, name in dtypes.items():
+        if dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{folder}: {name} is stored as {dtype}: only {', '.join(_DTYPES)} are supported"
+            )
+    if len(dtypes) > 1:
+        (one, first), (other, second) = list(dtypes.items())[:2]
+        raise CheckpointError(
+            f"{folder} mixes types: {first} is {one}, {second} is {other}: save the model in one type"
+        )
+    return _DTYPES[next(iter(dtypes))]
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -1,90 +1,67 @@
-"""Hugging Face checkpoints, written one tensor at a time: safetensors shards, their index, config.json.
+"""Hugging Face checkpoints to be written: safetensors shards laid out before a tensor is read, and config.json.
 
-A safetensors header is known from the shapes before any tensor is; so each shard is its header, then the tensors'
-bytes as they come. (The library's own writer needs a whole shard in memory.)
+A safetensors header is known from the shapes alone; the tensors' bytes follow it in order.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
-import torch
-
-from megatron_llamapro.checkpoint.hf_reader import INDEX_FILE, SINGLE_FILE, shapes_in_bytes
+from megatron_llamapro.checkpoint.hf_reader import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
+from megatron_llamapro.checkpoint.layout import StoredTensor, TargetFile, TargetLayout, whole
 from megatron_llamapro.checkpoint.manifest import Manifest
-from megatron_llamapro.checkpoint.transforms import DTYPES, raw_bytes
-from megatron_llamapro.checkpoint.weight_map import Shape
-from megatron_llamapro.model.families import CONFIG_NAME, MANIFEST_KEY
+from megatron_llamapro.checkpoint.weight_map import Shape, hf_shapes
+from megatron_llamapro.model.families import CONFIG_NAME, ITEMSIZES, MANIFEST_KEY, ModelShape
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 
-_SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_Named = tuple[str, Shape]
 
 
-@dataclass(frozen=True)
-class NamedShape:
-    """A tensor to come."""
-
-    name: str
-    shape: Shape
-
-
-def write_weights(
-    folder: Path,
-    tensors: Iterable[torch.Tensor],
-    *,
-    names: Sequence[NamedShape],
-    dtype: str,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
-) -> None:
-    """Write `tensors`, which come in the order of `names`, as model.safetensors, or as shards with an index.
-
-    Holds one tensor at a time. A tensor larger than `max_shard_bytes` gets a shard of its own.
-    """
-    shards = _divide(names, dtype, max_shard_bytes)
-    files = [SINGLE_FILE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
-    stream = iter(tensors)
-    for file_name, shard in zip(files, shards, strict=True):
-        with (folder / file_name).open("wb") as file:
-            _write_header(file, shard, dtype)
-            for expected in shard:
-                tensor = next(stream)
-                assert tuple(tensor.shape) == expected.shape and tensor.dtype == DTYPES[dtype], expected
-                file.write(raw_bytes(tensor))
-    if len(shards) > 1:
-        total = sum(shapes_in_bytes(item.shape, DTYPES[dtype]) for item in names)
-        weight_map = {item.name: file for file, shard in zip(files, shards, strict=True) for item in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def hf_layout(
+    folder: Path, shape: ModelShape, dtype: str, *, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
+) -> TargetLayout:
+    """`model.safetensors`, or shards of at most `max_shard_bytes` with an index. A larger tensor has one of its own."""
+    shards = _divide(list(hf_shapes(shape).items()), ITEMSIZES[dtype], max_shard_bytes)
+    names = [SINGLE_FILE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    files: list[TargetFile] = []
+    tensors: dict[str, tuple[StoredTensor, ...]] = {}
+    for name, shard in zip(names, shards, strict=True):
+        header = _header(shard, dtype)
+        position = len(header)
+        for tensor, size in shard:
+            tensors[tensor] = (whole(size, folder / name, position),)
+            position += _num_bytes(size, ITEMSIZES[dtype])
+        files.append(TargetFile(folder / name, position, ((0, header),)))
+    return TargetLayout(dtype, tensors, tuple(files), _index(names, shards, dtype))
 
 
-def write_config(folder: Path, config: Mapping, manifest: Manifest) -> None:
-    """Write config.json with the manifest under "llamapro", and llamapro.json beside it."""
-    content = {**with_dtype(config, manifest.dtype), MANIFEST_KEY: manifest.to_json()}
-    (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    manifest.write(folder)
+def _index(names: Sequence[str], shards: Sequence[Sequence[_Named]], dtype: str) -> dict[str, bytes]:
+    if len(shards) == 1:
+        return {}
+    total = sum(_num_bytes(size, ITEMSIZES[dtype]) for shard in shards for _, size in shard)
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor, _ in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return {INDEX_FILE: (json.dumps(index, indent=2) + "\n").encode()}
 
 
-def with_dtype(config: Mapping, dtype: str) -> dict:
-    """`config` with the type of its weights, under the name it used: "dtype", or the older "torch_dtype"."""
-    names = [name for name in ("torch_dtype", "dtype") if name in config] or ["dtype"]
-    return {**config, **dict.fromkeys(names, dtype)}
+def _num_bytes(size: Shape, itemsize: int) -> int:
+    tensor = StoredTensor(size, ())
+    return tensor.num_rows * tensor.num_columns * itemsize
 
 
-def _divide(names: Sequence[NamedShape], dtype: str, max_shard_bytes: int) -> list[list[NamedShape]]:
-    shards: list[list[NamedShape]] = [[]]
+def _divide(tensors: Sequence[_Named], itemsize: int, max_shard_bytes: int) -> list[list[_Named]]:
+    shards: list[list[_Named]] = [[]]
     held = 0
-    for item in names:
-        size = shapes_in_bytes(item.shape, DTYPES[dtype])
-        if shards[-1] and held + size > max_shard_bytes:
+    for name, size in tensors:
+        num_bytes = _num_bytes(size, itemsize)
+        if shards[-1] and held + num_bytes > max_shard_bytes:
             shards.append([])
             held = 0
-        shards[-1].append(item)
-        held += size
+        shards[-1].append((name, size))
+        held += num_bytes
     return shards
 
 
@@ -92,18 +69,27 @@ def _shard_name(index: int, count: int) -> str:
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _write_header(file: BinaryIO, shard: Sequence[NamedShape], dtype: str) -> None:
+def _header(shard: Sequence[_Named], dtype: str) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for item in shard:
-        end = offset + shapes_in_bytes(item.shape, DTYPES[dtype])
-        header[item.name] = {
-            "dtype": _SAFETENSORS_NAMES[dtype],
-            "shape": list(item.shape),
-            "data_offsets": [offset, end],
-        }
+    for name, size in shard:
+        end = offset + _num_bytes(size, ITEMSIZES[dtype])
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(size), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-    file.write(len(text).to_bytes(8, "little"))
-    file.write(text)
+    return len(text).to_bytes(8, "little") + text
+
+
+def config_text(config: Mapping, *, dtype: str, manifest: Manifest | None = None) -> bytes:
+    """config.json; an exported one has the manifest under "llamapro"."""
+    content = with_dtype({key: value for key, value in config.items() if key != MANIFEST_KEY}, dtype)
+    if manifest is not None:
+        content[MANIFEST_KEY] = manifest.to_json()
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def with_dtype(config: Mapping, dtype: str) -> dict:
+    """`config` with the type of its weights, under the name it used: "dtype", or the older "torch_dtype"."""
+    names = [name for name in ("torch_dtype", "dtype") if name in config] or ["dtype"]
+    return {**config, **dict.fromkeys(names, dtype)}

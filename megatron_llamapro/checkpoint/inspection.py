@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
-from megatron_llamapro.checkpoint.hf_reader import HFReader
 from megatron_llamapro.checkpoint.report import size_text
 from megatron_llamapro.checkpoint.sources import open_checkpoint
-from megatron_llamapro.checkpoint.transforms import DTYPES
 from megatron_llamapro.checkpoint.weight_map import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, Weight, weights_of
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.families import ModelShape
+from megatron_llamapro.model.families import ITEMSIZES, ModelShape
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ def inspect(folder: Path) -> Inspection:
     plan = opened.plan
     return Inspection(
         folder=opened.folder,
-        format="Hugging Face" if isinstance(opened, HFReader) else "Megatron, torch_dist",
+        format=opened.format.value,
         family=opened.config["model_type"],
         dtype=opened.dtype,
         shape=opened.shape,
@@ -128,8 +125,8 @@ def _part(
     dtype: str,
 ) -> Part:
     weights = [weight for weight in weights_of(shape) if belongs(weight, plan)]
-    num_parameters = sum(torch.Size(weight.megatron_shape).numel() for weight in weights)
-    return Part(name, num_parameters, num_parameters * DTYPES[dtype].itemsize)
+    num_parameters = sum(math.prod(weight.megatron_shape) for weight in weights)
+    return Part(name, num_parameters, num_parameters * ITEMSIZES[dtype])
 
 
 def drawing(plan: ExpansionPlan, *, tie_word_embeddings: bool) -> str:

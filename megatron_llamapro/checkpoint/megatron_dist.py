@@ -1,38 +1,42 @@
-"""`torch_dist` checkpoints, as megatron.core's `dist_checkpointing` writes and reads them, one tensor at a time.
+"""`torch_dist` checkpoints, as megatron.core's `dist_checkpointing` writes and reads them: read, and laid out anew.
 
-The format is torch's distributed checkpoint (`.metadata`, `*.distcp`) with `common.pt` and `metadata.json` beside it,
-so torch alone can write it: without a model, without megatron.core, without more than one tensor in memory.
+The format is torch's distributed checkpoint: `.metadata`, which is an index, and `*.distcp` files in which every
+tensor is a `torch.save` file of its own; `common.pt` and `metadata.json` lie beside them. Neither torch nor
+megatron.core is needed for it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
+import math
 import os
-import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-
-from megatron_llamapro.checkpoint.dist_index import INDEX_NAME, Piece, read_index
+from megatron_llamapro.checkpoint.dist_index import INDEX_NAME, IndexedTensor, Section, index_bytes, read_index
 from megatron_llamapro.checkpoint.folder import TORCH_DIST_MARK
-from megatron_llamapro.checkpoint.weight_map import Shape
+from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, TargetFile, TargetLayout, parts_of
+from megatron_llamapro.checkpoint.megatron_model import MegatronTensor, matrix, open_megatron
+from megatron_llamapro.checkpoint.opened import Checkpoint, Format
+from megatron_llamapro.checkpoint.torch_archive import (
+    ArchivedTensor,
+    ArchiveLayout,
+    DamagedArchiveError,
+    archive_layout,
+    read_archive,
+    tensor_call,
+)
+from megatron_llamapro.checkpoint.weight_map import weights_of
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.model.families import ITEMSIZES, ModelShape
+
+DEFAULT_MAX_FILE_BYTES = 2 * 10**9
 
 _COMMON = "common.pt"
-_DATA = "__0_0.distcp"
 _BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -45,95 +49,84 @@ _OTHER_STATE = ("optimizer.", "rng_state", "rerun_state_machine_state")
 _EXTRA_STATE = "_extra_state"
 
 
-def write_torch_dist(
-    folder: Path, shapes: Mapping[str, Shape], *, dtype: torch.dtype, resolve: Callable[[str], torch.Tensor]
-) -> None:
-    """Write every tensor of `shapes` to the empty `folder`; `resolve(name)` gives its data when its turn comes.
+def is_other_state(name: str) -> bool:
+    """Whether a key of a training checkpoint is no weight of the model: optimizer, random states, extra state."""
+    return name.startswith(_OTHER_STATE) or _EXTRA_STATE in name
 
-    The same tensors give the same bytes. (Torch's own writer keeps every tensor until the last is written, and leaves
-    the path and a random number in the index.)
+
+def open_torch_dist(folder: Path) -> Checkpoint:
+    """A checkpoint in torch_dist format, saved by whatever layout of ranks.
+
+    Raises:
+        CheckpointError: no such checkpoint, damaged, not whole, not of the model that its config.json describes, or
+            one whose pickles would run code.
     """
-    entries: dict[str, TensorStorageMetadata] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
-    with (folder / _DATA).open("wb") as file, _without_crc():
-        for name, shape in shapes.items():
-            start = file.tell()
-            torch.save(_with_own_storage(resolve(name)), file)
-            whole = ChunkStorageMetadata(offsets=torch.Size([0] * len(shape)), sizes=torch.Size(shape))
-            entries[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [whole])
-            places[MetadataIndex(name, whole.offsets)] = _StorageInfo(_DATA, start, file.tell() - start)
-    index = Metadata(entries, storage_data=places, storage_meta=StorageMeta())
-    (folder / INDEX_NAME).write_bytes(pickle.dumps(index))
-    torch.save({}, folder / _COMMON)
-    (folder / TORCH_DIST_MARK).write_text(json.dumps(_BACKENDS), encoding="utf-8")
+    indexed = {name: tensor for name, tensor in read_index(folder).items() if not is_other_state(name)}
+    with _SectionFiles() as files:
+        tensors = {name: _located(name, tensor, files) for name, tensor in indexed.items()}
+    return open_megatron(Path(folder), Format.TORCH_DIST, tensors)
 
 
-@contextlib.contextmanager
-def _without_crc() -> Iterator[None]:
-    """Without the checksums in torch's files: the manifest's content hashes do their work, and cost less."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
+def _located(name: str, tensor: IndexedTensor, files: _SectionFiles) -> MegatronTensor:
+    pieces: list[Piece] = []
+    for section in tensor.sections:
+        stored = files.tensor(name, section)
+        if stored.dtype != tensor.dtype or stored.shape != section.shape:
+            raise CheckpointError(f"{section.path}: {name} is not the tensor that the index promises")
+        pieces.extend(_pieces(tensor, section, stored.offset))
+    return MegatronTensor(tensor.shape, tensor.dtype, tuple(pieces))
 
 
-def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """`torch.save` writes all the memory that a tensor is a view of."""
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+def _pieces(tensor: IndexedTensor, section: Section, offset: int) -> Iterator[Piece]:
+    """A section as pieces of the tensor as a matrix: one, or of stacked experts one each."""
+    if 0 in section.shape:
+        return
+    leading = [range(start, start + size) for start, size in zip(section.start[:-2], section.shape[:-2], strict=True)]
+    start, shape = section.start[-2:], section.shape[-2:]
+    num_rows, columns = matrix(shape)
+    all_rows, _ = matrix(tensor.shape[-2:])
+    first_column = start[1] if len(shape) == 2 else 0
+    step = math.prod(shape) * ITEMSIZES.get(tensor.dtype, 0)
+    for number, indices in enumerate(product(*leading)):
+        stacked = 0
+        for index, size in zip(indices, tensor.shape, strict=False):
+            stacked = stacked * size + index
+        first = stacked * all_rows + start[0]
+        rows, where = (first, first + num_rows), (first_column, first_column + columns)
+        yield Piece(rows, where, section.path, offset + number * step)
 
 
-class TorchDistReader:
-    """An open torch_dist checkpoint: its weights by name, assembled from however many pieces they were saved in.
+class _SectionFiles:
+    """Opens each file once, and finds a section's tensor in it."""
 
-    Raises (on opening):
-        CheckpointError: not such a checkpoint, damaged, or one whose index would run code.
-    """
+    def __init__(self) -> None:
+        self._open: dict[Path, BinaryIO] = {}
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self._tensors = {name: t for name, t in read_index(self.folder).items() if not is_other_state(name)}
-        self.shapes: dict[str, Shape] = {name: tensor.shape for name, tensor in self._tensors.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
+    def __enter__(self) -> _SectionFiles:
+        return self
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor, as it is stored (a vocabulary may be padded).
+    def __exit__(self, *exc_info: object) -> None:
+        for file in self._open.values():
+            file.close()
 
-        Raises:
-            CheckpointError: its file is missing or damaged, or its pieces do not make a whole.
-        """
-        stored = self._tensors[name]
-        pieces = [self._read(name, piece) for piece in stored.pieces]
-        if len(pieces) == 1:
-            return pieces[0]
-        whole = torch.empty(stored.shape, dtype=stored.dtype)
-        seen = torch.zeros(stored.shape, dtype=torch.bool)
-        for piece, values in zip(stored.pieces, pieces, strict=True):
-            whole[piece.region] = values
-            seen[piece.region] = True
-        if not seen.all():
-            raise CheckpointError(f"{self.folder}: the pieces of {name} overlap and leave a gap: the index is damaged")
-        return whole
-
-    def _read(self, name: str, piece: Piece) -> torch.Tensor:
+    def tensor(self, name: str, section: Section) -> ArchivedTensor:
+        """Where in its file the section's tensor begins, and what it is."""
         try:
-            with piece.path.open("rb") as file:
-                values = torch.load(_Section(file, piece), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{piece.path}: cannot read {name}: {_first_line(error)}") from None
-        if not isinstance(values, torch.Tensor) or values.dtype != self.dtypes[name] or values.shape != piece.shape:
-            raise CheckpointError(f"{piece.path}: {name} is not the tensor that the index promises")
-        return values
+            if section.path not in self._open:
+                self._open[section.path] = section.path.open("rb")
+            value = read_archive(io.BufferedReader(_Window(self._open[section.path], section)))
+        except (OSError, DamagedArchiveError) as error:
+            raise CheckpointError(f"{section.path}: cannot read {name}: {error}") from None
+        if not isinstance(value, ArchivedTensor):
+            raise CheckpointError(f"{section.path}: {name} is no tensor")
+        return replace(value, offset=section.offset + value.offset)
 
 
-class _Section(io.RawIOBase):
+class _Window(io.RawIOBase):
     """A part of an open file, as a file of its own."""
 
-    def __init__(self, file: BinaryIO, piece: Piece) -> None:
-        self._file = file
-        self._start = piece.offset
-        self._length = piece.num_bytes
+    def __init__(self, file: BinaryIO, section: Section) -> None:
+        self._file, self._start, self._length = file, section.offset, section.num_bytes
         self._position = 0
 
     def readable(self) -> bool:
@@ -141,9 +134,6 @@ class _Section(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
@@ -153,17 +143,73 @@ class _Section(io.RawIOBase):
     def readinto(self, buffer) -> int:
         view = memoryview(buffer).cast("B")
         wanted = max(0, min(len(view), self._length - self._position))
-        self._file.seek(self._start + self._position)
-        count = self._file.readinto(view[:wanted])
-        self._position += count
-        return count
+        data = os.pread(self._file.fileno(), wanted, self._start + self._position)
+        view[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
-def is_other_state(name: str) -> bool:
-    """Whether a key of a training checkpoint is no weight of the model: optimizer, random states, extra state."""
-    return name.startswith(_OTHER_STATE) or _EXTRA_STATE in name
+def torch_dist_layout(
+    folder: Path, shape: ModelShape, dtype: str, *, max_file_bytes: int = DEFAULT_MAX_FILE_BYTES
+) -> TargetLayout:
+    """A checkpoint of whole tensors (any layout of ranks loads it), in files of about `max_file_bytes`.
+
+    The same model gives the same bytes.
+    """
+    files = _Files(folder, max_file_bytes)
+    tensors: dict[str, tuple[StoredTensor, ...]] = {}
+    indexed: dict[str, IndexedTensor] = {}
+    for weight in weights_of(shape):
+        size = weight.megatron_shape
+        rows, columns = matrix(size)
+        archive = archive_layout(tensor_call("0", dtype, size), [rows * columns * ITEMSIZES[dtype]])
+        section, offset = files.add(archive, size)
+        indexed[weight.megatron_name] = IndexedTensor(size, dtype, (section,))
+        piece = Piece((0, rows), (0, columns), section.path, offset)
+        parts = parts_of(weight, [piece], shape=shape, itemsize=ITEMSIZES[dtype])
+        tensors.update({name: (part,) for name, part in parts.items()})
+    small = {
+        INDEX_NAME: index_bytes(indexed, dtype),
+        _COMMON: _whole_file(archive_layout({}, [])),
+        TORCH_DIST_MARK: json.dumps(_BACKENDS).encode(),
+    }
+    return TargetLayout(dtype, tensors, files.finished(), small)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _whole_file(archive: ArchiveLayout) -> bytes:
+    data = bytearray(archive.num_bytes)
+    for offset, part in archive.fixed:
+        data[offset : offset + len(part)] = part
+    return bytes(data)
+
+
+class _Files:
+    """Sections, one behind the other, a new file begun where one is full."""
+
+    def __init__(self, folder: Path, max_file_bytes: int) -> None:
+        self._folder, self._max_bytes = folder, max_file_bytes
+        self._done: list[TargetFile] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._path = self._folder / f"__0_{len(self._done)}.distcp"
+        self._fixed: list[tuple[int, bytes]] = []
+        self._position = 0
+
+    def add(self, archive: ArchiveLayout, shape: tuple[int, ...]) -> tuple[Section, int]:
+        """The section of a tensor, and where in its file the tensor's bytes go."""
+        if self._position and self._position + archive.num_bytes > self._max_bytes:
+            self._end()
+        start = self._position
+        self._fixed.extend((start + offset, data) for offset, data in archive.fixed)
+        self._position += archive.num_bytes
+        section = Section((0,) * len(shape), shape, self._path, start, archive.num_bytes)
+        return section, start + archive.tensor_offsets[0]
+
+    def _end(self) -> None:
+        self._done.append(TargetFile(self._path, self._position, tuple(self._fixed)))
+        self._begin()
+
+    def finished(self) -> tuple[TargetFile, ...]:
+        self._end()
+        return tuple(self._done)

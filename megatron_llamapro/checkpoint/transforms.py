@@ -1,70 +1,33 @@
-"""Between Hugging Face's tensors and megatron.core's: pure, bit-exact rearrangements of rows, and casts."""
+"""How the rows of Hugging Face's tensors lie in megatron.core's. Pure; nothing is computed, rows only move."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-
-import torch
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from megatron_llamapro.checkpoint.weight_map import Merge, Weight
-from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.model.families import WEIGHT_DTYPES, ModelShape
-
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WEIGHT_DTYPES}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from megatron_llamapro.model.families import ModelShape
 
 
-def merge(weight: Weight, tensors: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
-    """Hugging Face's tensors of one weight → megatron.core's, [rows, columns]."""
-    if weight.row.merge is Merge.COPY:
-        return tensors[0]
-    if weight.row.merge is Merge.GATE_UP:
-        return torch.cat(list(tensors))
-    groups = shape.num_query_groups
-    by_group = [tensor.reshape(groups, -1, tensor.shape[-1]) for tensor in tensors]  # [groups, rows a group, h]
-    return torch.cat(by_group, dim=1).reshape(-1, tensors[0].shape[-1])
+@dataclass(frozen=True)
+class RowBlock:
+    """Rows that stay together."""
+
+    part: str
+    """Name of Hugging Face's tensor."""
+    part_start: int
+    """Their first row there."""
+    merged_start: int
+    """Their first row in megatron.core's tensor, whose leading dimensions are flattened into rows."""
+    num_rows: int
 
 
-def split(weight: Weight, tensor: torch.Tensor, shape: ModelShape) -> list[torch.Tensor]:
-    """megatron.core's tensor → Hugging Face's, in the order of the row; `merge`'s inverse."""
-    if weight.row.merge is Merge.COPY:
-        return [tensor]
-    if weight.row.merge is Merge.GATE_UP:
-        return list(tensor.split([size[0] for size in weight.hf_shapes]))
-    groups = shape.num_query_groups
-    by_group = tensor.reshape(groups, -1, tensor.shape[-1])
-    parts = by_group.split([size[0] // groups for size in weight.hf_shapes], dim=1)
-    return [part.reshape(-1, tensor.shape[-1]) for part in parts]
-
-
-def cast(tensor: torch.Tensor, dtype: torch.dtype, *, name: str) -> torch.Tensor:
-    """`tensor` in `dtype`.
-
-    Raises:
-        CheckpointError: a finite value becomes infinite (bfloat16 7e4 has no float16).
-    """
-    if tensor.dtype == dtype:
-        return tensor
-    result = tensor.to(dtype)
-    if torch.isfinite(result).logical_not().sum() > torch.isfinite(tensor).logical_not().sum():
-        raise CheckpointError(
-            f"{name} has values that {DTYPE_NAMES[dtype]} cannot hold (they become infinite): keep the source's type, "
-            "or choose bfloat16 or float32"
-        )
-    return result
-
-
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's bytes, row-major, without a copy where it is contiguous."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def sha256(tensor: torch.Tensor) -> str:
-    """Content hash of a tensor: of its bytes, not of its shape or type."""
-    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
-
-
-def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one type hold the same bits: tells -0.0 from 0.0, and knows a NaN again."""
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+def row_blocks(weight: Weight, shape: ModelShape) -> Iterator[RowBlock]:
+    """The rows of megatron.core's tensor, in order, and whose they are."""
+    runs = 1 if weight.row.merge is Merge.CONCAT else shape.num_query_groups
+    position = 0
+    for run in range(runs):
+        for name, size in zip(weight.hf_names, weight.hf_shapes, strict=True):
+            rows = size[0] // runs
+            yield RowBlock(name, run * rows, position, rows)
+            position += rows

@@ -7,22 +7,25 @@ tensors do not confirm.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_llamapro.checkpoint.added_blocks import BlockReport, BlockState, blocks_to_judge, judge_block
-from megatron_llamapro.checkpoint.convert import original_name
-from megatron_llamapro.checkpoint.hf_reader import HFReader
-from megatron_llamapro.checkpoint.reference import logits
-from megatron_llamapro.checkpoint.sources import MegatronSource, TensorSource, open_checkpoint
-from megatron_llamapro.checkpoint.transforms import DTYPES, cast, same_bytes, sha256
+from megatron_llamapro.checkpoint.casting import CastRows
+from megatron_llamapro.checkpoint.convert import default_workers, original_name
+from megatron_llamapro.checkpoint.opened import Checkpoint
+from megatron_llamapro.checkpoint.sources import OpenTensors, open_checkpoint
+from megatron_llamapro.checkpoint.streaming import Progress, Rows, SourceFiles, StoredRows, hash_rows, nothing
 from megatron_llamapro.checkpoint.weight_map import Weight, hf_name_in_layer, weights_of
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.plan import ExpansionPlan, Layer
-from megatron_llamapro.model.families import ModelShape
+from megatron_llamapro.model.families import ITEMSIZES, ModelShape
+
+if TYPE_CHECKING:
+    import torch
 
 _NUM_TOKENS = 32  # the sequence that the function is compared on
 
@@ -41,47 +44,76 @@ class Check:
 
 
 def verify(
-    original: Path, expanded: Path, *, progress: Callable[[int], object] = lambda num_bytes: None
+    original: Path,
+    expanded: Path,
+    *,
+    quick: bool = False,
+    num_workers: int = 0,
+    progress: Progress = nothing,
 ) -> Iterator[Check]:
-    """Compare `expanded` (either format, trained or not) with the Hugging Face checkpoint it was made from.
+    """Compare `expanded` (any format, trained or not) with the checkpoint it was made from.
 
-    Lineage, original tensors, their hashes in the manifest, added blocks; and, where no added block is trained yet,
-    the function. `progress` is called with the bytes that were read. Checks come as they are made.
+    Lineage, original tensors, their hashes in the manifest, added blocks; and, where no added block is trained yet and
+    not `quick`, the function. `progress` is called with the bytes that were read. Checks come as they are made.
 
     Raises:
         CheckpointError: one of the two cannot be read, or `expanded` does not say which blocks were added.
     """
-    source, result = HFReader(original), open_checkpoint(expanded)
+    source, result = open_checkpoint(original), open_checkpoint(expanded)
     if result.manifest is None:
         raise CheckpointError(f"{expanded} has no manifest, so nothing says which of its blocks were added")
     lineage = _check_lineage(source, result)
     yield lineage
     if not lineage.ok:
         return
-    watched_source = _Watched(source, dtype=result.dtype, progress=progress)
-    watched = _Watched(result, dtype=result.dtype, progress=progress)
-    yield from _check_originals(watched_source, watched, source, result)
-    blocks = [judge_block(watched, result.plan, index) for index in blocks_to_judge(source.plan, result.plan)]
-    if blocks:
-        yield _check_blocks(blocks)
-    if not any(block.state is BlockState.TRAINED for block in blocks):
-        yield _check_function(watched_source, watched)
+    with SourceFiles() as files:
+        hashes = _hashes(result, result.dtype, files, num_workers, progress)
+        expected = _hashes(source, result.dtype, files, num_workers, progress)
+        yield from _check_originals(source, result, expected, hashes)
+        judged = blocks_to_judge(source.plan, result.plan)
+        blocks = [judge_block(result, files, hashes, result.plan, index) for index in judged]
+        if blocks:
+            yield _check_blocks(blocks)
+        if not quick and not any(block.state is BlockState.TRAINED for block in blocks):
+            yield _check_function(*(_Watched(model, files, result.dtype, progress) for model in (source, result)))
 
 
-class _Watched:
-    """A checkpoint seen in `dtype`, that reports every byte that is read of it."""
+def _hashes(
+    checkpoint: Checkpoint, dtype: str, files: SourceFiles, num_workers: int, progress: Progress
+) -> dict[str, str]:
+    """The hash of every tensor, as it is in `dtype`."""
 
-    def __init__(self, source: TensorSource, *, dtype: str, progress: Callable[[int], object]) -> None:
-        self.shape, self.dtype = source.shape, dtype
-        self._read, self._progress = source.tensor, progress
+    def hash_of(name: str) -> str:
+        tensor = checkpoint.tensors[name]
+        rows: Rows = StoredRows(tensor, files, checkpoint.itemsize)
+        if checkpoint.dtype != dtype:
+            rows = CastRows(rows, source=checkpoint.dtype, target=dtype, name=name)
+        return hash_rows(rows, tensor, ITEMSIZES[dtype], progress=progress)
+
+    with ThreadPoolExecutor(num_workers or default_workers()) as pool:
+        return dict(zip(checkpoint.tensors, pool.map(hash_of, checkpoint.tensors), strict=True))
+
+
+class _Watched(OpenTensors):
+    """Tensors in one type, that report every byte that is read of them."""
+
+    def __init__(self, checkpoint: Checkpoint, files: SourceFiles, dtype: str, progress: Progress) -> None:
+        super().__init__(checkpoint, files)
+        self._wanted, self._progress = dtype, progress
 
     def tensor(self, name: str) -> torch.Tensor:
-        tensor = self._read(name)
+        tensor = super().tensor(name)
         self._progress(tensor.nbytes)
-        return cast(tensor, DTYPES[self.dtype], name=name)
+        return tensor.to(_torch_dtype(self._wanted))
 
 
-def _check_lineage(source: HFReader, result: HFReader | MegatronSource) -> Check:
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    return getattr(torch, name)
+
+
+def _check_lineage(source: Checkpoint, result: Checkpoint) -> Check:
     """The blocks of the original, in order, are those that the expanded model's plan says it had."""
     before, after = source.plan, result.plan
     kept = [layer for layer in after.layers if layer.added_in_round <= before.num_rounds]
@@ -114,25 +146,23 @@ class _Comparison:
 
 
 def _check_originals(
-    source: TensorSource, result: TensorSource, original: HFReader, expanded: HFReader | MegatronSource
+    source: Checkpoint, result: Checkpoint, expected: Mapping[str, str], actual: Mapping[str, str]
 ) -> Iterator[Check]:
     """Tensors of the first source model are the original's, bit for bit, and have the manifest's hashes."""
     found = _Comparison()
-    hashes = expanded.manifest.original_sha256
+    assert result.manifest is not None
     for weight in weights_of(result.shape):
         for name in weight.hf_names:
-            first_name = original_name(name, expanded.plan)
+            first_name = original_name(name, result.plan)
             if first_name is None:
                 continue
-            actual = result.tensor(name)
-            expected = source.tensor(_name_in_original(name, weight, original.plan, expanded.plan))
             found.compared += 1
-            if not same_bytes(actual, expected):
+            if actual[name] != expected[_name_in_original(name, weight, source.plan, result.plan)]:
                 found.moved.append(name)
-            if sha256(actual) != hashes.get(first_name):
+            if actual[name] != result.manifest.original_hashes.get(first_name):
                 found.hash_differs.append(name)
-    was_cast = original.dtype != expanded.dtype
-    how = f", after the cast from {original.dtype} to {expanded.dtype}" if was_cast else ""
+    was_cast = source.dtype != result.dtype
+    how = f", after the cast from {source.dtype} to {result.dtype}" if was_cast else ""
     yield _check_none(
         found.moved, "original tensors", f"of {found.compared} moved", f"{found.compared} bit-identical{how}"
     )
@@ -172,8 +202,12 @@ def _check_blocks(blocks: Iterable[BlockReport]) -> Check:
     return Check("added blocks", ok=True, text="; ".join(parts))
 
 
-def _check_function(source: TensorSource, result: TensorSource) -> Check:
+def _check_function(source: _Watched, result: _Watched) -> Check:
     """Logits of both models on the same random tokens, each computed from its own weights, block by block."""
+    import torch
+
+    from megatron_llamapro.checkpoint.reference import logits
+
     shape = source.shape
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(shape.vocab_size, (1, min(_NUM_TOKENS, shape.max_position_embeddings)), generator=generator)

@@ -19,11 +19,10 @@ Shape = tuple[int, ...]
 class Merge(Enum):
     """How Hugging Face's tensors become megatron.core's one."""
 
-    COPY = "copy"
+    CONCAT = "concat"
+    """All rows of the first, then of the next; of one alone, a copy."""
     QKV = "qkv"
     """Rows by query group: its query heads, its key head, its value head."""
-    GATE_UP = "gate_up"
-    """All gate rows, then all up rows."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Row:
     megatron: str
     hugging_face: tuple[tuple[str, tuple[str, ...]], ...]
     """Names there, each with its dimensions."""
-    merge: Merge = Merge.COPY
+    merge: Merge = Merge.CONCAT
     zero_in_added: bool = False
     """Whether an added block starts with zeros here, which makes it an identity (paper, section 3.2)."""
 
@@ -69,7 +68,6 @@ BLOCK_ROWS = (
             (_HF_LAYER + "mlp.gate_proj.weight", ("feed_forward", "hidden")),
             (_HF_LAYER + "mlp.up_proj.weight", ("feed_forward", "hidden")),
         ),
-        Merge.GATE_UP,
     ),
     Row(
         _LAYER + "mlp.linear_fc2.weight",
@@ -126,6 +124,16 @@ def is_known_extra(name: str, shape: ModelShape) -> bool:
     if name == OUTPUT_LAYER.hugging_face[0][0]:
         return shape.tie_word_embeddings
     return _ROTARY_BUFFER.fullmatch(name) is not None
+
+
+def is_norm(name: str) -> bool:
+    """Whether a Hugging Face tensor is a norm's scale."""
+    return name.endswith("norm.weight")
+
+
+def is_block_norm(name: str) -> bool:
+    """Whether a Hugging Face tensor is the scale of a norm before attention or feed-forward."""
+    return name.endswith("layernorm.weight")
 
 
 def hf_name_in_layer(name: str, layer: int) -> str:

@@ -18,8 +18,10 @@ from megatron_llamapro.expansion.plan import ExpansionPlan
 CONFIG_NAME = "config.json"
 MANIFEST_KEY = "llamapro"
 
-WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
-"""Types that weights may be stored in, by the name that config.json and the commands use."""
+ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Types that weights may be stored in, by the name that config.json and the commands use, and their bytes."""
+
+WEIGHT_DTYPES = tuple(ITEMSIZES)
 
 
 @dataclass(frozen=True)

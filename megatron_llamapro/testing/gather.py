@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from megatron_llamapro.checkpoint.transforms import split
+from megatron_llamapro.checkpoint.transforms import row_blocks
 from megatron_llamapro.checkpoint.weight_map import weights_of
 from megatron_llamapro.model.families import ModelShape
 from megatron_llamapro.training.checkpointing import model_state
@@ -101,6 +101,11 @@ def under_hf_names(tensors: Mapping[str, torch.Tensor], shape: ModelShape) -> di
     result = {}
     for weight in weights_of(shape):
         if weight.megatron_name in tensors:
-            whole = tensors[weight.megatron_name][: weight.megatron_shape[0]]
-            result.update(zip(weight.hf_names, split(weight, whole, shape), strict=True))
+            merged = tensors[weight.megatron_name]
+            rows = merged.flatten(0, -2) if merged.dim() > 1 else merged
+            for name, size in zip(weight.hf_names, weight.hf_shapes, strict=True):
+                result[name] = torch.empty(size, dtype=merged.dtype)
+            for block in row_blocks(weight, shape):
+                stop = block.merged_start + block.num_rows
+                result[block.part][block.part_start :][: block.num_rows] = rows[block.merged_start : stop]
     return result

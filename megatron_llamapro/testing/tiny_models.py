@@ -6,8 +6,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_llamapro.checkpoint.transforms import DTYPES
-
 VOCABULARY = 131  # no multiple of anything, so that padding of the vocabulary is always in play
 
 
@@ -54,7 +52,7 @@ def make_tiny_llama(
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = parameter.dim() == 1
             parameter.copy_(1 + 0.2 * noise if is_norm else 0.1 * noise)
-    model.to(DTYPES[dtype]).save_pretrained(folder, max_shard_size=max_shard_size)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     if with_tokenizer:
         write_tiny_tokenizer(Path(folder), vocab_size=min(vocab_size, VOCABULARY))
     return Path(folder)

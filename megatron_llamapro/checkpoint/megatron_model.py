@@ -1,0 +1,75 @@
+"""What both Megatron formats have in common: megatron.core's tensors, held against the model and seen as Hugging
+Face's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, parts_of, uncovered
+from megatron_llamapro.checkpoint.manifest import Manifest
+from megatron_llamapro.checkpoint.opened import Checkpoint, Format
+from megatron_llamapro.checkpoint.weight_map import VOCABULARY_ROWS, Shape, Weight, weights_of
+from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.model.families import ITEMSIZES, model_shape, read_hf_config
+
+
+@dataclass(frozen=True)
+class MegatronTensor:
+    """A whole tensor of megatron.core's, as it is stored (a vocabulary may be padded)."""
+
+    shape: Shape
+    dtype: str
+    pieces: tuple[Piece, ...]
+    """Of the tensor as a matrix: all dimensions but the last are rows."""
+
+
+def matrix(shape: Shape) -> tuple[int, int]:
+    """Rows and columns of a tensor whose leading dimensions are flattened; a vector's elements are rows."""
+    return (shape[0], 1) if len(shape) == 1 else (math.prod(shape[:-1]), shape[-1])
+
+
+def open_megatron(folder: Path, format: Format, tensors: Mapping[str, MegatronTensor]) -> Checkpoint:
+    """A Megatron checkpoint out of its weights; configuration and manifest lie beside them.
+
+    Raises:
+        CheckpointError: a tensor that is missing, unknown, of the wrong shape or type, or not whole; a manifest that
+            does not fit.
+    """
+    config = read_hf_config(folder)
+    shape = model_shape(config)
+    manifest = Manifest.read(folder)
+    manifest.check_fits(shape, where=folder)
+    itemsize = ITEMSIZES[manifest.dtype]
+    found: dict[str, StoredTensor] = {}
+    weights = weights_of(shape)
+    for weight in weights:
+        tensor = tensors.get(weight.megatron_name)
+        if tensor is None:
+            raise CheckpointError(f"{folder} lacks the tensor {weight.megatron_name}")
+        _check(folder, weight, tensor, manifest.dtype)
+        parts = parts_of(weight, tensor.pieces, shape=shape, itemsize=itemsize)
+        _check_whole(folder, weight.megatron_name, parts.values())
+        found.update(parts)
+    unknown = sorted(tensors.keys() - {weight.megatron_name for weight in weights})
+    if unknown:
+        raise CheckpointError(f"{folder} has the tensor {unknown[0][:200]}, which this model family does not have")
+    return Checkpoint(folder, format, config, shape, manifest, manifest.dtype, found)
+
+
+def _check(folder: Path, weight: Weight, tensor: MegatronTensor, dtype: str) -> None:
+    name, wanted = weight.megatron_name, weight.megatron_shape
+    padded = weight.row.megatron in VOCABULARY_ROWS and tensor.shape[1:] == wanted[1:] and tensor.shape >= wanted
+    if tensor.shape != wanted and not padded:
+        raise CheckpointError(f"{folder}: {name} has shape {tensor.shape}, config.json makes it {wanted}")
+    if tensor.dtype != dtype:
+        raise CheckpointError(f"{folder}: {name} is {tensor.dtype}, its manifest says {dtype}")
+
+
+def _check_whole(folder: Path, name: str, parts: Iterable[StoredTensor]) -> None:
+    for part in parts:
+        problem = uncovered(part)
+        if problem is not None:
+            raise CheckpointError(f"{folder}: {name} is not whole, {problem}: the index is damaged")

@@ -1,0 +1,52 @@
+"""A checkpoint of any format, opened: what model it is, and where its tensors lie, under Hugging Face's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from megatron_llamapro.checkpoint.layout import StoredTensor
+from megatron_llamapro.checkpoint.manifest import Manifest
+from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.model.families import ITEMSIZES, ModelShape
+
+
+class Format(str, Enum):
+    """How a checkpoint is stored."""
+
+    HUGGING_FACE = "Hugging Face"
+    TORCH_DIST = "Megatron, torch_dist"
+    LEGACY = "Megatron, legacy"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. Every name, shape and type was checked; no tensor was read."""
+
+    folder: Path
+    format: Format
+    config: dict
+    """config.json, with its manifest left in."""
+    shape: ModelShape
+    manifest: Manifest | None
+    dtype: str
+    """Of all weights, e.g. bfloat16."""
+    tensors: Mapping[str, StoredTensor]
+    """Under Hugging Face's names, in the order of the forward pass."""
+
+    @property
+    def plan(self) -> ExpansionPlan:
+        """The plan that the model was expanded with; that of an unexpanded model without a manifest."""
+        return self.manifest.plan if self.manifest else ExpansionPlan.unexpanded(self.shape.num_layers)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight."""
+        return ITEMSIZES[self.dtype]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.itemsize * sum(tensor.num_rows * tensor.num_columns for tensor in self.tensors.values())

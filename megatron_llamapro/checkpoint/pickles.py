@@ -1,0 +1,227 @@
+"""Pickles, read and written without importing anything that they name.
+
+torch's files are pickles that name classes. Reading one the ordinary way imports those classes and calls them, and a
+hostile one names `os.system`. Here a class becomes an inert `Record` of what it was called with, and one that is not
+on the reader's list is refused. Writing goes the same way back, so neither needs torch.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass
+
+
+class Record:
+    """Stands for an object that a pickle describes: its class by name, the arguments it was made with, its state."""
+
+    path = ""
+    """module.name"""
+
+    def __new__(cls, *args: object) -> Record:
+        record = super().__new__(cls)
+        record.args = args
+        record.state = None
+        return record
+
+    args: tuple
+    state: object
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+    def __setitem__(self, key: object, value: object) -> None:
+        """Items of a class derived from dict: nothing here needs them."""
+
+    def append(self, value: object) -> None:
+        """Items of a class derived from list: nothing here needs them."""
+
+    def field(self, name: str) -> object:
+        """A field of an object whose state is its `__dict__`.
+
+        Raises:
+            KeyError, TypeError: it has none of that name.
+        """
+        return self.state[name]  # type: ignore[index]
+
+
+# What is given as itself: nothing of it does anything but hold values.
+_PLAIN: dict[str, object] = {
+    "builtins.set": set,
+    "collections.OrderedDict": OrderedDict,
+    "torch.Size": tuple,
+}
+
+
+class _InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """The standard library's own, in Python: its C twin gives memory to whatever length a pickle claims."""
+
+    dispatch = {
+        code: method
+        for code, method in pickle._Unpickler.dispatch.items()  # type: ignore[attr-defined]
+        if code != pickle.BYTEARRAY8[0]
+    }
+
+    def __init__(self, data: bytes, admitted: Container[str]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._admitted = admitted
+        self._classes: dict[str, type[Record]] = {}
+
+    def find_class(self, module: str, name: str) -> object:
+        path = f"{module}.{name}"
+        if path in _PLAIN:
+            return _PLAIN[path]
+        if path not in self._admitted:
+            raise pickle.UnpicklingError(f"it asks for {path[:200]}")
+        if path not in self._classes:
+            self._classes[path] = type(name, (Record,), {"path": path})
+        return self._classes[path]
+
+    def persistent_load(self, pid: object) -> object:
+        return Persistent(pid)
+
+
+def load(data: bytes, *, admitted: Container[str]) -> object:
+    """The object that a pickle describes, out of plain values and `Record`s of the `admitted` names.
+
+    Raises:
+        pickle.UnpicklingError: it names anything else, or is damaged.
+    """
+    try:
+        return _InertUnpickler(data, admitted).load()
+    except pickle.UnpicklingError:
+        raise
+    except (MemoryError, RecursionError) as error:
+        raise pickle.UnpicklingError(f"it is damaged: {type(error).__name__}") from None
+    except Exception as error:  # a damaged pickle may raise anything
+        raise pickle.UnpicklingError(f"it is damaged: {str(error)[:200]!r}") from None
+
+
+@dataclass(frozen=True)
+class Persistent:
+    """A reference out of the pickle, to a storage of the archive it lies in."""
+
+    pid: object
+
+
+@dataclass(frozen=True)
+class Global:
+    """A class or function by name."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """What calling `function` with `args` gives; where there is a state, then given that."""
+
+    function: Global
+    args: tuple = ()
+    state: object = None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A dict whose keys are described objects, which cannot be keys here."""
+
+    items: tuple[tuple[object, object], ...]
+
+
+def instance(module: str, name: str, **fields: object) -> Call:
+    """An object whose `__dict__` is `fields`, made without calling its `__init__`."""
+    return Call(Global("copyreg", "__newobj__"), (Global(module, name),), state=fields)
+
+
+def dumps(value: object) -> bytes:
+    """`value` as a pickle (protocol 2): plain values, `Global`, `Call` and `Persistent` in any nesting."""
+    return b"".join((pickle.PROTO, b"\x02", *_opcodes(value), pickle.STOP))
+
+
+def _opcodes(value: object) -> Iterator[bytes]:
+    writer = _WRITERS.get(type(value))
+    if writer is None:
+        raise TypeError(f"cannot pickle {type(value).__name__}")
+    yield from writer(value)
+
+
+def _int(value: int) -> Iterator[bytes]:
+    if 0 <= value < 256:
+        yield pickle.BININT1 + struct.pack("<B", value)
+    elif -(2**31) <= value < 2**31:
+        yield pickle.BININT + struct.pack("<i", value)
+    else:
+        digits = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+        yield pickle.LONG1 + struct.pack("<B", len(digits)) + digits
+
+
+def _str(value: str) -> Iterator[bytes]:
+    text = value.encode("utf-8")
+    yield pickle.BINUNICODE + struct.pack("<I", len(text)) + text
+
+
+def _tuple(value: tuple) -> Iterator[bytes]:
+    yield pickle.MARK
+    for item in value:
+        yield from _opcodes(item)
+    yield pickle.TUPLE
+
+
+def _list(value: list) -> Iterator[bytes]:
+    yield pickle.EMPTY_LIST + pickle.MARK
+    for item in value:
+        yield from _opcodes(item)
+    yield pickle.APPENDS
+
+
+def _pairs(items: Iterable[tuple[object, object]]) -> Iterator[bytes]:
+    yield pickle.EMPTY_DICT + pickle.MARK
+    for key, item in items:
+        yield from _opcodes(key)
+        yield from _opcodes(item)
+    yield pickle.SETITEMS
+
+
+def _global(value: Global) -> Iterator[bytes]:
+    yield pickle.GLOBAL + f"{value.module}\n{value.name}\n".encode()
+
+
+def _call(value: Call) -> Iterator[bytes]:
+    if value.function == Global("copyreg", "__newobj__"):
+        yield from _opcodes(value.args[0])
+        yield from _opcodes(value.args[1:])
+        yield pickle.NEWOBJ
+    else:
+        yield from _opcodes(value.function)
+        yield from _opcodes(value.args)
+        yield pickle.REDUCE
+    if value.state is not None:
+        yield from _opcodes(value.state)
+        yield pickle.BUILD
+
+
+def _persistent(value: Persistent) -> Iterator[bytes]:
+    yield from _opcodes(value.pid)
+    yield pickle.BINPERSID
+
+
+_WRITERS: dict[type, Callable[..., Iterator[bytes]]] = {
+    type(None): lambda value: iter((pickle.NONE,)),
+    bool: lambda value: iter((pickle.NEWTRUE if value else pickle.NEWFALSE,)),
+    int: _int,
+    float: lambda value: iter((pickle.BINFLOAT + struct.pack(">d", value),)),
+    str: _str,
+    tuple: _tuple,
+    list: _list,
+    dict: lambda value: _pairs(value.items()),
+    Pairs: lambda value: _pairs(value.items),
+    Global: _global,
+    Call: _call,
+    Persistent: _persistent,
+}

@@ -1,0 +1,208 @@
+"""Writes a checkpoint's tensors from where they come from, on several threads, so that a run that is cut can go on.
+
+Tensors go in batches. A batch is written, synced to the disk, read back from there and compared by its hashes, and then
+noted in a journal: what the journal names is done for good. (Reading, writing and hashing leave Python's lock, so
+threads use all cores.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+
+from megatron_llamapro.checkpoint.layout import StoredTensor, TargetFile
+from megatron_llamapro.checkpoint.streaming import (
+    Progress,
+    Rows,
+    SourceFiles,
+    hash_rows,
+    nothing,
+    overlaps,
+    stored_hash,
+)
+from megatron_llamapro.config.errors import CheckpointError
+
+BATCH_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class Job:
+    """A tensor to write."""
+
+    name: str
+    rows: Rows
+    copies: tuple[StoredTensor, ...]
+    """Where it goes: a format may hold it more than once. Paths are the target's."""
+    num_bytes: int
+
+
+class Journal:
+    """What of a target is done: `{"plan": …}`, then a line a batch, `{"hashes": {tensor: hash}}`."""
+
+    def __init__(self, path: Path, plan: str) -> None:
+        """`plan` names what is being made: a journal of anything else is begun anew."""
+        self._path, self._lock = path, threading.Lock()
+        self.hashes: dict[str, str] = {}
+        lines = self._lines()
+        if lines and lines[0].get("plan") == plan:
+            for line in lines[1:]:
+                self.hashes.update(line.get("hashes", {}))
+        else:
+            path.write_text(json.dumps({"plan": plan}) + "\n", encoding="utf-8")
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing is done yet."""
+        return not self.hashes
+
+    def note(self, hashes: Mapping[str, str]) -> None:
+        """These tensors are done."""
+        with self._lock, self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"hashes": dict(hashes)}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            self.hashes.update(hashes)
+
+    def _lines(self) -> list[dict]:
+        """All whole lines; a kill may have cut the last."""
+        try:
+            text = self._path.read_text(encoding="utf-8")
+        except OSError:
+            return []
+        lines = []
+        for line in text.split("\n")[:-1]:
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+        return lines
+
+
+class TargetFiles:
+    """The files of a target, made in their full size (of zeros) and filled from all sides."""
+
+    def __init__(self, files: Iterable[TargetFile]) -> None:
+        self._open: dict[Path, int] = {}
+        for file in files:
+            descriptor = os.open(file.path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._open[file.path] = descriptor
+            os.ftruncate(descriptor, file.num_bytes)
+            for offset, data in file.fixed:
+                self._write(descriptor, file.path, memoryview(data), offset)
+
+    def __enter__(self) -> TargetFiles:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def put(self, tensor: StoredTensor, start: int, rows: numpy.ndarray, itemsize: int) -> None:
+        """Write a tensor's rows from `start` on, uint8 [rows, bytes a row], wherever its pieces are."""
+        for piece, span, columns, offset in overlaps(tensor, start, len(rows), itemsize):
+            part = numpy.ascontiguousarray(rows[span, columns])
+            self._write(self._open[piece.file], piece.file, part.reshape(-1).data, offset)
+
+    def settle(self, paths: Iterable[Path]) -> None:
+        """Have the disk hold what was written, and the memory forget it, so that it is read from the disk again."""
+        for path in paths:
+            os.fdatasync(self._open[path])
+            os.posix_fadvise(self._open[path], 0, 0, os.POSIX_FADV_DONTNEED)
+
+    @staticmethod
+    def _write(descriptor: int, path: Path, data: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(data):
+            try:
+                done += os.pwrite(descriptor, data[done:], offset + done)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def transfer(
+    jobs: Sequence[Job],
+    files: Sequence[TargetFile],
+    journal: Journal,
+    *,
+    itemsize: int,
+    num_workers: int,
+    progress: Progress = nothing,
+) -> dict[str, str]:
+    """Write every tensor that the journal does not name; returns the hash of each, by name.
+
+    Raises:
+        CheckpointError: a source changed while it was read, or the disk gave back other bytes than were written.
+        OSError: the disk is full, or fails.
+    """
+    for job in jobs:
+        if job.name in journal.hashes:
+            progress(job.num_bytes)
+    todo = [job for job in jobs if job.name not in journal.hashes]
+    with TargetFiles(files) as target, SourceFiles() as written:
+        worker = _Worker(target, written, journal, itemsize, progress)
+        _run_all([lambda batch=batch: worker.write(batch) for batch in _batches(todo)], num_workers)
+        target.settle(file.path for file in files)
+    return dict(journal.hashes)
+
+
+def _batches(jobs: Iterable[Job]) -> Iterator[list[Job]]:
+    """Neighbours, about `BATCH_BYTES` together."""
+    batch: list[Job] = []
+    for job in jobs:
+        batch.append(job)
+        if sum(other.num_bytes for other in batch) >= BATCH_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+class _Worker:
+    """What a thread does with a batch."""
+
+    def __init__(
+        self, target: TargetFiles, written: SourceFiles, journal: Journal, itemsize: int, progress: Progress
+    ) -> None:
+        self._target, self._written, self._journal = target, written, journal
+        self._itemsize, self._progress = itemsize, progress
+
+    def write(self, batch: Sequence[Job]) -> None:
+        hashes = {job.name: self._write(job) for job in batch}
+        self._target.settle({piece.file for job in batch for copy in job.copies for piece in copy.pieces})
+        for job in batch:
+            for copy in job.copies:
+                self._compare(job.name, copy, hashes[job.name])
+        self._journal.note(hashes)
+
+    def _write(self, job: Job) -> str:
+        def put(start: int, rows: numpy.ndarray) -> None:
+            for copy in job.copies:
+                self._target.put(copy, start, rows, self._itemsize)
+
+        each = None if job.rows.is_zero else put
+        return hash_rows(job.rows, job.copies[0], self._itemsize, each=each, progress=self._progress)
+
+    def _compare(self, name: str, copy: StoredTensor, expected: str) -> None:
+        if stored_hash(copy, self._written, self._itemsize) != expected:
+            raise CheckpointError(
+                f"{copy.pieces[0].file}: {name} reads back other than it was written: check the disk, and try again"
+            )
+
+
+def _run_all(calls: Sequence, num_workers: int) -> None:
+    """Every call, on so many threads; the first error stops what has not begun, and is raised."""
+    pool = ThreadPoolExecutor(max_workers=max(1, num_workers), thread_name_prefix="transfer")
+    try:
+        futures: list[Future] = [pool.submit(call) for call in calls]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,51 @@
+"""Ways to begin an added block, as a table, so that they can be compared. Imports no torch.
+
+Every one makes the block an identity; they differ in what it is a copy of, and in what is zeroed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from megatron_llamapro.config.errors import ExpansionError
+
+
+class Init(str, Enum):
+    """What an added block starts as."""
+
+    COPY = "copy"
+    """A copy of its source block, both output projections zeroed (the paper's)."""
+    RANDOM = "random"
+    """Normal with the model's initializer_range, norms 1, both output projections zeroed."""
+    MEAN = "mean"
+    """The mean of the blocks before and behind it, both output projections zeroed."""
+    ZERO_NORM = "zero_norm"
+    """A copy of its source block with its norms zeroed instead (staged training, Shen et al. 2022)."""
+
+
+@dataclass(frozen=True)
+class InitRule:
+    """How a way treats a block's weights."""
+
+    zeroes_norms: bool
+    """Zero the norms, and not the output projections."""
+    is_copy: bool
+    """Whether what is not zeroed is the source block's, bit for bit."""
+
+
+INITS: dict[Init, InitRule] = {
+    Init.COPY: InitRule(zeroes_norms=False, is_copy=True),
+    Init.RANDOM: InitRule(zeroes_norms=False, is_copy=False),
+    Init.MEAN: InitRule(zeroes_norms=False, is_copy=False),
+    Init.ZERO_NORM: InitRule(zeroes_norms=True, is_copy=True),
+}
+
+
+def check_init(init: Init, *, force: bool) -> None:
+    """Raise `ExpansionError` for a way that cannot learn in the families that are known, unless forced."""
+    if init is Init.ZERO_NORM and not force:
+        raise ExpansionError(
+            "init zero_norm cannot learn in a SwiGLU block: with its input at 0 the feed-forward is of second order, so "
+            "the gradient of its norm is 0 for ever (arXiv 2401.02415, section 3.2); take copy, or --force to compare"
+        )
