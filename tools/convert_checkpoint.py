@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_llamapro.checkpoint.report import add_shard_option, add_writing_options, conversion_options, summary
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.expansion.options import add_expansion_options, read_expansion_options
 from megatron_llamapro.model.families import WEIGHT_DTYPES
@@ -27,22 +28,20 @@ def main() -> int:
         "--source", type=Path, required=True, metavar="DIR", help="checkpoint, or a run's folder of checkpoints: newest"
     )
     backward.add_argument("--target", type=Path, required=True, metavar="HF_DIR", help="folder to write")
+    add_shard_option(backward)
     for command in (forward, backward):
-        command.add_argument("--overwrite", action="store_true", help="replace the target, once its successor is ready")
+        add_writing_options(command)
     args = parser.parse_args()
-    expand = read_expansion_options(forward, args) if args.command == "hf-to-megatron" else None
+    expansion = read_expansion_options(forward, args) if args.command == "hf-to-megatron" else None
 
-    from megatron_llamapro.checkpoint.convert import hf_to_megatron, megatron_to_hf, unchanged
-    from megatron_llamapro.checkpoint.report import byte_bar, summary
+    from megatron_llamapro.checkpoint.convert import hf_to_megatron, megatron_to_hf
 
-    with byte_bar("converting") as bar:
-        shown = {"progress": bar.progress, "on_total": bar.on_total}
-        if args.command == "hf-to-megatron":
-            expand = expand or unchanged
-            options = {"expand": expand, "dtype": args.dtype, "overwrite": args.overwrite}
-            done = hf_to_megatron(args.source, args.target, **options, **shown)
+    with conversion_options("converting", args) as options:
+        if args.command == "megatron-to-hf":
+            done = megatron_to_hf(args.source, args.target, max_shard_bytes=args.max_shard_bytes, options=options)
         else:
-            done = megatron_to_hf(args.source, args.target, overwrite=args.overwrite, **shown)
+            added = expansion.arguments() if expansion else {}
+            done = hf_to_megatron(args.source, args.target, dtype=args.dtype, options=options, **added)
     print(summary(done))
     return 0
 

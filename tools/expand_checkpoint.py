@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_llamapro.checkpoint.report import add_shard_option, add_writing_options, conversion_options, summary
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.expansion.options import add_expansion_options, read_expansion_options
 from megatron_llamapro.model.families import WEIGHT_DTYPES
@@ -19,25 +20,18 @@ def main() -> int:
     parser.add_argument("--target", type=Path, required=True, metavar="HF_DIR", help="folder to write")
     add_expansion_options(parser)
     parser.add_argument("--dtype", choices=WEIGHT_DTYPES, help="cast the weights (default: keep the source's type)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the target, once its successor is ready")
+    add_shard_option(parser)
+    add_writing_options(parser)
     args = parser.parse_args()
-    expand = read_expansion_options(parser, args)
-    if expand is None:
+    expansion = read_expansion_options(parser, args)
+    if expansion is None:
         parser.error("say which blocks to add: --num_added_blocks N, or --positions 4,9,14")
 
     from megatron_llamapro.checkpoint.convert import expand_hf
-    from megatron_llamapro.checkpoint.report import byte_bar, summary
 
-    with byte_bar("expanding") as bar:
-        done = expand_hf(
-            args.source,
-            args.target,
-            expand=expand,
-            dtype=args.dtype,
-            overwrite=args.overwrite,
-            progress=bar.progress,
-            on_total=bar.on_total,
-        )
+    with conversion_options("expanding", args) as options:
+        settings = {"dtype": args.dtype, "max_shard_bytes": args.max_shard_bytes, "options": options}
+        done = expand_hf(args.source, args.target, **settings, **expansion.arguments())
     print(summary(done))
     return 0
 

@@ -23,6 +23,8 @@ def main() -> int:
         metavar="DIR",
         help="its expansion, trained or not: Hugging Face, Megatron, or a run's folder (its newest checkpoint)",
     )
+    parser.add_argument("--quick", action="store_true", help="structure alone: do not compute the two models' logits")
+    parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="threads (default: one a core)")
     args = parser.parse_args()
 
     from megatron_llamapro.checkpoint.report import byte_bar
@@ -30,7 +32,9 @@ def main() -> int:
 
     all_ok = True
     with byte_bar("verifying") as bar:
-        for check in verify(args.original, args.expanded, progress=bar.progress):
+        for check in verify(
+            args.original, args.expanded, quick=args.quick, num_workers=args.num_workers, progress=bar.progress
+        ):
             bar.write(str(check))
             all_ok &= check.ok
     return 0 if all_ok else 1

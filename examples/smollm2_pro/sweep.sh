@@ -17,7 +17,7 @@ sweep() {
     local metrics=$OUT/$method-$lr.jsonl
     [ -e "$metrics.done" ] && continue
     torchrun --nproc-per-node 2 -m megatron_llamapro.pretrain --config $HERE/$method.yaml \
-      --training.train_iters "$SWEEP_STEPS" --training.eval_interval "$SWEEP_STEPS" \
+      --training.train_iters "$SWEEP_STEPS" --training.eval_interval "$SWEEP_STEPS" --training.eval_samples 16 \
       --optimizer.lr "$lr" --checkpoint.save null --logging.metrics_file "$metrics"
     touch "$metrics.done"
   done

@@ -20,13 +20,14 @@ from pathlib import Path
 
 import megatron_llamapro
 from megatron_llamapro.checkpoint.folder import carry_files, clear, staged
+from megatron_llamapro.checkpoint.hf_reader import open_hf
 from megatron_llamapro.checkpoint.hf_writer import DEFAULT_MAX_SHARD_BYTES, config_text, hf_layout
 from megatron_llamapro.checkpoint.layout import TargetLayout
 from megatron_llamapro.checkpoint.manifest import Manifest, Source, config_sha256, tool_versions
 from megatron_llamapro.checkpoint.megatron_dist import torch_dist_layout
 from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.origins import Origins
-from megatron_llamapro.checkpoint.sources import open_checkpoint
+from megatron_llamapro.checkpoint.sources import open_megatron_checkpoint
 from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles, nothing, stored_hash
 from megatron_llamapro.checkpoint.transfer import Job, Journal, transfer
 from megatron_llamapro.checkpoint.weight_map import hf_name_in_layer, iter_hf, weights_of
@@ -127,7 +128,8 @@ def hf_to_megatron(
         CheckpointError: the source is no checkpoint that can be converted, or the target cannot be written.
         ExpansionError: the blocks cannot be added as asked.
     """
-    return _convert(source, target, _TORCH_DIST, expand=expand, init=init, seed=seed, dtype=dtype, options=options)
+    opened = open_hf(source)
+    return _convert(opened, target, _TORCH_DIST, expand=expand, init=init, seed=seed, dtype=dtype, options=options)
 
 
 def expand_hf(
@@ -143,7 +145,7 @@ def expand_hf(
 ) -> Conversion:
     """Write the expansion of a checkpoint as a Hugging Face checkpoint. Arguments and errors as above."""
     kind = _hugging_face(max_shard_bytes)
-    return _convert(source, target, kind, expand=expand, init=init, seed=seed, dtype=dtype, options=options)
+    return _convert(open_hf(source), target, kind, expand=expand, init=init, seed=seed, dtype=dtype, options=options)
 
 
 def megatron_to_hf(
@@ -154,11 +156,12 @@ def megatron_to_hf(
     options: Options = Options(),
 ) -> Conversion:
     """Write a Megatron checkpoint, trained or not, as a Hugging Face checkpoint. Arguments and errors as above."""
-    return _convert(source, target, _hugging_face(max_shard_bytes), options=options)
+    opened = open_megatron_checkpoint(source)
+    return _convert(opened, target, _hugging_face(max_shard_bytes), options=options)
 
 
 def _convert(
-    source: Path,
+    opened: Checkpoint,
     target: Path,
     kind: TargetKind,
     *,
@@ -169,7 +172,6 @@ def _convert(
     options: Options,
 ) -> Conversion:
     started = time.monotonic()
-    opened = open_checkpoint(source)
     model = _target_model(opened, expand, dtype, init)
     options.on_total(model.num_bytes)
     with (
@@ -263,9 +265,7 @@ def _check_space(target: Path, draft: Path, jobs: Sequence[Job], journal: Journa
         raise CheckpointError(f"{target} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free: make room")
 
 
-def _write_small_files(
-    draft: Path, layout: TargetLayout, kind: TargetKind, model: _Model, manifest: Manifest
-) -> None:
+def _write_small_files(draft: Path, layout: TargetLayout, kind: TargetKind, model: _Model, manifest: Manifest) -> None:
     for name, content in layout.small_files.items():
         (draft / name).parent.mkdir(parents=True, exist_ok=True)
         (draft / name).write_bytes(content)

@@ -85,7 +85,7 @@ def read_index(folder: Path) -> dict[str, IndexedTensor]:
         places = {
             (index.field("fqn"), _shape(index.field("offset"))): stored
             for index, stored in metadata.field("storage_data").items()  # type: ignore[attr-defined]
-            if index.field("offset") is not None
+            if index.state.get("offset") is not None  # objects that are no tensors have none
         }
         files = _Files(folder)
         return {
@@ -93,8 +93,10 @@ def read_index(folder: Path) -> dict[str, IndexedTensor]:
             for name, entry in metadata.field("state_dict_metadata").items()  # type: ignore[attr-defined]
             if entry.path == f"{_METADATA}.TensorStorageMetadata"
         }
-    except (AttributeError, TypeError, ValueError, KeyError, IndexError, RecursionError) as error:
-        raise CheckpointError(f"{folder / INDEX_NAME} is damaged: {type(error).__name__}: {str(error)[:200]}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder / INDEX_NAME} is damaged: {str(error)[:200]}") from None
+    except (AttributeError, TypeError, KeyError, IndexError, RecursionError) as error:
+        raise CheckpointError(f"{folder / INDEX_NAME} is damaged: {type(error).__name__} {str(error)[:200]}") from None
 
 
 def _unpickle(folder: Path) -> Record:
@@ -178,9 +180,8 @@ def _shape(value: object) -> Shape:
 def index_bytes(tensors: dict[str, IndexedTensor], dtype: str) -> bytes:
     """The index of a checkpoint whose tensors are in one section each, as torch writes it."""
     entries = {name: _entry(tensor, dtype) for name, tensor in tensors.items()}
-    places = tuple(
-        (_index(name, section.start), _place(section)) for name, tensor in tensors.items() for section in tensor.sections
-    )
+    sections = [(name, section) for name, tensor in tensors.items() for section in tensor.sections]
+    places = tuple((_index(name, section.start), _place(section)) for name, section in sections)
     meta = instance(_METADATA, "StorageMeta", checkpoint_id=None, save_id=None, load_id=None, modules=[])
     return dumps(
         instance(

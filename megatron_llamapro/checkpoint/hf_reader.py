@@ -96,8 +96,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:
-    """Every tensor of a file. The library says whether the header is sound: offsets within the file, no overlap, no gap;
-    what it does not tell is where a tensor begins."""
+    """Every tensor of a file. The library says whether the header is sound (offsets within the file, no overlap, no
+    gap); what it does not tell is where a tensor begins."""
     try:
         with safe_open(path, framework="np") as checked:
             names = set(checked.keys())
@@ -153,9 +153,7 @@ def _check_tensors(folder: Path, entries: Mapping[str, _Entry], shape: ModelShap
 def _one_dtype(folder: Path, dtypes: Mapping[str, str]) -> str:
     for dtype, name in dtypes.items():
         if dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{folder}: {name} is stored as {dtype}: only {', '.join(_DTYPES)} are supported"
-            )
+            raise CheckpointError(f"{folder}: {name} is stored as {dtype}: only {', '.join(_DTYPES)} are supported")
     if len(dtypes) > 1:
         (one, first), (other, second) = list(dtypes.items())[:2]
         raise CheckpointError(

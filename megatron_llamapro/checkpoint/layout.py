@@ -85,9 +85,7 @@ def whole(shape: Shape, file: Path, offset: int) -> StoredTensor:
     return StoredTensor(shape, (Piece((0, shape[0]), (0, num_columns(shape)), file, offset),))
 
 
-def parts_of(
-    weight: Weight, pieces: Iterable[Piece], *, shape: ModelShape, itemsize: int
-) -> dict[str, StoredTensor]:
+def parts_of(weight: Weight, pieces: Iterable[Piece], *, shape: ModelShape, itemsize: int) -> dict[str, StoredTensor]:
     """Hugging Face's tensors of a weight, from the pieces of megatron.core's one tensor (seen as a matrix).
 
     Rows beyond the tensor's own (a padded vocabulary) are left out.

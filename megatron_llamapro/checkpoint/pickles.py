@@ -13,6 +13,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 class Record:
@@ -62,7 +63,7 @@ _PLAIN: dict[str, object] = {
 class _InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
     """The standard library's own, in Python: its C twin gives memory to whatever length a pickle claims."""
 
-    dispatch = {
+    dispatch: ClassVar[dict] = {
         code: method
         for code, method in pickle._Unpickler.dispatch.items()  # type: ignore[attr-defined]
         if code != pickle.BYTEARRAY8[0]

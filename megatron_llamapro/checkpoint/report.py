@@ -1,7 +1,11 @@
-"""What a conversion shows on a terminal: a bar of bytes while it runs, a few lines when it is done."""
+"""What a conversion shows on a terminal (a bar of bytes while it runs, a few lines when it is done), and the options
+that all of them take."""
 
 from __future__ import annotations
 
+import argparse
+import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -9,14 +13,14 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from megatron_llamapro.checkpoint.convert import Conversion
+    from megatron_llamapro.checkpoint.convert import Conversion, Options
 
 
 class ByteBar:
-    """A bar whose total becomes known when the work starts."""
+    """A bar whose total becomes known when the work starts. Any thread may report progress."""
 
     def __init__(self, bar: tqdm) -> None:
-        self._bar = bar
+        self._bar, self._lock = bar, threading.Lock()
 
     def on_total(self, num_bytes: int) -> None:
         """Say how many bytes are to come."""
@@ -24,7 +28,8 @@ class ByteBar:
 
     def progress(self, num_bytes: int) -> None:
         """Say that so many more are done."""
-        self._bar.update(num_bytes)
+        with self._lock:
+            self._bar.update(num_bytes)
 
     def write(self, line: str) -> None:
         """Print a line to standard output, above the bar."""
@@ -33,9 +38,55 @@ class ByteBar:
 
 @contextmanager
 def byte_bar(description: str) -> Iterator[ByteBar]:
-    """A bar on standard error, shown on a terminal only."""
+    """A bar on standard error, with the rate and the time to come; shown on a terminal only."""
     with tqdm(desc=description, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         yield ByteBar(bar)
+
+
+def add_writing_options(parser: argparse.ArgumentParser) -> None:
+    """Add --overwrite, --resume and --num_workers."""
+    parser.add_argument("--overwrite", action="store_true", help="replace the target, once its successor is ready")
+    parser.add_argument("--resume", action="store_true", help="go on where an earlier run to this target was cut")
+    parser.add_argument(
+        "--num_workers", type=int, default=0, metavar="N", help="threads (default: one a core, four at the most)"
+    )
+
+
+def add_shard_option(parser: argparse.ArgumentParser) -> None:
+    """Add --max_shard_size."""
+    parser.add_argument(
+        "--max_shard_size",
+        type=_num_bytes,
+        default=5 * 10**9,
+        dest="max_shard_bytes",
+        metavar="SIZE",
+        help="largest safetensors file, e.g. 5GB or 500MB (default: 5GB)",
+    )
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _num_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.upper())
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size such as 5GB or 500MB")
+    return int(match[1]) * _UNITS[match[2] or ""]
+
+
+@contextmanager
+def conversion_options(description: str, args: argparse.Namespace) -> Iterator[Options]:
+    """The options of `add_writing_options`, with a bar."""
+    from megatron_llamapro.checkpoint.convert import Options
+
+    with byte_bar(description) as bar:
+        yield Options(
+            overwrite=args.overwrite,
+            resume=args.resume,
+            num_workers=args.num_workers,
+            progress=bar.progress,
+            on_total=bar.on_total,
+        )
 
 
 def summary(conversion: Conversion) -> str:
@@ -49,6 +100,8 @@ def summary(conversion: Conversion) -> str:
         f"{size_text(conversion.num_bytes)} of {conversion.dtype} weights in {conversion.seconds:.1f} s "
         f"({conversion.num_bytes / seconds / 1e9:.2f} GB/s), read back and compared"
     )
+    if conversion.num_resumed_bytes:
+        lines.append(f"{size_text(conversion.num_resumed_bytes)} of them were there from an earlier run")
     return "\n".join(lines)
 
 

@@ -23,9 +23,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         CheckpointError: none of them, or one that is not complete, damaged or hostile.
     """
     folder = Path(folder)
-    if is_torch_dist(folder) or (folder / LATEST).is_file():
-        return open_torch_dist(resolve_megatron_checkpoint(folder))
-    return open_hf(folder)
+    is_megatron = is_torch_dist(folder) or (folder / LATEST).is_file()
+    return open_megatron_checkpoint(folder) if is_megatron else open_hf(folder)
+
+
+def open_megatron_checkpoint(folder: Path) -> Checkpoint:
+    """A Megatron checkpoint; of a training run's folder, its newest. Errors as above."""
+    return open_torch_dist(resolve_megatron_checkpoint(folder))
 
 
 class TensorSource(Protocol):

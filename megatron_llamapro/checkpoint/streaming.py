@@ -75,7 +75,7 @@ class SourceFiles:
         """Raise `CheckpointError` where a file is not what it was when it was opened."""
         for path, (_, before) in self._open.items():
             try:
-                now = os.stat(path)
+                now = path.stat()
             except OSError:
                 raise CheckpointError(f"{path} vanished while it was being read") from None
             if _version(now) != _version(before):

@@ -46,6 +46,6 @@ def check_init(init: Init, *, force: bool) -> None:
     """Raise `ExpansionError` for a way that cannot learn in the families that are known, unless forced."""
     if init is Init.ZERO_NORM and not force:
         raise ExpansionError(
-            "init zero_norm cannot learn in a SwiGLU block: with its input at 0 the feed-forward is of second order, so "
-            "the gradient of its norm is 0 for ever (arXiv 2401.02415, section 3.2); take copy, or --force to compare"
+            "init zero_norm cannot learn in a SwiGLU block: with its input at 0 the feed-forward is of second order, "
+            "so its norm's gradient stays 0 (arXiv 2401.02415, section 3.2): take copy, or compare with --force"
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from megatron_llamapro.config.command import CommandParser
+from megatron_llamapro.expansion.inits import Init, check_init
 from megatron_llamapro.expansion.plan import ExpansionPlan, Placement, placed_positions
 
 Expand = Callable[[ExpansionPlan], ExpansionPlan]
@@ -34,6 +36,14 @@ def add_expansion_options(parser: argparse.ArgumentParser) -> None:
         help="interleaved: a group's last P blocks are copied behind it (default 1); P divides N",
     )
     group.add_argument(
+        "--init",
+        choices=[init.value for init in Init],
+        help="what an added block starts as: copy of its source block (the paper's, and the default), random, mean of "
+        "the blocks around it, each with zeroed output projections; or zero_norm, a copy with zeroed norms",
+    )
+    group.add_argument("--init_seed", type=int, metavar="N", help="of --init random (default: 0)")
+    group.add_argument("--force", action="store_true", help="allow --init zero_norm, which cannot learn")
+    group.add_argument(
         "--positions",
         type=_layer_indices,
         metavar="4,9,14",
@@ -41,9 +51,38 @@ def add_expansion_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_expansion_options(parser: CommandParser, args: argparse.Namespace) -> Expand | None:
+@dataclass(frozen=True)
+class Expansion:
+    """What the options ask for."""
+
+    expand: Expand
+    init: Init
+    seed: int
+
+    def arguments(self) -> dict:
+        """As keyword arguments of a conversion."""
+        return {"expand": self.expand, "init": self.init, "seed": self.seed}
+
+
+def read_expansion_options(parser: CommandParser, args: argparse.Namespace) -> Expansion | None:
     """What the options ask for; None where they ask for no added blocks. Options that exclude each other end the
-    program with a usage error."""
+    program with a usage error.
+
+    Raises:
+        ExpansionError: an init that cannot learn.
+    """
+    expand = _read_placement(parser, args)
+    if expand is None:
+        given = [name for name in ("init", "init_seed") if getattr(args, name) is not None]
+        if given:
+            parser.error(f"--{given[0]} needs --num_added_blocks or --positions")
+        return None
+    init = Init(args.init or Init.COPY.value)
+    check_init(init, force=args.force)
+    return Expansion(expand, init, args.init_seed or 0)
+
+
+def _read_placement(parser: CommandParser, args: argparse.Namespace) -> Expand | None:
     counted = [
         name for name in ("num_added_blocks", "placement", "blocks_per_group") if getattr(args, name) is not None
     ]

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, megatron_to_hf
-from megatron_llamapro.checkpoint.hf_reader import HFReader
+from megatron_llamapro.checkpoint.convert import Options, expand_hf, hf_to_megatron, megatron_to_hf
+from megatron_llamapro.checkpoint.hf_reader import open_hf
 from megatron_llamapro.checkpoint.manifest import Manifest
-from megatron_llamapro.checkpoint.megatron_dist import TorchDistReader
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.testing.checkpoints import read_with_torch
 
 Tiny = Callable[..., Path]
 
@@ -131,7 +131,7 @@ def test_the_same_plan_gives_the_same_bytes(tiny_llama: Tiny, tmp_path: Path) ->
 
 def test_megatron_keys_are_the_ones_of_its_gpt_model(tiny_llama: Tiny, tmp_path: Path) -> None:
     hf_to_megatron(tiny_llama(num_hidden_layers=1), tmp_path / "megatron")
-    assert TorchDistReader(tmp_path / "megatron").shapes == {
+    assert {name: tuple(tensor.shape) for name, tensor in read_with_torch(tmp_path / "megatron").items()} == {
         "embedding.word_embeddings.weight": (131, 64),
         "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": (64,),
         "decoder.layers.0.self_attention.linear_qkv.weight": (128, 64),
@@ -148,7 +148,7 @@ def test_rows_of_qkv_lie_by_query_group(tiny_llama: Tiny, tmp_path: Path) -> Non
     """2 groups of 2 query heads: q0 q1 k0 v0, q2 q3 k1 v1, 16 rows each."""
     source = tiny_llama()
     hf_to_megatron(source, tmp_path / "megatron")
-    merged = TorchDistReader(tmp_path / "megatron").tensor("decoder.layers.0.self_attention.linear_qkv.weight")
+    merged = read_with_torch(tmp_path / "megatron")["decoder.layers.0.self_attention.linear_qkv.weight"]
     q, k, v = (stored_tensors(source)[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv")
     assert torch.equal(merged, torch.cat([q[:32], k[:16], v[:16], q[32:], k[16:], v[16:]]))
 
@@ -192,7 +192,7 @@ def test_dtype_casts_weights_and_says_so(dtype: str, tiny_llama: Tiny, tmp_path:
     for name, tensor in stored_tensors(source).items():
         assert torch.equal(back[name], tensor.to(getattr(torch, dtype)))
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == dtype
-    assert Manifest.read(tmp_path / "megatron").dtype == HFReader(tmp_path / "back").dtype == dtype
+    assert Manifest.read(tmp_path / "megatron").dtype == open_hf(tmp_path / "back").dtype == dtype
 
 
 def test_a_cast_that_overflows_is_refused(damaged: Tiny, tmp_path: Path) -> None:
@@ -221,8 +221,8 @@ def test_rounds_accumulate_with_their_lineage(tiny_llama: Tiny, tmp_path: Path) 
     assert manifest.plan.added_layers == (0, 3, 6, 7)
     assert manifest.plan.newest_layers == (0, 7)
     assert manifest.source == Manifest.read(tmp_path / "first").source
-    assert manifest.original_sha256.keys() == stored_tensors(source).keys()
-    assert manifest.original_sha256 == Manifest.read(tmp_path / "first").original_sha256
+    assert manifest.original_hashes.keys() == stored_tensors(source).keys()
+    assert manifest.original_hashes == Manifest.read(tmp_path / "first").original_hashes
 
 
 def test_known_extras_are_dropped(damaged: Tiny, tmp_path: Path) -> None:
@@ -240,6 +240,7 @@ def test_known_extras_are_dropped(damaged: Tiny, tmp_path: Path) -> None:
 def test_progress_counts_every_byte(tiny_llama: Tiny, tmp_path: Path) -> None:
     seen: list[int] = []
     totals: list[int] = []
-    conversion = hf_to_megatron(tiny_llama(), tmp_path / "megatron", progress=seen.append, on_total=totals.append)
+    options = Options(progress=seen.append, on_total=totals.append)
+    conversion = hf_to_megatron(tiny_llama(), tmp_path / "megatron", options=options)
     assert totals == [sum(seen)] == [conversion.num_bytes]
     assert conversion.num_bytes == sum(t.nbytes for t in stored_tensors(tiny_llama()).values())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, megatron_to_hf
+from megatron_llamapro.checkpoint.convert import Options, expand_hf, hf_to_megatron, megatron_to_hf
 from megatron_llamapro.checkpoint.folder import carry_files, latest_checkpoint, resolve_megatron_checkpoint, staged
 from megatron_llamapro.config.errors import CheckpointError
 
@@ -62,9 +62,9 @@ def test_a_failure_leaves_the_target_as_it_was(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
     (target / "old.txt").write_text("old")
-    with pytest.raises(KeyboardInterrupt), staged(target, overwrite=True) as folder:
+    with pytest.raises(RuntimeError), staged(target, overwrite=True) as folder:
         (folder / "new.txt").write_text("new")
-        raise KeyboardInterrupt
+        raise RuntimeError
     assert contents(target) == {"old.txt": b"old"}
     assert names(tmp_path) == ["target"]
 
@@ -80,14 +80,14 @@ def test_a_target_that_overlaps_its_source_is_refused(place: str, damaged: Tiny)
     source = damaged()
     before = contents(source)
     with pytest.raises(CheckpointError, match="overlap"):
-        hf_to_megatron(source, source / place, overwrite=True)
+        hf_to_megatron(source, source / place, options=Options(overwrite=True))
     assert contents(source) == before
 
 
 def test_a_link_to_the_source_is_seen_through(damaged: Tiny, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(damaged())
     with pytest.raises(CheckpointError, match="overlap"):
-        hf_to_megatron(tmp_path / "damaged", tmp_path / "link", overwrite=True)
+        hf_to_megatron(tmp_path / "damaged", tmp_path / "link", options=Options(overwrite=True))
 
 
 def test_two_writers_to_one_target(tmp_path: Path) -> None:
@@ -139,7 +139,8 @@ def progress(num_bytes):
     written += num_bytes
     if written > int(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)
-convert(Path(sys.argv[1]), Path(sys.argv[2]), expand=lambda plan: plan.expand((4,)), progress=progress)
+from megatron_llamapro.checkpoint.convert import Options
+convert(Path(sys.argv[1]), Path(sys.argv[2]), expand=lambda plan: plan.expand((4,)), options=Options(progress=progress))
 """
 
 

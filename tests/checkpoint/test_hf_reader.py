@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_llamapro.checkpoint.convert import hf_to_megatron
-from megatron_llamapro.checkpoint.hf_reader import HFReader
+from megatron_llamapro.checkpoint.hf_reader import open_hf
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.testing.checkpoints import read_tensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -147,10 +148,10 @@ def test_refused_in_one_line(
 
 
 def test_several_files_read_as_one(tiny_llama: Callable[..., Path]) -> None:
-    one, several = HFReader(tiny_llama()), HFReader(tiny_llama(max_shard_size="50KB"))
+    one, several = open_hf(tiny_llama()), open_hf(tiny_llama(max_shard_size="50KB"))
     assert len(shard_names(several.folder)) > 3
     assert one.weight_bytes == several.weight_bytes
-    assert torch.equal(one.tensor(UP), several.tensor(UP))
+    assert torch.equal(read_tensors(one.folder)[UP], read_tensors(several.folder)[UP])
 
 
 def test_a_manifest_that_does_not_fit(damaged: Callable[..., Path], tmp_path: Path) -> None:
@@ -159,4 +160,4 @@ def test_a_manifest_that_does_not_fit(damaged: Callable[..., Path], tmp_path: Pa
     manifest["plan"]["layers"].pop()
     (tmp_path / "damaged" / "llamapro.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"manifest is for 3 layers, its config\.json for 4"):
-        HFReader(tmp_path / "damaged")
+        open_hf(tmp_path / "damaged")

@@ -17,7 +17,8 @@ MANIFEST = Manifest(
     dtype="bfloat16",
     plan=ExpansionPlan.unexpanded(4).expand((2, 5)).expand((0,)),
     source=Source(name="tiny", config_sha256="0" * 64, weight_bytes=1000),
-    original_sha256={"model.norm.weight": "1" * 64},
+    inits=("copy", "mean"),
+    original_hashes={"model.norm.weight": "1" * 64},
     tool_versions={"torch": "2.13.0"},
 )
 
@@ -47,7 +48,9 @@ DAMAGED = {
         "damaged manifest",
     ),
     "a source with another field": ({**GOOD, "source": {**GOOD["source"], "extra": 1}}, "damaged manifest"),
-    "hashes that are a list": ({**GOOD, "original_sha256": []}, "damaged manifest"),
+    "an init too few": ({**GOOD, "inits": ["copy"]}, "damaged manifest .*1 inits for 2 rounds"),
+    "an init that is none": ({**GOOD, "inits": ["copy", "magic"]}, "damaged manifest"),
+    "hashes that are a list": ({**GOOD, "original_hashes": []}, "damaged manifest"),
 }
 
 

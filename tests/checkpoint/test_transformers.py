@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, megatron_to_hf
-from megatron_llamapro.checkpoint.hf_reader import HFReader
 from megatron_llamapro.checkpoint.reference import logits as reference_logits
-from megatron_llamapro.checkpoint.sources import open_checkpoint
+from megatron_llamapro.checkpoint.sources import OpenTensors, open_checkpoint
+from megatron_llamapro.checkpoint.streaming import SourceFiles
 
 Tiny = Callable[..., Path]
 
@@ -95,17 +95,20 @@ def test_decoding_with_a_cache_equals_decoding_without(tiny_llama: Tiny, tmp_pat
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-5)
 
 
+def ours(folder: Path) -> torch.Tensor:
+    """Logits by our own forward pass."""
+    with SourceFiles() as files:
+        return reference_logits(OpenTensors(open_checkpoint(folder), files), some_tokens())
+
+
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
 def test_our_own_forward_pass_is_the_same_function(settings: dict, tiny_llama: Tiny) -> None:
     """`checkpoint.reference` computes in float32 what `transformers` does."""
     source = tiny_llama(**settings)
     theirs = logits_of(load(source).float())
-    torch.testing.assert_close(reference_logits(HFReader(source), some_tokens()), theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours(source), theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_our_own_forward_pass_reads_either_format(tiny_llama: Tiny, tmp_path: Path) -> None:
     hf_to_megatron(tiny_llama(), tmp_path / "megatron")
-    ours = [
-        reference_logits(open_checkpoint(folder), some_tokens()) for folder in (tiny_llama(), tmp_path / "megatron")
-    ]
-    assert torch.equal(*ours)
+    assert torch.equal(ours(tiny_llama()), ours(tmp_path / "megatron"))

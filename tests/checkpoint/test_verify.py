@@ -120,8 +120,8 @@ def test_an_identity_that_is_no_copy_is_found(expanded: Path, tiny_llama: Tiny) 
 def test_hashes_are_held_against_the_manifest(expanded: Path, tiny_llama: Tiny) -> None:
     path = expanded / "llamapro.json"
     manifest = json.loads(path.read_text())
-    manifest["original_sha256"]["model.norm.weight"] = "0" * 64
-    del manifest["original_sha256"]["lm_head.weight"]
+    manifest["original_hashes"]["model.norm.weight"] = "0" * 64
+    del manifest["original_hashes"]["lm_head.weight"]
     path.write_text(json.dumps(manifest))
     assert failures(tiny_llama(), expanded) == {
         "manifest": "model.norm.weight, lm_head.weight of 39 original tensors do not have their hash"

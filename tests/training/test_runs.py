@@ -10,8 +10,8 @@ import pytest
 import torch
 import workers
 
-from megatron_llamapro.checkpoint.sources import MegatronSource
 from megatron_llamapro.config.schema import ParallelConfig
+from megatron_llamapro.testing.checkpoints import read_tensors
 from megatron_llamapro.testing.distributed import run_distributed
 
 TP2_PP2 = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True)
@@ -23,9 +23,8 @@ VIRTUAL = ParallelConfig(
 
 def moved(before: Path, after: Path) -> set[str]:
     """Names of the tensors that are not the same bits in two Megatron checkpoints."""
-    one, other = MegatronSource(before), MegatronSource(after)
-    names = [name for weight in one._weight_of.values() for name in weight.hf_names]
-    return {name for name in names if not torch.equal(one.tensor(name), other.tensor(name))}
+    one, other = read_tensors(before), read_tensors(after)
+    return {name for name, tensor in one.items() if not torch.equal(tensor, other[name])}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

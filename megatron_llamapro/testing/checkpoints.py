@@ -1,0 +1,36 @@
+"""Tensors of a checkpoint, for tests: by our own reading, and by torch's."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+from megatron_llamapro.checkpoint.sources import OpenTensors, open_checkpoint
+from megatron_llamapro.checkpoint.streaming import SourceFiles
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint of any format, under its Hugging Face name."""
+    checkpoint = open_checkpoint(folder)
+    with SourceFiles() as files:
+        tensors = OpenTensors(checkpoint, files)
+        return {name: tensors.tensor(name) for name in checkpoint.tensors}
+
+
+def read_with_torch(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a torch_dist checkpoint under its Megatron key, read by torch's own distributed checkpoint."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    index = dcp.FileSystemReader(folder).read_metadata()
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in index.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    return tensors
