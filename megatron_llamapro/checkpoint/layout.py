@@ -105,16 +105,18 @@ def parts_of(weight: Weight, pieces: Iterable[Piece], *, shape: ModelShape, item
     return {name: StoredTensor(size, tuple(found[name])) for name, size in shapes}
 
 
-def uncovered(tensor: StoredTensor) -> str | None:
-    """What is wrong where a tensor's pieces leave a gap or overlap; None where they are exactly the whole."""
-    by_columns: dict[Span, list[Span]] = {}
-    for piece in tensor.pieces:
-        by_columns.setdefault(piece.columns, []).append(piece.rows)
-    if not _tiles(sorted(by_columns), tensor.num_columns):
-        return "its pieces' columns leave a gap or overlap"
-    if not all(_tiles(sorted(rows), tensor.num_rows) for rows in by_columns.values()):
-        return "its pieces' rows leave a gap or overlap"
-    return None
+def is_whole(tensor: StoredTensor) -> bool:
+    """Whether a tensor's pieces are exactly the whole, in bands of rows or of columns: no gap, no overlap."""
+    spans = [(piece.rows, piece.columns) for piece in tensor.pieces]
+    turned = [(columns, rows) for rows, columns in spans]
+    return _tile(spans, tensor.num_rows, tensor.num_columns) or _tile(turned, tensor.num_columns, tensor.num_rows)
+
+
+def _tile(spans: Iterable[tuple[Span, Span]], height: int, width: int) -> bool:
+    bands: dict[Span, list[Span]] = {}
+    for band, across in spans:
+        bands.setdefault(band, []).append(across)
+    return _tiles(sorted(bands), height) and all(_tiles(sorted(parts), width) for parts in bands.values())
 
 
 def _tiles(spans: Sequence[Span], length: int) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, parts_of, uncovered
+from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, is_whole, parts_of
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
 from megatron_llamapro.checkpoint.weight_map import VOCABULARY_ROWS, Shape, Weight, weights_of
@@ -70,6 +70,5 @@ def _check(folder: Path, weight: Weight, tensor: MegatronTensor, dtype: str) -> 
 
 def _check_whole(folder: Path, name: str, parts: Iterable[StoredTensor]) -> None:
     for part in parts:
-        problem = uncovered(part)
-        if problem is not None:
-            raise CheckpointError(f"{folder}: {name} is not whole, {problem}: the index is damaged")
+        if not is_whole(part):
+            raise CheckpointError(f"{folder}: the pieces of {name} overlap or leave a gap: the index is damaged")

@@ -50,12 +50,12 @@ class Journal:
         """`plan` names what is being made: a journal of anything else is begun anew."""
         self._path, self._lock = path, threading.Lock()
         self.hashes: dict[str, str] = {}
-        lines = self._lines()
-        if lines and lines[0].get("plan") == plan:
-            for line in lines[1:]:
-                self.hashes.update(line.get("hashes", {}))
-        else:
-            path.write_text(json.dumps({"plan": plan}) + "\n", encoding="utf-8")
+        lines = self._whole_lines()
+        if not lines or lines[0].get("plan") != plan:
+            lines = [{"plan": plan}]
+        for line in lines[1:]:
+            self.hashes.update(line["hashes"])
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     @property
     def is_new(self) -> bool:
@@ -70,8 +70,8 @@ class Journal:
             os.fsync(file.fileno())
             self.hashes.update(hashes)
 
-    def _lines(self) -> list[dict]:
-        """All whole lines; a kill may have cut the last."""
+    def _whole_lines(self) -> list[dict]:
+        """All but a last one that a kill has cut."""
         try:
             text = self._path.read_text(encoding="utf-8")
         except OSError:
@@ -149,7 +149,7 @@ def transfer(
         worker = _Worker(target, written, journal, itemsize, progress)
         _run_all([lambda batch=batch: worker.write(batch) for batch in _batches(todo)], num_workers)
         target.settle(file.path for file in files)
-    return dict(journal.hashes)
+    return {job.name: journal.hashes[job.name] for job in jobs}
 
 
 def _batches(jobs: Iterable[Job]) -> Iterator[list[Job]]:

@@ -1,0 +1,238 @@
+"""Writing: what is done is done for good, and a run that was cut goes on behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+
+from megatron_llamapro.checkpoint.convert import JOURNAL, Options, expand_hf, hf_to_megatron
+from megatron_llamapro.checkpoint.layout import StoredTensor
+from megatron_llamapro.checkpoint.streaming import SourceFiles
+from megatron_llamapro.checkpoint.transfer import Journal, TargetFiles
+from megatron_llamapro.config.errors import CheckpointError
+
+Tiny = Callable[..., Path]
+
+# Written so that a batch is a tensor or two: with the tiny model, everything would be one batch.
+CONVERT = """
+import sys, time
+from pathlib import Path
+from megatron_llamapro.checkpoint import convert, transfer
+transfer.BATCH_BYTES = 20_000
+kind, source, target, workers = sys.argv[1:5]
+function = {"hf": convert.expand_hf, "megatron": convert.hf_to_megatron}[kind]
+options = convert.Options(resume=True, num_workers=int(workers))
+print("ready", flush=True)
+done = function(Path(source), Path(target), expand=lambda plan: plan.expand((2, 5)), options=options)
+print(done.num_resumed_bytes)
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("script") / "convert.py"
+    path.write_text(CONVERT)
+    return path
+
+
+def test_killed_at_fifty_moments(tiny_llama: Tiny, server: Path, tmp_path: Path) -> None:
+    """SIGKILL at a random moment, again and again into the same target: it is absent or complete, and the work that was
+    done stays done."""
+    source, dice = tiny_llama(), random.Random(0)
+    expected = {}
+    for kind, function in (("hf", expand_hf), ("megatron", hf_to_megatron)):
+        function(source, tmp_path / f"expected-{kind}", expand=lambda plan: plan.expand((2, 5)))
+        expected[kind] = contents(tmp_path / f"expected-{kind}")
+    killed = finished = resumed = 0
+    for _ in range(50):
+        kind = dice.choice(["hf", "megatron"])
+        target = tmp_path / kind
+        command = [sys.executable, str(server), kind, str(source), str(target), str(dice.choice([1, 2]))]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(dice.random() * 0.06)
+        process.kill()
+        output = process.communicate()[0]
+        if target.exists():
+            assert contents(target) == expected[kind]
+            finished += 1
+            shutil.rmtree(target)
+        killed += process.returncode == -signal.SIGKILL
+        resumed += output.strip() not in ("", "0")
+    assert killed > 10
+    for kind in ("hf", "megatron"):
+        subprocess.run([sys.executable, str(server), kind, str(source), str(tmp_path / kind), "2"], check=True)
+        assert contents(tmp_path / kind) == expected[kind]
+
+
+def cut_short(function: Callable, source: Path, target: Path, after_bytes: int, **settings: object) -> None:
+    """A conversion that is interrupted (Ctrl-C) once so much is written."""
+    written = 0
+
+    def progress(num_bytes: int) -> None:
+        nonlocal written
+        written += num_bytes
+        if written > after_bytes:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        function(source, target, options=Options(num_workers=1, progress=progress), **settings)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("function", [expand_hf, hf_to_megatron])
+def test_what_is_done_is_not_done_again(
+    function: Callable, tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_llamapro.checkpoint.transfer.BATCH_BYTES", 20_000)
+    expansion = {"expand": lambda plan: plan.expand((2, 5))}
+    cut_short(function, tiny_llama(), tmp_path / "it", 300_000, **expansion)
+    journal = tmp_path / ".it.partial" / JOURNAL
+    names = [name for line in journal.read_text().splitlines()[1:] for name in json.loads(line)["hashes"]]
+    assert len(names) > 5
+    written: list[int] = []
+    put = TargetFiles.put
+
+    def counted(self: TargetFiles, tensor: StoredTensor, start: int, rows: numpy.ndarray, itemsize: int) -> None:
+        written.append(rows.nbytes)
+        put(self, tensor, start, rows, itemsize)
+
+    monkeypatch.setattr(TargetFiles, "put", counted)
+    seen: list[int] = []
+    done = function(tiny_llama(), tmp_path / "it", options=Options(resume=True, progress=seen.append), **expansion)
+    assert 200_000 < done.num_resumed_bytes < 320_000
+    assert sum(seen) == done.num_bytes
+    assert sum(written) <= done.num_bytes - done.num_resumed_bytes
+    function(tiny_llama(), tmp_path / "fresh", **expansion)
+    assert contents(tmp_path / "it") == contents(tmp_path / "fresh")
+
+
+def test_without_resume_it_begins_anew(tiny_llama: Tiny, tmp_path: Path) -> None:
+    cut_short(hf_to_megatron, tiny_llama(), tmp_path / "it", 200_000)
+    done = hf_to_megatron(tiny_llama(), tmp_path / "it")
+    assert done.num_resumed_bytes == 0
+
+
+OTHERS = {
+    "another plan": {"expand": lambda plan: plan.expand((0,))},
+    "another type": {"dtype": "bfloat16"},
+    "another source": {"seed_of_source": 1},
+}
+
+
+@pytest.mark.parametrize("settings", OTHERS.values(), ids=OTHERS.keys())
+def test_another_conversions_leftovers_are_not_gone_on_with(
+    settings: dict, tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_llamapro.checkpoint.transfer.BATCH_BYTES", 20_000)
+    cut_short(hf_to_megatron, tiny_llama(), tmp_path / "it", 300_000)
+    settings = dict(settings)
+    source = tiny_llama(seed=settings.pop("seed_of_source", 0))
+    done = hf_to_megatron(source, tmp_path / "it", options=Options(resume=True), **settings)
+    assert done.num_resumed_bytes == 0
+    hf_to_megatron(source, tmp_path / "fresh", **settings)
+    assert contents(tmp_path / "it") == contents(tmp_path / "fresh")
+
+
+def test_a_source_that_changed_since_is_not_gone_on_with(damaged: Tiny, tmp_path: Path) -> None:
+    source = damaged()
+    cut_short(hf_to_megatron, source, tmp_path / "it", 300_000)
+    os.utime(source / "model.safetensors", (1, 1))
+    assert hf_to_megatron(source, tmp_path / "it", options=Options(resume=True)).num_resumed_bytes == 0
+
+
+def test_a_journal_whose_last_line_was_cut(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j", "plan")
+    journal.note({"a": "1"})
+    journal.note({"b": "2"})
+    with (tmp_path / "j").open("a") as file:
+        file.write('{"hashes": {"c"')
+    again = Journal(tmp_path / "j", "plan")
+    assert again.hashes == {"a": "1", "b": "2"}
+    again.note({"c": "3"})
+    assert Journal(tmp_path / "j", "plan").hashes == {"a": "1", "b": "2", "c": "3"}
+    assert Journal(tmp_path / "j", "another plan").is_new
+
+
+def test_a_shard_that_changes_while_it_is_read(damaged: Tiny, tmp_path: Path) -> None:
+    source = damaged()
+
+    def change(num_bytes: int) -> None:
+        with (source / "model.safetensors").open("ab") as file:
+            file.write(b"x")
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors changed while it was being read"):
+        hf_to_megatron(source, tmp_path / "it", options=Options(progress=change))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: os.truncate(path, 1000)], ids=["vanishes", "shrinks"])
+def test_a_shard_that_goes_while_it_is_read(change: Callable, damaged: Tiny, tmp_path: Path) -> None:
+    source = damaged()
+    todo = [source / "model.safetensors"]
+
+    def once(num_bytes: int) -> None:
+        if todo:
+            change(todo.pop())
+
+    with pytest.raises(CheckpointError, match=r"vanished|shorter than it was"):
+        hf_to_megatron(source, tmp_path / "it", options=Options(progress=once))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
+
+
+def test_a_disk_that_gives_back_something_else(
+    tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bit of what is read back is another than the one that was written."""
+    original = SourceFiles.read
+
+    def read(self: SourceFiles, path: Path, offset: int, out: memoryview) -> None:
+        original(self, path, offset, out)
+        if ".partial" in str(path) and offset > 100_000:
+            out[0] ^= 1
+
+    monkeypatch.setattr(SourceFiles, "read", read)
+    with pytest.raises(CheckpointError, match="reads back other than it was written: check the disk"):
+        hf_to_megatron(tiny_llama(), tmp_path / "it")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_is_noticed_first(
+    tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("megatron_llamapro.checkpoint.convert.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match=r"needs 0\.0 GB, its disk has 0\.0 GB free: make room"):
+        hf_to_megatron(tiny_llama(), tmp_path / "it")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_number_of_workers_changes_nothing(tiny_llama: Tiny, tmp_path: Path) -> None:
+    for workers in (1, 3, 8):
+        options = Options(num_workers=workers)
+        expand_hf(tiny_llama(), tmp_path / str(workers), expand=lambda plan: plan.expand((2, 5)), options=options)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3") == contents(tmp_path / "8")
+
+
+def test_added_zeros_take_no_room(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """They are holes in the file: nothing is written."""
+    source = tiny_llama(hidden_size=512, num_attention_heads=4, intermediate_size=512, vocab_size=131)
+    expand_hf(source, tmp_path / "it", expand=lambda plan: plan.expand((4, 5, 6, 7)))
+    status = (tmp_path / "it" / "model.safetensors").stat()
+    zeros = 4 * (512 * 512 + 512 * 512) * 4
+    assert status.st_blocks * 512 < status.st_size - zeros * 0.9
