@@ -6,7 +6,6 @@ target's place.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from megatron_llamapro.checkpoint.manifest import Manifest, Source, config_sha25
 from megatron_llamapro.checkpoint.megatron_dist import TorchDistReader, write_torch_dist
 from megatron_llamapro.checkpoint.sources import ExpandedSource, MegatronSource, TensorSource
 from megatron_llamapro.checkpoint.transforms import DTYPES, merge, sha256
-from megatron_llamapro.checkpoint.weight_map import Merge, hf_name_in_layer, iter_hf, weights_of
+from megatron_llamapro.checkpoint.weight_map import hf_name_in_layer, iter_hf, weights_of
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.families import CONFIG_NAME, MANIFEST_KEY, expanded_hf_config, model_shape
@@ -105,7 +104,7 @@ def hf_to_megatron(
         parts = [tensors.tensor(part) for part in weight.hf_names]
         digests = [hashes.note(part, tensor, tensors.plan) for part, tensor in zip(weight.hf_names, parts, strict=True)]
         whole = merge(weight, parts, tensors.shape)
-        hashes.written[name] = digests[0] if weight.row.merge is Merge.COPY else sha256(whole)
+        hashes.written[name] = digests[0] if len(parts) == 1 else sha256(whole)
         progress(whole.nbytes)
         return whole
 
@@ -184,9 +183,7 @@ def _expanded(reader: HFReader, expand: Expand, dtype: str | None) -> tuple[Expa
     config = {key: value for key, value in reader.config.items() if key != MANIFEST_KEY}
     if plan.num_rounds > reader.plan.num_rounds:
         config = expanded_hf_config(config, plan)
-    shape = dataclasses.replace(reader.shape, num_layers=plan.num_layers)
-    assert model_shape(config) == shape
-    return ExpandedSource(reader, plan, shape=shape, dtype=dtype or reader.dtype), config
+    return ExpandedSource(reader, plan, shape=model_shape(config), dtype=dtype or reader.dtype), config
 
 
 def _write_hf(folder: Path, tensors: TensorSource, max_shard_bytes: int, progress: Progress) -> _Hashes:

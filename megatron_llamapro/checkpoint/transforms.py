@@ -16,26 +16,28 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def merge(weight: Weight, tensors: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
-    """Hugging Face's tensors of one weight → megatron.core's, [rows, columns]."""
-    if weight.row.merge is Merge.COPY:
-        return tensors[0]
-    if weight.row.merge is Merge.GATE_UP:
-        return torch.cat(list(tensors))
-    groups = shape.num_query_groups
-    by_group = [tensor.reshape(groups, -1, tensor.shape[-1]) for tensor in tensors]  # [groups, rows a group, h]
-    return torch.cat(by_group, dim=1).reshape(-1, tensors[0].shape[-1])
+    """Hugging Face's tensors of one weight → megatron.core's: [rows, columns], [rows], or [experts, rows, columns]."""
+    if weight.row.merge is Merge.QKV:
+        tensors = [_by_group(tensor, shape.num_query_groups) for tensor in tensors]
+        return torch.cat(tensors, dim=1).reshape(weight.megatron_shape)
+    whole = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+    return whole.reshape(weight.megatron_shape)
 
 
 def split(weight: Weight, tensor: torch.Tensor, shape: ModelShape) -> list[torch.Tensor]:
     """megatron.core's tensor → Hugging Face's, in the order of the row; `merge`'s inverse."""
-    if weight.row.merge is Merge.COPY:
-        return [tensor]
-    if weight.row.merge is Merge.GATE_UP:
-        return list(tensor.split([size[0] for size in weight.hf_shapes]))
-    groups = shape.num_query_groups
-    by_group = tensor.reshape(groups, -1, tensor.shape[-1])
-    parts = by_group.split([size[0] // groups for size in weight.hf_shapes], dim=1)
-    return [part.reshape(-1, tensor.shape[-1]) for part in parts]
+    rows = [size[0] for size in weight.hf_shapes]
+    if weight.row.merge is Merge.QKV:
+        groups = shape.num_query_groups
+        parts = _by_group(tensor, groups).split([count // groups for count in rows], dim=1)
+    else:
+        parts = tensor.reshape(sum(rows), *weight.hf_shapes[0][1:]).split(rows)
+    return [part.reshape(size) for part, size in zip(parts, weight.hf_shapes, strict=True)]
+
+
+def _by_group(tensor: torch.Tensor, groups: int) -> torch.Tensor:
+    """[rows, …] → [groups, rows a group, …]"""
+    return tensor.reshape(groups, -1, *tensor.shape[1:])
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, *, name: str) -> torch.Tensor:

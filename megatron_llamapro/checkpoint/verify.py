@@ -84,9 +84,9 @@ class _Watched:
 def _check_lineage(source: HFReader, result: HFReader | MegatronSource) -> Check:
     """The blocks of the original, in order, are those that the expanded model's plan says it had."""
     before, after = source.plan, result.plan
-    kept = [layer for layer in after.layers if layer.added_in_round <= before.num_rounds]
-    differing = _differing_fields(source.shape, result.shape)
-    if [_identity(layer) for layer in kept] != [_identity(layer) for layer in before.layers]:
+    kept = [i for i, layer in enumerate(after.layers) if layer.added_in_round <= before.num_rounds]
+    differing = _differing_fields(source.shape, result.shape.with_layers(kept))
+    if [_identity(after.layers[i]) for i in kept] != [_identity(layer) for layer in before.layers]:
         problem = f"its plan starts from other blocks than the original's {before.num_layers}"
         return Check("lineage", ok=False, text=problem)
     if differing:

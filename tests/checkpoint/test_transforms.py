@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_llamapro.checkpoint.transforms import cast, merge, raw_bytes, same_bytes, split
-from megatron_llamapro.checkpoint.weight_map import hf_name_in_layer, hf_shapes, is_known_extra, weights_of
+from megatron_llamapro.checkpoint.weight_map import Merge, hf_name_in_layer, hf_shapes, is_known_extra, weights_of
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.model.families import ModelShape
+from megatron_llamapro.model.shape import ModelShape
 
 SHAPE = ModelShape(
     num_layers=2,
@@ -41,6 +41,9 @@ def shapes(draw: st.DrawFn) -> ModelShape:
         hidden_size=draw(st.integers(1, 16)),
         ffn_hidden_size=draw(st.integers(1, 16)),
         tie_word_embeddings=draw(st.booleans()),
+        add_qkv_bias=draw(st.booleans()),
+        qk_layernorm=draw(st.booleans()),
+        num_moe_experts=draw(st.none() | st.integers(2, 4)),
     )
 
 
@@ -56,31 +59,31 @@ def test_split_undoes_merge(shape: ModelShape, dtype: torch.dtype) -> None:
 
 @given(shapes())
 def test_every_query_head_lies_with_its_key_and_value(shape: ModelShape) -> None:
-    """Row by row: each row of q, k and v is marked with its group."""
-    weight = next(w for w in weights_of(shape) if w.megatron_name.endswith("0.self_attention.linear_qkv.weight"))
+    """Row by row, of weights and biases: each row of q, k and v is marked with its group."""
     groups = torch.arange(shape.num_query_groups).float()
-    parts = [
-        groups.repeat_interleave(size[0] // shape.num_query_groups)[:, None].expand(size) for size in weight.hf_shapes
-    ]
-    merged = merge(weight, parts, shape)
-    rows_a_group = merged.shape[0] // shape.num_query_groups
-    assert torch.equal(merged, groups.repeat_interleave(rows_a_group)[:, None].expand(merged.shape))
+
+    def marked(size: tuple[int, ...]) -> torch.Tensor:
+        return groups.repeat_interleave(size[0] // len(groups)).reshape(-1, *[1] * (len(size) - 1)).expand(size)
+
+    weights = [weight for weight in weights_of(shape) if weight.row.merge is Merge.QKV]
+    assert len(weights) == shape.num_layers * (2 if shape.add_qkv_bias else 1)
+    for weight in weights:
+        merged = merge(weight, [marked(size) for size in weight.hf_shapes], shape)
+        assert torch.equal(merged, marked(weight.megatron_shape))
 
 
 @given(shapes())
 def test_names_are_distinct_in_both_directions(shape: ModelShape) -> None:
     weights = weights_of(shape)
     hf_names = [name for weight in weights for name in weight.hf_names]
-    assert (
-        len(hf_names)
-        == len(set(hf_names))
-        == len(hf_shapes(shape))
-        == 9 * shape.num_layers + (2 if shape.tie_word_embeddings else 3)
-    )
+    feed_forward = 1 + 3 * shape.num_moe_experts if shape.num_moe_experts else 3
+    in_block = 6 + 3 * shape.add_qkv_bias + 2 * shape.qk_layernorm + feed_forward
+    outside = 2 if shape.tie_word_embeddings else 3
+    assert len(hf_names) == len(set(hf_names)) == len(hf_shapes(shape)) == in_block * shape.num_layers + outside
     assert len({weight.megatron_name for weight in weights}) == len(weights)
     zeroed = {name for weight in weights for name in weight.hf_names if weight.row.zero_in_added}
-    assert all(name.endswith(("o_proj.weight", "down_proj.weight")) for name in zeroed)
-    assert len(zeroed) == 2 * shape.num_layers
+    assert all(name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight")) for name in zeroed)
+    assert len(zeroed) == shape.num_layers * (1 + (shape.num_moe_experts or 1))
 
 
 def test_layers_are_told_apart_by_number() -> None:
