@@ -141,8 +141,9 @@ def _read_source(config: RunConfig) -> Source:
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
         ffn_hidden_size=shape.ffn_hidden_size,
+        has_experts=shape.is_moe,
     )
-    check_trainable(config.model.trainable, manifest.plan, tie_word_embeddings=shape.tie_word_embeddings)
+    check_trainable(config.model.trainable, manifest.plan, tie_word_embeddings=shape.tie_word_embeddings, shape=shape)
     _check_precision(config, manifest, folder)
     if config.data.seq_length > shape.max_position_embeddings:
         raise ConfigError(
