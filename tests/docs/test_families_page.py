@@ -26,8 +26,3 @@ def test_its_code_is_the_sources() -> None:
     assert len(blocks) == 3
     for block in blocks:
         assert squeezed(block) in sources
-
-
-def test_its_links_lead_somewhere() -> None:
-    for link in re.findall(r"\]\(([^)]+)\)", PAGE):
-        assert (ROOT / "docs" / link).exists(), link
