@@ -14,19 +14,23 @@ PACKAGE = Path("megatron_llamapro")
 ALLOWED = {
     "config": set(),
     "expansion": {"config"},
-    "model.families": {"config", "expansion"},
-    "model.rotary": {"model.families"},
-    "pipeline.cost": {"model.families"},
+    "model.refused": set(),
+    "model.shape": set(),
+    "model.hf_fields": {"config", "model.shape"},
+    "model.families": {"config", "expansion", "model.hf_fields", "model.refused", "model.shape"},
+    "model.rotary": {"model.shape"},
+    "pipeline.cost": {"model.shape"},
     "pipeline": {"config"},
-    "checkpoint": {"config", "expansion", "model.families", "model.rotary"},
+    "checkpoint": {"config", "expansion", "model.families", "model.rotary", "model.shape"},
     "runtime": {"config"},
-    "model": {"config", "expansion", "model.families", "model.rotary", "pipeline"},
+    "model": {"config", "expansion", "model.rotary", "model.shape", "pipeline"},
     "optimizer": {"config", "model"},
     "data": {"config", "checkpoint"},
     "training": {
         "config",
         "expansion",
         "model.families",
+        "model.shape",
         "pipeline.cost",
         "pipeline",
         "checkpoint",
@@ -35,10 +39,19 @@ ALLOWED = {
         "optimizer",
         "data",
     },
-    "testing": {"config", "model.families", "checkpoint", "runtime", "training"},
+    "testing": {"config", "model.shape", "checkpoint", "runtime", "training"},
     "pretrain": {"config", "runtime", "training"},
 }
-WITHOUT_TORCH = ("config", "expansion", "model.families", "pipeline", "pipeline.cost")
+WITHOUT_TORCH = (
+    "config",
+    "expansion",
+    "model.refused",
+    "model.shape",
+    "model.hf_fields",
+    "model.families",
+    "pipeline",
+    "pipeline.cost",
+)
 WITHOUT_MEGATRON = (*WITHOUT_TORCH, "model.rotary", "checkpoint")
 
 

@@ -20,9 +20,9 @@ def main() -> int:
     lines = (json.dumps({"text": text}) for _, text in sorted(topics.items()))
     (args.output_dir / "text.jsonl").write_text("".join(line + "\n" for line in lines))
 
-    from megatron_llamapro.testing.tiny_models import make_tiny_llama
+    from megatron_llamapro.testing.tiny_models import make_tiny_model
 
-    folder = make_tiny_llama(args.output_dir / "llama", vocab_size=512, with_tokenizer=False)
+    folder = make_tiny_model(args.output_dir / "llama", vocab_size=512, with_tokenizer=False)
     print(f"{args.output_dir / 'text.jsonl'}: {len(topics)} documents; {folder}: 4 blocks of random weights")
     return 0
 

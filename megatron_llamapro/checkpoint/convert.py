@@ -38,10 +38,10 @@ from megatron_llamapro.model.families import (
     CONFIG_NAME,
     ITEMSIZES,
     MANIFEST_KEY,
-    ModelShape,
     expanded_hf_config,
     model_shape,
 )
+from megatron_llamapro.model.shape import ModelShape
 
 JOURNAL = ".llamapro-journal.jsonl"
 

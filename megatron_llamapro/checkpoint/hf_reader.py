@@ -15,7 +15,8 @@ from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME, Manifest
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
 from megatron_llamapro.checkpoint.weight_map import Shape, hf_shapes, is_known_extra
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.model.families import MANIFEST_KEY, ModelShape, model_shape, read_hf_config
+from megatron_llamapro.model.families import MANIFEST_KEY, model_shape, read_hf_config
+from megatron_llamapro.model.shape import ModelShape
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -11,7 +11,8 @@ from megatron_llamapro.checkpoint.report import size_text
 from megatron_llamapro.checkpoint.sources import open_checkpoint
 from megatron_llamapro.checkpoint.weight_map import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, Weight, weights_of
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.families import ITEMSIZES, ModelShape
+from megatron_llamapro.model.families import ITEMSIZES
+from megatron_llamapro.model.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,24 @@ class Inspection:
                 "heads",
                 f"{size.num_attention_heads} in {size.num_query_groups} groups of {size.kv_channels} channels",
             ),
+            *_particulars(size),
             *((part.name, f"{part.num_parameters:,} parameters, {size_text(part.num_bytes)}") for part in self.parts),
         ]
         return "\n".join(f"{name:<16}{text}" for name, text in rows)
+
+
+def _particulars(shape: ModelShape) -> list[tuple[str, str]]:
+    """What only some families have."""
+    rows = []
+    if shape.is_moe:
+        rows.append(("experts", f"{shape.num_moe_experts} a block, {shape.moe_router_topk} for each token"))
+    if shape.window_size is not None:
+        windowed = [layer for layer in range(shape.num_layers) if shape.window_of(layer)]
+        where = "every layer" if len(windowed) == shape.num_layers else f"layers {', '.join(map(str, windowed))}"
+        rows.append(("window", f"{shape.window_size[0] + 1} tokens in {where}"))
+    extras = {"biases of queries, keys and values": shape.add_qkv_bias, "norms of queries and keys": shape.qk_layernorm}
+    present = [text for text, there in extras.items() if there]
+    return [*rows, ("attention", ", ".join(present))] if present else rows
 
 
 def inspect(folder: Path) -> Inspection:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_llamapro.checkpoint.transforms import row_blocks
 from megatron_llamapro.checkpoint.weight_map import Shape, Weight
-from megatron_llamapro.model.families import ModelShape
+from megatron_llamapro.model.shape import ModelShape
 
 Span = tuple[int, int]
 """From the first to the one behind the last."""

@@ -16,7 +16,8 @@ import megatron_llamapro
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
 from megatron_llamapro.expansion.inits import Init
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.families import WEIGHT_DTYPES, ModelShape
+from megatron_llamapro.model.families import WEIGHT_DTYPES
+from megatron_llamapro.model.shape import ModelShape
 
 MANIFEST_NAME = "llamapro.json"
 FORMAT_VERSION = 1

@@ -32,7 +32,8 @@ from megatron_llamapro.checkpoint.torch_archive import (
 )
 from megatron_llamapro.checkpoint.weight_map import weights_of
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.model.families import ITEMSIZES, ModelShape
+from megatron_llamapro.model.families import ITEMSIZES
+from megatron_llamapro.model.shape import ModelShape
 
 DEFAULT_MAX_FILE_BYTES = 2 * 10**9
 

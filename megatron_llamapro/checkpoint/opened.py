@@ -10,7 +10,8 @@ from pathlib import Path
 from megatron_llamapro.checkpoint.layout import StoredTensor
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.families import ITEMSIZES, ModelShape
+from megatron_llamapro.model.families import ITEMSIZES
+from megatron_llamapro.model.shape import ModelShape
 
 
 class Format(str, Enum):

@@ -1,4 +1,4 @@
-"""A LLaMA's forward pass in plain torch, one block at a time, its weights read as they are needed.
+"""The forward pass of every family in plain torch, one block at a time, its weights read as they are needed.
 
 For proofs: it needs neither transformers nor megatron.core, and no more memory than one block. Everything is
 computed in float32, whatever the weights are stored in.
@@ -6,12 +6,17 @@ computed in float32, whatever the weights are stored in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as functional
 
 from megatron_llamapro.checkpoint.sources import TensorSource
-from megatron_llamapro.model.families import ModelShape
 from megatron_llamapro.model.rotary import inverse_frequencies
+from megatron_llamapro.model.shape import ModelShape
+
+ReadWeight = Callable[[str], torch.Tensor]
+"""A block's weight by its name in the block."""
 
 _HEAD_ROWS = 8192  # entries of the vocabulary that are turned to float32 at once
 
@@ -38,25 +43,66 @@ def _block(
     def weight(name: str) -> torch.Tensor:
         return model.tensor(f"model.layers.{layer}.{name}.weight")
 
-    def project(name: str, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, weight(name).float())
-
     shape = model.shape
     normed = _norm(hidden, weight("input_layernorm"), shape)
-    query, key, value = (
-        project(f"self_attn.{part}_proj", normed).unflatten(-1, (-1, shape.kv_channels)).transpose(1, 2)
-        for part in ("q", "k", "v")
-    )  # [b, heads or groups, s, d]
-    query, key = _rotate(query, rotation), _rotate(key, rotation)
-    attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    hidden = hidden + project("self_attn.o_proj", attended.transpose(1, 2).flatten(2))
+    attended = _attention(model, layer, normed, rotation)
+    hidden = hidden + functional.linear(attended, weight("self_attn.o_proj").float())
     normed = _norm(hidden, weight("post_attention_layernorm"), shape)
-    gated = functional.silu(project("mlp.gate_proj", normed)) * project("mlp.up_proj", normed)
-    return hidden + project("mlp.down_proj", gated)
+    return hidden + (_mixture(normed, weight, shape) if shape.is_moe else _feed_forward(normed, weight))
+
+
+def _attention(
+    model: TensorSource, layer: int, normed: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """normed [b, s, h] → [b, s, heads · d], before the output projection"""
+    shape, block = model.shape, f"model.layers.{layer}.self_attn."
+    heads = {}
+    for part in ("q", "k", "v"):
+        bias = model.tensor(f"{block}{part}_proj.bias").float() if shape.add_qkv_bias else None
+        projected = functional.linear(normed, model.tensor(f"{block}{part}_proj.weight").float(), bias)
+        heads[part] = projected.unflatten(-1, (-1, shape.kv_channels)).transpose(1, 2)  # [b, heads or groups, s, d]
+    for part in ("q", "k"):
+        if shape.qk_layernorm:
+            heads[part] = _norm(heads[part], model.tensor(f"{block}{part}_norm.weight"), shape)
+        heads[part] = _rotate(heads[part], rotation)
+    position = torch.arange(normed.shape[1])
+    distance = position[:, None] - position
+    seen = (distance >= 0) & (distance < (shape.window_of(layer) or normed.shape[1]))
+    attended = functional.scaled_dot_product_attention(
+        heads["q"], heads["k"], heads["v"], attn_mask=seen, enable_gqa=True
+    )
+    return attended.transpose(1, 2).flatten(2)
+
+
+def _feed_forward(normed: torch.Tensor, weight: ReadWeight) -> torch.Tensor:
+    inner = _gated(normed, weight("mlp.gate_proj"), weight("mlp.up_proj"))
+    return functional.linear(inner, weight("mlp.down_proj").float())
+
+
+def _mixture(normed: torch.Tensor, weight: ReadWeight, shape: ModelShape) -> torch.Tensor:
+    """normed [b, s, h] → [b, s, h]: of each token its best experts, weighted by the softmax over their logits"""
+    scores = functional.linear(normed, weight("block_sparse_moe.gate").float())  # [b, s, experts]
+    chosen, experts = scores.topk(shape.moe_router_topk or 1, dim=-1)
+    shares = torch.zeros_like(scores).scatter(-1, experts, chosen.softmax(-1))
+    inner = []
+    for expert in range(scores.shape[-1]):
+        gate, up = (weight(f"block_sparse_moe.experts.{expert}.{part}") for part in ("w1", "w3"))
+        inner.append(_gated(normed[shares[..., expert] > 0], gate, up))
+    # Not in the same loop: w1 and w3 of all experts are one tensor of a Megatron checkpoint, w2 of all another.
+    result = torch.zeros_like(normed)
+    for expert, values in enumerate(inner):
+        tokens = shares[..., expert] > 0
+        output = functional.linear(values, weight(f"block_sparse_moe.experts.{expert}.w2").float())
+        result[tokens] += shares[tokens][:, expert, None] * output
+    return result
+
+
+def _gated(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return functional.silu(functional.linear(x, gate.float())) * functional.linear(x, up.float())
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, shape: ModelShape) -> torch.Tensor:
-    return functional.rms_norm(x, (shape.hidden_size,), weight.float(), shape.layernorm_epsilon)
+    return functional.rms_norm(x, weight.shape, weight.float(), shape.layernorm_epsilon)
 
 
 def _rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from megatron_llamapro.checkpoint.hf_reader import open_hf
 from megatron_llamapro.checkpoint.megatron_dist import open_torch_dist
 from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.streaming import SourceFiles, read_whole
-from megatron_llamapro.model.families import ModelShape
+from megatron_llamapro.model.shape import ModelShape
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_llamapro.checkpoint.weight_map import Merge, Weight
-from megatron_llamapro.model.families import ModelShape
+from megatron_llamapro.model.shape import ModelShape
 
 
 @dataclass(frozen=True)

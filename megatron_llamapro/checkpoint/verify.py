@@ -22,7 +22,8 @@ from megatron_llamapro.checkpoint.streaming import Progress, Rows, SourceFiles, 
 from megatron_llamapro.checkpoint.weight_map import Weight, hf_name_in_layer, weights_of
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.plan import ExpansionPlan, Layer
-from megatron_llamapro.model.families import ITEMSIZES, ModelShape
+from megatron_llamapro.model.families import ITEMSIZES
+from megatron_llamapro.model.shape import ModelShape
 
 if TYPE_CHECKING:
     import torch
@@ -116,9 +117,9 @@ def _torch_dtype(name: str) -> torch.dtype:
 def _check_lineage(source: Checkpoint, result: Checkpoint) -> Check:
     """The blocks of the original, in order, are those that the expanded model's plan says it had."""
     before, after = source.plan, result.plan
-    kept = [layer for layer in after.layers if layer.added_in_round <= before.num_rounds]
-    differing = _differing_fields(source.shape, result.shape)
-    if [_identity(layer) for layer in kept] != [_identity(layer) for layer in before.layers]:
+    kept = [i for i, layer in enumerate(after.layers) if layer.added_in_round <= before.num_rounds]
+    differing = _differing_fields(source.shape, result.shape.with_layers(kept))
+    if [_identity(after.layers[i]) for i in kept] != [_identity(layer) for layer in before.layers]:
         problem = f"its plan starts from other blocks than the original's {before.num_layers}"
         return Check("lineage", ok=False, text=problem)
     if differing:

@@ -11,18 +11,29 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 
-from megatron_llamapro.model.families import ModelShape
+from megatron_llamapro.model.shape import ModelShape
 
 Shape = tuple[int, ...]
 
 
 class Merge(Enum):
-    """How Hugging Face's tensors become megatron.core's one."""
+    """How Hugging Face's tensors become megatron.core's one. Either way its bytes are ranges of their rows."""
 
     CONCAT = "concat"
-    """All rows of the first, then of the next; of one alone, a copy."""
+    """All rows of the first, then all rows of the next, …"""
     QKV = "qkv"
     """Rows by query group: its query heads, its key head, its value head."""
+
+
+class Sharding(Enum):
+    """How megatron.core divides a weight over tensor-parallel ranks; of experts, each one's matrix."""
+
+    REPLICATED = "replicated"
+    ROWS = "rows"
+    """Every rank has the next rows (whole query groups of QKV)."""
+    ROWS_BY_PART = "rows by part"
+    """Every rank has the next rows of each Hugging Face tensor: its gate rows, then its up rows."""
+    COLUMNS = "columns"
 
 
 @dataclass(frozen=True)
@@ -31,13 +42,22 @@ class Row:
 
     megatron: str
     hugging_face: tuple[tuple[str, tuple[str, ...]], ...]
-    """Names there, each with its dimensions."""
+    """Names there, each with its dimensions. With `{expert}` in them they come once an expert, expert by expert."""
     merge: Merge = Merge.CONCAT
+    sharding: Sharding = Sharding.REPLICATED
     zero_in_added: bool = False
     """Whether an added block starts with zeros here, which makes it an identity (paper, section 3.2)."""
+    needs: str | None = None
+    """The field (or property) of ModelShape without which there is no such weight."""
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether megatron.core's tensor has the experts as its first dimension: [experts, rows, columns]."""
+        return "{expert}" in self.hugging_face[0][0]
 
 
 _LAYER, _HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
+_EXPERTS, _HF_EXPERT = _LAYER + "mlp.experts.experts.", _HF_LAYER + "block_sparse_moe.experts.{expert}."
 
 BLOCK_ROWS = (
     Row(
@@ -51,16 +71,41 @@ BLOCK_ROWS = (
             (_HF_LAYER + "self_attn.k_proj.weight", ("key_value", "hidden")),
             (_HF_LAYER + "self_attn.v_proj.weight", ("key_value", "hidden")),
         ),
-        Merge.QKV,
+        merge=Merge.QKV,
+        sharding=Sharding.ROWS,
+    ),
+    Row(
+        _LAYER + "self_attention.linear_qkv.bias",
+        (
+            (_HF_LAYER + "self_attn.q_proj.bias", ("query",)),
+            (_HF_LAYER + "self_attn.k_proj.bias", ("key_value",)),
+            (_HF_LAYER + "self_attn.v_proj.bias", ("key_value",)),
+        ),
+        merge=Merge.QKV,
+        sharding=Sharding.ROWS,
+        needs="add_qkv_bias",
+    ),
+    Row(
+        _LAYER + "self_attention.q_layernorm.weight",
+        ((_HF_LAYER + "self_attn.q_norm.weight", ("head",)),),
+        needs="qk_layernorm",
+    ),
+    Row(
+        _LAYER + "self_attention.k_layernorm.weight",
+        ((_HF_LAYER + "self_attn.k_norm.weight", ("head",)),),
+        needs="qk_layernorm",
     ),
     Row(
         _LAYER + "self_attention.linear_proj.weight",
         ((_HF_LAYER + "self_attn.o_proj.weight", ("hidden", "query")),),
+        sharding=Sharding.COLUMNS,
         zero_in_added=True,
     ),
+    # A dense feed-forward.
     Row(
         _LAYER + "mlp.linear_fc1.layer_norm_weight",
         ((_HF_LAYER + "post_attention_layernorm.weight", ("hidden",)),),
+        needs="is_dense",
     ),
     Row(
         _LAYER + "mlp.linear_fc1.weight",
@@ -68,16 +113,55 @@ BLOCK_ROWS = (
             (_HF_LAYER + "mlp.gate_proj.weight", ("feed_forward", "hidden")),
             (_HF_LAYER + "mlp.up_proj.weight", ("feed_forward", "hidden")),
         ),
+        sharding=Sharding.ROWS_BY_PART,
+        needs="is_dense",
     ),
     Row(
         _LAYER + "mlp.linear_fc2.weight",
         ((_HF_LAYER + "mlp.down_proj.weight", ("hidden", "feed_forward")),),
+        sharding=Sharding.COLUMNS,
         zero_in_added=True,
+        needs="is_dense",
+    ),
+    # A mixture of experts. With every expert's output projection zeroed, their sum is zero however tokens are routed.
+    Row(
+        _LAYER + "pre_mlp_layernorm.weight",
+        ((_HF_LAYER + "post_attention_layernorm.weight", ("hidden",)),),
+        needs="is_moe",
+    ),
+    Row(
+        _LAYER + "mlp.router.weight",
+        ((_HF_LAYER + "block_sparse_moe.gate.weight", ("experts", "hidden")),),
+        needs="is_moe",
+    ),
+    Row(
+        _EXPERTS + "linear_fc1.weight",
+        (
+            (_HF_EXPERT + "w1.weight", ("feed_forward", "hidden")),
+            (_HF_EXPERT + "w3.weight", ("feed_forward", "hidden")),
+        ),
+        sharding=Sharding.ROWS_BY_PART,
+        needs="is_moe",
+    ),
+    Row(
+        _EXPERTS + "linear_fc2.weight",
+        ((_HF_EXPERT + "w2.weight", ("hidden", "feed_forward")),),
+        sharding=Sharding.COLUMNS,
+        zero_in_added=True,
+        needs="is_moe",
     ),
 )
-EMBEDDING = Row("embedding.word_embeddings.weight", (("model.embed_tokens.weight", ("vocabulary", "hidden")),))
+EMBEDDING = Row(
+    "embedding.word_embeddings.weight",
+    (("model.embed_tokens.weight", ("vocabulary", "hidden")),),
+    sharding=Sharding.ROWS,
+)
 FINAL_NORM = Row("decoder.final_layernorm.weight", (("model.norm.weight", ("hidden",)),))
-OUTPUT_LAYER = Row("output_layer.weight", (("lm_head.weight", ("vocabulary", "hidden")),))
+OUTPUT_LAYER = Row(
+    "output_layer.weight",
+    (("lm_head.weight", ("vocabulary", "hidden")),),
+    sharding=Sharding.ROWS,
+)
 
 VOCABULARY_ROWS = frozenset({EMBEDDING.megatron, OUTPUT_LAYER.megatron})
 """megatron.core pads these to more rows than the vocabulary has."""
@@ -101,12 +185,19 @@ class Weight:
     @property
     def megatron_shape(self) -> Shape:
         """Without padding of the vocabulary."""
-        return (sum(shape[0] for shape in self.hf_shapes), *self.hf_shapes[0][1:])
+        rows, columns = sum(shape[0] for shape in self.hf_shapes), self.hf_shapes[0][1:]
+        return (self.num_experts, rows // self.num_experts, *columns) if self.row.per_expert else (rows, *columns)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts that the tensor holds; 1 where it holds none."""
+        return len(self.hf_names) // len(self.row.hugging_face)
 
 
 def weights_of(shape: ModelShape) -> list[Weight]:
     """Every weight of a model of this shape, in the order of the forward pass."""
-    blocks = [_resolve(row, shape, layer) for layer in range(shape.num_layers) for row in BLOCK_ROWS]
+    rows = [row for row in BLOCK_ROWS if row.needs is None or getattr(shape, row.needs)]
+    blocks = [_resolve(row, shape, layer) for layer in range(shape.num_layers) for row in rows]
     weights = [_resolve(EMBEDDING, shape), *blocks, _resolve(FINAL_NORM, shape)]
     return weights if shape.tie_word_embeddings else [*weights, _resolve(OUTPUT_LAYER, shape)]
 
@@ -149,14 +240,22 @@ def _resolve(row: Row, shape: ModelShape, layer: int | None = None) -> Weight:
         "hidden": shape.hidden_size,
         "query": shape.num_attention_heads * shape.kv_channels,
         "key_value": shape.num_query_groups * shape.kv_channels,
+        "head": shape.kv_channels,
         "feed_forward": shape.ffn_hidden_size,
+        "experts": shape.num_moe_experts or 1,
         "vocabulary": shape.vocab_size,
     }
+    experts = range(shape.num_moe_experts or 1) if row.per_expert else [None]
+    names = [
+        (name.format(layer=layer, expert=expert), tuple(sizes[dimension] for dimension in dimensions))
+        for expert in experts
+        for name, dimensions in row.hugging_face
+    ]
     return Weight(
         row=row,
         layer=layer,
-        hf_names=tuple(name.format(layer=layer) for name, _ in row.hugging_face),
-        hf_shapes=tuple(tuple(sizes[dimension] for dimension in dimensions) for _, dimensions in row.hugging_face),
+        hf_names=tuple(name for name, _ in names),
+        hf_shapes=tuple(size for _, size in names),
     )
 
 

@@ -135,6 +135,7 @@ def check_model(
     num_attention_heads: int,
     num_query_groups: int,
     ffn_hidden_size: int,
+    has_experts: bool = False,
 ) -> None:
     """Raise `ConfigError` where the model cannot be divided as `config.parallel` says."""
     parallel = config.parallel
@@ -149,6 +150,11 @@ def check_model(
             raise ConfigError(
                 f"the model's {count} {name} cannot be divided by parallel.tensor_model_parallel_size {tensor_ranks}"
             )
+    if has_experts and tensor_ranks > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            "a model with experts trains on several tensor-parallel ranks only with sequence parallelism "
+            "(megatron.core): set parallel.sequence_parallel to true"
+        )
     stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     if parallel.pipeline_stage_layers is None and num_layers < stages:
         raise ConfigError(f"the model has {num_layers} layers, fewer than the {stages} (virtual) pipeline stages")

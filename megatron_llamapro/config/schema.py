@@ -22,8 +22,10 @@ class ModelConfig:
     """Megatron checkpoint folder to start from, written by tools/convert_checkpoint.py. Its llamapro.json says
     which blocks were added, its config.json the model's shape."""
     trainable: tuple[str, ...] = ("added_blocks",)
-    """What trains: added_blocks, embedding, final_norm, output_layer, everything, or projections of the added
-    blocks: linear_qkv, linear_proj, linear_fc1, linear_fc2, input_layernorm, pre_mlp_layernorm."""
+    """What trains: added_blocks (of all rounds), newest_blocks (of the latest), round_1, round_2, …, embedding,
+    final_norm, output_layer, everything, or parts of all added blocks: linear_qkv, linear_proj, linear_fc1,
+    linear_fc2, input_layernorm, pre_mlp_layernorm, and where the model has them q_layernorm, k_layernorm, router,
+    experts."""
     transformer_impl: TransformerImpl = "auto"
     """auto takes Transformer Engine's layers where it is installed and a GPU is there, else local."""
     make_vocab_size_divisible_by: int = 128

@@ -14,8 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
 from megatron_llamapro.config.schema import ModelConfig, ParallelConfig, Precision
-from megatron_llamapro.model.families import ModelShape
 from megatron_llamapro.model.rotary import inverse_frequencies
+from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.model.spec import block_spec, uses_transformer_engine
 from megatron_llamapro.pipeline.layout import stage_layers, to_megatron_layout
 
@@ -30,12 +30,16 @@ _SHAPE_FIELDS = (
     "num_query_groups",
     "kv_channels",
     "layernorm_epsilon",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "num_moe_experts",
+    "window_size",
 )
 
 # Dimension along which megatron.core divides a module's weight over tensor-parallel ranks.
 _PARTITION_DIMENSION = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
 
-# What makes a megatron.core transformer a LLaMA.
+# What makes a megatron.core transformer a LLaMA, and all families like it.
 _LLAMA = {
     "normalization": "RMSNorm",
     "activation_func": silu,
@@ -43,6 +47,16 @@ _LLAMA = {
     "add_bias_linear": False,
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
+}
+
+
+# What transformers' Mixtral computes: softmax over the chosen experts, every token served, no other loss beside the
+# language model's. (The load of frozen routers cannot be balanced, and a copied one starts out balanced.)
+_EXPERTS = {
+    "moe_router_pre_softmax": False,
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.0,
+    "moe_token_dispatcher_type": "allgather",
 }
 
 
@@ -73,6 +87,8 @@ def transformer_config(
     return TransformerConfig(
         **{name: getattr(shape, name) for name in _SHAPE_FIELDS},
         **_LLAMA,
+        **_experts(shape, grouped=transformer_impl == "transformer_engine"),
+        window_attn_skip_freq=list(shape.window_attn_skip_freq) if shape.window_attn_skip_freq else None,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
@@ -97,6 +113,17 @@ def transformer_config(
         # One checkpoint key a layer: stacked layers cannot hold optimizer state for some of them only.
         hetereogenous_dist_checkpoint=True,
     )
+
+
+def _experts(shape: ModelShape, *, grouped: bool) -> dict:
+    if not shape.is_moe:
+        return {}
+    return {
+        **_EXPERTS,
+        "moe_router_topk": shape.moe_router_topk,
+        "moe_ffn_hidden_size": shape.ffn_hidden_size,
+        "moe_grouped_gemm": grouped,
+    }
 
 
 def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_model_parallel_size: int) -> int:

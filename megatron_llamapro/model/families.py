@@ -1,19 +1,22 @@
-"""Model families: what a Hugging Face `config.json` says about a model's shape, as tables.
+"""Model families: what a Hugging Face `config.json` says about a model's shape, as a table.
 
-A family is an entry of `FAMILIES`: the fields that must have a certain value for a copy of a block to be made an
-identity by zeroing its two output projections, and the fields that hold one value a layer. Imports no torch.
+A family is an entry of `FAMILIES`: what its blocks have, what must hold for a copy of a block to be made an identity
+by zeroing its output projections, and which fields hold one value a layer. Imports no torch. See docs/families.md.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.model.hf_fields import count, flag, number, rope_parameters, rope_scaling
+from megatron_llamapro.model.refused import REFUSED
+from megatron_llamapro.model.shape import ModelShape
 
 CONFIG_NAME = "config.json"
 MANIFEST_KEY = "llamapro"
@@ -25,36 +28,6 @@ WEIGHT_DTYPES = tuple(ITEMSIZES)
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched for longer contexts."""
-
-    rope_type: str
-    """linear or llama3."""
-    factor: float
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Everything about a model that decides its computation and its tensors' shapes, in megatron.core's spelling."""
-
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    vocab_size: int
-    layernorm_epsilon: float
-    max_position_embeddings: int
-    rotary_base: float
-    rope_scaling: RopeScaling | None
-    tie_word_embeddings: bool
-
-
-@dataclass(frozen=True)
 class Requirement:
     """A field that must have `value` (or be absent)."""
 
@@ -63,29 +36,87 @@ class Requirement:
     reason: str
 
 
+class Windows(Enum):
+    """Which layers attend to the last `sliding_window` tokens only."""
+
+    NONE = "none"
+    EVERY_LAYER = "every layer"
+    """Where `sliding_window` is a number."""
+    BY_LAYER_TYPE = "by layer type"
+    """With `use_sliding_window`: those that `layer_types` calls sliding_attention; without that list, those from
+    layer `max_window_layers` on."""
+
+
 @dataclass(frozen=True)
 class Family:
     """What all models of one `model_type` share."""
 
     model_type: str
-    requirements: tuple[Requirement, ...]
+    requirements: tuple[Requirement, ...] = ()
+    """Beside those that every family has."""
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    has_experts: bool = False
+    windows: Windows = Windows.NONE
     per_layer_fields: tuple[str, ...] = ("layer_types",)
     """Lists with one entry a layer, extended with the plan."""
+    layer_count_fields: tuple[str, ...] = ()
+    """Counts of layers from the first on, moved with the plan."""
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """What transformers takes for a field that config.json does not have, where it is not what the readers below
+    take."""
 
 
-_NO_BIAS = "a bias would have to be zeroed too, and this family's weight map has no row for it"
-_SWIGLU = "only SwiGLU blocks (hidden_act silu) are known"
+_NO_BIAS = "a bias would have to be zeroed too, and the weight map has no row for it"
+_EVERY_FAMILY = (
+    Requirement("hidden_act", "silu", "only SwiGLU blocks (hidden_act silu) are known"),
+    Requirement("attention_dropout", 0.0, "an identity block must compute the same every time"),
+)
+_QWEN_DEFAULTS = {"sliding_window": 4096, "max_window_layers": 28}
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        model_type="llama",
-        requirements=(
-            Requirement("hidden_act", "silu", _SWIGLU),
-            Requirement("attention_bias", False, _NO_BIAS),
-            Requirement("mlp_bias", False, _NO_BIAS),
-            Requirement("attention_dropout", 0.0, "an identity block must compute the same every time"),
+    family.model_type: family
+    for family in (
+        Family(
+            "llama",
+            requirements=(Requirement("attention_bias", False, _NO_BIAS), Requirement("mlp_bias", False, _NO_BIAS)),
         ),
-    ),
+        Family(
+            "mistral",
+            windows=Windows.EVERY_LAYER,
+            defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        ),
+        Family(
+            "qwen2",
+            add_qkv_bias=True,
+            windows=Windows.BY_LAYER_TYPE,
+            layer_count_fields=("max_window_layers",),
+            defaults=_QWEN_DEFAULTS,
+        ),
+        Family(
+            "qwen3",
+            requirements=(Requirement("attention_bias", False, _NO_BIAS),),
+            qk_layernorm=True,
+            windows=Windows.BY_LAYER_TYPE,
+            layer_count_fields=("max_window_layers",),
+            defaults={**_QWEN_DEFAULTS, "head_dim": 128},
+        ),
+        Family(
+            "mixtral",
+            requirements=(
+                Requirement("router_jitter_noise", 0.0, "an identity block must compute the same every time"),
+            ),
+            has_experts=True,
+            windows=Windows.EVERY_LAYER,
+            defaults={
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 1e6,
+                "num_local_experts": 8,
+                "num_experts_per_tok": 2,
+            },
+        ),
+    )
 }
 
 # Whole numbers of config.json: our name, theirs, the largest that is believed.
@@ -98,11 +129,7 @@ _COUNTS = (
     ("max_position_embeddings", "max_position_embeddings", 10**10),
 )
 
-# Fields of a scaled RoPE that each type needs.
-_ROPE_FIELDS = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 def read_hf_config(folder: Path) -> dict:
@@ -133,8 +160,12 @@ def family_of(config: Mapping) -> Family:
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        raise CheckpointError(f"model_type {model_type!r} is not supported: known are {', '.join(sorted(FAMILIES))}")
-    for requirement in family.requirements:
+        reason = REFUSED.get(model_type) if isinstance(model_type, str) else None
+        raise CheckpointError(
+            f"model_type {model_type!r} is not supported: {f'{reason}; ' if reason else ''}"
+            f"known are {', '.join(sorted(FAMILIES))}"
+        )
+    for requirement in (*_EVERY_FAMILY, *family.requirements):
         value = config.get(requirement.field, requirement.value)
         if value != requirement.value:
             raise CheckpointError(
@@ -151,97 +182,107 @@ def model_shape(config: Mapping) -> ModelShape:
         CheckpointError: a family or a rotary embedding that is not supported; a field that is missing, of the wrong
             type or absurd; heads that do not divide.
     """
-    family_of(config)
-    counts = {ours: _count(config, theirs, largest) for ours, theirs, largest in _COUNTS}
-    heads = counts["num_attention_heads"]
-    groups = _count(config, "num_key_value_heads", heads, default=heads)
-    if heads % groups:
-        raise CheckpointError(f"config.json has {heads} attention heads, which {groups} key-value heads do not divide")
-    default_channels = counts["hidden_size"] // heads
-    if config.get("head_dim") is None and counts["hidden_size"] % heads:
-        raise CheckpointError(f"config.json has hidden_size {counts['hidden_size']}, which {heads} heads do not divide")
-    channels = _count(config, "head_dim", 100_000, default=default_channels)
-    if channels % 2:
-        raise CheckpointError(f"config.json has head_dim {channels}: rotary embeddings turn pairs, so it must be even")
-    rope = _rope_parameters(config)
+    family = family_of(config)
+    config = {**family.defaults, **config}
+    counts = {ours: count(config, theirs, largest) for ours, theirs, largest in _COUNTS}
+    rope = rope_parameters(config)
     return ModelShape(
         **counts,
-        num_query_groups=groups,
-        kv_channels=channels,
-        layernorm_epsilon=_number(config, "rms_norm_eps", default=1e-6),
-        rotary_base=_number(rope, "rope_theta", default=10000.0),
-        rope_scaling=_rope_scaling(rope),
-        tie_word_embeddings=_flag(config, "tie_word_embeddings", default=False),
+        **_heads(config, heads=counts["num_attention_heads"], hidden_size=counts["hidden_size"]),
+        **_experts(config, family),
+        **_windows(config, family, num_layers=counts["num_layers"]),
+        layernorm_epsilon=number(config, "rms_norm_eps", default=1e-6),
+        rotary_base=number(rope, "rope_theta", default=10000.0),
+        rope_scaling=rope_scaling(rope),
+        tie_word_embeddings=flag(config, "tie_word_embeddings", default=False),
+        add_qkv_bias=family.add_qkv_bias,
+        qk_layernorm=family.qk_layernorm,
     )
+
+
+def _heads(config: Mapping, *, heads: int, hidden_size: int) -> dict[str, int]:
+    groups = count(config, "num_key_value_heads", heads, default=heads)
+    if heads % groups:
+        raise CheckpointError(f"config.json has {heads} attention heads, which {groups} key-value heads do not divide")
+    if config.get("head_dim") is None and hidden_size % heads:
+        raise CheckpointError(f"config.json has hidden_size {hidden_size}, which {heads} heads do not divide")
+    channels = count(config, "head_dim", 100_000, default=hidden_size // heads)
+    if channels % 2:
+        raise CheckpointError(f"config.json has head_dim {channels}: rotary embeddings turn pairs, so it must be even")
+    return {"num_query_groups": groups, "kv_channels": channels}
+
+
+def _experts(config: Mapping, family: Family) -> dict[str, int]:
+    if not family.has_experts:
+        return {}
+    experts = count(config, "num_local_experts", 10_000)
+    chosen = count(config, "num_experts_per_tok", experts)
+    if chosen == 1:
+        raise CheckpointError(
+            "config.json has num_experts_per_tok 1: transformers weighs a single expert by 1 whatever its logit, which "
+            "megatron.core's router cannot"
+        )
+    return {"num_moe_experts": experts, "moe_router_topk": chosen}
+
+
+def _windows(config: Mapping, family: Family, *, num_layers: int) -> dict:
+    windowed = [kind == _SLIDING for kind in _layer_types(config, family, num_layers)]
+    if not any(windowed):
+        return {}
+    size = count(config, "sliding_window", 10**10)  # itself among them; megatron.core counts those before it
+    return {
+        "window_size": (size - 1, 0),
+        "window_attn_skip_freq": None if all(windowed) else tuple(int(has_window) for has_window in windowed),
+    }
+
+
+def _layer_types(config: Mapping, family: Family, num_layers: int) -> list[str]:
+    """Of every layer, what it attends to, as transformers reads the configuration."""
+    has_window = config.get("sliding_window") is not None
+    if family.windows is Windows.EVERY_LAYER:
+        return [_SLIDING if has_window else _FULL] * num_layers
+    if family.windows is Windows.NONE:
+        return [_FULL] * num_layers
+    has_window = has_window and flag(config, "use_sliding_window", default=False)
+    types = config.get("layer_types")
+    if types is None:
+        first = config["max_window_layers"]
+        if type(first) is not int or first < 0:
+            raise CheckpointError(f"config.json has max_window_layers {first!r}: it must be a whole number, 0 or more")
+        return [_SLIDING if has_window and layer >= first else _FULL for layer in range(num_layers)]
+    _check_per_layer("layer_types", types, num_layers)
+    for kind in types:
+        if kind not in (_SLIDING, _FULL):
+            raise CheckpointError(f"config.json: layer_types has {kind!r}: known are {_FULL}, {_SLIDING}")
+    if _SLIDING in types and not has_window:
+        raise CheckpointError(
+            f"config.json: layer_types has {_SLIDING}, but use_sliding_window and sliding_window give no window"
+        )
+    return types
+
+
+def _check_per_layer(field_name: str, values: object, num_layers: int) -> None:
+    if not isinstance(values, list) or len(values) != num_layers:
+        raise CheckpointError(f"config.json: {field_name} has no value for each of the {num_layers} layers")
 
 
 def expanded_hf_config(config: Mapping, plan: ExpansionPlan) -> dict:
     """`config` for the model that `plan`'s latest round makes of it, without any manifest: the layer count and every
-    field with one value a layer."""
+    field that speaks of single layers."""
+    family = family_of(config)
     expanded = {key: value for key, value in config.items() if key != MANIFEST_KEY}
     old_count = config["num_hidden_layers"]
+    types = _layer_types({**family.defaults, **config}, family, old_count)
+    if len(set(types)) > 1:  # a first windowed layer alone may not describe what the plan makes of it
+        expanded["layer_types"] = types
     expanded["num_hidden_layers"] = plan.num_layers
-    for field in family_of(config).per_layer_fields:
-        values = config.get(field)
-        if values is None:
-            continue
-        if not isinstance(values, list) or len(values) != old_count:
-            raise CheckpointError(f"config.json: {field} has no value for each of the {old_count} layers")
-        expanded[field] = [values[layer.parent_layer] for layer in plan.layers]
+    for name in family.per_layer_fields:
+        values = expanded.get(name)
+        if values is not None:
+            _check_per_layer(name, values, old_count)
+            expanded[name] = [values[layer.parent_layer] for layer in plan.layers]
+    for name in family.layer_count_fields:
+        if type(config.get(name)) is int:
+            beyond = max(0, config[name] - old_count)
+            expanded[name] = sum(layer.parent_layer < config[name] for layer in plan.layers) + beyond
     return expanded
-
-
-def _count(config: Mapping, name: str, largest: int, default: int | None = None) -> int:
-    value = config.get(name)
-    value = default if value is None else value
-    if value is None:
-        raise CheckpointError(f"config.json has no {name}")
-    if type(value) is not int or not 1 <= value <= largest:
-        raise CheckpointError(f"config.json has {name} {value!r}: it must be a whole number from 1 to {largest}")
-    return value
-
-
-def _number(config: Mapping, name: str, default: float | None = None) -> float:
-    value = config.get(name)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
-        raise CheckpointError(f"config.json has {name} {value!r}: it must be a number above 0")
-    return float(value)
-
-
-def _flag(config: Mapping, name: str, default: bool) -> bool:
-    value = config.get(name, default)
-    if not isinstance(value, bool):
-        raise CheckpointError(f"config.json has {name} {value!r}: it must be true or false")
-    return value
-
-
-def _rope_parameters(config: Mapping) -> dict:
-    """Rotary settings in one dict: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`."""
-    newer, older = config.get("rope_parameters"), config.get("rope_scaling")
-    for name, value in (("rope_parameters", newer), ("rope_scaling", older)):
-        if value is not None and not isinstance(value, dict):
-            raise CheckpointError(f"config.json has {name} {value!r}: it must be an object")
-    return {"rope_theta": config.get("rope_theta"), **(older or {}), **(newer or {})}
-
-
-def _rope_scaling(rope: Mapping) -> RopeScaling | None:
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    if rope_type == "default":
-        return None
-    fields = _ROPE_FIELDS.get(rope_type) if isinstance(rope_type, str) else None
-    if fields is None:
-        raise CheckpointError(
-            f"config.json has rotary embeddings of type {rope_type!r}: known are default, {', '.join(_ROPE_FIELDS)}"
-        )
-    values: dict = {name: _number(rope, name) for name in fields if rope.get(name) is not None}
-    missing = [name for name in fields if name not in values]
-    if missing:
-        raise CheckpointError(f"config.json: rotary embeddings of type {rope_type} need {', '.join(missing)}")
-    if rope_type == "llama3":
-        values["original_max_position_embeddings"] = _count(rope, "original_max_position_embeddings", 10**10)
-        if values["low_freq_factor"] >= values["high_freq_factor"]:
-            raise CheckpointError(
-                "config.json: low_freq_factor of the rotary embeddings must be below high_freq_factor"
-            )
-    return RopeScaling(rope_type=rope_type, **values)

@@ -1,4 +1,5 @@
-"""What trains: the added blocks of an expansion plan, and whatever else is named. Everything else is frozen.
+"""What trains: the added blocks of an expansion plan, of all rounds or some, and whatever else is named. Everything
+else is frozen.
 
 By global layer index and before DDP wraps the model: DDP's gradient buffers and the optimizer then never see a
 frozen parameter. Usable with any megatron.core GPTModel; see docs/in_your_own_loop.md.
@@ -7,6 +8,7 @@ frozen parameter. Usable with any megatron.core GPTModel; see docs/in_your_own_l
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +17,10 @@ import torch
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.names import NamedParameter, named_parameters
+from megatron_llamapro.model.shape import ModelShape
 
 ADDED_BLOCKS = "added_blocks"
+NEWEST_BLOCKS = "newest_blocks"
 EVERYTHING = "everything"
 
 # Parts outside the blocks: what a user names -> the start of its parameters' names.
@@ -26,17 +30,34 @@ OUTSIDE_PARTS = {
     "output_layer": "output_layer.",
 }
 
-# Parts of added blocks: what a user names -> a part of its parameters' names, ours and Transformer Engine's.
+_ROUND = re.compile(r"round_([1-9]\d*)")
+
+
+@dataclass(frozen=True)
+class BlockPart:
+    """A part of the added blocks that can be named by itself."""
+
+    patterns: tuple[str, ...]
+    """Parts of its parameters' names, ours and Transformer Engine's."""
+    needs: str | None = None
+    """The field (or property) of ModelShape without which a model has no such part."""
+
+
 BLOCK_PARTS = {
-    "linear_qkv": (".linear_qkv.weight",),
-    "linear_proj": (".linear_proj.weight",),
-    "linear_fc1": (".linear_fc1.weight",),
-    "linear_fc2": (".linear_fc2.weight",),
-    "input_layernorm": (".input_layernorm.", ".linear_qkv.layer_norm_weight"),
-    "pre_mlp_layernorm": (".pre_mlp_layernorm.", ".linear_fc1.layer_norm_weight"),
+    "linear_qkv": BlockPart((".linear_qkv.weight", ".linear_qkv.bias")),
+    "linear_proj": BlockPart((".linear_proj.weight",)),
+    "linear_fc1": BlockPart((".linear_fc1.weight",)),
+    "linear_fc2": BlockPart((".linear_fc2.weight",)),
+    "input_layernorm": BlockPart((".input_layernorm.", ".linear_qkv.layer_norm_weight")),
+    "pre_mlp_layernorm": BlockPart((".pre_mlp_layernorm.", ".linear_fc1.layer_norm_weight")),
+    "q_layernorm": BlockPart((".q_layernorm.",), needs="qk_layernorm"),
+    "k_layernorm": BlockPart((".k_layernorm.",), needs="qk_layernorm"),
+    "router": BlockPart((".mlp.router.",), needs="is_moe"),
+    "experts": BlockPart((".mlp.experts.",), needs="is_moe"),
 }
 
-TRAINABLE_CHOICES = (ADDED_BLOCKS, EVERYTHING, *OUTSIDE_PARTS, *BLOCK_PARTS)
+TRAINABLE_CHOICES = (ADDED_BLOCKS, NEWEST_BLOCKS, EVERYTHING, *OUTSIDE_PARTS, *BLOCK_PARTS)
+"""Beside these, round_1, round_2, …: the blocks that one round added."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +84,62 @@ class StageReport:
     data-parallel ranks."""
 
 
-def check_trainable(trainable: Sequence[str], plan: ExpansionPlan, *, tie_word_embeddings: bool) -> None:
-    """Raise `ConfigError` where `trainable` names what is not there."""
+def check_trainable(
+    trainable: Sequence[str],
+    plan: ExpansionPlan,
+    *,
+    tie_word_embeddings: bool,
+    shape: ModelShape | None = None,
+) -> None:
+    """Raise `ConfigError` where `trainable` names what is not there; parts of blocks are looked for in `shape`."""
     for choice in trainable:
-        if choice not in TRAINABLE_CHOICES:
-            nearest = difflib.get_close_matches(choice, TRAINABLE_CHOICES, n=1)
-            hint = f": did you mean '{nearest[0]}'?" if nearest else f": it is one of {', '.join(TRAINABLE_CHOICES)}"
+        chosen_round = _ROUND.fullmatch(choice)
+        if choice not in TRAINABLE_CHOICES and chosen_round is None:
+            nearest = difflib.get_close_matches(choice, (*TRAINABLE_CHOICES, *_rounds(plan)), n=1)
+            choices = ", ".join((*TRAINABLE_CHOICES, "round_1, round_2, …"))
+            hint = f": did you mean '{nearest[0]}'?" if nearest else f": it is one of {choices}"
             raise ConfigError(f"model.trainable names '{choice}', which is nothing that can train{hint}")
-        if (choice == ADDED_BLOCKS or choice in BLOCK_PARTS) and not plan.added_layers:
+        is_outside = choice == EVERYTHING or choice in OUTSIDE_PARTS
+        if not is_outside and not plan.added_layers:
             raise ConfigError(
                 f"model.trainable names '{choice}', but the checkpoint has no added blocks: expand it first "
                 "(tools/convert_checkpoint.py --num_added_blocks N), or set model.trainable to [everything]"
+            )
+        if chosen_round is not None and choice not in _rounds(plan):
+            raise ConfigError(
+                f"model.trainable names '{choice}', but the checkpoint was expanded in {plan.num_rounds} "
+                f"round{'s' * (plan.num_rounds > 1)}: it has {', '.join(_rounds(plan))}"
             )
         if choice == "output_layer" and tie_word_embeddings:
             raise ConfigError(
                 "model.trainable names 'output_layer', which this model ties to its embedding: name 'embedding'"
             )
+        needs = BLOCK_PARTS[choice].needs if choice in BLOCK_PARTS else None
+        if shape is not None and needs is not None and not getattr(shape, needs):
+            raise ConfigError(f"model.trainable names '{choice}', which the blocks of this model do not have")
+
+
+def _rounds(plan: ExpansionPlan) -> list[str]:
+    return [f"round_{number}" for number in range(1, plan.num_rounds + 1)]
+
+
+def trainable_blocks(trainable: Sequence[str], plan: ExpansionPlan) -> frozenset[int]:
+    """Layers that `trainable` names as whole blocks: those added in any of its rounds."""
+    rounds = {int(found.group(1)) for found in map(_ROUND.fullmatch, trainable) if found}
+    if NEWEST_BLOCKS in trainable:
+        rounds.add(plan.num_rounds)
+    if ADDED_BLOCKS in trainable:
+        rounds.update(range(1, plan.num_rounds + 1))
+    return frozenset(i for i, layer in enumerate(plan.layers) if layer.added_in_round in rounds - {0})
+
+
+def trainable_layers(trainable: Sequence[str], plan: ExpansionPlan) -> frozenset[int]:
+    """Layers in which anything trains."""
+    if EVERYTHING in trainable:
+        return frozenset(range(plan.num_layers))
+    if any(choice in BLOCK_PARTS for choice in trainable):
+        return frozenset(plan.added_layers)
+    return trainable_blocks(trainable, plan)
 
 
 def freeze(
@@ -91,21 +152,22 @@ def freeze(
 ) -> StageReport:
     """Set `requires_grad` of every parameter of this rank's model chunks, and report what trains.
 
-    `trainable` holds names out of `TRAINABLE_CHOICES`; `tensor_size` is the tensor-parallel size, for the report's
-    totals. Call it before DDP wraps the chunks.
+    `trainable` holds names out of `TRAINABLE_CHOICES`, or of rounds; `tensor_size` is the tensor-parallel size, for
+    the report's totals. Call it before DDP wraps the chunks.
 
     Raises:
         ConfigError: a name that is nothing, or that this model does not have.
     """
     check_trainable(trainable, plan, tie_word_embeddings=tie_word_embeddings)
     parameters = list(named_parameters(chunks))
-    added = frozenset(plan.added_layers)
+    blocks, added = trainable_blocks(trainable, plan), frozenset(plan.added_layers)
     for named in parameters:
-        named.parameter.requires_grad_(_trains(named, trainable, added, tie_word_embeddings))
+        trains = named.layer in blocks or _trains_by_name(named, trainable, added, tie_word_embeddings)
+        named.parameter.requires_grad_(trains)
     return stage_report(parameters, tensor_size=tensor_size)
 
 
-def _trains(named: NamedParameter, trainable: Sequence[str], added: Collection[int], tied: bool) -> bool:
+def _trains_by_name(named: NamedParameter, trainable: Sequence[str], added: Collection[int], tied: bool) -> bool:
     if EVERYTHING in trainable:
         return True
     if named.layer is None:
@@ -115,9 +177,8 @@ def _trains(named: NamedParameter, trainable: Sequence[str], added: Collection[i
         return named.name.startswith(tuple(parts)) if parts else False
     if named.layer not in added:
         return False
-    if ADDED_BLOCKS in trainable:
-        return True
-    return any(part in named.name for choice in trainable for part in BLOCK_PARTS.get(choice, ()))
+    parts = [BLOCK_PARTS[choice] for choice in trainable if choice in BLOCK_PARTS]
+    return any(pattern in named.name for part in parts for pattern in part.patterns)
 
 
 def stage_report(parameters: Sequence[NamedParameter], *, tensor_size: int = 1) -> StageReport:

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from megatron_llamapro.model.families import ModelShape, RopeScaling
+from megatron_llamapro.model.shape import ModelShape, RopeScaling
 
 
 def inverse_frequencies(shape: ModelShape) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from megatron_llamapro.model.families import ModelShape
+from megatron_llamapro.model.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,20 @@ class Work:
 
 
 def block_matrix_flops(shape: ModelShape) -> float:
-    """Forward FLOP a token of one block's weight matrices."""
+    """Forward FLOP a token of one block's weight matrices; of experts, those that the router chooses for it."""
     query = shape.num_attention_heads * shape.kv_channels
     key_value = shape.num_query_groups * shape.kv_channels
     attention = shape.hidden_size * (2 * query + 2 * key_value)
-    return 2.0 * (attention + 3 * shape.hidden_size * shape.ffn_hidden_size)
+    feed_forward = 3 * shape.hidden_size * shape.ffn_hidden_size
+    router = shape.hidden_size * (shape.num_moe_experts or 0)
+    return 2.0 * (attention + router + (shape.moe_router_topk or 1) * feed_forward)
 
 
-def block_attention_flops(shape: ModelShape, seq_length: int) -> float:
+def block_attention_flops(shape: ModelShape, seq_length: int, layer: int = 0) -> float:
     """Forward FLOP a token of one block's causal attention: scores and their product with the values."""
-    return 2.0 * seq_length * shape.num_attention_heads * shape.kv_channels
+    window = min(shape.window_of(layer) or seq_length, seq_length)
+    keys = window - window**2 / (2 * seq_length)  # a token's, on average; the first tokens see fewer
+    return 4.0 * keys * shape.num_attention_heads * shape.kv_channels
 
 
 def step_work(
@@ -54,10 +58,11 @@ def step_work(
     output_layer_trains: bool = False,
 ) -> Work:
     """FLOP a token of a training step of the whole model, with what trains as given."""
-    matrices, attention = block_matrix_flops(shape), block_attention_flops(shape, seq_length)
+    matrices = block_matrix_flops(shape)
     first = -1 if embedding_trains else min(trainable_layers, default=shape.num_layers)
     work = Work(0.0, 0.0, 0.0)
     for layer in range(shape.num_layers):
+        attention = block_attention_flops(shape, seq_length, layer)
         backward = layer >= first
         work += Work(
             forward=matrices + attention,

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 
 from megatron_llamapro.checkpoint.transforms import row_blocks
 from megatron_llamapro.checkpoint.weight_map import weights_of
-from megatron_llamapro.model.families import ModelShape
+from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.training.checkpointing import model_state
 
 
@@ -83,7 +83,8 @@ def _parts(sharded: ShardedTensor | ShardedTensorFactory, data: torch.Tensor) ->
 
 
 def _piece(part: ShardedTensor) -> Piece:
-    return Piece(part.key, tuple(part.global_shape), tuple(part.global_offset), part.data.clone())
+    data = part.data.reshape(*[1] * part.prepend_axis_num, *part.data.shape)  # an expert of all the experts
+    return Piece(part.key, tuple(part.global_shape), tuple(part.global_offset), data.clone())
 
 
 def assembled(pieces: Iterable[Piece]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,5 @@
-"""Tiny random LLaMA checkpoints in Hugging Face's format, complete with a tokenizer, the same for the same seed."""
+"""Tiny random checkpoints of every family in Hugging Face's format, complete with a tokenizer, the same for the same
+seed."""
 
 from __future__ import annotations
 
@@ -8,10 +9,30 @@ import torch
 
 VOCABULARY = 131  # no multiple of anything, so that padding of the vocabulary is always in play
 
+_WINDOW = {"use_sliding_window": True, "sliding_window": 8}  # shorter than any sequence of the tests
+_ALTERNATING = ["full_attention", "sliding_attention"] * 2
 
-def make_tiny_llama(
+# Settings of `make_tiny_model`: a row a family, or a kind of it that differs. Every test of families goes through all.
+TINY_FAMILIES: dict[str, dict] = {
+    "mistral, no window": {"model_type": "mistral", "sliding_window": None},
+    "mistral": {"model_type": "mistral", "sliding_window": 8},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2, tied, window from layer 2": {
+        "model_type": "qwen2",
+        "tie_word_embeddings": True,
+        "max_window_layers": 2,
+        **_WINDOW,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "qwen3, alternating windows": {"model_type": "qwen3", "head_dim": 8, "layer_types": _ALTERNATING, **_WINDOW},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def make_tiny_model(
     folder: Path,
     *,
+    model_type: str = "llama",
     num_hidden_layers: int = 4,
     num_attention_heads: int = 4,
     num_key_value_heads: int = 2,
@@ -25,11 +46,12 @@ def make_tiny_llama(
     with_tokenizer: bool = True,
     **config: object,
 ) -> Path:
-    """Write the checkpoint and return its folder. `config` are further fields of transformers' LlamaConfig."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Write the checkpoint and return its folder. `config` are further fields of transformers' configuration."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            model_type,
             num_hidden_layers=num_hidden_layers,
             num_attention_heads=num_attention_heads,
             num_key_value_heads=num_key_value_heads,
@@ -48,10 +70,9 @@ def make_tiny_llama(
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            is_norm = parameter.dim() == 1
-            parameter.copy_(1 + 0.2 * noise if is_norm else 0.1 * noise)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.1 * noise)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     if with_tokenizer:
         write_tiny_tokenizer(Path(folder), vocab_size=min(vocab_size, VOCABULARY))

@@ -7,7 +7,7 @@ import resource
 import torch
 import torch.distributed as dist
 
-from megatron_llamapro.model.freeze import EVERYTHING, StageReport
+from megatron_llamapro.model.freeze import EVERYTHING, StageReport, trainable_layers
 from megatron_llamapro.pipeline.cost import step_work
 from megatron_llamapro.pipeline.layout import draw, stage_layers
 from megatron_llamapro.training.setup import Run
@@ -84,7 +84,7 @@ def tflops_per_token(run: Run) -> float:
     work = step_work(
         shape,
         seq_length=run.config.data.seq_length,
-        trainable_layers=range(shape.num_layers) if everything else run.source.manifest.plan.added_layers,
+        trainable_layers=trainable_layers(trainable, run.source.manifest.plan),
         embedding_trains=everything or "embedding" in trainable,
         output_layer_trains=everything or "output_layer" in trainable or _trains_tied_head(run),
     )

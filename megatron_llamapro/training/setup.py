@@ -21,8 +21,9 @@ from megatron_llamapro.config.schema import ParallelConfig, RunConfig
 from megatron_llamapro.data.dataset import build_train_dataset, build_valid_datasets, check_train_files
 from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_llamapro.model.build import LlamaModel, build_model
-from megatron_llamapro.model.families import ModelShape, model_shape, read_hf_config
+from megatron_llamapro.model.families import model_shape, read_hf_config
 from megatron_llamapro.model.freeze import StageReport, check_trainable, freeze
+from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler, check_apex
 from megatron_llamapro.runtime.distributed import ParallelLayout, raise_together, start_model_parallel
 from megatron_llamapro.training.checkpointing import load_checkpoint, load_model
@@ -141,8 +142,9 @@ def _read_source(config: RunConfig) -> Source:
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
         ffn_hidden_size=shape.ffn_hidden_size,
+        has_experts=shape.is_moe,
     )
-    check_trainable(config.model.trainable, manifest.plan, tie_word_embeddings=shape.tie_word_embeddings)
+    check_trainable(config.model.trainable, manifest.plan, tie_word_embeddings=shape.tie_word_embeddings, shape=shape)
     _check_precision(config, manifest, folder)
     if config.data.seq_length > shape.max_position_embeddings:
         raise ConfigError(

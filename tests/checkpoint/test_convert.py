@@ -16,6 +16,7 @@ from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.testing.checkpoints import read_with_torch
+from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
 Tiny = Callable[..., Path]
 
@@ -50,12 +51,13 @@ ROUND_TRIPS = {
     },
     "float16, every head its own keys": {"dtype": "float16", "num_key_value_heads": 4},
     "float16, one key head, head_dim given": {"dtype": "float16", "num_key_value_heads": 1, "head_dim": 24},
+    **{f"bfloat16, {name}": {"dtype": "bfloat16", **settings} for name, settings in TINY_FAMILIES.items()},
 }
 
 
 @pytest.mark.parametrize("settings", ROUND_TRIPS.values(), ids=ROUND_TRIPS.keys())
-def test_round_trip_through_megatron_is_bit_exact(settings: dict, tiny_llama: Tiny, tmp_path: Path) -> None:
-    source = tiny_llama(**settings)
+def test_round_trip_through_megatron_is_bit_exact(settings: dict, tiny_model: Tiny, tmp_path: Path) -> None:
+    source = tiny_model(**settings)
     hf_to_megatron(source, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=150_000)
     assert_same_tensors(source, tmp_path / "back")
@@ -77,9 +79,13 @@ def test_special_values_travel_unchanged(tiny_llama: Tiny, tmp_path: Path) -> No
     assert_same_tensors(source, tmp_path / "back")
 
 
-@pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": True, "dtype": "bfloat16"}], ids=["untied", "tied"])
-def test_expanding_on_the_way_equals_expanding_first(settings: dict, tiny_llama: Tiny, tmp_path: Path) -> None:
-    source = tiny_llama(**settings)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"tie_word_embeddings": True, "dtype": "bfloat16"}, TINY_FAMILIES["qwen2"], TINY_FAMILIES["mixtral"]],
+    ids=["untied", "tied", "qwen2", "mixtral"],
+)
+def test_expanding_on_the_way_equals_expanding_first(settings: dict, tiny_model: Tiny, tmp_path: Path) -> None:
+    source = tiny_model(**settings)
     hf_to_megatron(source, tmp_path / "megatron", expand=after_every_second)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "through")
     expand_hf(source, tmp_path / "direct", expand=after_every_second)
@@ -142,6 +148,34 @@ def test_megatron_keys_are_the_ones_of_its_gpt_model(tiny_llama: Tiny, tmp_path:
         "decoder.final_layernorm.weight": (64,),
         "output_layer.weight": (131, 64),
     }
+
+
+def test_experts_of_a_layer_are_one_tensor(tiny_model: Tiny, tmp_path: Path) -> None:
+    """[experts, rows, columns], gate rows before up rows; the norm before the router has no linear to lie with."""
+    source = tiny_model(**TINY_FAMILIES["mixtral"], num_hidden_layers=1)
+    hf_to_megatron(source, tmp_path / "megatron")
+    stored, tensors = read_with_torch(tmp_path / "megatron"), stored_tensors(source)
+    block, theirs = "decoder.layers.0.mlp.", "model.layers.0.block_sparse_moe."
+    assert {name: tuple(tensor.shape) for name, tensor in stored.items() if "mlp" in name} == {
+        "decoder.layers.0.pre_mlp_layernorm.weight": (64,),
+        f"{block}router.weight": (4, 64),
+        f"{block}experts.experts.linear_fc1.weight": (4, 192, 64),
+        f"{block}experts.experts.linear_fc2.weight": (4, 64, 96),
+    }
+    fc1 = stored[f"{block}experts.experts.linear_fc1.weight"]
+    gate_and_up = [tensors[f"{theirs}experts.2.{part}.weight"] for part in ("w1", "w3")]
+    assert torch.equal(fc1[2], torch.cat(gate_and_up))
+
+
+def test_every_expert_of_an_added_block_has_its_output_zeroed(tiny_model: Tiny, tmp_path: Path) -> None:
+    expand_hf(tiny_model(**TINY_FAMILIES["mixtral"]), tmp_path / "expanded", expand=after_every_second)
+    after = stored_tensors(tmp_path / "expanded")
+    zeroed = {name for name, tensor in after.items() if not tensor.view(torch.int32).any()}
+    assert zeroed == {f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (2, 5)} | {
+        f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight" for layer in (2, 5) for expert in range(4)
+    }
+    router = "block_sparse_moe.gate.weight"
+    assert torch.equal(after[f"model.layers.2.{router}"], after[f"model.layers.1.{router}"])
 
 
 def test_rows_of_qkv_lie_by_query_group(tiny_llama: Tiny, tmp_path: Path) -> None:

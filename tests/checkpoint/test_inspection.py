@@ -12,6 +12,7 @@ from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron
 from megatron_llamapro.checkpoint.inspection import drawing, inspect
 from megatron_llamapro.checkpoint.sources import open_checkpoint
 from megatron_llamapro.expansion.plan import ExpansionPlan, placed_positions
+from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
 Tiny = Callable[..., Path]
 
@@ -49,6 +50,23 @@ def test_a_model_without_added_blocks(tiny_llama: Tiny) -> None:
     assert found.source is None
     assert found.trains.startswith("nothing is added yet")
     assert "E o o o o E" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("family", "lines"),
+    [
+        ("mistral", ["window          8 tokens in every layer"]),
+        (
+            "qwen2, tied, window from layer 2",
+            ["window          8 tokens in layers 2, 3", "attention       biases of queries, keys and values"],
+        ),
+        ("qwen3", ["attention       norms of queries and keys"]),
+        ("mixtral", ["experts         4 a block, 2 for each token"]),
+    ],
+)
+def test_what_only_some_families_have(family: str, lines: list[str], tiny_model: Tiny) -> None:
+    found = str(inspect(tiny_model(**TINY_FAMILIES[family]))).splitlines()
+    assert [line for line in found if line.startswith(("experts", "window", "attention"))] == lines
 
 
 def test_tensors_are_not_read(tiny_llama: Tiny, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, is_whole, p
 from megatron_llamapro.checkpoint.streaming import SourceFiles, StoredRows, hash_rows, read_whole, stored_hash
 from megatron_llamapro.checkpoint.weight_map import weights_of
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.model.families import ModelShape
+from megatron_llamapro.model.shape import ModelShape
 
 SHAPE = ModelShape(
     num_layers=1,

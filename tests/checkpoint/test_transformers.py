@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, megatron_to_hf
 from megatron_llamapro.checkpoint.reference import logits as reference_logits
 from megatron_llamapro.checkpoint.sources import OpenTensors, open_checkpoint
 from megatron_llamapro.checkpoint.streaming import SourceFiles
+from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
 Tiny = Callable[..., Path]
 
@@ -34,10 +35,14 @@ MODELS = {
     "float16": {"dtype": "float16"},
     "llama3 scaling, head_dim given": {"rope_parameters": LLAMA_3_SCALING, "head_dim": 32},
     "linear scaling": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    **TINY_FAMILIES,
+}
+ONE_OF_EACH_FAMILY = {
+    settings["model_type"]: settings for settings in ({"model_type": "llama"}, *TINY_FAMILIES.values())
 }
 
 
-def load(folder: Path) -> LlamaForCausalLM:
+def load(folder: Path) -> PreTrainedModel:
     """Load with `transformers`; every tensor must be found, and none left over."""
     model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
@@ -49,13 +54,13 @@ def some_tokens() -> torch.Tensor:
 
 
 @torch.no_grad()
-def logits_of(model: LlamaForCausalLM) -> torch.Tensor:
+def logits_of(model: PreTrainedModel) -> torch.Tensor:
     return model(some_tokens()).logits
 
 
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
-def test_expanded_equals_original(settings: dict, tiny_llama: Tiny, tmp_path: Path) -> None:
-    source = tiny_llama(**settings)
+def test_expanded_equals_original(settings: dict, tiny_model: Tiny, tmp_path: Path) -> None:
+    source = tiny_model(**settings)
     expand_hf(source, tmp_path / "hf", expand=lambda plan: plan.expand((1, 4, 6)), max_shard_bytes=100_000)
     hf_to_megatron(source, tmp_path / "megatron", expand=lambda plan: plan.expand((0, 1, 5, 6)))
     megatron_to_hf(tmp_path / "megatron", tmp_path / "through")
@@ -67,9 +72,10 @@ def test_expanded_equals_original(settings: dict, tiny_llama: Tiny, tmp_path: Pa
         assert torch.equal(logits_of(expanded), expected)
 
 
-def test_loading_is_silent(tiny_llama: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("family", ONE_OF_EACH_FAMILY)
+def test_loading_is_silent(family: str, tiny_model: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Warnings are errors here as it is; neither does transformers log one."""
-    expand_hf(tiny_llama(), tmp_path / "hf", expand=lambda plan: plan.expand((2, 5)))
+    expand_hf(tiny_model(**ONE_OF_EACH_FAMILY[family]), tmp_path / "hf", expand=lambda plan: plan.expand((2, 5)))
     with caplog.at_level("WARNING"):
         load(tmp_path / "hf")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -77,14 +83,16 @@ def test_loading_is_silent(tiny_llama: Tiny, tmp_path: Path, caplog: pytest.LogC
     assert tokenizer.decode(tokenizer("Hello").input_ids) == "Hello"
 
 
-def test_decoding_with_a_cache_equals_decoding_without(tiny_llama: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ONE_OF_EACH_FAMILY)
+def test_decoding_with_a_cache_equals_decoding_without(family: str, tiny_model: Tiny, tmp_path: Path) -> None:
     """Every block has a cache of its own, added ones too; they are made to matter first."""
-    expand_hf(tiny_llama(), tmp_path / "hf", expand=lambda plan: plan.expand((2, 5)))
+    expand_hf(tiny_model(**ONE_OF_EACH_FAMILY[family]), tmp_path / "hf", expand=lambda plan: plan.expand((2, 5)))
     model = load(tmp_path / "hf")
     with torch.no_grad():
         for layer in (2, 5):
-            for projection in (model.model.layers[layer].self_attn.o_proj, model.model.layers[layer].mlp.down_proj):
-                projection.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(layer))
+            for name, parameter in model.model.layers[layer].named_parameters():
+                if "o_proj" in name or "down_proj" in name:
+                    parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(layer))
     start = some_tokens()[:, :8]
     settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     settings |= {"output_logits": True, "return_dict_in_generate": True}
@@ -102,13 +110,24 @@ def ours(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
-def test_our_own_forward_pass_is_the_same_function(settings: dict, tiny_llama: Tiny) -> None:
+def test_our_own_forward_pass_is_the_same_function(settings: dict, tiny_model: Tiny) -> None:
     """`checkpoint.reference` computes in float32 what `transformers` does."""
-    source = tiny_llama(**settings)
+    source = tiny_model(**settings)
     theirs = logits_of(load(source).float())
     torch.testing.assert_close(ours(source), theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_our_own_forward_pass_reads_either_format(tiny_llama: Tiny, tmp_path: Path) -> None:
-    hf_to_megatron(tiny_llama(), tmp_path / "megatron")
-    assert torch.equal(ours(tiny_llama()), ours(tmp_path / "megatron"))
+@pytest.mark.parametrize("family", ONE_OF_EACH_FAMILY)
+def test_our_own_forward_pass_reads_either_format(family: str, tiny_model: Tiny, tmp_path: Path) -> None:
+    source = tiny_model(**ONE_OF_EACH_FAMILY[family])
+    hf_to_megatron(source, tmp_path / "megatron")
+    assert torch.equal(ours(source), ours(tmp_path / "megatron"))
+
+
+@pytest.mark.parametrize("settings", [s for s in TINY_FAMILIES.values() if s.get("sliding_window")])
+def test_a_sliding_window_matters_in_these_tests(settings: dict, tiny_model: Tiny) -> None:
+    """The tests' sequences are long enough for it: without the window the function is another."""
+    model = load(tiny_model(**settings))
+    with_window = logits_of(model)
+    model.config.sliding_window = 1000
+    assert (logits_of(model) - with_window)[:, 8:].abs().max() > 1e-2

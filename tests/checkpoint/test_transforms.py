@@ -8,9 +8,17 @@ import numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_llamapro.checkpoint.megatron_model import matrix
 from megatron_llamapro.checkpoint.transforms import row_blocks
-from megatron_llamapro.checkpoint.weight_map import Weight, hf_name_in_layer, hf_shapes, is_known_extra, weights_of
-from megatron_llamapro.model.families import ModelShape
+from megatron_llamapro.checkpoint.weight_map import (
+    Merge,
+    Weight,
+    hf_name_in_layer,
+    hf_shapes,
+    is_known_extra,
+    weights_of,
+)
+from megatron_llamapro.model.shape import ModelShape
 
 SHAPE = ModelShape(
     num_layers=2,
@@ -39,6 +47,9 @@ def shapes(draw: st.DrawFn) -> ModelShape:
         hidden_size=draw(st.integers(1, 16)),
         ffn_hidden_size=draw(st.integers(1, 16)),
         tie_word_embeddings=draw(st.booleans()),
+        add_qkv_bias=draw(st.booleans()),
+        qk_layernorm=draw(st.booleans()),
+        num_moe_experts=draw(st.none() | st.integers(2, 4)),
     )
 
 
@@ -54,7 +65,7 @@ def test_every_row_has_one_place(shape: ModelShape) -> None:
         blocks = list(row_blocks(weight, shape))
         ends = [block.merged_start + block.num_rows for block in blocks]
         assert [block.merged_start for block in blocks] == [0, *ends[:-1]]
-        assert ends[-1] == weight.megatron_shape[0]
+        assert ends[-1] == matrix(weight.megatron_shape)[0]
         rows = [(block.part, block.part_start + i) for block in blocks for i in range(block.num_rows)]
         wanted = [
             (name, i) for name, size in zip(weight.hf_names, weight.hf_shapes, strict=True) for i in range(size[0])
@@ -64,31 +75,31 @@ def test_every_row_has_one_place(shape: ModelShape) -> None:
 
 @given(shapes())
 def test_every_query_head_lies_with_its_key_and_value(shape: ModelShape) -> None:
-    """Row by row: each row of q, k and v is marked with its group."""
-    weight = next(w for w in weights_of(shape) if w.megatron_name.endswith("0.self_attention.linear_qkv.weight"))
+    """Row by row, of weights and biases: each row of q, k and v is marked with its group."""
     groups = numpy.arange(shape.num_query_groups)
-    parts = {
-        name: groups.repeat(size[0] // shape.num_query_groups)
-        for name, size in zip(weight.hf_names, weight.hf_shapes, strict=True)
-    }
-    together = merged(weight, parts, shape)
-    assert (together == groups.repeat(len(together) // shape.num_query_groups)).all()
+    weights = [weight for weight in weights_of(shape) if weight.row.merge is Merge.QKV]
+    assert len(weights) == shape.num_layers * (2 if shape.add_qkv_bias else 1)
+    for weight in weights:
+        parts = {
+            name: groups.repeat(size[0] // len(groups))
+            for name, size in zip(weight.hf_names, weight.hf_shapes, strict=True)
+        }
+        together = merged(weight, parts, shape)
+        assert (together == groups.repeat(len(together) // len(groups))).all()
 
 
 @given(shapes())
 def test_names_are_distinct_in_both_directions(shape: ModelShape) -> None:
     weights = weights_of(shape)
     hf_names = [name for weight in weights for name in weight.hf_names]
-    assert (
-        len(hf_names)
-        == len(set(hf_names))
-        == len(hf_shapes(shape))
-        == 9 * shape.num_layers + (2 if shape.tie_word_embeddings else 3)
-    )
+    feed_forward = 1 + 3 * shape.num_moe_experts if shape.num_moe_experts else 3
+    in_block = 6 + 3 * shape.add_qkv_bias + 2 * shape.qk_layernorm + feed_forward
+    outside = 2 if shape.tie_word_embeddings else 3
+    assert len(hf_names) == len(set(hf_names)) == len(hf_shapes(shape)) == in_block * shape.num_layers + outside
     assert len({weight.megatron_name for weight in weights}) == len(weights)
     zeroed = {name for weight in weights for name in weight.hf_names if weight.row.zero_in_added}
-    assert all(name.endswith(("o_proj.weight", "down_proj.weight")) for name in zeroed)
-    assert len(zeroed) == 2 * shape.num_layers
+    assert all(name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight")) for name in zeroed)
+    assert len(zeroed) == shape.num_layers * (1 + (shape.num_moe_experts or 1))
 
 
 def test_layers_are_told_apart_by_number() -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron
 from megatron_llamapro.checkpoint.verify import Check, verify
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
 Tiny = Callable[..., Path]
 
@@ -48,16 +49,33 @@ def train(tensors: dict[str, torch.Tensor], *layers: int) -> None:
 
 @pytest.mark.parametrize("format_name", ["hf", "megatron"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"tie_word_embeddings": True, "dtype": "bfloat16", "num_key_value_heads": 4}], ids=["1", "2"]
+    "settings",
+    [
+        {},
+        {"tie_word_embeddings": True, "dtype": "bfloat16", "num_key_value_heads": 4},
+        TINY_FAMILIES["qwen3, alternating windows"],
+        TINY_FAMILIES["mixtral"],
+    ],
+    ids=["1", "2", "qwen3", "mixtral"],
 )
-def test_an_untrained_expansion(format_name: str, settings: dict, tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_an_untrained_expansion(format_name: str, settings: dict, tiny_model: Tiny, tmp_path: Path) -> None:
     convert = {"hf": expand_hf, "megatron": hf_to_megatron}[format_name]
-    convert(tiny_llama(**settings), tmp_path / "expanded", expand=lambda plan: plan.expand((0, 3)))
-    found = checked(tiny_llama(**settings), tmp_path / "expanded")
+    convert(tiny_model(**settings), tmp_path / "expanded", expand=lambda plan: plan.expand((0, 3)))
+    found = checked(tiny_model(**settings), tmp_path / "expanded")
     assert list(found) == ["lineage", "original tensors", "manifest", "added blocks", "function"]
     assert all(check.ok for check in found.values()), found
     assert found["added blocks"].text == "0, 3: identity, as when added"
     assert found["function"].text == "logits are equal, bit for bit, on 32 random tokens"
+
+
+def test_windows_of_original_blocks_that_changed(tiny_model: Tiny, tmp_path: Path) -> None:
+    source = tiny_model(**TINY_FAMILIES["qwen3, alternating windows"])
+    expand_hf(source, tmp_path / "expanded", expand=lambda plan: plan.expand((0, 3)))
+    path = tmp_path / "expanded" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "layer_types": ["sliding_attention"] * 6}))
+    found = failures(source, tmp_path / "expanded")
+    assert found == {"lineage": "config.json differs from the original's in window_attn_skip_freq"}
 
 
 def test_a_model_without_added_blocks(tiny_llama: Tiny, tmp_path: Path) -> None:

@@ -78,6 +78,14 @@ def test_refused_for_the_world(fields: dict, world_size: int, message: str) -> N
 MODEL = {"num_layers": 6, "num_attention_heads": 8, "num_query_groups": 2, "ffn_hidden_size": 16}
 
 
+def test_experts_need_sequence_parallelism_on_several_tensor_ranks() -> None:
+    tensor_parallel = {"parallel__tensor_model_parallel_size": 2, "data__seq_length": 32}
+    with pytest.raises(ConfigError, match=r"set parallel\.sequence_parallel to true"):
+        check_model(changed(**tensor_parallel), **MODEL, has_experts=True)
+    check_model(changed(**tensor_parallel, parallel__sequence_parallel=True), **MODEL, has_experts=True)
+    check_model(changed(), **MODEL, has_experts=True)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

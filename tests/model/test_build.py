@@ -20,21 +20,34 @@ def test_padded_vocab_size(vocab_size: int, divisible_by: int, tensor_size: int,
     assert found == padded
 
 
-def test_attention_equals_the_formula() -> None:
-    """softmax(q kᵀ / √d, causal) v, with every key head serving its group of query heads."""
+@pytest.mark.parametrize("tokens_before", [None, 0, 2, 3, 4, 100])
+def test_attention_equals_the_formula(tokens_before: int | None) -> None:
+    """softmax(q kᵀ / √d, causal, of the window) v, with every key head serving its group of query heads."""
     from megatron.core.transformer.enums import AttnMaskType
 
     from megatron_llamapro.model.spec import SDPACoreAttention
 
-    config = types.SimpleNamespace(attention_dropout=0.0)
+    window = None if tokens_before is None else (tokens_before, 0)
+    config = types.SimpleNamespace(attention_dropout=0.0, window_size=window, window_attn_skip_freq=None)
     attention = SDPACoreAttention(config, 1, AttnMaskType.causal, "self")
     query, key, value = (torch.randn(5, 2, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
     ours = attention(query, key, value, None)
     key, value = (x.repeat_interleave(2, dim=2) for x in (key, value))
     scores = torch.einsum("sbhd,tbhd->bhst", query, key) / 8**0.5
-    scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
+    hidden = torch.ones(5, 5).triu(1) + torch.ones(5, 5).tril(-6 if tokens_before is None else -tokens_before - 1)
+    scores = scores.masked_fill(hidden.bool(), float("-inf"))
     expected = torch.einsum("bhst,tbhd->sbhd", scores.softmax(-1), value).reshape(5, 2, 32)
     torch.testing.assert_close(ours, expected)
+
+
+def test_each_layer_has_its_own_window() -> None:
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_llamapro.model.spec import SDPACoreAttention
+
+    config = types.SimpleNamespace(attention_dropout=0.0, window_size=(7, 0), window_attn_skip_freq=[0, 1, 1])
+    layers = [SDPACoreAttention(config, number, AttnMaskType.causal, "self") for number in (1, 2, 3)]
+    assert [layer.tokens_before for layer in layers] == [None, 7, 7]
 
 
 def padding_worker(divisible_by: int) -> tuple[torch.Tensor, torch.Tensor]:

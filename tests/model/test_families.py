@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.families import (
-    RopeScaling,
+    FAMILIES,
     expanded_hf_config,
     family_of,
     model_shape,
     read_hf_config,
 )
+from megatron_llamapro.model.refused import REFUSED as REFUSED_FAMILIES
+from megatron_llamapro.model.shape import RopeScaling
 
 LLAMA_2 = {
     "model_type": "llama",
@@ -74,6 +78,107 @@ def test_linear_scaling_under_its_older_name() -> None:
     assert shape.rope_scaling == RopeScaling("linear", 4.0)
 
 
+MISTRAL_7B = {**LLAMA_2, "model_type": "mistral", "num_key_value_heads": 8, "sliding_window": 4096}
+QWEN2_5_7B = {
+    **LLAMA_2,
+    "model_type": "qwen2",
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "num_attention_heads": 28,
+    "hidden_size": 3584,
+    "sliding_window": 131072,
+    "max_window_layers": 28,
+    "use_sliding_window": False,
+}
+QWEN3_4B = {
+    **QWEN2_5_7B,
+    "model_type": "qwen3",
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "hidden_size": 2560,
+    "head_dim": 128,
+    "attention_bias": False,
+    "sliding_window": None,
+    "max_window_layers": 36,
+}
+MIXTRAL_8X7B = {
+    **MISTRAL_7B,
+    "model_type": "mixtral",
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "sliding_window": None,
+}
+
+
+def features(config: dict) -> dict:
+    """What a family's shape has beyond LLaMA's."""
+    plain = model_shape(LLAMA_2)
+    names = (field.name for field in dataclasses.fields(plain) if field.default is not dataclasses.MISSING)
+    values = {name: getattr(model_shape(config), name) for name in names}
+    return {name: value for name, value in values.items() if value}
+
+
+WINDOWED = {"use_sliding_window": True, "sliding_window": 4096}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LLAMA_3, {}),
+        ({**LLAMA_3, "sliding_window": 4096}, {}),
+        (MISTRAL_7B, {"window_size": (4095, 0)}),
+        ({**MISTRAL_7B, "sliding_window": None}, {}),
+        (QWEN2_5_7B, {"add_qkv_bias": True}),
+        ({**QWEN2_5_7B, **WINDOWED}, {"add_qkv_bias": True}),
+        (
+            {**QWEN2_5_7B, **WINDOWED, "max_window_layers": 0},
+            {"add_qkv_bias": True, "window_size": (4095, 0)},
+        ),
+        (
+            {**QWEN2_5_7B, **WINDOWED, "max_window_layers": 21},
+            {"add_qkv_bias": True, "window_size": (4095, 0), "window_attn_skip_freq": (0,) * 21 + (1,) * 7},
+        ),
+        (QWEN3_4B, {"qk_layernorm": True}),
+        (
+            {**QWEN3_4B, **WINDOWED, "layer_types": ["full_attention", "sliding_attention"] * 18},
+            {"qk_layernorm": True, "window_size": (4095, 0), "window_attn_skip_freq": (0, 1) * 18},
+        ),
+        (MIXTRAL_8X7B, {"num_moe_experts": 8, "moe_router_topk": 2}),
+        (
+            {**MIXTRAL_8X7B, "sliding_window": 4096},
+            {"num_moe_experts": 8, "moe_router_topk": 2, "window_size": (4095, 0)},
+        ),
+    ],
+)
+def test_what_families_have(config: dict, expected: dict) -> None:
+    assert features(config) == expected
+
+
+def test_a_field_that_is_missing_is_what_transformers_takes_it_for() -> None:
+    """Old configurations leave out what was a default; the default is the family's."""
+    defaults = ("model_type", "num_key_value_heads", "rms_norm_eps")
+    bare = {key: value for key, value in LLAMA_2.items() if key not in defaults}
+    for model_type in FAMILIES:
+        ours = model_shape({**bare, "model_type": model_type})
+        theirs = AutoConfig.for_model(model_type, **bare)
+        assert ours.num_query_groups == theirs.num_key_value_heads
+        assert ours.layernorm_epsilon == theirs.rms_norm_eps
+        assert ours.kv_channels == (getattr(theirs, "head_dim", None) or 128)
+        assert ours.rotary_base == theirs.rope_parameters["rope_theta"]
+        assert ours.num_moe_experts == getattr(theirs, "num_local_experts", None)
+        assert ours.moe_router_topk == getattr(theirs, "num_experts_per_tok", None)
+        window = getattr(theirs, "sliding_window", None)
+        assert ours.window_size == (None if window is None else (window - 1, 0))
+
+
+def test_windows_and_layers_of_a_shape() -> None:
+    shape = model_shape({**QWEN2_5_7B, **WINDOWED, "num_hidden_layers": 4, "max_window_layers": 2})
+    assert [shape.window_of(layer) for layer in range(4)] == [None, None, 4096, 4096]
+    picked = shape.with_layers((0, 2, 2))
+    assert (picked.num_layers, picked.window_attn_skip_freq) == (3, (0, 1, 1))
+    assert model_shape(MISTRAL_7B).window_of(31) == 4096 and model_shape(LLAMA_2).window_of(0) is None
+
+
 def test_head_dim_may_differ_from_the_quotient() -> None:
     assert model_shape({**LLAMA_3, "head_dim": 64}).kv_channels == 64
     assert model_shape({**LLAMA_3, "head_dim": None}).kv_channels == 128
@@ -84,7 +189,36 @@ def without(field: str) -> dict:
 
 
 REFUSED = {
-    "an unknown family": ({**LLAMA_2, "model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported"),
+    "an unknown family": (
+        {**LLAMA_2, "model_type": "abc"},
+        "model_type 'abc' is not supported: known are llama, mistral, mixtral, qwen2, qwen3",
+    ),
+    "a family whose biases would remain": (
+        {**LLAMA_2, "model_type": "gpt_neox"},
+        "model_type 'gpt_neox' is not supported: output projections and norms have biases there.*; known are llama",
+    ),
+    "a family with a norm behind": ({**LLAMA_2, "model_type": "olmo2"}, "a norm stands behind each output projection"),
+    "biases in attention that norms of queries and keys replaced": (
+        {**QWEN3_4B, "attention_bias": True},
+        "attention_bias True.*bias",
+    ),
+    "random noise before the router": ({**MIXTRAL_8X7B, "router_jitter_noise": 0.1}, "router_jitter_noise 0.1"),
+    "one expert a token": ({**MIXTRAL_8X7B, "num_experts_per_tok": 1}, "num_experts_per_tok 1: transformers weighs"),
+    "more experts a token than there are": ({**MIXTRAL_8X7B, "num_experts_per_tok": 9}, "num_experts_per_tok 9"),
+    "a window of nothing": ({**MISTRAL_7B, "sliding_window": 0}, "sliding_window 0"),
+    "windows of layers that are not known": (
+        {**QWEN3_4B, "layer_types": ["linear_attention"] * 36},
+        "layer_types has 'linear_attention': known are full_attention, sliding_attention",
+    ),
+    "windows of too few layers": ({**QWEN3_4B, "layer_types": ["full_attention"]}, "layer_types has no value"),
+    "windows without a width": (
+        {**QWEN3_4B, "layer_types": ["sliding_attention"] * 36},
+        "use_sliding_window and sliding_window give no window",
+    ),
+    "a first windowed layer that is no number": (
+        {**QWEN2_5_7B, **WINDOWED, "max_window_layers": "all"},
+        "max_window_layers 'all'",
+    ),
     "no family": (without("model_type"), "model_type"),
     "a family that is no text": ({**LLAMA_2, "model_type": ["llama"]}, "model_type"),
     "biases in attention": ({**LLAMA_2, "attention_bias": True}, "attention_bias True.*bias"),
@@ -154,8 +288,31 @@ def test_per_layer_field_of_the_wrong_length() -> None:
         expanded_hf_config(config, ExpansionPlan.unexpanded(4).expand((4,)))
 
 
-def test_family_is_found_by_its_model_type() -> None:
-    assert family_of(LLAMA_2).model_type == "llama"
+@pytest.mark.parametrize("positions", [(2, 5), (2, 3), (4, 5)])
+def test_windows_from_a_layer_on_are_moved_with_the_plan(positions: tuple[int, int]) -> None:
+    """They are also written layer by layer: a group of copies may make full and windowed layers alternate."""
+    config = {**QWEN2_5_7B, **WINDOWED, "num_hidden_layers": 4, "max_window_layers": 2}
+    plan = ExpansionPlan.unexpanded(4).expand(positions)
+    expanded = expanded_hf_config(config, plan)
+    kinds = [model_shape(config).window_of(layer.parent_layer) for layer in plan.layers]
+    assert [model_shape(expanded).window_of(layer) for layer in range(6)] == kinds
+    assert expanded["max_window_layers"] == kinds.count(None)
+    assert [kind[0] for kind in expanded["layer_types"]] == ["f" if kind is None else "s" for kind in kinds]
+
+
+def test_windows_that_no_layer_has_are_not_written() -> None:
+    """The field keeps its meaning, all layers, and no list appears that the source did not have."""
+    plan = ExpansionPlan.unexpanded(28).expand((4, 9))
+    expanded = expanded_hf_config(QWEN2_5_7B, plan)
+    assert expanded == {**QWEN2_5_7B, "num_hidden_layers": 30, "max_window_layers": 30}
+
+
+def test_every_refused_family_says_why() -> None:
+    for model_type in REFUSED_FAMILIES:
+        with pytest.raises(CheckpointError, match=f"'{model_type}' is not supported: .{{20,}}; known are") as refusal:
+            family_of({"model_type": model_type})
+        assert "\n" not in str(refusal.value)
+    assert not REFUSED_FAMILIES.keys() & FAMILIES.keys()
 
 
 BROKEN_FILES = {

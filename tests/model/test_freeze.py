@@ -7,7 +7,7 @@ import pytest
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.families import ModelShape
+from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.testing.distributed import run_distributed
 
 SHAPE = ModelShape(
@@ -27,8 +27,14 @@ SHAPE = ModelShape(
 PLAN = ExpansionPlan.unexpanded(10).expand((1, 11))  # 1 is the start of 11's name: names are not matched by their start
 
 
-def freeze_worker(parallel: ParallelConfig, trainable: tuple[str, ...], tied: bool):
-    """Names of what trains on this rank, and the report."""
+# 2 → 3 → 5 layers: round 1 added layer 2, round 2 layers 1 and 4.
+TWO_ROUNDS = ExpansionPlan.unexpanded(2).expand((1,)).expand((1, 4))
+
+
+def freeze_worker(
+    parallel: ParallelConfig, trainable: tuple[str, ...], tied: bool, plan: ExpansionPlan, fields: dict[str, object]
+):
+    """Names of what trains on this rank, and the report; `fields` change the shape."""
     import dataclasses
 
     from megatron_llamapro.model.build import build_model
@@ -37,16 +43,19 @@ def freeze_worker(parallel: ParallelConfig, trainable: tuple[str, ...], tied: bo
     from megatron_llamapro.runtime.distributed import start_model_parallel
 
     layout = start_model_parallel(parallel, seed=1)
-    shape = dataclasses.replace(SHAPE, tie_word_embeddings=tied)
+    shape = dataclasses.replace(SHAPE, tie_word_embeddings=tied, num_layers=plan.num_layers, **fields)
     model = ModelConfig(checkpoint="")
     chunks = build_model(shape, model=model, parallel=parallel, precision="fp32")
-    report = freeze(chunks, PLAN, trainable, tie_word_embeddings=tied, tensor_size=layout.tensor_size)
+    report = freeze(chunks, plan, trainable, tie_word_embeddings=tied, tensor_size=layout.tensor_size)
     return {named.name for named in named_parameters(chunks) if named.parameter.requires_grad}, report
 
 
-def trained(parallel: ParallelConfig, *trainable: str, tied: bool = False) -> set[str]:
+def trained(
+    parallel: ParallelConfig, *trainable: str, tied: bool = False, plan: ExpansionPlan = PLAN, **fields: object
+) -> set[str]:
     world_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    return set().union(*(names for names, _ in run_distributed(freeze_worker, world_size, parallel, trainable, tied)))
+    ranks = run_distributed(freeze_worker, world_size, parallel, trainable, tied, plan, fields)
+    return set().union(*(names for names, _ in ranks))
 
 
 BLOCK = (
@@ -85,6 +94,62 @@ def test_named_parts() -> None:
     }
 
 
+def test_one_round_trains_alone() -> None:
+    """On every stage; the model's other added blocks stay as an earlier run left them."""
+    pp2 = ParallelConfig(pipeline_model_parallel_size=2)
+    for trainable, layers in ((("round_1",), {2}), (("newest_blocks",), {1, 4}), (("round_1", "round_2"), {1, 2, 4})):
+        names = trained(pp2, *trainable, plan=TWO_ROUNDS)
+        assert names == {f"decoder.layers.{layer}.{name}" for layer in layers for name in BLOCK}
+
+
+def test_layers_that_train() -> None:
+    from megatron_llamapro.model.freeze import trainable_layers
+
+    for trainable, layers in (
+        (("added_blocks",), {1, 2, 4}),
+        (("round_1", "final_norm"), {2}),
+        (("newest_blocks",), {1, 4}),
+        (("newest_blocks", "linear_fc1"), {1, 2, 4}),
+        (("embedding",), set()),
+        (("everything",), {0, 1, 2, 3, 4}),
+    ):
+        assert trainable_layers(trainable, TWO_ROUNDS) == layers
+
+
+def test_parts_of_the_families() -> None:
+    """Biases go with their projection; norms of queries and keys, routers and experts have names of their own."""
+    attention = {"add_qkv_bias": True, "qk_layernorm": True}
+    plan = ExpansionPlan.unexpanded(1).expand((1,))
+    block = "decoder.layers.1."
+    assert trained(LAYOUTS["one"], "linear_qkv", "k_layernorm", plan=plan, **attention) == {
+        f"{block}self_attention.{name}" for name in ("linear_qkv.weight", "linear_qkv.bias", "k_layernorm.weight")
+    }
+    mixture = {"num_moe_experts": 2, "moe_router_topk": 2}
+    fc2 = {f"{block}mlp.experts.local_experts.{expert}.linear_fc2.weight" for expert in range(2)}
+    fc1 = {name.replace("fc2", "fc1") for name in fc2}
+    assert trained(LAYOUTS["one"], "linear_fc2", plan=plan, **mixture) == fc2
+    router = f"{block}mlp.router.weight"
+    assert trained(LAYOUTS["one"], "experts", "router", plan=plan, **mixture) == fc1 | fc2 | {router}
+
+
+def test_transformer_engines_names_are_matched_too() -> None:
+    """Its norms lie with the linear behind them, its experts in one module with numbered weights."""
+    from megatron_llamapro.model.freeze import BLOCK_PARTS
+
+    def parts_of(name: str) -> set[str]:
+        return {
+            part for part, found in BLOCK_PARTS.items() if any(p in f"decoder.layers.1.{name}" for p in found.patterns)
+        }
+
+    assert parts_of("self_attention.linear_qkv.layer_norm_weight") == {"input_layernorm"}
+    assert parts_of("self_attention.linear_qkv.bias") == {"linear_qkv"}
+    assert parts_of("self_attention.q_layernorm.weight") == {"q_layernorm"}
+    assert parts_of("mlp.linear_fc1.layer_norm_weight") == {"pre_mlp_layernorm"}
+    assert parts_of("pre_mlp_layernorm.weight") == {"pre_mlp_layernorm"}
+    assert parts_of("mlp.experts.linear_fc1.weight3") == {"linear_fc1", "experts"}
+    assert parts_of("mlp.router.weight") == {"router"}
+
+
 def test_tied_embedding_trains_on_both_stages() -> None:
     """The last stage's copy is named output_layer.weight by megatron.core."""
     pp2 = ParallelConfig(pipeline_model_parallel_size=2)
@@ -94,8 +159,8 @@ def test_tied_embedding_trains_on_both_stages() -> None:
 
 def test_report_counts_every_parameter_once() -> None:
     parallel = LAYOUTS["tp2 pp2"]
-    ranks = run_distributed(freeze_worker, 4, parallel, ("added_blocks",), False)
-    [(_, whole)] = run_distributed(freeze_worker, 1, LAYOUTS["one"], ("added_blocks",), False)
+    ranks = run_distributed(freeze_worker, 4, parallel, ("added_blocks",), False, PLAN, {})
+    [(_, whole)] = run_distributed(freeze_worker, 1, LAYOUTS["one"], ("added_blocks",), False, PLAN, {})
     stages = [ranks[0][1], ranks[2][1]]
     assert sum(stage.num_stage_trainable for stage in stages) == whole.num_trainable
     assert [stage.trainable_layers for stage in stages] == [(1,), (11,)]
@@ -112,6 +177,13 @@ def test_refusals() -> None:
         (("linear_fc1",), unexpanded, False, "has no added blocks"),
         (("output_layer",), PLAN, True, "name 'embedding'"),
         (("xyz",), PLAN, False, "it is one of added_blocks"),
+        (("round_1",), unexpanded, False, "has no added blocks"),
+        (("newest_blocks",), unexpanded, False, "has no added blocks"),
+        (("round_2",), PLAN, False, "was expanded in 1 round: it has round_1"),
+        (("round_3",), TWO_ROUNDS, False, "was expanded in 2 rounds: it has round_1, round_2"),
+        (("round_0",), PLAN, False, "did you mean 'round_1'"),
+        (("router",), PLAN, False, "'router', which the blocks of this model do not have"),
+        (("q_layernorm",), PLAN, False, "'q_layernorm', which the blocks of this model do not have"),
     ):
         with pytest.raises(ConfigError, match=message):
-            check_trainable(trainable, plan, tie_word_embeddings=tied)
+            check_trainable(trainable, plan, tie_word_embeddings=tied, shape=SHAPE)

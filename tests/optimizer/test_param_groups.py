@@ -10,6 +10,7 @@ import torch
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import OptimizerConfig, ParamGroupRule
 from megatron_llamapro.optimizer.param_groups import config_overrides
+from megatron_llamapro.testing.distributed import run_distributed
 
 
 class FakeStage(torch.nn.Module):
@@ -39,6 +40,38 @@ def test_vectors_do_not_decay() -> None:
     found = settings_of()
     assert found["linear.weight"] == {}
     assert found["linear.bias"] == found["norm.weight"] == {"wd_mult": 0.0}
+
+
+def decay_worker(fields: dict[str, object]) -> set[str]:
+    """Names, with every index left out, of what does not decay in a model with everything trainable."""
+    import re
+
+    from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
+    from megatron_llamapro.model.build import build_model
+    from megatron_llamapro.model.names import named_parameters
+    from megatron_llamapro.model.shape import ModelShape
+    from megatron_llamapro.runtime.distributed import start_model_parallel
+
+    start_model_parallel(ParallelConfig(), seed=1)
+    shape = ModelShape(2, 32, 48, 4, 2, 8, 131, 1e-5, 64, 1e4, None, False, **fields)
+    chunks = build_model(shape, model=ModelConfig(checkpoint=""), parallel=ParallelConfig(), precision="fp32")
+    overrides = config_overrides(chunks, OptimizerConfig())
+    return {
+        re.sub(r"\.\d+\.", ".", named.name).removeprefix("decoder.layers.")
+        for named in named_parameters(chunks)
+        for key in overrides
+        if key.matches(named.parameter, named.name)
+    }
+
+
+def test_norms_and_biases_of_every_family_do_not_decay() -> None:
+    norms = {"input_layernorm.weight", "pre_mlp_layernorm.weight", "decoder.final_layernorm.weight"}
+    [dense] = run_distributed(decay_worker, 1, {"add_qkv_bias": True, "qk_layernorm": True})
+    assert dense - norms == {
+        f"self_attention.{name}" for name in ("linear_qkv.bias", "q_layernorm.weight", "k_layernorm.weight")
+    }
+    assert norms < dense
+    assert run_distributed(decay_worker, 1, {"num_moe_experts": 2, "moe_router_topk": 2}) == [norms]
 
 
 def test_rules_speak_of_global_layers_and_the_first_wins() -> None:

@@ -1,9 +1,11 @@
 """The arithmetic of a step's work, against counts that were made independently."""
 
+import dataclasses
+
 import pytest
 
-from megatron_llamapro.model.families import ModelShape
-from megatron_llamapro.pipeline.cost import step_work
+from megatron_llamapro.model.shape import ModelShape
+from megatron_llamapro.pipeline.cost import block_attention_flops, block_matrix_flops, step_work
 
 LLAMA2_7B = ModelShape(
     num_layers=40,
@@ -39,3 +41,29 @@ def test_everything_trainable() -> None:
         output_layer_trains=True,
     )
     assert work.total / 1e9 == pytest.approx(53.38, abs=0.02)
+
+
+MIXTRAL_8X7B = dataclasses.replace(
+    LLAMA2_7B, num_layers=32, ffn_hidden_size=14336, num_query_groups=8, num_moe_experts=8, moe_router_topk=2
+)
+
+
+def test_experts_count_as_many_as_are_chosen() -> None:
+    """Mixtral 8x7B: 12.9 B parameters are active of 46.7 B (arXiv 2401.04088, table 1), here without the embedding."""
+    active = MIXTRAL_8X7B.num_layers * block_matrix_flops(MIXTRAL_8X7B) / 2 + 4096 * 32000
+    assert active / 1e9 == pytest.approx(12.88 - 0.13, abs=0.01)
+    router = dataclasses.replace(MIXTRAL_8X7B, num_moe_experts=9)
+    assert block_matrix_flops(router) - block_matrix_flops(MIXTRAL_8X7B) == 2 * 4096
+
+
+@pytest.mark.parametrize(("window", "seq_length"), [(8, 32), (32, 32), (100, 32), (1, 7)])
+def test_attention_counts_the_keys_in_the_window(window: int, seq_length: int) -> None:
+    """Against the sum over tokens, of which each counts itself half, as in full causal attention."""
+    shape = dataclasses.replace(LLAMA2_7B, window_size=(window - 1, 0), window_attn_skip_freq=(1, 0))
+    keys = sum(min(i + 1, window) - 0.5 * (i < window) for i in range(seq_length)) / seq_length
+    assert block_attention_flops(shape, seq_length, layer=0) == pytest.approx(4 * keys * 4096)
+    full = block_attention_flops(LLAMA2_7B, seq_length)
+    assert block_attention_flops(shape, seq_length, layer=1) == full == 2 * seq_length * 4096
+    work = step_work(dataclasses.replace(shape, num_layers=2), seq_length=seq_length, trainable_layers=())
+    head = 2 * 4096 * 32000
+    assert work.forward == pytest.approx(2 * block_matrix_flops(shape) + 4 * keys * 4096 + full + head)

@@ -5,7 +5,8 @@ Gradients and losses: 1e-5 relative, logits 1e-4, in float32: sums of a few thou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ import torch
 
 from megatron_llamapro.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_llamapro.testing.distributed import run_distributed
+from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
 SEQ_LENGTH, BATCH = 32, 4
+ADDED = ("model.layers.2.", "model.layers.5.")
 
 
 def parallel(tp: int = 1, pp: int = 1, vp: int | None = None, sp: bool = False) -> ParallelConfig:
@@ -43,8 +46,8 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
 
 
-def load_chunks(folder: Path, config: ParallelConfig):
-    """This rank's chunks of a Megatron checkpoint, frozen but for the added blocks."""
+def load_chunks(folder: Path, config: ParallelConfig, trainable: tuple[str, ...] = ("added_blocks",)):
+    """This rank's chunks of a Megatron checkpoint, frozen but for what is named."""
     from megatron_llamapro.checkpoint.manifest import Manifest
     from megatron_llamapro.model.build import build_model
     from megatron_llamapro.model.families import model_shape, read_hf_config
@@ -57,7 +60,7 @@ def load_chunks(folder: Path, config: ParallelConfig):
     chunks = build_model(shape, model=ModelConfig(checkpoint=str(folder)), parallel=config, precision="fp32")
     plan = Manifest.read(folder).plan
     if plan.added_layers:
-        freeze(chunks, plan)
+        freeze(chunks, plan, trainable, tie_word_embeddings=shape.tie_word_embeddings)
     load_model(chunks, folder)
     return layout, shape, chunks
 
@@ -73,12 +76,12 @@ def logits_worker(folders: list[Path], config: ParallelConfig) -> list[torch.Ten
 
 
 def hf_model(folder: Path):
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-FAMILIES = {
+LLAMAS = {
     "gqa": {},
     "mha tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
     "llama3 rope, head_dim": {
@@ -96,21 +99,27 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "dp2"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits(family: str, layout: str, models: Callable) -> None:
-    """Expanded and original are equal bit for bit, and equal to transformers."""
-    made = models(**FAMILIES[family])
+@pytest.mark.parametrize("llama", LLAMAS)
+def test_logits(llama: str, layout: str, models: Callable) -> None:
+    made = models(**LLAMAS[llama])
     world_size, config = LAYOUTS[layout]
     ranks = run_distributed(logits_worker, world_size, [made.original_megatron, made.expanded_megatron], config)
-    original, expanded = ranks[-1]
+    check_logits(made, *ranks[-1])
+
+
+def check_logits(made, original: torch.Tensor, expanded: torch.Tensor) -> None:
+    """Expanded and original are equal bit for bit, and equal to transformers."""
     assert torch.equal(original, expanded)
     with torch.no_grad():
         reference = hf_model(made.original_hf)(batch()[0]).logits
         assert torch.equal(reference, hf_model(made.expanded_hf)(batch()[0]).logits)
+    assert reference.std() > 0.1
     torch.testing.assert_close(expanded, reference, rtol=1e-4, atol=1e-4)
 
 
-def gradients_worker(folder: Path, config: ParallelConfig, num_steps: int = 1):
+def gradients_worker(
+    folder: Path, config: ParallelConfig, num_steps: int = 1, trainable: tuple[str, ...] = ("added_blocks",)
+):
     """Loss, gradient norm and gradients of each of some steps."""
     from megatron.core import parallel_state
 
@@ -119,7 +128,7 @@ def gradients_worker(folder: Path, config: ParallelConfig, num_steps: int = 1):
     from megatron_llamapro.training.setup import wrapped
     from megatron_llamapro.training.step import connect, reduce_loss, run_microbatches
 
-    layout, _, models = load_chunks(folder, config)
+    layout, _, models = load_chunks(folder, config, trainable)
     chunks = [wrapped(model, config) for model in models]
     settings = OptimizerConfig(lr=1e-2, lr_warmup_fraction=0.0)
     optimizer = build_optimizer(chunks, settings, precision="fp32")
@@ -162,44 +171,95 @@ def micro_batches(layout):
         }
 
 
-@pytest.fixture(scope="module")
-def reference(models: Callable):
-    """transformers' loss and gradients of the added blocks."""
-    made = models()
-    model = hf_model(made.expanded_hf)
+@dataclass(frozen=True)
+class Reference:
+    """What transformers computes, under the names that checkpoints store."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+
+
+def transformers_reference(folder: Path, only: tuple[str, ...] = ("",)) -> Reference:
+    """Loss and gradients of the parameters whose names start so."""
+    model = hf_model(folder)
     tokens, labels = batch()
     logits = model(tokens).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     loss.backward()
-    added = [f"model.layers.{layer}." for layer in (2, 5)]
-    gradients = {n: p.grad for n, p in model.named_parameters() if n.startswith(tuple(added))}
-    return made, loss.item(), gradients
+    gradients = {n: p.grad for n, p in model.named_parameters() if n.startswith(only)}
+    return Reference(loss.item(), dict(stored for item in gradients.items() for stored in as_stored(*item)))
+
+
+def as_stored(name: str, gradient: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """transformers 5 holds Mixtral's experts in two tensors, and stores them one by one."""
+    block, _, rest = name.partition(".mlp.")
+    if rest == "gate.weight":
+        yield f"{block}.block_sparse_moe.gate.weight", gradient
+    elif rest.startswith("experts."):
+        names = ("w1", "w3") if rest == "experts.gate_up_proj" else ("w2",)
+        for expert, both in enumerate(gradient):
+            for part, values in zip(names, both.chunk(len(names)), strict=True):
+                yield f"{block}.block_sparse_moe.experts.{expert}.{part}.weight", values
+    else:
+        yield name, gradient
+
+
+@pytest.fixture(scope="module")
+def reference(models: Callable):
+    """transformers' loss and gradients of the added blocks."""
+    made = models()
+    return made, transformers_reference(made.expanded_hf, ADDED)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_and_gradients(layout: str, reference) -> None:
+    made, expected = reference
+    world_size, config = LAYOUTS[layout]
+    ranks = run_distributed(gradients_worker, world_size, made.expanded_megatron, config)
+    check_first_step(made, expected, [steps[0] for steps in ranks])
+
+
+def check_first_step(made, expected: Reference, ranks: list[tuple]) -> None:
+    """Every rank has transformers' loss and gradient norm; together they have its gradients."""
     from megatron_llamapro.model.families import model_shape, read_hf_config
     from megatron_llamapro.testing.gather import assembled, under_hf_names
 
-    made, loss, gradients = reference
-    world_size, config = LAYOUTS[layout]
-    ranks = run_distributed(gradients_worker, world_size, made.expanded_megatron, config)
     shape = model_shape(read_hf_config(made.expanded_megatron))
-    ours = under_hf_names(assembled(piece for rank in ranks for piece in rank[0][2]), shape)
-    assert set(ours) == set(gradients)
-    norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
-    for rank in ranks:
-        assert rank[0][0] == pytest.approx(loss, rel=1e-5)
-        assert rank[0][1] == pytest.approx(norm, rel=1e-5)
-    for name, expected in gradients.items():
-        assert (ours[name] - expected).norm() <= 1e-5 * max(expected.norm(), 1e-3 * norm), name
+    ours = under_hf_names(assembled(piece for _, _, pieces in ranks for piece in pieces), shape)
+    assert set(ours) == set(expected.gradients)
+    norm = torch.stack([g.norm() for g in expected.gradients.values()]).norm().item()
+    for loss, grad_norm, _ in ranks:
+        assert loss == pytest.approx(expected.loss, rel=1e-5)
+        assert grad_norm == pytest.approx(norm, rel=1e-5)
+    for name, gradient in expected.gradients.items():
+        assert (ours[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-3 * norm), name
+
+
+def family_worker(original: Path, expanded: Path, config: ParallelConfig):
+    """Logits of both; of the expanded one a step that trains the added blocks, and one that trains everything."""
+    logits = logits_worker([original, expanded], config)
+    steps = [gradients_worker(expanded, config, 1, trainable)[0] for trainable in (("added_blocks",), ("everything",))]
+    return logits, steps
+
+
+@pytest.mark.parametrize("layout", ["one process", "tp2 pp2 sequence parallel"])
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_families(family: str, layout: str, models: Callable) -> None:
+    """Function and gradients. At an identity block only zeroed projections have gradients, so that everything trains
+    too: norms of queries and keys, biases, routers."""
+    made = models(**TINY_FAMILIES[family])
+    world_size, config = LAYOUTS[layout]
+    ranks = run_distributed(family_worker, world_size, made.original_megatron, made.expanded_megatron, config)
+    check_logits(made, *ranks[-1][0])
+    for number, only in enumerate((ADDED, ("",))):
+        check_first_step(made, transformers_reference(made.expanded_hf, only), [steps[number] for _, steps in ranks])
 
 
 def test_only_zeroed_projections_have_gradient_at_first(reference) -> None:
     """Paper, section 3.2: nothing reaches the rest of an identity block before its output projections move."""
     from megatron_llamapro.testing.gather import assembled
 
-    made, _, _ = reference
+    made, _ = reference
     [steps] = run_distributed(gradients_worker, 1, made.expanded_megatron, parallel(), 2)
     first, second = (assembled(pieces) for _, _, pieces in steps)
     for name, gradient in first.items():

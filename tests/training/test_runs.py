@@ -13,6 +13,7 @@ import workers
 from megatron_llamapro.config.schema import ParallelConfig
 from megatron_llamapro.testing.checkpoints import read_tensors
 from megatron_llamapro.testing.distributed import run_distributed
+from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
 TP2_PP2 = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True)
 PP2 = ParallelConfig(pipeline_model_parallel_size=2)
@@ -86,6 +87,20 @@ def test_resume_at_another_layout(saved_with, saved_ranks, loaded_with, loaded_r
     assert [step for step, *_ in rest] == [3, 4]
     for ours, theirs in zip(rest, whole[2:], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_experts_train_and_resume_at_another_layout(run_config: Callable, models: Callable) -> None:
+    """Mixtral's added blocks, router and every expert, and nothing else."""
+    folder = models(**TINY_FAMILIES["mixtral"]).expanded_megatron
+    whole = run_distributed(workers.train, 1, run_config(checkpoint=folder, save="whole"))[0].figures
+    first = run_config(checkpoint=folder, save="cut", parallel=TP2_PP2, exit_interval=2)
+    rest = run_config(checkpoint=folder, save="cut")
+    figures = [run_distributed(workers.train, ranks, config)[0].figures for ranks, config in ((4, first), (1, rest))]
+    for ours, theirs in zip(figures[0] + figures[1], whole, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    changed = moved(folder, Path(rest.checkpoint.save))
+    assert {name.split(".")[2] for name in changed} == {"2", "5"}
+    assert len(changed) == 2 * (6 + 1 + 4 * 3)
 
 
 def test_stage_with_nothing_to_train_resumes(run_config: Callable, models: Callable, tmp_path: Path) -> None:

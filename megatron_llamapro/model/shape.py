@@ -1,0 +1,67 @@
+"""What a model is made of, in numbers. Imports nothing of this package, and no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for longer contexts."""
+
+    rope_type: str
+    """linear or llama3."""
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Everything about a model that decides its computation and its tensors' shapes, in megatron.core's spelling."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    layernorm_epsilon: float
+    max_position_embeddings: int
+    rotary_base: float
+    rope_scaling: RopeScaling | None
+    tie_word_embeddings: bool
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    num_moe_experts: int | None = None
+    """None: one feed-forward a block. Else each expert is of size `ffn_hidden_size`."""
+    moe_router_topk: int | None = None
+    window_size: tuple[int, int] | None = None
+    """Tokens before and after itself that a token attends to; None: all before."""
+    window_attn_skip_freq: tuple[int, ...] | None = None
+    """megatron.core's name for: 1 or 0 a layer, whether it has the window. None: all layers have it."""
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether every block has experts."""
+        return self.num_moe_experts is not None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every block has one feed-forward."""
+        return self.num_moe_experts is None
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a token of this layer attends to, itself among them; None: all before it."""
+        if self.window_size is None or (self.window_attn_skip_freq and not self.window_attn_skip_freq[layer]):
+            return None
+        return self.window_size[0] + 1
+
+    def with_layers(self, layers: Sequence[int]) -> ModelShape:
+        """The shape of the model that is made of these layers of this one."""
+        windows = self.window_attn_skip_freq
+        picked = None if windows is None else tuple(windows[layer] for layer in layers)
+        return replace(self, num_layers=len(layers), window_attn_skip_freq=picked)

@@ -1,0 +1,69 @@
+"""The weight map says how megatron.core divides every weight over tensor-parallel ranks: held against its modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_llamapro.checkpoint.weight_map import Sharding, Weight
+from megatron_llamapro.testing.distributed import run_distributed
+
+EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
+
+
+def share(weight: Weight, whole: torch.Tensor, *, rank: int, ranks: int) -> torch.Tensor:
+    """The part of a matrix or vector that a rank holds, as the weight map has it."""
+    if weight.row.sharding is Sharding.REPLICATED:
+        return whole
+    if weight.row.sharding is Sharding.COLUMNS:
+        return whole.chunk(ranks, dim=1)[rank]
+    parts = [whole]
+    if weight.row.sharding is Sharding.ROWS_BY_PART:
+        parts = whole.chunk(len(weight.row.hugging_face))
+    return torch.cat([part.chunk(ranks)[rank] for part in parts])
+
+
+def wrong_parts(folder: Path) -> list[str]:
+    """Parameters of this rank that are not the part, or not marked as the part, that the weight map makes them."""
+    from megatron_llamapro.checkpoint.megatron_dist import TorchDistReader
+    from megatron_llamapro.checkpoint.weight_map import weights_of
+    from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
+    from megatron_llamapro.model.build import build_model
+    from megatron_llamapro.model.families import model_shape, read_hf_config
+    from megatron_llamapro.runtime.distributed import start_model_parallel
+    from megatron_llamapro.training.checkpointing import load_model, model_state
+
+    parallel = ParallelConfig(tensor_model_parallel_size=2)
+    layout = start_model_parallel(parallel, seed=1)
+    shape = model_shape(read_hf_config(folder))
+    settings = ModelConfig(checkpoint="", make_vocab_size_divisible_by=1)
+    chunks = build_model(shape, model=settings, parallel=parallel, precision="fp32")
+    load_model(chunks, folder)
+    weights = {weight.megatron_name: weight for weight in weights_of(shape)}
+    reader = TorchDistReader(folder)
+    wrong, seen = [], set()
+    for name, held in model_state(chunks)["model0"].items():
+        weight = weights[held.key]
+        seen.add(held.key)
+        expert = EXPERT.search(name)
+        whole = reader.tensor(held.key)[int(expert.group(1))] if expert else reader.tensor(held.key)
+        expected = share(weight, whole, rank=layout.tensor_rank, ranks=2)
+        is_divided = weight.row.sharding is not Sharding.REPLICATED
+        dimension = {Sharding.REPLICATED: -1, Sharding.COLUMNS: 1}.get(weight.row.sharding, 0)
+        marks = (getattr(held.data, "tensor_model_parallel", False), getattr(held.data, "partition_dim", -1))
+        if not torch.equal(held.data, expected) or marks != (is_divided, dimension):
+            wrong.append(name)
+    return wrong + [f"{name} is not in the model" for name in weights if name not in seen]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mixtral"])
+def test_the_modules_hold_what_the_weight_map_says(model_type: str, tiny_model: Callable, tmp_path: Path) -> None:
+    from megatron_llamapro.checkpoint.convert import hf_to_megatron
+
+    source = tiny_model(model_type=model_type, num_hidden_layers=1, vocab_size=132)
+    hf_to_megatron(source, tmp_path / "megatron")
+    assert run_distributed(wrong_parts, 2, tmp_path / "megatron") == [[], []]
