@@ -1,0 +1,148 @@
+"""Prove that other projects' tools read what this one writes: a tiny expanded model, each tool in its own environment.
+
+python benchmarks/read_by_others.py [--tools peft vllm …] [--venvs DIR] [--megatron_lm CLONE]
+
+Prints one line a tool: ok, not run and why, or FAIL; exits with 1 if one failed. docs/other_tools.md has the results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from megatron_llamapro.config.command import CommandParser, run_command
+from megatron_llamapro.config.errors import ConfigError
+from venvs import python_of
+
+ROOT = Path(__file__).resolve().parents[1]
+READERS = ROOT / "benchmarks" / "readers"
+_LONGEST_SECONDS = 600
+_SHOWN_CHARACTERS = 3000
+_PROVED = "proved: "
+# Nothing is fetched from a hub; vLLM reserves no more memory than the tiny model needs.
+_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tool:
+    """Another project's tool and the script that has it read a checkpoint."""
+
+    name: str
+    script: str
+    venv: str | None
+    """Its environment's name; None: this project's own."""
+    layout: tuple[int, int] | None = None
+    """Tensor and pipeline sizes, for Megatron-LM: a process each, and its clone on the path."""
+
+
+TOOLS = (
+    Tool("transformers", "transformers_decode.py", None),
+    Tool("mergekit", "mergekit_passthrough.py", "mergekit"),
+    Tool("peft", "peft_lora.py", "peft"),
+    Tool("lm-eval", "lm_eval_task.py", "lm-eval"),
+    Tool("vllm", "vllm_decode.py", "vllm"),
+    Tool("llama.cpp", "llama_cpp_gguf.py", "llama.cpp"),
+    Tool("megatron-bridge", "megatron_bridge_load.py", "megatron-bridge"),
+    Tool("megatron-lm", "megatron_lm_load.py", "megatron-bridge", layout=(1, 1)),
+    Tool("megatron-lm-tp2-pp2", "megatron_lm_load.py", "megatron-bridge", layout=(2, 2)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a tool fared."""
+
+    status: str
+    """ok, not run, FAIL"""
+    text: str
+    """What was proved, or why not."""
+
+
+def make_checkpoints(folder: Path) -> dict[str, Path]:
+    """A tiny random LLaMA with a sentencepiece tokenizer, its expansion by two blocks, and that in Megatron's format:
+    what is read is what the tools write."""
+    from megatron_llamapro.testing.tiny_models import make_tiny_llama
+
+    made = {name: folder / name for name in ("original", "expanded", "megatron")}
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": topic}) + "\n" for _, topic in sorted(topics.items())))
+    # Heads of 64, which every tool has kernels for.
+    make_tiny_llama(made["original"], hidden_size=256, intermediate_size=512, vocab_size=512, with_tokenizer=False)
+    _tool("train_tokenizer", "--input", text, "--vocab_size", 512, "--output_dir", made["original"])
+    _tool("expand_checkpoint", "--source", made["original"], "--target", made["expanded"], "--num_added_blocks", 2)
+    _tool("convert_checkpoint", "hf-to-megatron", "--source", made["expanded"], "--target", made["megatron"])
+    return made
+
+
+def _tool(name: str, *options: object) -> None:
+    command = [sys.executable, ROOT / "tools" / f"{name}.py", *options]
+    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+
+
+def read_with(tool: Tool, made: dict[str, Path], *, venvs: Path, megatron_lm: Path | None) -> Result:
+    """Have a tool read the checkpoints, in a process of its own."""
+    if tool.layout and megatron_lm is None:
+        return Result("not run", "give --megatron_lm DIR, a clone of it: no package holds its loader")
+    try:
+        python = python_of(tool.venv, venvs) if tool.venv else Path(sys.executable)
+    except ConfigError as error:
+        return Result("not run", str(error))
+    with tempfile.TemporaryDirectory() as work_dir:
+        command = _command(tool, python, made, Path(work_dir))
+        path = os.pathsep.join(map(str, [megatron_lm, ROOT] if tool.layout else [ROOT]))
+        environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path}
+        try:
+            ended = subprocess.run(
+                command, capture_output=True, text=True, env=environment, timeout=_LONGEST_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return Result("FAIL", f"no end within {_LONGEST_SECONDS} seconds")
+    proofs = [line.removeprefix(_PROVED) for line in ended.stdout.splitlines() if line.startswith(_PROVED)]
+    if ended.returncode == 0 and proofs:
+        return Result("ok", proofs[-1])
+    print(ended.stderr[-_SHOWN_CHARACTERS:], file=sys.stderr)
+    errors = [line for line in ended.stderr.splitlines() if "Error" in line and "ChildFailed" not in line]
+    return Result("FAIL", errors[-1].strip()[:300] if errors else f"exit code {ended.returncode}")
+
+
+def _command(tool: Tool, python: Path, made: dict[str, Path], work_dir: Path) -> list[str]:
+    script = str(READERS / tool.script)
+    if tool.layout is None:
+        given = {**made, "work_dir": work_dir}
+        return [str(python), script, *(part for name, path in given.items() for part in (f"--{name}", str(path)))]
+    tp, pp = tool.layout
+    torchrun = [str(python), "-m", "torch.distributed.run", "--nproc-per-node", str(tp * pp), script]
+    given = ["--checkpoint", made["megatron"], "--expanded", made["expanded"], "--tp", tp, "--pp", pp]
+    return [*torchrun, *map(str, given)]
+
+
+def main() -> int:
+    """Make the checkpoints, have every tool read them."""
+    parser = CommandParser(description=__doc__)
+    names = [tool.name for tool in TOOLS]
+    parser.add_argument("--tools", nargs="+", choices=names, default=names, metavar="TOOL", help=", ".join(names))
+    parser.add_argument("--venvs", type=Path, default=ROOT / "runs" / "venvs", metavar="DIR", help="environments")
+    parser.add_argument("--megatron_lm", type=Path, metavar="DIR", help="a clone of Megatron-LM, at core_v0.16.1")
+    args = parser.parse_args()
+    if args.megatron_lm and not (args.megatron_lm / "megatron" / "training").is_dir():
+        parser.error(f"--megatron_lm {args.megatron_lm} is no clone of Megatron-LM")
+    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        made = make_checkpoints(Path(folder))
+        for tool in TOOLS:
+            if tool.name in args.tools:
+                megatron_lm = args.megatron_lm.absolute() if args.megatron_lm else None
+                result = read_with(tool, made, venvs=args.venvs, megatron_lm=megatron_lm)
+                print(f"{result.status:8}{tool.name:20} {result.text}", flush=True)
+                failed |= result.status == "FAIL"
+    return int(failed)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,165 @@
+"""Megatron-LM's own loader on a converted checkpoint: its arguments, its model, `load_checkpoint`; then the logits.
+
+PYTHONPATH=MEGATRON_LM_CLONE:. torchrun --nproc-per-node TP×PP benchmarks/readers/megatron_lm_load.py \
+    --checkpoint DIR --expanded HF_DIR [--tp N] [--pp N]
+
+DIR is a torch_dist checkpoint as the converter writes it, or a folder with latest_checkpointed_iteration.txt. Layers
+are those of Megatron-LM's local specification, which need no Transformer Engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+import torch
+from folders import proved
+
+from megatron_llamapro.runtime import cpu
+
+_TRACKER = "latest_checkpointed_iteration.txt"
+
+# config.json's fields and Megatron-LM's options of the same meaning.
+_FROM_CONFIG = {
+    "num_hidden_layers": "--num-layers",
+    "hidden_size": "--hidden-size",
+    "intermediate_size": "--ffn-hidden-size",
+    "num_attention_heads": "--num-attention-heads",
+    "num_key_value_heads": "--num-query-groups",
+    "max_position_embeddings": "--max-position-embeddings",
+    "rms_norm_eps": "--norm-epsilon",
+}
+_LLAMA = (
+    "--group-query-attention --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
+    "--attention-dropout 0 --hidden-dropout 0"
+)
+# Kernels that need a GPU, Apex or Transformer Engine.
+_CPU = (
+    "--transformer-impl local --distributed-backend gloo --no-persist-layer-norm --no-masked-softmax-fusion "
+    "--no-gradient-accumulation-fusion --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion"
+)
+# What a run must say although nothing is trained.
+_RUN = "--micro-batch-size 1 --lr 1e-4 --train-iters 1 --tokenizer-type NullTokenizer --mock-data"
+_LOAD = "--no-load-optim --no-load-rng --exit-on-missing-checkpoint --dist-ckpt-strictness log_all"
+
+
+def arguments(config: dict, *, load: Path, tp: int, pp: int, divisible_by: int) -> list[str]:
+    """Megatron-LM's command line for a model with this config.json."""
+    sizes = [part for field, option in _FROM_CONFIG.items() for part in (option, str(config[field]))]
+    rope = config.get("rope_parameters") or {}
+    base = config.get("rope_theta") or rope.get("rope_theta", 10000)
+    # NullTokenizer adds one token to the size that it is told; what is padded is rounded up again.
+    vocabulary = ["--vocab-size", str(config["vocab_size"] - 1), "--make-vocab-size-divisible-by", str(divisible_by)]
+    split = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
+    untied = [] if config.get("tie_word_embeddings") else ["--untie-embeddings-and-output-weights"]
+    rotary = ["--seq-length", str(config["max_position_embeddings"]), "--rotary-base", str(int(base))]
+    always = " ".join((_LLAMA, _CPU, _RUN, _LOAD)).split()
+    return [*sizes, *untied, *vocabulary, *split, *rotary, "--load", str(load), *always]
+
+
+def as_release(checkpoint: Path, folder: Path) -> Path:
+    """A folder that Megatron-LM takes `checkpoint` from: it looks for a tracker file, and for the folder it names."""
+    if (checkpoint / _TRACKER).is_file():
+        return checkpoint
+    (folder / "release").symlink_to(checkpoint.absolute(), target_is_directory=True)
+    (folder / _TRACKER).write_text("release")
+    return folder
+
+
+def one_key_a_layer(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The field of TransformerConfig that reads checkpoints with a key for each layer; Megatron-LM has no option."""
+    parser.add_argument("--hetereogenous-dist-checkpoint", action="store_true", default=True)
+    return parser
+
+
+def load_with_megatron_lm(config: dict, load: Path, *, tp: int, pp: int, divisible_by: int) -> list[torch.nn.Module]:
+    """This rank's part of the model, filled by `megatron.training.checkpointing.load_checkpoint`."""
+    sys.argv = ["pretrain_gpt.py", *arguments(config, load=load, tp=tp, pp=pp, divisible_by=divisible_by)]
+    from gpt_builders import gpt_builder
+    from megatron.training import get_args, get_model, initialize
+    from megatron.training.checkpointing import load_checkpoint
+    from model_provider import model_provider
+
+    cpu.install()
+    torch.cuda.device_count = lambda: 1  # without a device it makes no model-parallel groups
+    torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(major=9)  # asked at TP > 1
+    initialize._compile_dependencies = lambda: None  # CUDA kernels, and a compiler for datasets
+    initialize.initialize_megatron(extra_args_provider=one_key_a_layer, allow_no_cuda=True)
+    model = get_model(functools.partial(model_provider, gpt_builder), wrap_with_ddp=False)
+    for chunk in model:  # so that a weight that is not loaded shows
+        for parameter in chunk.parameters():
+            torch.nn.init.constant_(parameter, torch.nan)
+    load_checkpoint(model, None, None)
+    assert get_args().padded_vocab_size % divisible_by == 0
+    return model
+
+
+def whole_logits(model: list[torch.nn.Module], tokens: torch.Tensor) -> torch.Tensor | None:
+    """Logits of `tokens` [b, s] → [b, s, padded vocabulary] on ranks of the last stage, None on the others."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    position_ids = torch.arange(tokens.shape[1]).expand(tokens.shape)
+
+    def forward_step(_: object, chunk: torch.nn.Module):
+        return chunk(tokens, position_ids, None), lambda logits, non_loss_data: logits
+
+    for chunk in model:
+        chunk.eval()
+    is_virtual = len(model) > 1
+    with torch.no_grad():
+        logits = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[None] * len(model) if is_virtual else None,
+            model=model if is_virtual else model[0],
+            num_microbatches=torch.distributed.get_world_size() if is_virtual else 1,
+            seq_length=tokens.shape[1],
+            micro_batch_size=tokens.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return gather_from_tensor_model_parallel_region(logits[0]) if logits else None
+
+
+def main() -> None:
+    """Load, compare with transformers on the last stage, say so on one rank."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--expanded", type=Path, required=True, help="the same model in Hugging Face's format")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
+    args = parser.parse_args()
+    config = json.loads((args.expanded / "config.json").read_text())
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        load = as_release(args.checkpoint, Path(folder))
+        model = load_with_megatron_lm(
+            config, load, tp=args.tp, pp=args.pp, divisible_by=args.make_vocab_size_divisible_by
+        )
+        torch.distributed.barrier()
+
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.arange(3, 35)[None] % config["vocab_size"]
+    logits = whole_logits(model, tokens)
+    if logits is not None:
+        with torch.no_grad():
+            expected = AutoModelForCausalLM.from_pretrained(args.expanded, dtype=torch.float32)(tokens).logits
+        logits = logits[..., : config["vocab_size"]].float()
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        difference = (logits - expected).abs().max().item()
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            proved(f"TP {args.tp} × PP {args.pp}: logits differ from transformers' by {difference:.1g} at most")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
