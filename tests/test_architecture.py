@@ -21,7 +21,7 @@ ALLOWED = {
     "model.rotary": {"model.shape"},
     "pipeline.cost": {"model.shape"},
     "pipeline": {"config"},
-    "checkpoint": {"config", "expansion", "model.families", "model.rotary", "model.shape"},
+    "checkpoint": {"config", "expansion", "model.families", "model.rotary", "model.shape", "pipeline"},
     "runtime": {"config"},
     "model": {"config", "expansion", "model.rotary", "model.shape", "pipeline"},
     "optimizer": {"config", "model"},

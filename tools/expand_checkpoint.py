@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.report import add_shard_option, add_writing_options, conversion_options, summary
+import megatron_llamapro.checkpoint.options as shared
+from megatron_llamapro.checkpoint.report import summary
 from megatron_llamapro.config.command import CommandParser, run_command
-from megatron_llamapro.expansion.options import add_expansion_options, read_expansion_options
-from megatron_llamapro.model.families import WEIGHT_DTYPES
 
 
 def main() -> int:
@@ -18,20 +17,17 @@ def main() -> int:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--source", type=Path, required=True, metavar="HF_DIR", help="Hugging Face checkpoint")
     parser.add_argument("--target", type=Path, required=True, metavar="HF_DIR", help="folder to write")
-    add_expansion_options(parser)
-    parser.add_argument("--dtype", choices=WEIGHT_DTYPES, help="cast the weights (default: keep the source's type)")
-    add_shard_option(parser)
-    add_writing_options(parser)
+    for add in (shared.add_change_options, shared.add_shard_option, shared.add_writing_options):
+        add(parser)
     args = parser.parse_args()
-    expansion = read_expansion_options(parser, args)
-    if expansion is None:
+    settings = shared.read_change_options(parser, args)
+    if "expand" not in settings:
         parser.error("say which blocks to add: --num_added_blocks N, or --positions 4,9,14")
 
     from megatron_llamapro.checkpoint.convert import expand_hf
 
-    with conversion_options("expanding", args) as options:
-        settings = {"dtype": args.dtype, "max_shard_bytes": args.max_shard_bytes, "options": options}
-        done = expand_hf(args.source, args.target, **settings, **expansion.arguments())
+    with shared.writing_options("expanding", args) as options:
+        done = expand_hf(args.source, args.target, max_shard_bytes=args.max_shard_bytes, options=options, **settings)
     print(summary(done))
     return 0
 

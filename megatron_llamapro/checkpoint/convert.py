@@ -17,14 +17,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import megatron_llamapro
 from megatron_llamapro.checkpoint.folder import carry_files, clear, staged
 from megatron_llamapro.checkpoint.hf_reader import open_hf
 from megatron_llamapro.checkpoint.hf_writer import DEFAULT_MAX_SHARD_BYTES, config_text, hf_layout
 from megatron_llamapro.checkpoint.layout import TargetLayout
+from megatron_llamapro.checkpoint.legacy_grid import LayerSpec
 from megatron_llamapro.checkpoint.manifest import Manifest, Source, config_sha256, tool_versions
 from megatron_llamapro.checkpoint.megatron_dist import torch_dist_layout
+from megatron_llamapro.checkpoint.megatron_legacy import LegacyTarget, legacy_layout
 from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.origins import Origins
 from megatron_llamapro.checkpoint.sources import open_megatron_checkpoint
@@ -73,7 +76,15 @@ class TargetKind:
     """Whether config.json carries the manifest too, as an export's does."""
 
 
-_TORCH_DIST = TargetKind(torch_dist_layout)
+TORCH_DIST = TargetKind(torch_dist_layout)
+"""Whole tensors; any division of ranks loads it."""
+
+
+def legacy(**division: Any) -> TargetKind:
+    """`mp_rank_…` files for one division of ranks; `division` are fields of `LegacyTarget`."""
+    if "layer_spec" in division:
+        division["layer_spec"] = LayerSpec(division["layer_spec"])
+    return TargetKind(partial(legacy_layout, target=LegacyTarget(**division)))
 
 
 def _hugging_face(max_shard_bytes: int) -> TargetKind:
@@ -118,9 +129,11 @@ def hf_to_megatron(
     init: Init = Init.COPY,
     seed: int = 0,
     dtype: str | None = None,
+    kind: TargetKind = TORCH_DIST,
     options: Options = Options(),
 ) -> Conversion:
-    """Convert a Hugging Face LLaMA to a Megatron checkpoint (torch_dist), adding blocks on the way if `expand` says so.
+    """Convert a Hugging Face LLaMA to a Megatron checkpoint of either format, adding blocks on the way if `expand` says
+    so.
 
     `dtype` (float32, bfloat16, float16) casts; without it the source's is kept.
 
@@ -129,7 +142,24 @@ def hf_to_megatron(
         ExpansionError: the blocks cannot be added as asked.
     """
     opened = open_hf(source)
-    return _convert(opened, target, _TORCH_DIST, expand=expand, init=init, seed=seed, dtype=dtype, options=options)
+    return _convert(opened, target, kind, expand=expand, init=init, seed=seed, dtype=dtype, options=options)
+
+
+def megatron_to_megatron(
+    source: Path,
+    target: Path,
+    *,
+    expand: Expand = unchanged,
+    init: Init = Init.COPY,
+    seed: int = 0,
+    dtype: str | None = None,
+    kind: TargetKind = TORCH_DIST,
+    options: Options = Options(),
+) -> Conversion:
+    """Write a Megatron checkpoint's weights in another format or division of ranks, or with another round of added
+    blocks. Arguments and errors as above."""
+    opened = open_megatron_checkpoint(source)
+    return _convert(opened, target, kind, expand=expand, init=init, seed=seed, dtype=dtype, options=options)
 
 
 def expand_hf(

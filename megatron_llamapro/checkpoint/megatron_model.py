@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, is_whole, parts_of
-from megatron_llamapro.checkpoint.manifest import Manifest
+from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME, Manifest
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
 from megatron_llamapro.checkpoint.weight_map import VOCABULARY_ROWS, Shape, Weight, weights_of
 from megatron_llamapro.config.errors import CheckpointError
@@ -32,7 +32,7 @@ def matrix(shape: Shape) -> tuple[int, int]:
 
 
 def open_megatron(folder: Path, format: Format, tensors: Mapping[str, MegatronTensor]) -> Checkpoint:
-    """A Megatron checkpoint out of its weights; configuration and manifest lie beside them.
+    """A Megatron checkpoint out of its weights; config.json lies beside them, and so does the manifest of one of ours.
 
     Raises:
         CheckpointError: a tensor that is missing, unknown, of the wrong shape or type, or not whole; a manifest that
@@ -40,23 +40,33 @@ def open_megatron(folder: Path, format: Format, tensors: Mapping[str, MegatronTe
     """
     config = read_hf_config(folder)
     shape = model_shape(config)
-    manifest = Manifest.read(folder)
-    manifest.check_fits(shape, where=folder)
-    itemsize = ITEMSIZES[manifest.dtype]
+    manifest = None
+    if (Path(folder) / MANIFEST_NAME).exists():
+        manifest = Manifest.read(folder)
+        manifest.check_fits(shape, where=folder)
+    dtype = manifest.dtype if manifest else _one_dtype(folder, tensors)
     found: dict[str, StoredTensor] = {}
     weights = weights_of(shape)
     for weight in weights:
         tensor = tensors.get(weight.megatron_name)
         if tensor is None:
             raise CheckpointError(f"{folder} lacks the tensor {weight.megatron_name}")
-        _check(folder, weight, tensor, manifest.dtype)
-        parts = parts_of(weight, tensor.pieces, shape=shape, itemsize=itemsize)
+        _check(folder, weight, tensor, dtype)
+        parts = parts_of(weight, tensor.pieces, shape=shape, itemsize=ITEMSIZES[dtype])
         _check_whole(folder, weight.megatron_name, parts.values())
         found.update(parts)
     unknown = sorted(tensors.keys() - {weight.megatron_name for weight in weights})
     if unknown:
         raise CheckpointError(f"{folder} has the tensor {unknown[0][:200]}, which this model family does not have")
-    return Checkpoint(folder, format, config, shape, manifest, manifest.dtype, found)
+    return Checkpoint(folder, format, config, shape, manifest, dtype, found)
+
+
+def _one_dtype(folder: Path, tensors: Mapping[str, MegatronTensor]) -> str:
+    found = sorted({tensor.dtype for tensor in tensors.values()})
+    if len(found) != 1 or found[0] not in ITEMSIZES:
+        known = ", ".join(ITEMSIZES)
+        raise CheckpointError(f"{folder} holds weights of type {', '.join(found)}: it must be one of {known}")
+    return found[0]
 
 
 def _check(folder: Path, weight: Weight, tensor: MegatronTensor, dtype: str) -> None:
@@ -65,7 +75,7 @@ def _check(folder: Path, weight: Weight, tensor: MegatronTensor, dtype: str) -> 
     if tensor.shape != wanted and not padded:
         raise CheckpointError(f"{folder}: {name} has shape {tensor.shape}, config.json makes it {wanted}")
     if tensor.dtype != dtype:
-        raise CheckpointError(f"{folder}: {name} is {tensor.dtype}, its manifest says {dtype}")
+        raise CheckpointError(f"{folder}: {name} is {tensor.dtype}, not {dtype} as its manifest or its other weights")
 
 
 def _check_whole(folder: Path, name: str, parts: Iterable[StoredTensor]) -> None:

@@ -1,10 +1,7 @@
-"""What a conversion shows on a terminal (a bar of bytes while it runs, a few lines when it is done), and the options
-that all of them take."""
+"""What a conversion shows on a terminal: a bar of bytes while it runs, a few lines when it is done."""
 
 from __future__ import annotations
 
-import argparse
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +10,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from megatron_llamapro.checkpoint.convert import Conversion, Options
+    from megatron_llamapro.checkpoint.convert import Conversion
 
 
 class ByteBar:
@@ -41,52 +38,6 @@ def byte_bar(description: str) -> Iterator[ByteBar]:
     """A bar on standard error, with the rate and the time to come; shown on a terminal only."""
     with tqdm(desc=description, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         yield ByteBar(bar)
-
-
-def add_writing_options(parser: argparse.ArgumentParser) -> None:
-    """Add --overwrite, --resume and --num_workers."""
-    parser.add_argument("--overwrite", action="store_true", help="replace the target, once its successor is ready")
-    parser.add_argument("--resume", action="store_true", help="go on where an earlier run to this target was cut")
-    parser.add_argument(
-        "--num_workers", type=int, default=0, metavar="N", help="threads (default: one a core, four at the most)"
-    )
-
-
-def add_shard_option(parser: argparse.ArgumentParser) -> None:
-    """Add --max_shard_size."""
-    parser.add_argument(
-        "--max_shard_size",
-        type=_num_bytes,
-        default=5 * 10**9,
-        dest="max_shard_bytes",
-        metavar="SIZE",
-        help="largest safetensors file, e.g. 5GB or 500MB (default: 5GB)",
-    )
-
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def _num_bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.upper())
-    if not match or not int(match[1]):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a size such as 5GB or 500MB")
-    return int(match[1]) * _UNITS[match[2] or ""]
-
-
-@contextmanager
-def conversion_options(description: str, args: argparse.Namespace) -> Iterator[Options]:
-    """The options of `add_writing_options`, with a bar."""
-    from megatron_llamapro.checkpoint.convert import Options
-
-    with byte_bar(description) as bar:
-        yield Options(
-            overwrite=args.overwrite,
-            resume=args.resume,
-            num_workers=args.num_workers,
-            progress=bar.progress,
-            on_total=bar.on_total,
-        )
 
 
 def summary(conversion: Conversion) -> str:

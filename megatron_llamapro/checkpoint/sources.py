@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from megatron_llamapro.checkpoint.folder import LATEST, is_torch_dist, resolve_megatron_checkpoint
 from megatron_llamapro.checkpoint.hf_reader import open_hf
 from megatron_llamapro.checkpoint.megatron_dist import open_torch_dist
+from megatron_llamapro.checkpoint.megatron_legacy import is_legacy, open_legacy
 from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.streaming import SourceFiles, read_whole
 from megatron_llamapro.model.shape import ModelShape
@@ -23,12 +24,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         CheckpointError: none of them, or one that is not complete, damaged or hostile.
     """
     folder = Path(folder)
-    is_megatron = is_torch_dist(folder) or (folder / LATEST).is_file()
+    is_megatron = is_torch_dist(folder) or (folder / LATEST).is_file() or is_legacy(folder)
     return open_megatron_checkpoint(folder) if is_megatron else open_hf(folder)
 
 
 def open_megatron_checkpoint(folder: Path) -> Checkpoint:
-    """A Megatron checkpoint; of a training run's folder, its newest. Errors as above."""
+    """A Megatron checkpoint of either format; of a training run's folder, its newest. Errors as above."""
+    if is_legacy(folder):
+        return open_legacy(folder)
     return open_torch_dist(resolve_megatron_checkpoint(folder))
 
 

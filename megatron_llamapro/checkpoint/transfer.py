@@ -91,6 +91,7 @@ class TargetFiles:
     def __init__(self, files: Iterable[TargetFile]) -> None:
         self._open: dict[Path, int] = {}
         for file in files:
+            file.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file.path, os.O_RDWR | os.O_CREAT, 0o666)
             self._open[file.path] = descriptor
             os.ftruncate(descriptor, file.num_bytes)
