@@ -67,13 +67,13 @@ class Result:
 def make_checkpoints(folder: Path) -> dict[str, Path]:
     """A tiny random LLaMA with a sentencepiece tokenizer, its expansion by two blocks, and that in Megatron's format:
     what is read is what the tools write."""
-    from megatron_llamapro.testing.tiny_models import make_tiny_llama
+    from megatron_llamapro.testing.tiny_models import make_tiny_model
 
     made = {name: folder / name for name in ("original", "expanded", "megatron")}
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": topic}) + "\n" for _, topic in sorted(topics.items())))
     # Heads of 64, which every tool has kernels for.
-    make_tiny_llama(made["original"], hidden_size=256, intermediate_size=512, vocab_size=512, with_tokenizer=False)
+    make_tiny_model(made["original"], hidden_size=256, intermediate_size=512, vocab_size=512, with_tokenizer=False)
     _tool("train_tokenizer", "--input", text, "--vocab_size", 512, "--output_dir", made["original"])
     _tool("expand_checkpoint", "--source", made["original"], "--target", made["expanded"], "--num_added_blocks", 2)
     _tool("convert_checkpoint", "hf-to-megatron", "--source", made["expanded"], "--target", made["megatron"])

@@ -6,6 +6,7 @@ python examples/smollm2_pro/sweep_table.py --metrics_dir DIR
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 from megatron_llamapro.config.command import CommandParser, run_command
@@ -19,6 +20,12 @@ def last_losses(path: Path) -> dict[str, float]:
     return {record["name"]: record["loss"] for record in records if record["kind"] == "eval"}
 
 
+def method_and_rate(path: Path) -> tuple[str, float]:
+    """llamapro-2e-3.jsonl → llamapro, 0.002"""
+    method, _, rate = path.stem.partition("-")
+    return method, float(rate)
+
+
 def main() -> int:
     """Print one row a run."""
     parser = CommandParser(description=__doc__)
@@ -26,12 +33,13 @@ def main() -> int:
         "--metrics_dir", type=Path, required=True, metavar="DIR", help="where sweep.sh left its metrics"
     )
     args = parser.parse_args()
-    print(f"| method | learning rate | {' | '.join(DOMAINS)} |")
-    print("|---|---|" + "---|" * len(DOMAINS))
-    for path in sorted(args.metrics_dir.glob("*.jsonl")):
-        method, _, rate = path.stem.partition("-")
+    print(f"| method | learning rate | {' | '.join(DOMAINS)} | mean |")
+    print("|---|---|" + "---|" * (len(DOMAINS) + 1))
+    for path in sorted(args.metrics_dir.glob("*.jsonl"), key=method_and_rate):
+        method, rate = method_and_rate(path)
         losses = last_losses(path)
-        print(f"| {method} | {rate} | {' | '.join(f'{losses[domain]:.3f}' for domain in DOMAINS)} |")
+        figures = [*(losses[domain] for domain in DOMAINS), statistics.mean(losses[domain] for domain in DOMAINS)]
+        print(f"| {method} | {rate:g} | {' | '.join(f'{figure:.3f}' for figure in figures)} |")
     return 0
 
 

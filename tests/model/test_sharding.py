@@ -29,12 +29,12 @@ def share(weight: Weight, whole: torch.Tensor, *, rank: int, ranks: int) -> torc
 
 def wrong_parts(folder: Path) -> list[str]:
     """Parameters of this rank that are not the part, or not marked as the part, that the weight map makes them."""
-    from megatron_llamapro.checkpoint.megatron_dist import TorchDistReader
     from megatron_llamapro.checkpoint.weight_map import weights_of
     from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
     from megatron_llamapro.model.build import build_model
     from megatron_llamapro.model.families import model_shape, read_hf_config
     from megatron_llamapro.runtime.distributed import start_model_parallel
+    from megatron_llamapro.testing.checkpoints import read_with_torch
     from megatron_llamapro.training.checkpointing import load_model, model_state
 
     parallel = ParallelConfig(tensor_model_parallel_size=2)
@@ -44,13 +44,13 @@ def wrong_parts(folder: Path) -> list[str]:
     chunks = build_model(shape, model=settings, parallel=parallel, precision="fp32")
     load_model(chunks, folder)
     weights = {weight.megatron_name: weight for weight in weights_of(shape)}
-    reader = TorchDistReader(folder)
+    tensors = read_with_torch(folder)
     wrong, seen = [], set()
     for name, held in model_state(chunks)["model0"].items():
         weight = weights[held.key]
         seen.add(held.key)
         expert = EXPERT.search(name)
-        whole = reader.tensor(held.key)[int(expert.group(1))] if expert else reader.tensor(held.key)
+        whole = tensors[held.key][int(expert.group(1))] if expert else tensors[held.key]
         expected = share(weight, whole, rank=layout.tensor_rank, ranks=2)
         is_divided = weight.row.sharding is not Sharding.REPLICATED
         dimension = {Sharding.REPLICATED: -1, Sharding.COLUMNS: 1}.get(weight.row.sharding, 0)
