@@ -2,16 +2,18 @@
 
 PYTHON ?= python3
 STEPS ?= 50
+FUZZ_EXAMPLES ?= 5000
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
 
-.PHONY: help demo test smoke check clean
+.PHONY: help demo test fuzz smoke check clean
 
 help:
 	@echo "make demo    grow a real LLaMA, train it on C++, show the picture (STEPS=$(STEPS))"
 	@echo "make test    all tests"
+	@echo "make fuzz    damaged checkpoints by the thousand (FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) of each kind)"
 	@echo "make smoke   the whole way with a tiny random LLaMA, in a minute"
 	@echo "make check   lint, format and types"
 
@@ -23,6 +25,9 @@ smoke: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadscope
+
+fuzz: $(READY)
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/checkpoint/test_fuzz.py -n 2 --timeout 3600
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -34,7 +34,7 @@ from megatron_llamapro.checkpoint.sources import open_megatron_checkpoint
 from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles, nothing, stored_hash
 from megatron_llamapro.checkpoint.transfer import Job, Journal, transfer
 from megatron_llamapro.checkpoint.weight_map import hf_name_in_layer, iter_hf, weights_of
-from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.config.errors import CheckpointError, ExpansionError
 from megatron_llamapro.expansion.inits import Init
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.families import (
@@ -261,6 +261,8 @@ def _target_model(source: Checkpoint, expand: Expand, dtype: str | None, init: I
     if dtype is not None and dtype not in ITEMSIZES:
         raise CheckpointError(f"dtype '{dtype}' is not known: it is one of {', '.join(ITEMSIZES)}")
     plan = expand(source.plan)
+    if init is Init.ZERO_NORM and source.shape.add_qkv_bias:
+        raise ExpansionError("init zero_norm makes no identity of blocks with biases of queries, keys and values")
     config = {key: value for key, value in source.config.items() if key != MANIFEST_KEY}
     if plan.num_rounds > source.plan.num_rounds:
         config = expanded_hf_config(config, plan)

@@ -13,6 +13,7 @@ from megatron_llamapro.checkpoint.weight_map import EMBEDDING, FINAL_NORM, OUTPU
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.families import ITEMSIZES
 from megatron_llamapro.model.shape import ModelShape
+from megatron_llamapro.pipeline.layout import draw
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Inspection:
     source: str | None
     """Name of the first source model; None without a manifest."""
     parts: tuple[Part, ...]
+    division: str | None = None
+    """How it is divided over ranks, where its format fixes that."""
+    stage_layers: tuple[int, ...] | None = None
+    """Layers of every (virtual) stage, where its format fixes that."""
 
     @property
     def trains(self) -> str:
@@ -62,6 +67,8 @@ class Inspection:
             "plan": self.plan.to_json(),
             "parts": [asdict(part) for part in self.parts],
             "trains": self.trains,
+            "division": self.division,
+            "stage_layers": self.stage_layers,
         }
 
     def __str__(self) -> str:
@@ -75,6 +82,7 @@ class Inspection:
             ("layers", f"{self.plan.num_layers}, of which {len(self.plan.added_layers)} added"),
             ("plan", drawing(self.plan, tie_word_embeddings=size.tie_word_embeddings)),
             ("", legend(self.plan)),
+            *self._stages(),
             ("trains", self.trains),
             (
                 "shape",
@@ -88,6 +96,12 @@ class Inspection:
             *((part.name, f"{part.num_parameters:,} parameters, {size_text(part.num_bytes)}") for part in self.parts),
         ]
         return "\n".join(f"{name:<16}{text}" for name, text in rows)
+
+    def _stages(self) -> list[tuple[str, str]]:
+        """Which blocks lie where."""
+        if self.stage_layers is None:
+            return []
+        return [("ranks", str(self.division)), ("", draw(self.stage_layers, set(self.plan.added_layers)))]
 
 
 def _particulars(shape: ModelShape) -> list[tuple[str, str]]:
@@ -120,6 +134,8 @@ def inspect(folder: Path) -> Inspection:
         shape=opened.shape,
         plan=plan,
         source=opened.manifest.source.name if opened.manifest else None,
+        division=opened.division,
+        stage_layers=opened.stage_layers,
         parts=tuple(_part(name, belongs, opened.shape, plan, opened.dtype) for name, belongs in _PARTS.items()),
     )
 

@@ -49,6 +49,10 @@ class Grid:
     virtual_size: int | None = None
     """Chunks a stage; None: one, without the interleaved schedule."""
 
+    def __str__(self) -> str:
+        virtual = f" x virtual {self.virtual_size}" if self.virtual_size else ""
+        return f"TP {self.tensor_size} x PP {self.pipeline_size}{virtual}"
+
     @property
     def pipeline_size(self) -> int:
         return len(self.stage_layers) // (self.virtual_size or 1)

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_llamapro.checkpoint.dist_index import INDEX_NAME, IndexedTensor, Section, index_bytes, read_index
-from megatron_llamapro.checkpoint.folder import TORCH_DIST_MARK
+from megatron_llamapro.checkpoint.folder import TORCH_DIST_MARK, file_inside
 from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, TargetFile, TargetLayout, parts_of
 from megatron_llamapro.checkpoint.megatron_model import MegatronTensor, matrix, open_megatron
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
 from megatron_llamapro.checkpoint.torch_archive import (
+    TORCH_GLOBALS,
     ArchivedTensor,
     ArchiveLayout,
     DamagedArchiveError,
@@ -38,6 +39,22 @@ from megatron_llamapro.model.shape import ModelShape
 DEFAULT_MAX_FILE_BYTES = 2 * 10**9
 
 _COMMON = "common.pt"
+
+# What Megatron-LM asks of a checkpoint's common state: that layers have a key each, and how QKV rows lie (since 3.0 by
+# query group; megatron/training/checkpointing.py, core_v0.16.1).
+_COMMON_STATE = {
+    "content_metadata": {"non_homogeneous_layers": True},
+    "checkpoint_version": 3.0,
+    "iteration": 0,
+}
+
+# What a common state may name, since megatron.core loads it as it is. Nothing here does anything but hold values.
+_COMMON_GLOBALS = TORCH_GLOBALS | {
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    "torch.device",
+    *(f"torch.{dtype}" for dtype in ("float32", "float16", "bfloat16", "int64", "int32", "uint8")),
+}
 _BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -66,6 +83,20 @@ def open_torch_dist(folder: Path) -> Checkpoint:
     with _SectionFiles() as files:
         tensors = {name: _located(name, tensor, files) for name, tensor in indexed.items()}
     return open_megatron(Path(folder), Format.TORCH_DIST, tensors)
+
+
+def check_loadable(folder: Path) -> None:
+    """Raise `CheckpointError` where megatron.core, which unpickles index and common state as they are, would run code
+    on loading a torch_dist checkpoint."""
+    read_index(folder)
+    path = file_inside(folder, _COMMON)
+    if path is None:
+        return
+    try:
+        with path.open("rb") as file:
+            read_archive(file, admitted=_COMMON_GLOBALS)
+    except DamagedArchiveError as error:
+        raise CheckpointError(f"{path} was not loaded: {error}") from None
 
 
 def _located(name: str, tensor: IndexedTensor, files: _SectionFiles) -> MegatronTensor:
@@ -171,7 +202,7 @@ def torch_dist_layout(
         tensors.update({name: (part,) for name, part in parts.items()})
     small = {
         INDEX_NAME: index_bytes(indexed, dtype),
-        _COMMON: _whole_file(archive_layout({}, [])),
+        _COMMON: _whole_file(archive_layout(_COMMON_STATE, [])),
         TORCH_DIST_MARK: json.dumps(_BACKENDS).encode(),
     }
     return TargetLayout(dtype, tensors, files.finished(), small)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_llamapro.checkpoint.folder import LATEST, file_inside, iteration_folder
@@ -242,7 +242,8 @@ def open_legacy(folder: Path) -> Checkpoint:
     files = {_rank(path): _read(path) for path in sorted(ranks.glob("mp_rank_*")) if path.is_dir()}
     shape = model_shape(read_hf_config(folder))
     opened = _Opened(ranks, files, shape)
-    return open_megatron(folder, Format.LEGACY, opened.tensors())
+    checkpoint = open_megatron(folder, Format.LEGACY, opened.tensors())
+    return replace(checkpoint, division=str(opened.grid), stage_layers=opened.grid.stage_layers)
 
 
 def _rank(path: Path) -> tuple[int, int]:
@@ -285,8 +286,8 @@ class _Opened:
         if any(len(chunks) != virtual for _, chunks in files.values()):
             raise CheckpointError(f"{folder}: its ranks do not hold the same number of chunks")
         layers = tuple(_num_layers(files[0, stage][1][chunk]) for stage, chunk in order)
-        self._grid = Grid(tensor_size, layers, virtual if virtual > 1 else None)
-        check_grid(self._grid, shape)
+        self.grid = Grid(tensor_size, layers, virtual if virtual > 1 else None)
+        check_grid(self.grid, shape)
         embedding = self._tensor((0, 0), 0, EMBEDDING.megatron)
         self._padded_vocab_size = embedding.shape[0] * tensor_size
         self._spec = LayerSpec.LOCAL
@@ -318,7 +319,7 @@ class _Opened:
 
     def _entries(self, rank: tuple[int, int], chunk: int) -> Iterator[Entry]:
         place = {"stage": rank[1], "chunk": chunk, "tensor_rank": rank[0], "spec": self._spec}
-        return chunk_entries(self._shape, self._grid, padded_vocab_size=self._padded_vocab_size, **place)
+        return chunk_entries(self._shape, self.grid, padded_vocab_size=self._padded_vocab_size, **place)
 
     def _tensor(self, rank: tuple[int, int], chunk: int, name: str) -> ArchivedTensor:
         path, chunks = self._files[rank]

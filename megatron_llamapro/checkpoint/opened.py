@@ -36,6 +36,10 @@ class Checkpoint:
     """Of all weights, e.g. bfloat16."""
     tensors: Mapping[str, StoredTensor]
     """Under Hugging Face's names, in the order of the forward pass."""
+    division: str | None = None
+    """How it is divided over ranks, where the format fixes that; e.g. TP 2 x PP 2."""
+    stage_layers: tuple[int, ...] | None = None
+    """Layers of every (virtual) stage, where the format fixes that."""
 
     @property
     def plan(self) -> ExpansionPlan:

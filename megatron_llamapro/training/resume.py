@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_llamapro.checkpoint.dist_index import read_index
 from megatron_llamapro.checkpoint.folder import latest_checkpoint
 from megatron_llamapro.checkpoint.manifest import Manifest
+from megatron_llamapro.checkpoint.megatron_dist import check_loadable
 from megatron_llamapro.config.errors import CheckpointError, ConfigError
 from megatron_llamapro.config.io import to_plain
 from megatron_llamapro.config.schema import RunConfig
@@ -61,7 +61,7 @@ def checkpoint_to_resume(config: RunConfig, manifest: Manifest, identity: RunIde
             f"{folder} belongs to a run of another model than model.checkpoint ({config.model.checkpoint}): choose "
             "another checkpoint.save, or the model.checkpoint that it began with"
         )
-    read_index(folder)  # megatron.core unpickles it as it is; ours refuses one that would run code
+    check_loadable(folder)
     stored = read_progress(folder)
     check_same_order(stored["data_order"], identity.data_order)
     for name, section in (("trainable", "model"), ("param_groups", "optimizer")):

@@ -12,9 +12,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.utils.data import Dataset
 
-from megatron_llamapro.checkpoint.dist_index import read_index
 from megatron_llamapro.checkpoint.folder import resolve_megatron_checkpoint
 from megatron_llamapro.checkpoint.manifest import Manifest
+from megatron_llamapro.checkpoint.megatron_dist import check_loadable
 from megatron_llamapro.config.checks import check_model, data_parallel_size
 from megatron_llamapro.config.errors import ConfigError, LlamaProError
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
@@ -132,7 +132,7 @@ def _read_source(config: RunConfig) -> Source:
     check_apex()
     data_parallel_size(config, torch.distributed.get_world_size())
     folder = resolve_megatron_checkpoint(Path(config.model.checkpoint))
-    read_index(folder)  # megatron.core unpickles it as it is; ours refuses one that would run code
+    check_loadable(folder)
     shape = model_shape(read_hf_config(folder))
     manifest = Manifest.read(folder)
     manifest.check_fits(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -230,3 +231,52 @@ def test_only_known_files_are_carried(tmp_path: Path) -> None:
         (source / name).write_text(name)
     carry_files(source, target)
     assert names(target) == ["chat_template.jinja", "tokenizer.model"]
+
+
+def link(folder: Path, name: str, target: Path) -> None:
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(target)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_link_out_of_the_folder_is_not_followed(name: str, damaged: Tiny, tmp_path: Path) -> None:
+    """A tokenizer.json that is somebody's private key would be published with the export."""
+    source = damaged()
+    outside = tmp_path / "outside"
+    (source / name).rename(outside)
+    link(source, name, outside)
+    with pytest.raises(CheckpointError, match="is a link out of its folder"):
+        hf_to_megatron(source, tmp_path / "it")
+    assert names(tmp_path) == ["damaged", "outside"]
+
+
+def test_a_link_in_a_loop(damaged: Tiny, tmp_path: Path) -> None:
+    source = damaged()
+    link(source, "model.safetensors", source / "other")
+    link(source, "other", source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be opened") as refusal:
+        hf_to_megatron(source, tmp_path / "it")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json"])
+def test_a_pipe_is_not_waited_for(name: str, damaged: Tiny, tmp_path: Path) -> None:
+    source = damaged()
+    (source / name).unlink()
+    os.mkfifo(source / name)
+    with pytest.raises(CheckpointError, match="is not a regular file"):
+        hf_to_megatron(source, tmp_path / "it")
+
+
+def test_the_hugging_face_caches_links_are_followed(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """snapshots/<revision>/model.safetensors → ../../blobs/<hash>"""
+    blobs, snapshot = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(tiny_llama().iterdir()):
+        (blobs / str(number)).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
+    hf_to_megatron(snapshot, tmp_path / "it")
+    hf_to_megatron(tiny_llama(), tmp_path / "direct")
+    for name in ("__0_0.distcp", "tokenizer.json"):
+        assert (tmp_path / "it" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron
+from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, legacy
 from megatron_llamapro.checkpoint.inspection import drawing, inspect
 from megatron_llamapro.checkpoint.sources import open_checkpoint
 from megatron_llamapro.expansion.plan import ExpansionPlan, placed_positions
@@ -43,6 +43,14 @@ def test_an_expanded_model(format_name: str, tiny_llama: Tiny, tmp_path: Path) -
     plain = json.loads(json.dumps(found.to_json()))
     assert (plain["num_layers"], plain["added_layers"]) == (6, [2, 5])
     assert ExpansionPlan.from_json(plain["plan"]) == found.plan
+
+
+def test_a_legacy_checkpoint_shows_its_stages(tiny_llama: Tiny, tmp_path: Path) -> None:
+    division = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "pipeline_stage_layers": (4, 2)}
+    hf_to_megatron(tiny_llama(), tmp_path / "it", expand=lambda plan: plan.expand((2, 5)), kind=legacy(**division))
+    shown = str(inspect(tmp_path / "it"))
+    assert "TP 2 x PP 2" in shown
+    assert "stage 0 │ E o o A o │ 1 │ o A H" in shown
 
 
 def test_a_model_without_added_blocks(tiny_llama: Tiny) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import workers
 
 from megatron_llamapro.config.io import dump_yaml
@@ -38,6 +39,7 @@ def test_every_refusal(run_config: Callable, models: Callable, token_files: tupl
     with Path(f"{cut_bin}.bin").open("r+b") as file:
         file.truncate(1000)
     cases = {
+        "common.pt was not loaded: it asks for": with_model(base, checkpoint=str(hostile_copy(base, tmp_path))),
         "is not a folder": with_model(base, checkpoint=str(tmp_path / "nowhere")),
         "is not a Megatron checkpoint": with_model(base, checkpoint=str(models().original_hf)),
         "its manifest is for 5 layers": with_model(base, checkpoint=str(short)),
@@ -60,6 +62,24 @@ def test_every_refusal(run_config: Callable, models: Callable, token_files: tupl
     for message, *on_ranks in zip(cases, *answers, strict=True):
         assert all(message in str(answer) for answer in on_ranks), (message, on_ranks)
         assert all("\n" not in answer for answer in on_ranks)
+    assert not (tmp_path / "ran").exists()
+
+
+class Hostile:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.path,))
+
+
+def hostile_copy(config, folder: Path) -> Path:
+    """The checkpoint, with a common state that runs something when megatron.core loads it."""
+    copy = shutil.copytree(config.model.checkpoint, folder / "hostile")
+    torch.save({"args": Hostile(folder / "ran")}, copy / "common.pt")
+    return copy
 
 
 def one_token_file(folder: Path, models: Callable) -> Path:

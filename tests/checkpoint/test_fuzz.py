@@ -1,0 +1,149 @@
+"""Whatever is wrong with a checkpoint's headers, a conversion ends in success or in one line: never in a traceback, a
+hang or a huge allocation. `FUZZ_EXAMPLES=5000 make fuzz` tries more."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import resource
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_llamapro.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megatron_llamapro.config.errors import LlamaProError
+
+Tiny = Callable[..., Path]
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
+SEEDED = settings(
+    max_examples=EXAMPLES,
+    derandomize="FUZZ_EXAMPLES" not in os.environ,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+MAX_GROWTH_BYTES = 500 * 2**20
+
+NUMBERS = st.sampled_from([0, -1, 1, 2, 3, 2**31, 2**63, 10**30, 0.5, -0.0, float("nan"), float("inf"), 1e308])
+VALUES = st.recursive(
+    NUMBERS
+    | st.none()
+    | st.booleans()
+    | st.text(max_size=3)
+    | st.sampled_from(["F32", "BF16", "model_type", "\0", "../x"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+def paths_in(value: object, path: tuple = ()) -> list[tuple]:
+    """The place of everything in nested lists and dicts."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, item in items for place in paths_in(item, (*path, key)))]
+
+
+@st.composite
+def mutated(draw: st.DrawFn, document: dict) -> object:
+    """A JSON document, one to three places of it replaced, removed or repeated."""
+    result = copy.deepcopy(document)
+    for _ in range(draw(st.integers(1, 3))):
+        places = [place for place in paths_in(result) if place]
+        if not places:
+            return result
+        *way, last = draw(st.sampled_from(places))
+        holder = result
+        for key in way:
+            holder = holder[key]
+        if draw(st.integers(0, 4)) == 0:
+            holder.pop(last)
+        else:
+            holder[last] = draw(VALUES)
+    return result
+
+
+def ends_well(convert: Callable, source: Path) -> None:
+    """Success, or one line."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            convert(source, Path(folder) / "target")
+        except (LlamaProError, OSError) as error:
+            assert "\n" not in str(error) and len(str(error)) < 2000
+            assert not list(Path(folder).iterdir())
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert grown < MAX_GROWTH_BYTES, f"{grown / 2**20:.0f} MiB"
+
+
+@pytest.fixture(scope="module")
+def source(tiny_llama: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(tiny_llama(num_hidden_layers=1), tmp_path_factory.mktemp("fuzz") / "hf")
+
+
+@pytest.fixture(scope="module")
+def megatron(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    hf_to_megatron(source, tmp_path_factory.mktemp("fuzz") / "megatron", expand=lambda plan: plan.expand((1,)))
+    return next(tmp_path_factory.getbasetemp().glob("fuzz*/megatron"))
+
+
+@SEEDED
+@given(data=st.data())
+def test_configurations(data: st.DataObject, source: Path) -> None:
+    path = source / "config.json"
+    original = path.read_text()
+    try:
+        path.write_text(json.dumps(data.draw(mutated(json.loads(original)))))
+        ends_well(hf_to_megatron, source)
+    finally:
+        path.write_text(original)
+
+
+@SEEDED
+@given(data=st.data())
+def test_safetensors_headers(data: st.DataObject, source: Path) -> None:
+    path = source / "model.safetensors"
+    original = path.read_bytes()
+    length = struct.unpack("<Q", original[:8])[0]
+    text = json.dumps(data.draw(mutated(json.loads(original[8 : 8 + length])))).encode()
+    stated = data.draw(st.sampled_from([len(text)] * 8 + [0, 2**63, len(text) - 1, len(text) + 1]))
+    try:
+        path.write_bytes(struct.pack("<Q", stated) + text + original[8 + length :])
+        ends_well(hf_to_megatron, source)
+    finally:
+        path.write_bytes(original)
+
+
+@SEEDED
+@given(data=st.data())
+def test_manifests(data: st.DataObject, megatron: Path) -> None:
+    path = megatron / "llamapro.json"
+    original = path.read_text()
+    try:
+        path.write_text(json.dumps(data.draw(mutated(json.loads(original)))))
+        ends_well(megatron_to_hf, megatron)
+    finally:
+        path.write_text(original)
+
+
+@SEEDED
+@given(data=st.data())
+def test_bytes_of_index_and_tensor_files(data: st.DataObject, megatron: Path) -> None:
+    """Bits of the index and of the archives' directories turned, tails cut."""
+    path = megatron / data.draw(st.sampled_from([".metadata", "__0_0.distcp", "common.pt"]))
+    original = path.read_bytes()
+    damaged = bytearray(original)
+    for _ in range(data.draw(st.integers(0, 3))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    cut = data.draw(st.sampled_from([0, 0, 0, 1, 100, len(damaged) // 2]))
+    try:
+        path.write_bytes(damaged[: len(damaged) - cut])
+        ends_well(megatron_to_hf, megatron)
+    finally:
+        path.write_bytes(original)
