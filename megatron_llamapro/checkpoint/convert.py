@@ -28,7 +28,7 @@ from megatron_llamapro.checkpoint.legacy_grid import LayerSpec
 from megatron_llamapro.checkpoint.manifest import Manifest, Source, config_sha256, tool_versions
 from megatron_llamapro.checkpoint.megatron_dist import torch_dist_layout
 from megatron_llamapro.checkpoint.megatron_legacy import LegacyTarget, legacy_layout
-from megatron_llamapro.checkpoint.opened import Checkpoint
+from megatron_llamapro.checkpoint.opened import Checkpoint, Format
 from megatron_llamapro.checkpoint.origins import Origins
 from megatron_llamapro.checkpoint.sources import open_megatron_checkpoint
 from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles, nothing, stored_hash
@@ -63,6 +63,8 @@ class Conversion:
     num_bytes: int
     num_resumed_bytes: int
     """Of those, what an earlier run had done."""
+    is_foreign: bool
+    """Whether the source was a Megatron checkpoint without our manifest, taken as a model that was never expanded."""
     seconds: float
 
 
@@ -236,6 +238,7 @@ def _convert(
         dtype=model.dtype,
         num_bytes=model.num_bytes,
         num_resumed_bytes=done_before,
+        is_foreign=opened.manifest is None and opened.format is not Format.HUGGING_FACE,
         seconds=time.monotonic() - started,
     )
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_llamapro.checkpoint.folder import file_inside
-from megatron_llamapro.checkpoint.pickles import Call, Global, Pairs, Record, dumps, instance, load
+from megatron_llamapro.checkpoint.pickles import NEW_OBJECT, Call, Global, Pairs, Record, dumps, instance, load
 from megatron_llamapro.checkpoint.weight_map import Shape
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.model.families import ITEMSIZES
@@ -177,11 +178,13 @@ def _shape(value: object) -> Shape:
     return sizes
 
 
-def index_bytes(tensors: dict[str, IndexedTensor], dtype: str) -> bytes:
-    """The index of a checkpoint whose tensors are in one section each, as torch writes it."""
+def index_bytes(tensors: Mapping[str, IndexedTensor], objects: Mapping[str, Section], dtype: str) -> bytes:
+    """The index of a checkpoint of tensors and of `objects` that are none, as torch writes it."""
     entries = {name: _entry(tensor, dtype) for name, tensor in tensors.items()}
+    entries |= dict.fromkeys(objects, Call(NEW_OBJECT, (Global(_METADATA, "BytesStorageMetadata"),)))
     sections = [(name, section) for name, tensor in tensors.items() for section in tensor.sections]
-    places = tuple((_index(name, section.start), _place(section)) for name, section in sections)
+    places = tuple((_index(name, _size(section.start)), _place(section)) for name, section in sections)
+    places += tuple((_index(name, None), _place(section)) for name, section in objects.items())
     meta = instance(_METADATA, "StorageMeta", checkpoint_id=None, save_id=None, load_id=None, modules=[])
     return dumps(
         instance(
@@ -204,7 +207,7 @@ def _entry(tensor: IndexedTensor, dtype: str) -> Call:
     layout = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
     memory_format = Call(Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
     properties = Call(
-        Global("copyreg", "__newobj__"),
+        NEW_OBJECT,
         (Global(_METADATA, "TensorProperties"),),
         state=(Global("torch", dtype), layout, False, memory_format, False),
     )
@@ -215,8 +218,8 @@ def _entry(tensor: IndexedTensor, dtype: str) -> Call:
     return instance(_METADATA, "TensorStorageMetadata", properties=properties, size=_size(tensor.shape), chunks=chunks)
 
 
-def _index(name: str, start: Shape) -> Call:
-    return instance(_METADATA, "MetadataIndex", fqn=name, offset=_size(start), index=None)
+def _index(name: str, start: Call | None) -> Call:
+    return instance(_METADATA, "MetadataIndex", fqn=name, offset=start, index=None)
 
 
 def _place(section: Section) -> Call:

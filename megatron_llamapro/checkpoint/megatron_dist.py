@@ -31,7 +31,7 @@ from megatron_llamapro.checkpoint.torch_archive import (
     read_archive,
     tensor_call,
 )
-from megatron_llamapro.checkpoint.weight_map import weights_of
+from megatron_llamapro.checkpoint.weight_map import Weight, weights_of
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.model.families import ITEMSIZES
 from megatron_llamapro.model.shape import ModelShape
@@ -191,6 +191,7 @@ def torch_dist_layout(
     files = _Files(folder, max_file_bytes)
     tensors: dict[str, tuple[StoredTensor, ...]] = {}
     indexed: dict[str, IndexedTensor] = {}
+    objects: dict[str, Section] = {}
     for weight in weights_of(shape):
         size = weight.megatron_shape
         rows, columns = matrix(size)
@@ -200,12 +201,22 @@ def torch_dist_layout(
         piece = Piece((0, rows), (0, columns), section.path, offset)
         parts = parts_of(weight, [piece], shape=shape, itemsize=ITEMSIZES[dtype])
         tensors.update({name: (part,) for name, part in parts.items()})
+        if (name := _extra_state_of(weight)) is not None:
+            objects[name] = files.add(archive_layout([None], []), ())[0]
     small = {
-        INDEX_NAME: index_bytes(indexed, dtype),
+        INDEX_NAME: index_bytes(indexed, objects, dtype),
         _COMMON: _whole_file(archive_layout(_COMMON_STATE, [])),
         TORCH_DIST_MARK: json.dumps(_BACKENDS).encode(),
     }
     return TargetLayout(dtype, tensors, files.finished(), small)
+
+
+def _extra_state_of(weight: Weight) -> str | None:
+    """The key under which a linear of megatron.core asks for a state besides its weight (Transformer Engine's FP8
+    scales): None is what one has that was never trained in FP8."""
+    name = weight.megatron_name
+    is_linear = name.endswith(".weight") and name.split(".")[-2].startswith("linear_") and not weight.row.per_expert
+    return f"{name.removesuffix('weight')}{_EXTRA_STATE}/shard_0_1" if is_linear else None
 
 
 def _whole_file(archive: ArchiveLayout) -> bytes:
@@ -236,7 +247,7 @@ class _Files:
         self._fixed.extend((start + offset, data) for offset, data in archive.fixed)
         self._position += archive.num_bytes
         section = Section((0,) * len(shape), shape, self._path, start, archive.num_bytes)
-        return section, start + archive.tensor_offsets[0]
+        return section, start + (archive.tensor_offsets or (0,))[0]
 
     def _end(self) -> None:
         self._done.append(TargetFile(self._path, self._position, tuple(self._fixed)))

@@ -135,9 +135,13 @@ class Pairs:
     items: tuple[tuple[object, object], ...]
 
 
+NEW_OBJECT = Global("copyreg", "__newobj__")
+"""The function of a `Call` that makes an object of the class that is its first argument, without its `__init__`."""
+
+
 def instance(module: str, name: str, **fields: object) -> Call:
     """An object whose `__dict__` is `fields`, made without calling its `__init__`."""
-    return Call(Global("copyreg", "__newobj__"), (Global(module, name),), state=fields)
+    return Call(NEW_OBJECT, (Global(module, name),), state=fields)
 
 
 def dumps(value: object) -> bytes:
@@ -194,7 +198,7 @@ def _global(value: Global) -> Iterator[bytes]:
 
 
 def _call(value: Call) -> Iterator[bytes]:
-    if value.function == Global("copyreg", "__newobj__"):
+    if value.function == NEW_OBJECT:
         yield from _opcodes(value.args[0])
         yield from _opcodes(value.args[1:])
         yield pickle.NEWOBJ

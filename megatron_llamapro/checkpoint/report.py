@@ -51,6 +51,8 @@ def summary(conversion: Conversion) -> str:
         f"{size_text(conversion.num_bytes)} of {conversion.dtype} weights in {conversion.seconds:.1f} s "
         f"({conversion.num_bytes / seconds / 1e9:.2f} GB/s), read back and compared"
     )
+    if conversion.is_foreign:
+        lines.append("the source has no llamapro.json: it was taken as a model that was never expanded")
     if conversion.num_resumed_bytes:
         lines.append(f"{size_text(conversion.num_resumed_bytes)} of them were there from an earlier run")
     return "\n".join(lines)

@@ -36,7 +36,8 @@ def load_with_megatron(folder: str) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, read by megatron.core."""
     from megatron.core import dist_checkpointing
 
-    return dict(dist_checkpointing.load_plain_tensors(folder))
+    found = dist_checkpointing.load_plain_tensors(folder)  # and what is in common.pt
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
 def load_halves_with_megatron(folder: str) -> torch.Tensor:
@@ -271,7 +272,6 @@ DAMAGED_FILES = {
     "no data": (lambda f: next(f.glob("*.distcp")).unlink(), "lacks the file"),
     "truncated data": (lambda f: next(f.glob("*.distcp")).write_bytes(b"PK"), "is truncated"),
     "no mark of completeness": (lambda f: (f / "metadata.json").unlink(), "not a Megatron checkpoint"),
-    "no manifest": (lambda f: (f / "llamapro.json").unlink(), "has no llamapro.json"),
     "no configuration": (lambda f: (f / "config.json").unlink(), "has no config.json"),
 }
 

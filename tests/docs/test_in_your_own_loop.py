@@ -47,7 +47,6 @@ def loop_worker(folder: Path) -> tuple[torch.Tensor | None, list[int], float, se
         layernorm_epsilon=1e-6,
         pipeline_model_parallel_size=2,
         pipeline_dtype=torch.float32,
-        hetereogenous_dist_checkpoint=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         batch_p2p_comm=False,
