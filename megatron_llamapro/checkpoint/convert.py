@@ -6,14 +6,13 @@ before it takes the target's place; a run that was cut goes on where it stopped.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,15 +24,16 @@ from megatron_llamapro.checkpoint.hf_reader import open_hf
 from megatron_llamapro.checkpoint.hf_writer import DEFAULT_MAX_SHARD_BYTES, config_text, hf_layout
 from megatron_llamapro.checkpoint.layout import TargetLayout
 from megatron_llamapro.checkpoint.legacy_grid import LayerSpec
-from megatron_llamapro.checkpoint.manifest import Manifest, Source, config_sha256, tool_versions
+from megatron_llamapro.checkpoint.lineage import target_manifest
+from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.megatron_dist import torch_dist_layout
 from megatron_llamapro.checkpoint.megatron_legacy import LegacyTarget, legacy_layout
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
 from megatron_llamapro.checkpoint.origins import Origins
 from megatron_llamapro.checkpoint.sources import open_megatron_checkpoint
-from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles, nothing, stored_hash
+from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles, nothing
 from megatron_llamapro.checkpoint.transfer import Job, Journal, transfer
-from megatron_llamapro.checkpoint.weight_map import hf_name_in_layer, iter_hf, weights_of
+from megatron_llamapro.checkpoint.weight_map import iter_hf, weights_of
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
 from megatron_llamapro.expansion.inits import Init
 from megatron_llamapro.expansion.plan import ExpansionPlan
@@ -227,7 +227,7 @@ def _convert(
             progress=options.progress,
         )
         files.check_unchanged()
-        manifest = _manifest(opened, model, hashes, files)
+        manifest = target_manifest(opened, model.plan, dtype=model.dtype, init=model.init, hashes=hashes, files=files)
         _write_small_files(draft, layout, kind, model, manifest)
         carry_files(opened.folder, draft)
         (draft / JOURNAL).unlink()
@@ -307,51 +307,3 @@ def _write_small_files(draft: Path, layout: TargetLayout, kind: TargetKind, mode
     in_config = manifest if kind.manifest_in_config else None
     (draft / CONFIG_NAME).write_bytes(config_text(model.config, dtype=model.dtype, manifest=in_config))
     manifest.write(draft)
-
-
-def original_name(name: str, plan: ExpansionPlan) -> str | None:
-    """The name that a tensor had in the first source model; None for a tensor of an added block."""
-    if not name.startswith("model.layers."):
-        return name
-    layer = plan.layers[int(name.split(".")[2])]
-    return None if layer.is_added else hf_name_in_layer(name, layer.source_layer)
-
-
-def _manifest(source: Checkpoint, model: _Model, hashes: Mapping[str, str], files: SourceFiles) -> Manifest:
-    """The target's manifest. What an expanded source's says of the original tensors is kept, not made anew from tensors
-    that may have been trained since; a source that was never expanded is its own original."""
-    known, is_new_round = source.manifest, model.plan.num_rounds > source.plan.num_rounds
-    if known and not is_new_round and known.dtype == model.dtype:
-        return known
-    inits = (*(known.inits if known else ()), *([model.init.value] if is_new_round else []))
-    if known and known.plan.num_rounds:
-        if known.dtype == model.dtype:
-            return dataclasses.replace(known, plan=model.plan, inits=inits, tool_versions=tool_versions())
-        _check_unmoved(source, known, files)
-    names = {name: original_name(name, model.plan) for name in hashes}
-    return Manifest(
-        family=source.config["model_type"],
-        dtype=model.dtype,
-        plan=model.plan,
-        inits=inits,
-        source=known.source if known and known.plan.num_rounds else _source_of(source),
-        original_hashes={first: hashes[name] for name, first in names.items() if first is not None},
-        tool_versions=tool_versions(),
-    )
-
-
-def _check_unmoved(source: Checkpoint, known: Manifest, files: SourceFiles) -> None:
-    """A cast makes new hashes of the original tensors: refuse to make them of tensors that are no longer original."""
-    for name, tensor in source.tensors.items():
-        first = original_name(name, known.plan)
-        if first is not None and stored_hash(tensor, files, source.itemsize) != known.original_hashes.get(first):
-            raise CheckpointError(
-                f"{source.folder}: {name} is not the original tensor any more, so a cast would lose the proof of which "
-                "ones are: convert without --dtype"
-            )
-
-
-def _source_of(source: Checkpoint) -> Source:
-    return Source(
-        name=source.folder.resolve().name, config_sha256=config_sha256(source.config), weight_bytes=source.weight_bytes
-    )

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from megatron_llamapro.checkpoint.folder import LATEST, is_torch_dist, resolve_megatron_checkpoint
 from megatron_llamapro.checkpoint.hf_reader import open_hf
+from megatron_llamapro.checkpoint.legacy_reader import is_legacy, open_legacy
 from megatron_llamapro.checkpoint.megatron_dist import open_torch_dist
-from megatron_llamapro.checkpoint.megatron_legacy import is_legacy, open_legacy
 from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.streaming import SourceFiles, read_whole
 from megatron_llamapro.model.shape import ModelShape

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from megatron_llamapro.checkpoint.added_blocks import BlockReport, BlockState, blocks_to_judge, judge_block
 from megatron_llamapro.checkpoint.casting import CastRows
-from megatron_llamapro.checkpoint.convert import default_workers, original_name
+from megatron_llamapro.checkpoint.convert import default_workers
+from megatron_llamapro.checkpoint.lineage import original_name
 from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.sources import OpenTensors, open_checkpoint
 from megatron_llamapro.checkpoint.streaming import Progress, Rows, SourceFiles, StoredRows, hash_rows, nothing

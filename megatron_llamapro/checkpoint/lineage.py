@@ -1,0 +1,67 @@
+"""Where a checkpoint comes from: the manifest of what a conversion makes, and which tensor was which before."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from megatron_llamapro.checkpoint.manifest import Manifest, Source, config_sha256, tool_versions
+from megatron_llamapro.checkpoint.opened import Checkpoint
+from megatron_llamapro.checkpoint.streaming import SourceFiles, stored_hash
+from megatron_llamapro.checkpoint.weight_map import hf_name_in_layer
+from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.expansion.inits import Init
+from megatron_llamapro.expansion.plan import ExpansionPlan
+
+
+def original_name(name: str, plan: ExpansionPlan) -> str | None:
+    """The name that a tensor had in the first source model; None for a tensor of an added block."""
+    if not name.startswith("model.layers."):
+        return name
+    layer = plan.layers[int(name.split(".")[2])]
+    return None if layer.is_added else hf_name_in_layer(name, layer.source_layer)
+
+
+def target_manifest(
+    source: Checkpoint, plan: ExpansionPlan, *, dtype: str, init: Init, hashes: Mapping[str, str], files: SourceFiles
+) -> Manifest:
+    """The manifest of what was made of `source`, whose tensors have `hashes`.
+
+    What an expanded source's manifest says of the original tensors is kept, not made anew from tensors that may have
+    been trained since; a source that was never expanded is its own original.
+    """
+    known, is_new_round = source.manifest, plan.num_rounds > source.plan.num_rounds
+    if known and not is_new_round and known.dtype == dtype:
+        return known
+    inits = (*(known.inits if known else ()), *([init.value] if is_new_round else []))
+    if known and known.plan.num_rounds:
+        if known.dtype == dtype:
+            return dataclasses.replace(known, plan=plan, inits=inits, tool_versions=tool_versions())
+        _check_unmoved(source, known, files)
+    names = {name: original_name(name, plan) for name in hashes}
+    return Manifest(
+        family=source.config["model_type"],
+        dtype=dtype,
+        plan=plan,
+        inits=inits,
+        source=known.source if known and known.plan.num_rounds else _source_of(source),
+        original_hashes={first: hashes[name] for name, first in names.items() if first is not None},
+        tool_versions=tool_versions(),
+    )
+
+
+def _check_unmoved(source: Checkpoint, known: Manifest, files: SourceFiles) -> None:
+    """A cast makes new hashes of the original tensors: refuse to make them of tensors that are no longer original."""
+    for name, tensor in source.tensors.items():
+        first = original_name(name, known.plan)
+        if first is not None and stored_hash(tensor, files, source.itemsize) != known.original_hashes.get(first):
+            raise CheckpointError(
+                f"{source.folder}: {name} is not the original tensor any more, so a cast would lose the proof of which "
+                "ones are: convert without --dtype"
+            )
+
+
+def _source_of(source: Checkpoint) -> Source:
+    return Source(
+        name=source.folder.resolve().name, config_sha256=config_sha256(source.config), weight_bytes=source.weight_bytes
+    )
