@@ -1,7 +1,7 @@
 # Every target sets up .venv by itself, from the pinned requirements. PYTHON=python3.12 make test takes another Python.
 
 PYTHON ?= python3
-STEPS ?= 50
+STEPS ?= 30
 FUZZ_EXAMPLES ?= 5000
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,6 +1,6 @@
 """What the demo measured: report.json, report.png and a table.
 
-python examples/smollm2_pro/report.py --run_dir runs/smollm2_pro --steps 50
+python examples/smollm2_pro/report.py --run_dir runs/smollm2_pro --steps 30
 """
 
 from __future__ import annotations

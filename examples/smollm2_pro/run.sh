@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # LLaMA Pro on a real LLaMA, start to finish. Every line that is printed with a $ is a command you could type.
-# STEPS=50 sets the length. A step whose result is there already is not done again; remove runs/smollm2_pro to begin anew.
+# STEPS=30 sets the length. A step whose result is there already is not done again; remove runs/smollm2_pro to begin anew.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-STEPS=${STEPS:-50}
+STEPS=${STEPS:-30}
 HERE=examples/smollm2_pro
 RUN=runs/smollm2_pro
 OUT=$RUN/$STEPS-steps
