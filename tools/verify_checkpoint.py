@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_llamapro.checkpoint.options import add_workers_option
 from megatron_llamapro.config.command import CommandParser, run_command
 
 
@@ -24,7 +25,7 @@ def main() -> int:
         help="its expansion, trained or not: Hugging Face, Megatron, or a run's folder (its newest checkpoint)",
     )
     parser.add_argument("--quick", action="store_true", help="structure alone: do not compute the two models' logits")
-    parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="threads (default: one a core)")
+    add_workers_option(parser)
     args = parser.parse_args()
 
     from megatron_llamapro.checkpoint.report import byte_bar

@@ -19,6 +19,7 @@ class BlockState(Enum):
     """What has become of an added block."""
 
     IDENTITY = "identity, as when added"
+    ZEROED = "identity by its zeros, which began as no copy"
     TRAINED = "trained"
     WRONG = "wrong"
 
@@ -63,7 +64,9 @@ def judge_block(
                 return BlockReport(index, BlockState.WRONG, f"{name} is block {parent}'s, not zero")
     if not all_zero:
         return BlockReport(index, BlockState.TRAINED)
-    if parent is not None and rule.is_copy:
+    if not rule.is_copy:
+        return BlockReport(index, BlockState.ZEROED)
+    if parent is not None:
         for name in others:
             if hashes[name] != hashes[hf_name_in_layer(name, parent)]:
                 return BlockReport(index, BlockState.WRONG, f"{name} is not block {parent}'s")

@@ -6,7 +6,6 @@ before it takes the target's place; a run that was cut goes on where it stopped.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -18,13 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 import megatron_llamapro
-from megatron_llamapro.checkpoint.folder import carry_files, clear, staged
+from megatron_llamapro.checkpoint.folder import carry_files, clear, draft_of, staged
 from megatron_llamapro.checkpoint.hf_reader import open_hf
 from megatron_llamapro.checkpoint.hf_writer import DEFAULT_MAX_SHARD_BYTES, config_text, hf_layout
 from megatron_llamapro.checkpoint.layout import TargetLayout
 from megatron_llamapro.checkpoint.legacy_grid import LayerSpec
-from megatron_llamapro.checkpoint.lineage import target_manifest
+from megatron_llamapro.checkpoint.lineage import check_provable, target_manifest
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.megatron_dist import torch_dist_layout
 from megatron_llamapro.checkpoint.megatron_legacy import LegacyTarget, legacy_layout
@@ -32,10 +33,11 @@ from megatron_llamapro.checkpoint.opened import Checkpoint, Format
 from megatron_llamapro.checkpoint.origins import Origins
 from megatron_llamapro.checkpoint.sources import open_megatron_checkpoint
 from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles, nothing
-from megatron_llamapro.checkpoint.transfer import Job, Journal, transfer
+from megatron_llamapro.checkpoint.transfer import Job, Journal, are_complete, transfer
 from megatron_llamapro.checkpoint.weight_map import iter_hf, weights_of
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
 from megatron_llamapro.expansion.inits import Init
+from megatron_llamapro.expansion.options import Expand
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.families import (
     CONFIG_NAME,
@@ -47,9 +49,6 @@ from megatron_llamapro.model.families import (
 from megatron_llamapro.model.shape import ModelShape
 
 JOURNAL = ".llamapro-journal.jsonl"
-
-Expand = Callable[[ExpansionPlan], ExpansionPlan]
-"""From the plan of the source to the plan of the target."""
 
 
 @dataclass(frozen=True)
@@ -205,19 +204,18 @@ def _convert(
 ) -> Conversion:
     started = time.monotonic()
     model = _target_model(opened, expand, dtype, init)
+    layout = kind.layout(draft_of(target), model.shape, model.dtype)
     options.on_total(model.num_bytes)
     with (
-        SourceFiles() as files,
+        SourceFiles(opened.states) as files,
         staged(target, overwrite=options.overwrite, resume=options.resume, sources=(opened.folder,)) as draft,
     ):
-        layout = kind.layout(draft, model.shape, model.dtype)
-        origins = Origins(opened, files, model.plan, model.dtype, init, seed)
-        jobs = _jobs(origins, layout, model)
-        journal = Journal(draft / JOURNAL, _fingerprint(opened, model, layout, seed))
-        if journal.is_new:
-            clear(draft, but=JOURNAL)
+        check_provable(opened, dtype=model.dtype, files=files)
+        jobs = _jobs(Origins(opened, files, model.plan, model.dtype, init, seed), layout, model)
+        journal = _journal(draft, _fingerprint(opened, model, layout, seed), layout)
         done_before = sum(job.num_bytes for job in jobs if job.name in journal.hashes)
         _check_space(target, draft, jobs, journal)
+        carry_files(opened.folder, draft)
         hashes = transfer(
             jobs,
             layout.files,
@@ -227,9 +225,8 @@ def _convert(
             progress=options.progress,
         )
         files.check_unchanged()
-        manifest = target_manifest(opened, model.plan, dtype=model.dtype, init=model.init, hashes=hashes, files=files)
+        manifest = target_manifest(opened, model.plan, dtype=model.dtype, init=model.init, hashes=hashes)
         _write_small_files(draft, layout, kind, model, manifest)
-        carry_files(opened.folder, draft)
         (draft / JOURNAL).unlink()
     return Conversion(
         target=Path(target),
@@ -282,13 +279,26 @@ def _jobs(origins: Origins, layout: TargetLayout, model: _Model) -> list[Job]:
     ]
 
 
+def _journal(draft: Path, fingerprint: str, layout: TargetLayout) -> Journal:
+    """What an earlier run has done, if it was making the same and its files are all there; else nothing."""
+    journal = Journal(draft / JOURNAL, fingerprint)
+    if journal.is_new or not are_complete(layout.files):
+        clear(draft)
+        journal = Journal(draft / JOURNAL, fingerprint)
+    return journal
+
+
 def _fingerprint(source: Checkpoint, model: _Model, layout: TargetLayout, seed: int) -> str:
-    """What a journal must agree on: the same source, untouched, and the same target."""
-    read = sorted({piece.file for tensor in source.tensors.values() for piece in tensor.pieces})
-    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in read]
-    written = [(file.path.name, file.num_bytes) for file in layout.files]
-    what = [megatron_llamapro.__version__, states, written, model.plan.to_json(), model.dtype, model.init.value, seed]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    """What a journal must agree on: the same source, untouched, and the same bytes in the same places."""
+    hasher = blake3()
+    states = [(str(path.resolve()), state) for path, state in sorted(source.states.items())]
+    what = [megatron_llamapro.__version__, states, source.config, model.config, model.plan.to_json(), model.dtype]
+    hasher.update(json.dumps([*what, model.init.value, seed]).encode())
+    for file in layout.files:
+        hasher.update(repr((str(file.path), file.num_bytes, file.fixed)).encode())
+    for name, copies in layout.tensors.items():
+        hasher.update(repr((name, [copy.pieces for copy in copies])).encode())
+    return hasher.hexdigest()
 
 
 def _check_space(target: Path, draft: Path, jobs: Sequence[Job], journal: Journal) -> None:

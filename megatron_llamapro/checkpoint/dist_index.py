@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.folder import file_inside
 from megatron_llamapro.checkpoint.pickles import NEW_OBJECT, Call, Global, Pairs, Record, dumps, instance, load
 from megatron_llamapro.checkpoint.weight_map import Shape
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.config.files import file_inside
 from megatron_llamapro.model.families import ITEMSIZES
 
 INDEX_NAME = ".metadata"
@@ -92,7 +92,7 @@ def read_index(folder: Path) -> dict[str, IndexedTensor]:
         return {
             name: _tensor(name, entry, places, files)
             for name, entry in metadata.field("state_dict_metadata").items()  # type: ignore[attr-defined]
-            if entry.path == f"{_METADATA}.TensorStorageMetadata"
+            if entry.path == f"{_METADATA}.TensorStorageMetadata" and _is_text(name)
         }
     except ValueError as error:
         raise CheckpointError(f"{folder / INDEX_NAME} is damaged: {str(error)[:200]}") from None
@@ -139,6 +139,8 @@ def _tensor(name: str, entry: Record, places: dict[tuple[str, Shape], Record], f
     if dtype not in _DTYPES:
         raise ValueError(f"{name} has no type")
     shape = _shape(entry.field("size"))
+    if not shape:
+        return IndexedTensor(shape, dtype, ())  # a number: no weight is one
     sections = tuple(_section(name, chunk, places, files) for chunk in entry.field("chunks"))  # type: ignore[attr-defined]
     for section in sections:
         ends = [start + size for start, size in zip(section.start, section.shape, strict=True)]
@@ -159,6 +161,12 @@ def _section(name: str, chunk: Record, places: dict[tuple[str, Shape], Record], 
     if offset < 0 or num_bytes < 0 or offset + num_bytes > files.size(file):
         raise CheckpointError(f"{files.folder / file} is truncated: its index says it holds more")
     return Section(start, shape, files.folder / file, offset, num_bytes)
+
+
+def _is_text(name: object) -> bool:
+    if not isinstance(name, str):
+        raise ValueError("a key that is no text")
+    return True
 
 
 def _file_name(value: object) -> str:

@@ -6,11 +6,11 @@ import contextlib
 import fcntl
 import os
 import shutil
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.config.files import file_inside
 
 LATEST = "latest_checkpointed_iteration.txt"
 TORCH_DIST_MARK = "metadata.json"
@@ -42,37 +42,6 @@ def carry_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / name)
 
 
-def file_inside(folder: Path, name: str) -> Path | None:
-    """The file of a checkpoint folder; None where it has none of that name.
-
-    Links are followed, but not out of the folder: only into the blobs of the Hugging Face cache that it lies in
-    (…/snapshots/<revision> beside …/blobs).
-
-    Raises:
-        CheckpointError: it is a link to somewhere else or in a loop, or no regular file (reading a pipe would wait).
-    """
-    path = Path(folder) / name
-    try:
-        mode = path.stat().st_mode
-        real, home = path.resolve(strict=True), Path(folder).resolve()
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise CheckpointError(f"{path} is a link to a file that is not there") from None
-        return None
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop, in Python before 3.13
-        raise CheckpointError(f"{path} cannot be opened: {error}") from None
-    if stat.S_ISDIR(mode):
-        return None
-    if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path} is not a regular file")
-    homes = [home]
-    if home.parent.name == "snapshots":
-        homes.append(home.parent.parent / "blobs")
-    if not any(allowed in real.parents for allowed in homes):
-        raise CheckpointError(f"{path} is a link out of its folder, to {real}: copy the file there, then try again")
-    return path
-
-
 def iteration_folder(save: Path, iteration: int) -> Path:
     """Folder of the checkpoint after `iteration` steps."""
     return save / f"iter_{iteration:07d}"
@@ -88,7 +57,7 @@ def latest_checkpoint(save: Path) -> Path | None:
     if not latest.exists():
         return None
     text = latest.read_text(errors="replace").strip()
-    if not (text.isascii() and text.isdigit()):
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
         raise CheckpointError(
             f"{latest} holds '{text[:40]}', not a step number: write the number of a folder beside it"
         )
@@ -121,12 +90,19 @@ def is_torch_dist(folder: Path) -> bool:
     return (folder / TORCH_DIST_MARK).is_file()
 
 
+def draft_of(target: Path) -> Path:
+    """The folder beside a target in which it is written."""
+    target = Path(target).absolute()
+    return target.with_name(f".{target.name}.partial")
+
+
 @contextlib.contextmanager
 def staged(target: Path, *, overwrite: bool, resume: bool = False, sources: tuple[Path, ...] = ()) -> Iterator[Path]:
     """A folder to write into, beside `target`; when the block ends well it is synced and becomes `target`.
 
-    If the block fails, `target` is as it was and what was written is gone. After a kill or an interrupt it is still
-    there: the next writer to the same target clears it, or goes on with it (`resume`).
+    If the block fails, `target` is as it was and what was written is gone; after a kill or an interrupt, and where an
+    earlier run was to be gone on with (`resume`), it is still there: the next writer to the same target clears it, or
+    goes on with it.
 
     Raises:
         CheckpointError: `target` exists and is not empty (unless `overwrite`), is one of `sources` or holds or lies in
@@ -135,7 +111,7 @@ def staged(target: Path, *, overwrite: bool, resume: bool = False, sources: tupl
     target = Path(target).absolute()
     _check_target(target, overwrite=overwrite, sources=sources)
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.partial")
+    draft = draft_of(target)
     with _locked(draft, target):
         if not resume:
             clear(draft)
@@ -145,7 +121,8 @@ def staged(target: Path, *, overwrite: bool, resume: bool = False, sources: tupl
             _check_target(target, overwrite=overwrite, sources=sources)
             _move_into_place(draft, target)
         except Exception:
-            shutil.rmtree(draft, ignore_errors=True)
+            if not resume:
+                shutil.rmtree(draft, ignore_errors=True)
             raise
 
 
@@ -222,8 +199,7 @@ def _move_into_place(draft: Path, target: Path) -> None:
 
 def _sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
-        if path.is_file():
-            sync(path)
+        sync(path)
     sync(folder)
 
 

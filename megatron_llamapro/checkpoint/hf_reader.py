@@ -9,12 +9,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from megatron_llamapro.checkpoint.folder import file_inside
 from megatron_llamapro.checkpoint.layout import StoredTensor, whole
 from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME, Manifest
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
+from megatron_llamapro.checkpoint.streaming import state_of
 from megatron_llamapro.checkpoint.weight_map import Shape, hf_shapes, is_known_extra
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.config.files import file_inside
 from megatron_llamapro.model.families import MANIFEST_KEY, model_shape, read_hf_config
 from megatron_llamapro.model.shape import ModelShape
 
@@ -40,12 +41,18 @@ def open_hf(folder: Path) -> Checkpoint:
     shape = model_shape(config)
     manifest = _read_manifest(folder, config, shape)
     entries: dict[str, _Entry] = {}
-    for path in _shards(folder):
+    states = {path: state_of(path) for path in _shards(folder)}
+    for path in states:
         entries.update(_read_header(path))
     _check_index(folder, entries)
     dtype = _check_tensors(folder, entries, shape)
     tensors = {name: _stored(entries[name]) for name in hf_shapes(shape)}
-    return Checkpoint(folder, Format.HUGGING_FACE, config, shape, manifest, dtype, tensors)
+    if manifest is not None and manifest.dtype != dtype:
+        raise CheckpointError(
+            f"{folder}: its tensors are {dtype}, its manifest is of {manifest.dtype} ones: other software has saved it "
+            "in another type, so what it was made from can't be proven any more; take the checkpoint it was made from"
+        )
+    return Checkpoint(folder, Format.HUGGING_FACE, config, shape, manifest, dtype, tensors, states)
 
 
 def _stored(entry: _Entry) -> StoredTensor:
@@ -91,7 +98,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} is not an index of safetensors shards: {error!r}") from None
     for shard in names.values():
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard or "\0" in shard:
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard or not shard.isprintable():
             raise CheckpointError(f"{index} names the shard {shard!r}: shards are files in the same folder")
     return names
 

@@ -36,7 +36,7 @@ def hf_layout(
             tensors[tensor] = (whole(size, folder / name, position),)
             position += _num_bytes(size, ITEMSIZES[dtype])
         files.append(TargetFile(folder / name, position, ((0, header),)))
-    return TargetLayout(dtype, tensors, tuple(files), _index(names, shards, dtype))
+    return TargetLayout(tensors, tuple(files), _index(names, shards, dtype))
 
 
 def _index(names: Sequence[str], shards: Sequence[Sequence[_Named]], dtype: str) -> dict[str, bytes]:

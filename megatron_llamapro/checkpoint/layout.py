@@ -67,7 +67,6 @@ class TargetFile:
 class TargetLayout:
     """A checkpoint to be written."""
 
-    dtype: str
     tensors: Mapping[str, tuple[StoredTensor, ...]]
     """Where each goes, by Hugging Face name, in the order in which they are best written; some formats hold copies."""
     files: tuple[TargetFile, ...]

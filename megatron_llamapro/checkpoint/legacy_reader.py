@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.folder import LATEST, file_inside, iteration_folder
+from megatron_llamapro.checkpoint.folder import LATEST, iteration_folder
 from megatron_llamapro.checkpoint.legacy_grid import Entry, Grid, LayerSpec, check_grid, chunk_entries
 from megatron_llamapro.checkpoint.megatron_legacy import RANK_FILE, RELEASE, Copies, copy_of, pieces_of
 from megatron_llamapro.checkpoint.megatron_model import MegatronTensor, open_megatron
@@ -15,6 +15,7 @@ from megatron_llamapro.checkpoint.opened import Checkpoint, Format
 from megatron_llamapro.checkpoint.torch_archive import TORCH_GLOBALS, ArchivedTensor, DamagedArchiveError, read_archive
 from megatron_llamapro.checkpoint.weight_map import EMBEDDING, weights_of
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.config.files import file_inside
 from megatron_llamapro.model.families import ITEMSIZES, model_shape, read_hf_config
 from megatron_llamapro.model.shape import ModelShape
 
@@ -61,7 +62,7 @@ def _ranks_folder(folder: Path) -> Path | None:
     if tracker is not None:
         text = tracker.read_text(errors="replace").strip()
         candidates.append(folder / RELEASE if text == RELEASE else folder)
-        if text.isascii() and text.isdigit():
+        if text.isascii() and text.isdigit() and len(text) < 20:
             candidates.append(iteration_folder(folder, int(text)))
     return next((path for path in candidates if any(path.glob(f"mp_rank_*/{RANK_FILE}"))), None)
 
@@ -94,7 +95,7 @@ def _rank(path: Path) -> tuple[int, int]:
 
 def _read(folder: Path) -> tuple[Path, list[dict]]:
     """A rank's file and the state of each of its chunks."""
-    path = file_inside(folder, RANK_FILE)
+    path = file_inside(folder.parent, f"{folder.name}/{RANK_FILE}")
     if path is None:
         raise CheckpointError(f"{folder} has no {RANK_FILE}: the checkpoint is not complete")
     try:
@@ -103,11 +104,16 @@ def _read(folder: Path) -> tuple[Path, list[dict]]:
     except DamagedArchiveError as error:
         raise CheckpointError(f"{path} was not loaded: {error}") from None
     state = state if isinstance(state, dict) else {}
-    keys = ["model"] if "model" in state else sorted(key for key in state if re.fullmatch(r"model\d", str(key)))
+    numbered = [key for key in state if isinstance(key, str) and re.fullmatch(r"model\d{1,4}", key)]
+    keys = ["model"] if "model" in state else sorted(numbered, key=lambda key: int(key.removeprefix("model")))
     chunks = [state[key] for key in keys]
-    if not chunks or not all(isinstance(chunk, dict) for chunk in chunks):
+    if not chunks or not all(map(_is_state_dict, chunks)):
         raise CheckpointError(f"{path} holds no model")
     return path, chunks
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
 class _Opened:
@@ -116,9 +122,10 @@ class _Opened:
     def __init__(self, folder: Path, files: Mapping[_RankKey, tuple[Path, list[dict]]], shape: ModelShape) -> None:
         self._folder, self._files, self._shape = folder, files, shape
         tensor_size, pipeline_size = (max(rank[axis] for rank in files) + 1 for axis in (0, 1))
-        missing = {(t, p) for t in range(tensor_size) for p in range(pipeline_size)} - files.keys()
-        if missing:
-            raise CheckpointError(f"{folder} lacks tensor rank {min(missing)[0]} of stage {min(missing)[1]}")
+        if len(files) != tensor_size * pipeline_size:
+            places = ((t, p) for t in range(tensor_size) for p in range(pipeline_size))
+            rank, stage = next(place for place in places if place not in files)
+            raise CheckpointError(f"{folder} lacks tensor rank {rank} of stage {stage}")
         virtual = len(files[0, 0][1])
         order = [(stage, chunk) for chunk in range(virtual) for stage in range(pipeline_size)]
         if any(len(chunks) != virtual for _, chunks in files.values()):

@@ -23,7 +23,7 @@ def original_name(name: str, plan: ExpansionPlan) -> str | None:
 
 
 def target_manifest(
-    source: Checkpoint, plan: ExpansionPlan, *, dtype: str, init: Init, hashes: Mapping[str, str], files: SourceFiles
+    source: Checkpoint, plan: ExpansionPlan, *, dtype: str, init: Init, hashes: Mapping[str, str]
 ) -> Manifest:
     """The manifest of what was made of `source`, whose tensors have `hashes`.
 
@@ -34,10 +34,8 @@ def target_manifest(
     if known and not is_new_round and known.dtype == dtype:
         return known
     inits = (*(known.inits if known else ()), *([init.value] if is_new_round else []))
-    if known and known.plan.num_rounds:
-        if known.dtype == dtype:
-            return dataclasses.replace(known, plan=plan, inits=inits, tool_versions=tool_versions())
-        _check_unmoved(source, known, files)
+    if known and known.plan.num_rounds and known.dtype == dtype:
+        return dataclasses.replace(known, plan=plan, inits=inits, tool_versions=tool_versions())
     names = {name: original_name(name, plan) for name in hashes}
     return Manifest(
         family=source.config["model_type"],
@@ -50,8 +48,11 @@ def target_manifest(
     )
 
 
-def _check_unmoved(source: Checkpoint, known: Manifest, files: SourceFiles) -> None:
-    """A cast makes new hashes of the original tensors: refuse to make them of tensors that are no longer original."""
+def check_provable(source: Checkpoint, *, dtype: str, files: SourceFiles) -> None:
+    """Raise `CheckpointError` where a cast would make new hashes of tensors that are no longer the original ones."""
+    known = source.manifest
+    if known is None or not known.plan.num_rounds or known.dtype == dtype:
+        return
     for name, tensor in source.tensors.items():
         first = original_name(name, known.plan)
         if first is not None and stored_hash(tensor, files, source.itemsize) != known.original_hashes.get(first):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import megatron_llamapro
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
+from megatron_llamapro.config.files import file_inside
 from megatron_llamapro.expansion.inits import Init
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.families import WEIGHT_DTYPES
@@ -101,8 +102,8 @@ class Manifest:
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        path = Path(folder) / MANIFEST_NAME
-        if not path.is_file():
+        path = file_inside(folder, MANIFEST_NAME)
+        if path is None:
             raise CheckpointError(
                 f"{folder} has no {MANIFEST_NAME}: convert the model with tools/convert_checkpoint.py"
             )

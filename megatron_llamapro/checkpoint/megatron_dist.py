@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_llamapro.checkpoint.dist_index import INDEX_NAME, IndexedTensor, Section, index_bytes, read_index
-from megatron_llamapro.checkpoint.folder import TORCH_DIST_MARK, file_inside
+from megatron_llamapro.checkpoint.folder import TORCH_DIST_MARK
 from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, TargetFile, TargetLayout, parts_of
 from megatron_llamapro.checkpoint.megatron_model import MegatronTensor, matrix, open_megatron
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
@@ -33,6 +33,7 @@ from megatron_llamapro.checkpoint.torch_archive import (
 )
 from megatron_llamapro.checkpoint.weight_map import Weight, weights_of
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.config.files import file_inside
 from megatron_llamapro.model.families import ITEMSIZES
 from megatron_llamapro.model.shape import ModelShape
 
@@ -79,7 +80,8 @@ def open_torch_dist(folder: Path) -> Checkpoint:
         CheckpointError: no such checkpoint, damaged, not whole, not of the model that its config.json describes, or
             one whose pickles would run code.
     """
-    indexed = {name: tensor for name, tensor in read_index(folder).items() if not is_other_state(name)}
+    found = read_index(folder)
+    indexed = {name: tensor for name, tensor in found.items() if tensor.shape and not is_other_state(name)}
     with _SectionFiles() as files:
         tensors = {name: _located(name, tensor, files) for name, tensor in indexed.items()}
     return open_megatron(Path(folder), Format.TORCH_DIST, tensors)
@@ -208,7 +210,7 @@ def torch_dist_layout(
         _COMMON: _whole_file(archive_layout(_COMMON_STATE, [])),
         TORCH_DIST_MARK: json.dumps(_BACKENDS).encode(),
     }
-    return TargetLayout(dtype, tensors, files.finished(), small)
+    return TargetLayout(tensors, files.finished(), small)
 
 
 def _extra_state_of(weight: Weight) -> str | None:

@@ -81,7 +81,7 @@ def legacy_layout(folder: Path, shape: ModelShape, dtype: str, *, target: Legacy
         held = pieces[weight.megatron_name].values()
         copies = [parts_of(weight, copy, shape=shape, itemsize=ITEMSIZES[dtype]) for copy in held]
         tensors.update({name: tuple(copy[name] for copy in copies) for name in weight.hf_names})
-    return TargetLayout(dtype, tensors, tuple(files), {LATEST: f"{RELEASE}\n".encode()})
+    return TargetLayout(tensors, tuple(files), {LATEST: f"{RELEASE}\n".encode()})
 
 
 def _rank_folder(grid: Grid, tensor_rank: int, stage: int) -> str:

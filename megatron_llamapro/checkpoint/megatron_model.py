@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, is_whole, parts_of
 from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME, Manifest
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
+from megatron_llamapro.checkpoint.streaming import state_of
 from megatron_llamapro.checkpoint.weight_map import VOCABULARY_ROWS, Shape, Weight, weights_of
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.model.families import ITEMSIZES, model_shape, read_hf_config
@@ -50,7 +51,9 @@ def open_megatron(folder: Path, format: Format, tensors: Mapping[str, MegatronTe
     for weight in weights:
         tensor = tensors.get(weight.megatron_name)
         if tensor is None:
-            raise CheckpointError(f"{folder} lacks the tensor {weight.megatron_name}")
+            stacked = any(name.startswith("decoder.layers.self_attention.") for name in tensors)
+            why = ": its layers are stacked in one tensor; save it with non_homogeneous_layers" if stacked else ""
+            raise CheckpointError(f"{folder} lacks the tensor {weight.megatron_name}{why}")
         _check(folder, weight, tensor, dtype)
         parts = parts_of(weight, tensor.pieces, shape=shape, itemsize=ITEMSIZES[dtype])
         _check_whole(folder, weight.megatron_name, parts.values())
@@ -58,7 +61,8 @@ def open_megatron(folder: Path, format: Format, tensors: Mapping[str, MegatronTe
     unknown = sorted(tensors.keys() - {weight.megatron_name for weight in weights})
     if unknown:
         raise CheckpointError(f"{folder} has the tensor {unknown[0][:200]}, which this model family does not have")
-    return Checkpoint(folder, format, config, shape, manifest, dtype, found)
+    states = {piece.file: state_of(piece.file) for tensor in found.values() for piece in tensor.pieces}
+    return Checkpoint(folder, format, config, shape, manifest, dtype, found, states)
 
 
 def _one_dtype(folder: Path, tensors: Mapping[str, MegatronTensor]) -> str:
@@ -81,4 +85,4 @@ def _check(folder: Path, weight: Weight, tensor: MegatronTensor, dtype: str) -> 
 def _check_whole(folder: Path, name: str, parts: Iterable[StoredTensor]) -> None:
     for part in parts:
         if not is_whole(part):
-            raise CheckpointError(f"{folder}: the pieces of {name} overlap or leave a gap: the index is damaged")
+            raise CheckpointError(f"{folder}: the pieces of {name} overlap or leave a gap: it is damaged")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
 from megatron_llamapro.checkpoint.layout import StoredTensor
 from megatron_llamapro.checkpoint.manifest import Manifest
+from megatron_llamapro.checkpoint.streaming import FileState
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.families import ITEMSIZES
 from megatron_llamapro.model.shape import ModelShape
@@ -36,6 +37,8 @@ class Checkpoint:
     """Of all weights, e.g. bfloat16."""
     tensors: Mapping[str, StoredTensor]
     """Under Hugging Face's names, in the order of the forward pass."""
+    states: Mapping[Path, FileState] = field(default_factory=dict)
+    """What the tensors' files were when their headers were read."""
     division: str | None = None
     """How it is divided over ranks, where the format fixes that; e.g. TP 2 x PP 2."""
     stage_layers: tuple[int, ...] | None = None

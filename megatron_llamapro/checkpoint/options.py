@@ -21,8 +21,17 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
     """Add --overwrite, --resume and --num_workers."""
     parser.add_argument("--overwrite", action="store_true", help="replace the target, once its successor is ready")
     parser.add_argument("--resume", action="store_true", help="go on where an earlier run to this target was cut")
+    add_workers_option(parser)
+
+
+def add_workers_option(parser: argparse.ArgumentParser) -> None:
+    """Add --num_workers."""
     parser.add_argument(
-        "--num_workers", type=int, default=0, metavar="N", help="threads (default: one a core, four at the most)"
+        "--num_workers",
+        type=_num_workers,
+        default=0,
+        metavar="N",
+        help="threads (default: one a core, four at the most)",
     )
 
 
@@ -64,6 +73,12 @@ def add_shard_option(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="largest safetensors file, e.g. 5GB or 500MB (default: 5GB)",
     )
+
+
+def _num_workers(text: str) -> int:
+    if not text.isdigit() or int(text) > 1000:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of threads")
+    return int(text)
 
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -12,6 +12,7 @@ from megatron_llamapro.checkpoint.streaming import Rows, SourceFiles, StoredRows
 from megatron_llamapro.checkpoint.weight_map import Weight, hf_name_in_layer, is_block_norm, is_norm
 from megatron_llamapro.expansion.inits import INITS, Init
 from megatron_llamapro.expansion.plan import ExpansionPlan, Layer
+from megatron_llamapro.model.hf_fields import number
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Origins:
         if name.endswith(".bias"):
             return ZeroRows()
         seed = int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:8], "little")
-        std = float(self.source.config.get("initializer_range") or 0.02)
+        std = number(self.source.config, "initializer_range", default=0.02)
         return NormalRows(seed=seed, std=std, dtype=self.dtype)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -39,18 +39,39 @@ class Rows(Protocol):
         ...
 
 
-class SourceFiles:
-    """Files that are read, opened once, and held against what they were when they were opened."""
+FileState = tuple[int, int, int]
+"""Which file a path names, its size and when it was last written."""
 
-    def __init__(self) -> None:
-        self._open: dict[Path, tuple[int, os.stat_result]] = {}
+
+def state_of(path: Path) -> FileState:
+    """The state of a file now.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    try:
+        return _state(path.stat())
+    except OSError:
+        raise CheckpointError(f"{path} vanished while it was being read") from None
+
+
+def _state(status: os.stat_result) -> FileState:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class SourceFiles:
+    """Files that are read, opened once, and held against what they were when their headers were read."""
+
+    def __init__(self, states: Mapping[Path, FileState] | None = None) -> None:
+        self._expected = dict(states or {})
+        self._open: dict[Path, int] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> SourceFiles:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for descriptor, _ in self._open.values():
+        for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
 
@@ -58,28 +79,15 @@ class SourceFiles:
         """Fill `out` from byte `offset` on.
 
         Raises:
-            CheckpointError: the file is gone or shorter than it was.
+            CheckpointError: the file is gone, shorter than it was, or another one.
         """
-        descriptor = self._descriptor(path)
-        done = 0
-        while done < len(out):
-            try:
-                count = os.preadv(descriptor, [out[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-            if count == 0:
-                raise CheckpointError(f"{path} is shorter than it was: it changed while it was being read")
-            done += count
+        read_exactly(self._descriptor(path), path, offset, out)
 
     def check_unchanged(self) -> None:
-        """Raise `CheckpointError` where a file is not what it was when it was opened."""
-        for path, (_, before) in self._open.items():
-            try:
-                now = path.stat()
-            except OSError:
-                raise CheckpointError(f"{path} vanished while it was being read") from None
-            if _version(now) != _version(before):
-                raise CheckpointError(f"{path} changed while it was being read: wait until it is complete, try again")
+        """Raise `CheckpointError` where a file is not what it was when its header was read."""
+        for path, before in self._expected.items():
+            if state_of(path) != before:
+                raise _changed(path)
 
     def _descriptor(self, path: Path) -> int:
         with self._lock:
@@ -92,12 +100,34 @@ class SourceFiles:
                 if not stat.S_ISREG(status.st_mode):
                     os.close(descriptor)
                     raise CheckpointError(f"{path} is not a file")
-                self._open[path] = (descriptor, status)
-            return self._open[path][0]
+                if self._expected.setdefault(path, _state(status)) != _state(status):
+                    os.close(descriptor)
+                    raise _changed(path)
+                self._open[path] = descriptor
+            return self._open[path]
 
 
-def _version(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_ino, status.st_size, status.st_mtime_ns
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} changed while it was being read: wait until it is complete, then try again")
+
+
+def read_exactly(descriptor: int, path: Path, offset: int, out: memoryview) -> None:
+    """Fill `out` from byte `offset` of an open file on, or raise `CheckpointError`."""
+    done = 0
+    while done < len(out):
+        try:
+            count = os.preadv(descriptor, [out[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        if count == 0:
+            raise CheckpointError(f"{path} is shorter than it was: it changed while it was being read")
+        done += count
+
+
+class Readable(Protocol):
+    """Files whose bytes can be read by place."""
+
+    def read(self, path: Path, offset: int, out: memoryview) -> None: ...
 
 
 class StoredRows:
@@ -105,7 +135,7 @@ class StoredRows:
 
     is_zero = False
 
-    def __init__(self, tensor: StoredTensor, files: SourceFiles, itemsize: int) -> None:
+    def __init__(self, tensor: StoredTensor, files: Readable, itemsize: int) -> None:
         self.tensor, self._files, self._itemsize = tensor, files, itemsize
 
     def fill(self, start: int, out: numpy.ndarray) -> None:
@@ -131,7 +161,7 @@ def overlaps(
             yield piece, slice(first - start, last - start), columns, offset
 
 
-def read_whole(tensor: StoredTensor, files: SourceFiles, itemsize: int) -> numpy.ndarray:
+def read_whole(tensor: StoredTensor, files: Readable, itemsize: int) -> numpy.ndarray:
     """All of a tensor, uint8 [rows, bytes a row]."""
     values = numpy.empty((tensor.num_rows, tensor.num_columns * itemsize), numpy.uint8)
     StoredRows(tensor, files, itemsize).fill(0, values)
@@ -163,6 +193,6 @@ def hash_rows(
     return hasher.hexdigest()
 
 
-def stored_hash(tensor: StoredTensor, files: SourceFiles, itemsize: int, *, progress: Progress = nothing) -> str:
+def stored_hash(tensor: StoredTensor, files: Readable, itemsize: int, *, progress: Progress = nothing) -> str:
     """Content hash of a tensor that lies in files."""
     return hash_rows(StoredRows(tensor, files, itemsize), tensor, itemsize, progress=progress)

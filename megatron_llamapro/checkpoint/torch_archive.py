@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from megatron_llamapro.checkpoint.pickles import Call, Global, Persistent, Record, dumps, load
+from megatron_llamapro.checkpoint.weight_map import Shape
 from megatron_llamapro.model.families import ITEMSIZES
-
-Shape = tuple[int, ...]
 
 _STORAGES = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "float16": "HalfStorage"}
 _DTYPES = {f"torch.{storage}": dtype for dtype, storage in _STORAGES.items()}
@@ -38,6 +37,7 @@ TORCH_GLOBALS = frozenset(
 
 _ROOT = "archive"
 _ALIGNMENT = 64
+_MAX_PICKLE_BYTES = 256 * 2**20
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END64 = struct.Struct("<4sQ2H2I4Q")
@@ -152,48 +152,65 @@ def read_archive(file: BinaryIO, *, admitted: Container[str] = TORCH_GLOBALS) ->
     """
     try:
         records = _records(file)
-        root = next(name[: -len("data.pkl")] for name in records if name.endswith("data.pkl"))
-        start, size = records[f"{root}data.pkl"]
+        root = next(iter(records)).split("/")[0]
+        start, size = records[f"{root}/data.pkl"]
+        if size > _MAX_PICKLE_BYTES:
+            raise ValueError(f"a description of {size} bytes")
         file.seek(start)
         value = load(file.read(size), admitted=admitted)
-        return _with_tensors(value, {name.removeprefix(f"{root}data/"): place for name, place in records.items()})
+        return _Tensors({name.removeprefix(f"{root}/data/"): place for name, place in records.items()}).put_into(value)
     except pickle.UnpicklingError as error:
         raise DamagedArchiveError(str(error)) from None
-    except StopIteration:
-        raise DamagedArchiveError("it has no data.pkl") from None
-    except (zipfile.BadZipFile, struct.error, KeyError, TypeError, ValueError, EOFError, RecursionError) as error:
-        raise DamagedArchiveError(f"it is damaged: {str(error)[:200]!r}") from None
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        raise DamagedArchiveError(f"it is damaged: {type(error).__name__} {str(error)[:200]!r}") from None
 
 
 def _records(file: BinaryIO) -> dict[str, tuple[int, int]]:
-    """Name → (offset, bytes) of every record."""
-    places = {}
+    """Name → (offset, bytes) of every record, in the order of the file; what torch finds, and nothing else."""
+    places: dict[str, tuple[int, int]] = {}
     length = file.seek(0, 2)
+    file.seek(0)
+    if file.read(4) != b"PK\3\4":  # zipfile would take what comes before an archive, which torch reads as another file
+        raise ValueError("no torch archive")
     with zipfile.ZipFile(file) as directory:
         entries = directory.infolist()
     for entry in entries:
         file.seek(entry.header_offset)
         header = _LOCAL.unpack(file.read(_LOCAL.size))
         start = entry.header_offset + _LOCAL.size + header[-2] + header[-1]
-        if entry.compress_type != zipfile.ZIP_STORED or start + entry.file_size > length:
+        if entry.compress_type != zipfile.ZIP_STORED or start + entry.file_size > length or entry.filename in places:
             raise ValueError(f"record {entry.filename}")
         places[entry.filename] = (start, entry.file_size)
     return places
 
 
-def _with_tensors(value: object, places: Mapping[str, tuple[int, int]]) -> object:
-    """`value` with the records that describe tensors replaced by them; containers are walked, nothing else is."""
-    if isinstance(value, Record):
-        if value.path == "torch._utils._rebuild_tensor_v2":
-            return _tensor(value.args, places)
-        if value.path == "torch._utils._rebuild_parameter":
-            return _with_tensors(value.args[0], places)
+class _Tensors:
+    """Puts tensors where a pickle describes them. Containers are walked, each once; nothing else is."""
+
+    def __init__(self, places: Mapping[str, tuple[int, int]]) -> None:
+        self._places = places
+        self._done: dict[int, tuple[object, object]] = {}  # by id; the original is held, so that no id comes again
+
+    def put_into(self, value: object) -> object:
+        """`value` with the records that describe tensors replaced by them."""
+        if id(value) not in self._done:
+            self._done[id(value)] = (value, self._replaced(value))
+        return self._done[id(value)][1]
+
+    def _replaced(self, value: object) -> object:
+        if isinstance(value, Record):
+            if value.path == "torch._utils._rebuild_tensor_v2":
+                return _tensor(value.args, self._places)
+            if value.path == "torch._utils._rebuild_parameter":
+                return self.put_into(value.args[0])
+            return value
+        if isinstance(value, dict):
+            return {key: self.put_into(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.put_into(item) for item in value]
         return value
-    if isinstance(value, dict):
-        return {key: _with_tensors(item, places) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_with_tensors(item, places) for item in value]
-    return value
 
 
 def _tensor(args: tuple, places: Mapping[str, tuple[int, int]]) -> ArchivedTensor:

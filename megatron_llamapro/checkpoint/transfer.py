@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -17,14 +18,15 @@ from pathlib import Path
 
 import numpy
 
+from megatron_llamapro.checkpoint.folder import sync
 from megatron_llamapro.checkpoint.layout import StoredTensor, TargetFile
 from megatron_llamapro.checkpoint.streaming import (
     Progress,
     Rows,
-    SourceFiles,
     hash_rows,
     nothing,
     overlaps,
+    read_exactly,
     stored_hash,
 )
 from megatron_llamapro.config.errors import CheckpointError
@@ -55,7 +57,9 @@ class Journal:
             lines = [{"plan": plan}]
         for line in lines[1:]:
             self.hashes.update(line["hashes"])
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        draft = path.with_name(f"{path.name}.tmp")
+        draft.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        draft.replace(path)
 
     @property
     def is_new(self) -> bool:
@@ -86,10 +90,11 @@ class Journal:
 
 
 class TargetFiles:
-    """The files of a target, made in their full size (of zeros) and filled from all sides."""
+    """The files of a target, made in their full size (of zeros), filled from all sides and read back."""
 
     def __init__(self, files: Iterable[TargetFile]) -> None:
         self._open: dict[Path, int] = {}
+        _allow_many_open_files()
         for file in files:
             file.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file.path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -97,6 +102,8 @@ class TargetFiles:
             os.ftruncate(descriptor, file.num_bytes)
             for offset, data in file.fixed:
                 self._write(descriptor, file.path, memoryview(data), offset)
+        for folder in {path.parent for path in self._open} | {path.parent.parent for path in self._open}:
+            sync(folder)  # a journal must not name what a power cut can take back
 
     def __enter__(self) -> TargetFiles:
         return self
@@ -110,6 +117,10 @@ class TargetFiles:
         for piece, span, columns, offset in overlaps(tensor, start, len(rows), itemsize):
             part = numpy.ascontiguousarray(rows[span, columns])
             self._write(self._open[piece.file], piece.file, part.reshape(-1).data, offset)
+
+    def read(self, path: Path, offset: int, out: memoryview) -> None:
+        """Fill `out` from byte `offset` of a file on."""
+        read_exactly(self._open[path], path, offset, out)
 
     def settle(self, paths: Iterable[Path]) -> None:
         """Have the disk hold what was written, and the memory forget it, so that it is read from the disk again."""
@@ -125,6 +136,17 @@ class TargetFiles:
                 done += os.pwrite(descriptor, data[done:], offset + done)
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _allow_many_open_files() -> None:
+    """As many as the system lets this process have: the largest models have more files than the usual limit."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def are_complete(files: Iterable[TargetFile]) -> bool:
+    """Whether every file is there in its full size."""
+    return all(file.path.is_file() and file.path.stat().st_size == file.num_bytes for file in files)
 
 
 def transfer(
@@ -146,8 +168,8 @@ def transfer(
         if job.name in journal.hashes:
             progress(job.num_bytes)
     todo = [job for job in jobs if job.name not in journal.hashes]
-    with TargetFiles(files) as target, SourceFiles() as written:
-        worker = _Worker(target, written, journal, itemsize, progress)
+    with TargetFiles(files) as target:
+        worker = _Worker(target, journal, itemsize, progress)
         _run_all([lambda batch=batch: worker.write(batch) for batch in _batches(todo)], num_workers)
         target.settle(file.path for file in files)
     return {job.name: journal.hashes[job.name] for job in jobs}
@@ -168,10 +190,8 @@ def _batches(jobs: Iterable[Job]) -> Iterator[list[Job]]:
 class _Worker:
     """What a thread does with a batch."""
 
-    def __init__(
-        self, target: TargetFiles, written: SourceFiles, journal: Journal, itemsize: int, progress: Progress
-    ) -> None:
-        self._target, self._written, self._journal = target, written, journal
+    def __init__(self, target: TargetFiles, journal: Journal, itemsize: int, progress: Progress) -> None:
+        self._target, self._journal = target, journal
         self._itemsize, self._progress = itemsize, progress
 
     def write(self, batch: Sequence[Job]) -> None:
@@ -191,7 +211,7 @@ class _Worker:
         return hash_rows(job.rows, job.copies[0], self._itemsize, each=each, progress=self._progress)
 
     def _compare(self, name: str, copy: StoredTensor, expected: str) -> None:
-        if stored_hash(copy, self._written, self._itemsize) != expected:
+        if stored_hash(copy, self._target, self._itemsize) != expected:
             raise CheckpointError(
                 f"{copy.pieces[0].file}: {name} reads back other than it was written: check the disk, and try again"
             )

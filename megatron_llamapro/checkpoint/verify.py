@@ -1,7 +1,7 @@
 """Proof that an expanded model is what it should be: identical in function before training, untouched originals after.
 
-Every claim is a `Check`. Both checkpoints are read a tensor at a time; nothing is taken from a manifest that the
-tensors do not confirm.
+Every claim is a `Check`. Both checkpoints are read a tensor at a time; what a manifest says of the
+lineage is held against the tensors, as far as they can tell (of blocks that did not begin as copies: their zeros).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def verify(
     yield lineage
     if not lineage.ok:
         return
-    with SourceFiles() as files:
+    with SourceFiles({**source.states, **result.states}) as files:
         hashes = _hashes(result, result.dtype, files, num_workers, progress)
         expected = _hashes(source, result.dtype, files, num_workers, progress)
         yield from _check_originals(source, result, expected, hashes)
@@ -197,7 +197,7 @@ def _check_blocks(blocks: Iterable[BlockReport]) -> Check:
     if wrong:
         return Check("added blocks", ok=False, text="; ".join(wrong))
     parts = []
-    for state in (BlockState.IDENTITY, BlockState.TRAINED):
+    for state in (BlockState.IDENTITY, BlockState.ZEROED, BlockState.TRAINED):
         layers = [str(block.layer) for block in blocks if block.state is state]
         if layers:
             parts.append(f"{', '.join(layers)}: {state.value}")

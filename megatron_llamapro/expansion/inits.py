@@ -19,7 +19,7 @@ class Init(str, Enum):
     RANDOM = "random"
     """Normal with the model's initializer_range, norms 1, both output projections zeroed."""
     MEAN = "mean"
-    """The mean of the blocks before and behind it, both output projections zeroed."""
+    """The mean of its source block and the one behind that, both output projections zeroed."""
     ZERO_NORM = "zero_norm"
     """A copy of its source block with its norms zeroed instead (staged training, Shen et al. 2022)."""
 

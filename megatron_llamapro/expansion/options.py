@@ -39,7 +39,7 @@ def add_expansion_options(parser: argparse.ArgumentParser) -> None:
         "--init",
         choices=[init.value for init in Init],
         help="what an added block starts as: copy of its source block (the paper's, and the default), random, mean of "
-        "the blocks around it, each with zeroed output projections; or zero_norm, a copy with zeroed norms",
+        "that and the next block, each with zeroed output projections; or zero_norm, a copy with zeroed norms",
     )
     group.add_argument("--init_seed", type=int, metavar="N", help="of --init random (default: 0)")
     group.add_argument("--force", action="store_true", help="allow --init zero_norm, which cannot learn")

@@ -135,6 +135,10 @@ class ExpansionPlan:
             raise ExpansionError("not an expansion plan: its original layers are not 0, 1, 2, … in order")
         if any(layer.source_layer >= len(originals) for layer in self.layers):
             raise ExpansionError("not an expansion plan: an added layer copies a layer that is not there")
+        if any(layer.parent_layer >= len(self.layers) for layer in self.layers):
+            raise ExpansionError("not an expansion plan: a layer's parent is a layer that is not there")
+        if self.num_rounds > len(self.layers):
+            raise ExpansionError("not an expansion plan: it has more rounds than layers")
         if {x.added_in_round for x in self.layers if x.is_added} != set(range(1, self.num_rounds + 1)):
             raise ExpansionError("not an expansion plan: its rounds do not match its added layers")
 

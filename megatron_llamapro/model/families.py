@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.config.files import file_inside
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.hf_fields import count, flag, number, rope_parameters, rope_scaling
 from megatron_llamapro.model.refused import REFUSED
@@ -120,6 +121,8 @@ FAMILIES: dict[str, Family] = {
 }
 
 # Whole numbers of config.json: our name, theirs, the largest that is believed.
+_MOST_EXPERTS = 100_000  # of all layers together: names of their tensors are made before any file is looked at
+
 _COUNTS = (
     ("num_layers", "num_hidden_layers", 10_000),
     ("hidden_size", "hidden_size", 1_000_000),
@@ -138,8 +141,8 @@ def read_hf_config(folder: Path) -> dict:
     Raises:
         CheckpointError: no folder, no file, or not a JSON object.
     """
-    path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
+    path = file_inside(folder, CONFIG_NAME)
+    if path is None:
         what = "has no config.json" if Path(folder).is_dir() else "is not a folder"
         raise CheckpointError(f"{folder} {what}: give the folder of a checkpoint")
     try:
@@ -221,6 +224,10 @@ def _experts(config: Mapping, family: Family) -> dict[str, int]:
         raise CheckpointError(
             "config.json has num_experts_per_tok 1: transformers weighs a single expert by 1 whatever its logit, which "
             "megatron.core's router cannot"
+        )
+    if experts * config["num_hidden_layers"] > _MOST_EXPERTS:
+        raise CheckpointError(
+            f"config.json has {experts} experts in {config['num_hidden_layers']} layers: that is absurd"
         )
     return {"num_moe_experts": experts, "moe_router_topk": chosen}
 

@@ -238,7 +238,7 @@ def link(folder: Path, name: str, target: Path) -> None:
     (folder / name).symlink_to(target)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_link_out_of_the_folder_is_not_followed(name: str, damaged: Tiny, tmp_path: Path) -> None:
     """A tokenizer.json that is somebody's private key would be published with the export."""
     source = damaged()
@@ -259,7 +259,7 @@ def test_a_link_in_a_loop(damaged: Tiny, tmp_path: Path) -> None:
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
 def test_a_pipe_is_not_waited_for(name: str, damaged: Tiny, tmp_path: Path) -> None:
     source = damaged()
     (source / name).unlink()

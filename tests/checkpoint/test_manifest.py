@@ -34,12 +34,18 @@ def test_hash_of_a_config_does_not_depend_on_its_order() -> None:
 
 
 GOOD = MANIFEST.to_json()
+LAYERS = GOOD["plan"]["layers"]
 DAMAGED = {
     "no object": ([], "not a JSON object"),
     "another version": ({**GOOD, "format_version": 2}, "manifest format 2, this version reads 1"),
     "no version": ({}, "manifest format None"),
     "a missing field": ({k: v for k, v in GOOD.items() if k != "dtype"}, "damaged manifest .*dtype"),
     "a plan that is none": ({**GOOD, "plan": {"layers": [], "num_rounds": 0}}, "damaged manifest"),
+    "a plan of many rounds": ({**GOOD, "plan": {**GOOD["plan"], "num_rounds": 3 * 10**9}}, "more rounds than layers"),
+    "a plan with a parent that is not there": (
+        {**GOOD, "plan": {**GOOD["plan"], "layers": [*LAYERS[:-1], {**LAYERS[-1], "parent_layer": 10**6}]}},
+        "a layer that is not there",
+    ),
     "a plan of the wrong type": ({**GOOD, "plan": "interleaved"}, "damaged manifest"),
     "a number for a type": ({**GOOD, "dtype": 16}, "damaged manifest"),
     "a type that no weight has": ({**GOOD, "dtype": "int4"}, "damaged manifest"),

@@ -241,3 +241,25 @@ def test_without_a_manifest_it_is_a_model_that_was_never_expanded(tiny_llama: Ti
     (tmp_path / "it" / "llamapro.json").unlink()
     megatron_to_hf(tmp_path / "it", tmp_path / "hf")
     assert same(tmp_path / "hf", tiny_llama())
+
+
+def test_more_than_ten_chunks(tiny_llama: Tiny, tmp_path: Path) -> None:
+    source = tiny_llama(num_hidden_layers=24, hidden_size=32, intermediate_size=32)
+    division = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 12}
+    hf_to_megatron(source, tmp_path / "it", kind=legacy(**division))
+    assert same(tmp_path / "it", source)
+
+
+def test_a_rank_of_a_large_number(divided: Path, tmp_path: Path) -> None:
+    """Its number asks for no memory."""
+    (divided / "release" / "mp_rank_00_000").rename(divided / "release" / "mp_rank_9999999999_000")
+    with pytest.raises(CheckpointError, match="lacks tensor rank 0 of stage 0"):
+        megatron_to_hf(divided, tmp_path / "hf")
+
+
+def test_a_link_out_of_the_checkpoint_is_not_followed(divided: Path, tmp_path: Path) -> None:
+    rank = divided / "release" / "mp_rank_00_000"
+    rank.rename(tmp_path / "outside")
+    rank.symlink_to(tmp_path / "outside")
+    with pytest.raises(CheckpointError, match="is a link out of its folder"):
+        megatron_to_hf(divided, tmp_path / "hf")

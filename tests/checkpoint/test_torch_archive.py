@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,47 @@ def test_any_damage_is_one_error() -> None:
             else:
                 for tensor in found.values() if isinstance(found, dict) else ():
                     assert not isinstance(tensor, ArchivedTensor) or tensor.offset + 16 <= len(whole)
+
+
+def zipped(*records: tuple[str, bytes]) -> io.BytesIO:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in records:
+            archive.writestr(name, data)
+    return file
+
+
+BENIGN = b"\x80\x02}."
+
+
+def test_what_is_checked_is_what_torch_would_read(tmp_path: Path) -> None:
+    """Not a pickle before an archive, which torch reads as one; not another record that ends in data.pkl."""
+    evil = pickle.dumps(Hostile(tmp_path / "ran"))
+    for file in (
+        io.BytesIO(evil + zipped(("archive/data.pkl", BENIGN)).getvalue()),
+        zipped(("archive/benign_data.pkl", BENIGN), ("archive/data.pkl", evil)),
+        zipped(("archive/data.pkl", evil), ("other/data.pkl", BENIGN)),
+    ):
+        with pytest.raises(DamagedArchiveError):
+            read_archive(file)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shared_containers_are_walked_once() -> None:
+    """Sixty lists, each twice in the next: a copy of every reference would be two to the sixtieth."""
+    value: list = []
+    for _ in range(60):
+        value = [value, value]
+    assert read_archive(zipped(("archive/data.pkl", pickle.dumps(value, protocol=2)))) is not None
+
+
+ODD = {
+    "a tensor of nothing": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(K\x00K\x00))tR.",
+    "a parameter of nothing": b"\x80\x02ctorch._utils\n_rebuild_parameter\n)R.",
+}
+
+
+@pytest.mark.parametrize("data", ODD.values(), ids=ODD.keys())
+def test_odd_descriptions_are_damage(data: bytes) -> None:
+    with pytest.raises(DamagedArchiveError):
+        read_archive(zipped(("archive/data.pkl", data)))

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy
 import pytest
 
-from megatron_llamapro.checkpoint.convert import JOURNAL, Options, expand_hf, hf_to_megatron
+from megatron_llamapro.checkpoint.convert import JOURNAL, Options, expand_hf, hf_to_megatron, legacy
 from megatron_llamapro.checkpoint.layout import StoredTensor
-from megatron_llamapro.checkpoint.streaming import SourceFiles
 from megatron_llamapro.checkpoint.transfer import Journal, TargetFiles
+from megatron_llamapro.checkpoint.verify import verify
 from megatron_llamapro.config.errors import CheckpointError
 
 Tiny = Callable[..., Path]
@@ -199,14 +199,14 @@ def test_a_disk_that_gives_back_something_else(
     tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One bit of what is read back is another than the one that was written."""
-    original = SourceFiles.read
+    original = TargetFiles.read
 
-    def read(self: SourceFiles, path: Path, offset: int, out: memoryview) -> None:
+    def read(self: TargetFiles, path: Path, offset: int, out: memoryview) -> None:
         original(self, path, offset, out)
-        if ".partial" in str(path) and offset > 100_000:
+        if offset > 100_000:
             out[0] ^= 1
 
-    monkeypatch.setattr(SourceFiles, "read", read)
+    monkeypatch.setattr(TargetFiles, "read", read)
     with pytest.raises(CheckpointError, match="reads back other than it was written: check the disk"):
         hf_to_megatron(tiny_llama(), tmp_path / "it")
     assert list(tmp_path.iterdir()) == []
@@ -236,3 +236,72 @@ def test_added_zeros_take_no_room(tiny_llama: Tiny, tmp_path: Path) -> None:
     status = (tmp_path / "it" / "model.safetensors").stat()
     zeros = 4 * (512 * 512 + 512 * 512) * 4
     assert status.st_blocks * 512 < status.st_size - zeros * 0.9
+
+
+def test_another_division_of_the_same_sizes_is_not_gone_on_with(
+    tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages of 1, 2, 2, 1 and 2, 1, 1, 2 layers over two ranks: every file has the same name and size."""
+    monkeypatch.setattr("megatron_llamapro.checkpoint.transfer.BATCH_BYTES", 20_000)
+    ranks = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    source, expansion = tiny_llama(), {"expand": lambda plan: plan.expand((2, 5))}
+    first = legacy(**ranks, pipeline_stage_layers=(1, 2, 2, 1))
+    cut_short(hf_to_megatron, source, tmp_path / "it", 500_000, kind=first, **expansion)
+    second = legacy(**ranks, pipeline_stage_layers=(2, 1, 1, 2))
+    done = hf_to_megatron(source, tmp_path / "it", kind=second, options=Options(resume=True), **expansion)
+    assert done.num_resumed_bytes == 0
+    assert all(check.ok for check in verify(source, tmp_path / "it", quick=True))
+
+
+def test_a_configuration_corrected_in_between_is_not_gone_on_with(
+    damaged: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same shapes, but rows of queries, keys and values lie otherwise."""
+    monkeypatch.setattr("megatron_llamapro.checkpoint.transfer.BATCH_BYTES", 20_000)
+    source = damaged(config={"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8})
+    cut_short(hf_to_megatron, source, tmp_path / "it", 300_000)
+    config = json.loads((source / "config.json").read_text())
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    (source / "config.json").write_text(json.dumps(config))
+    assert hf_to_megatron(source, tmp_path / "it", options=Options(resume=True)).num_resumed_bytes == 0
+
+
+def test_a_draft_that_lost_a_file_is_not_gone_on_with(
+    tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_llamapro.checkpoint.transfer.BATCH_BYTES", 20_000)
+    cut_short(hf_to_megatron, tiny_llama(), tmp_path / "it", 300_000)
+    (tmp_path / ".it.partial" / "__0_0.distcp").unlink()
+    assert hf_to_megatron(tiny_llama(), tmp_path / "it", options=Options(resume=True)).num_resumed_bytes == 0
+    assert all(check.ok for check in verify(tiny_llama(), tmp_path / "it", quick=True))
+
+
+def test_a_mistake_on_resuming_loses_nothing(tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_llamapro.checkpoint.transfer.BATCH_BYTES", 20_000)
+    cut_short(hf_to_megatron, tiny_llama(), tmp_path / "it", 300_000)
+    resume = Options(resume=True)
+    with pytest.raises(CheckpointError, match="cannot be divided"):
+        hf_to_megatron(tiny_llama(), tmp_path / "it", kind=legacy(tensor_model_parallel_size=3), options=resume)
+    usage = shutil.disk_usage(tmp_path)._replace(free=9)
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_llamapro.checkpoint.convert.shutil.disk_usage", lambda path: usage)
+        with pytest.raises(CheckpointError, match="make room"):
+            hf_to_megatron(tiny_llama(), tmp_path / "it", options=resume)
+    assert hf_to_megatron(tiny_llama(), tmp_path / "it", options=resume).num_resumed_bytes > 200_000
+
+
+def test_a_shard_that_is_replaced_before_it_is_read(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """Its header was read at the start, its tensors come last."""
+    source = shutil.copytree(tiny_llama(max_shard_size="50KB"), tmp_path / "source")
+    other = tiny_llama(max_shard_size="50KB", seed=1)
+    last = sorted(path.name for path in source.glob("*.safetensors"))[-1]
+    todo = [last]
+
+    def replace(num_bytes: int) -> None:
+        if todo:
+            shutil.copyfile(other / last, source / "new")
+            (source / "new").replace(source / todo.pop())
+
+    with pytest.raises(CheckpointError, match=f"{last} changed while it was being read"):
+        hf_to_megatron(source, tmp_path / "it", options=Options(num_workers=1, progress=replace))
+    assert not (tmp_path / "it").exists()

@@ -1,0 +1,40 @@
+"""Files of a checkpoint folder, looked up without being led astray. Imports neither torch nor megatron."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+from megatron_llamapro.config.errors import CheckpointError
+
+
+def file_inside(folder: Path, name: str) -> Path | None:
+    """The file of a checkpoint folder; None where it has none of that name.
+
+    Links are followed, but not out of the folder: only into the blobs of the Hugging Face cache that it lies in
+    (…/snapshots/<revision> beside …/blobs).
+
+    Raises:
+        CheckpointError: it is a link to somewhere else or in a loop, or no regular file (reading a pipe would wait).
+    """
+    path = Path(folder) / name
+    try:
+        mode = path.stat().st_mode
+        real, home = path.resolve(strict=True), Path(folder).resolve()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a link to a file that is not there") from None
+        return None
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop, in Python before 3.13
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path} cannot be opened: {reason}") from None
+    if stat.S_ISDIR(mode):
+        return None
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path} is not a regular file")
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parent.parent / "blobs")
+    if not any(allowed in real.parents for allowed in homes):
+        raise CheckpointError(f"{path} is a link out of its folder, to {real}: copy the file there, then try again")
+    return path
