@@ -46,7 +46,7 @@ _CPU = (
 )
 # What a run must say although nothing is trained.
 _RUN = "--micro-batch-size 1 --lr 1e-4 --train-iters 1 --tokenizer-type NullTokenizer --mock-data"
-_LOAD = "--no-load-optim --no-load-rng --exit-on-missing-checkpoint --dist-ckpt-strictness log_all"
+_LOAD = "--no-load-optim --no-load-rng --exit-on-missing-checkpoint"
 
 
 def arguments(config: dict, *, load: Path, tp: int, pp: int, divisible_by: int) -> list[str]:
@@ -72,12 +72,6 @@ def as_release(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def one_key_a_layer(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The field of TransformerConfig that reads checkpoints with a key for each layer; Megatron-LM has no option."""
-    parser.add_argument("--hetereogenous-dist-checkpoint", action="store_true", default=True)
-    return parser
-
-
 def load_with_megatron_lm(config: dict, load: Path, *, tp: int, pp: int, divisible_by: int) -> list[torch.nn.Module]:
     """This rank's part of the model, filled by `megatron.training.checkpointing.load_checkpoint`."""
     sys.argv = ["pretrain_gpt.py", *arguments(config, load=load, tp=tp, pp=pp, divisible_by=divisible_by)]
@@ -90,7 +84,7 @@ def load_with_megatron_lm(config: dict, load: Path, *, tp: int, pp: int, divisib
     torch.cuda.device_count = lambda: 1  # without a device it makes no model-parallel groups
     torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(major=9)  # asked at TP > 1
     initialize._compile_dependencies = lambda: None  # CUDA kernels, and a compiler for datasets
-    initialize.initialize_megatron(extra_args_provider=one_key_a_layer, allow_no_cuda=True)
+    initialize.initialize_megatron(allow_no_cuda=True)
     model = get_model(functools.partial(model_provider, gpt_builder), wrap_with_ddp=False)
     for chunk in model:  # so that a weight that is not loaded shows
         for parameter in chunk.parameters():
