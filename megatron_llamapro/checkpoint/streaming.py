@@ -18,7 +18,7 @@ from blake3 import blake3
 from megatron_llamapro.checkpoint.layout import Piece, StoredTensor
 from megatron_llamapro.config.errors import CheckpointError
 
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES = 2**20  # fits a core's cache: read, hashed and written while it is there
 
 Progress = Callable[[int], object]
 """Called with the number of bytes that were just done."""
