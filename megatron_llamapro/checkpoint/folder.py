@@ -145,8 +145,11 @@ def _locked(draft: Path, target: Path) -> Iterator[None]:
     busy = CheckpointError(f"another process is writing {target}: wait for it, or choose another target")
     try:
         draft.mkdir(exist_ok=True)
+    except FileExistsError:  # its owner was done with it just now
+        raise busy from None
+    try:
         descriptor = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
-    except (FileNotFoundError, FileExistsError):  # its owner was done with it just now
+    except FileNotFoundError:  # likewise
         raise busy from None
     try:
         if not _lock(descriptor) or not _is_still(descriptor, draft):
