@@ -48,6 +48,7 @@ def make_tiny_model(
 ) -> Path:
     """Write the checkpoint and return its folder. `config` are further fields of transformers' configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(
@@ -73,6 +74,7 @@ def make_tiny_model(
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.1 * noise)
+    disable_progress_bar()  # a test may be looking at what is printed
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     if with_tokenizer:
         write_tiny_tokenizer(Path(folder), vocab_size=min(vocab_size, VOCABULARY))
