@@ -22,8 +22,8 @@ from blake3 import blake3
 import megatron_llamapro
 from megatron_llamapro.checkpoint.folder import carry_files, clear, draft_of, staged
 from megatron_llamapro.checkpoint.hf_reader import open_hf
-from megatron_llamapro.checkpoint.hf_writer import DEFAULT_MAX_SHARD_BYTES, config_text, hf_layout
-from megatron_llamapro.checkpoint.layout import TargetLayout
+from megatron_llamapro.checkpoint.hf_writer import config_text, hf_layout
+from megatron_llamapro.checkpoint.layout import DEFAULT_MAX_SHARD_BYTES, TargetLayout
 from megatron_llamapro.checkpoint.legacy_grid import LayerSpec
 from megatron_llamapro.checkpoint.lineage import check_provable, target_manifest
 from megatron_llamapro.checkpoint.manifest import Manifest

@@ -10,13 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_llamapro.checkpoint.hf_reader import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
-from megatron_llamapro.checkpoint.layout import StoredTensor, TargetFile, TargetLayout, whole
+from megatron_llamapro.checkpoint.layout import DEFAULT_MAX_SHARD_BYTES, StoredTensor, TargetFile, TargetLayout, whole
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.weight_map import Shape, hf_shapes
 from megatron_llamapro.model.families import ITEMSIZES, MANIFEST_KEY
 from megatron_llamapro.model.shape import ModelShape
-
-DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 
 _Named = tuple[str, Shape]
 

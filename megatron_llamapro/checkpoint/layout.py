@@ -15,6 +15,9 @@ from megatron_llamapro.checkpoint.transforms import row_blocks
 from megatron_llamapro.checkpoint.weight_map import Shape, Weight
 from megatron_llamapro.model.shape import ModelShape
 
+DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
+"""Of a safetensors file."""
+
 Span = tuple[int, int]
 """From the first to the one behind the last."""
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from megatron_llamapro.checkpoint.layout import DEFAULT_MAX_SHARD_BYTES
 from megatron_llamapro.checkpoint.report import byte_bar
 from megatron_llamapro.config.command import CommandParser
 from megatron_llamapro.expansion.options import add_expansion_options, read_expansion_options
@@ -68,7 +69,7 @@ def add_shard_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max_shard_size",
         type=_num_bytes,
-        default=5 * 10**9,
+        default=DEFAULT_MAX_SHARD_BYTES,
         dest="max_shard_bytes",
         metavar="SIZE",
         help="largest safetensors file, e.g. 5GB or 500MB (default: 5GB)",

@@ -3,6 +3,7 @@ hang or a huge allocation. `FUZZ_EXAMPLES=5000 make fuzz` tries more."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -10,7 +11,7 @@ import resource
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,17 @@ def ends_well(convert: Callable, source: Path) -> None:
     assert grown < MAX_GROWTH_BYTES, f"{grown / 2**20:.0f} MiB"
 
 
+@contextlib.contextmanager
+def changed(path: Path, content: bytes) -> Iterator[None]:
+    """The file with another content for a while."""
+    original = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(original)
+
+
 @pytest.fixture(scope="module")
 def source(tiny_llama: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shutil.copytree(tiny_llama(num_hidden_layers=1), tmp_path_factory.mktemp("fuzz") / "hf")
@@ -97,12 +109,8 @@ def megatron(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(data=st.data())
 def test_configurations(data: st.DataObject, source: Path) -> None:
     path = source / "config.json"
-    original = path.read_text()
-    try:
-        path.write_text(json.dumps(data.draw(mutated(json.loads(original)))))
+    with changed(path, json.dumps(data.draw(mutated(json.loads(path.read_text())))).encode()):
         ends_well(hf_to_megatron, source)
-    finally:
-        path.write_text(original)
 
 
 @SEEDED
@@ -113,23 +121,16 @@ def test_safetensors_headers(data: st.DataObject, source: Path) -> None:
     length = struct.unpack("<Q", original[:8])[0]
     text = json.dumps(data.draw(mutated(json.loads(original[8 : 8 + length])))).encode()
     stated = data.draw(st.sampled_from([len(text)] * 8 + [0, 2**63, len(text) - 1, len(text) + 1]))
-    try:
-        path.write_bytes(struct.pack("<Q", stated) + text + original[8 + length :])
+    with changed(path, struct.pack("<Q", stated) + text + original[8 + length :]):
         ends_well(hf_to_megatron, source)
-    finally:
-        path.write_bytes(original)
 
 
 @SEEDED
 @given(data=st.data())
 def test_manifests(data: st.DataObject, megatron: Path) -> None:
     path = megatron / "llamapro.json"
-    original = path.read_text()
-    try:
-        path.write_text(json.dumps(data.draw(mutated(json.loads(original)))))
+    with changed(path, json.dumps(data.draw(mutated(json.loads(path.read_text())))).encode()):
         ends_well(megatron_to_hf, megatron)
-    finally:
-        path.write_text(original)
 
 
 @SEEDED
@@ -137,13 +138,9 @@ def test_manifests(data: st.DataObject, megatron: Path) -> None:
 def test_bytes_of_index_and_tensor_files(data: st.DataObject, megatron: Path) -> None:
     """Bits of the index and of the archives' directories turned, tails cut."""
     path = megatron / data.draw(st.sampled_from([".metadata", "__0_0.distcp", "common.pt"]))
-    original = path.read_bytes()
-    damaged = bytearray(original)
+    damaged = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(0, 3))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     cut = data.draw(st.sampled_from([0, 0, 0, 1, 100, len(damaged) // 2]))
-    try:
-        path.write_bytes(damaged[: len(damaged) - cut])
+    with changed(path, bytes(damaged[: len(damaged) - cut])):
         ends_well(megatron_to_hf, megatron)
-    finally:
-        path.write_bytes(original)
