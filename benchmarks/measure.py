@@ -92,18 +92,27 @@ class _Sampler(threading.Thread):
 
     def run(self) -> None:
         while True:
-            self.peak_bytes = max(self.peak_bytes, _anonymous_bytes(list(_tree(self._pid)), above=self.peak_bytes))
+            processes = list(descendants(self._pid))
+            self.peak_bytes = max(self.peak_bytes, _anonymous_bytes(processes, above=self.peak_bytes))
             if self._ended.wait(_SAMPLING_SECONDS):
                 return
 
 
-def _tree(pid: int) -> Iterator[int]:
+def descendants(pid: int) -> Iterator[int]:
     """A process and all its descendants."""
     yield pid
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # the thread is gone
-            for child in children.read_text().split():
-                yield from _tree(int(child))
+    for child in _children(pid):
+        yield from descendants(child)
+
+
+def _children(pid: int) -> list[int]:
+    """Of all its threads; processes and threads may end while this reads, and then have none."""
+    children: list[int] = []
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                children += [int(child) for child in (thread / "children").read_text().split()]
+    return children
 
 
 def _anonymous_bytes(pids: list[int], *, above: int) -> int:

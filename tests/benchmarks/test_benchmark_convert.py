@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from convert import check_room
-from measure import ProgramError, bytes_in, run_measured
+from measure import ProgramError, bytes_in, descendants, run_measured
 from megatron_llamapro.config.errors import ConfigError
 from random_llama import SHAPES, LlamaShape, write_random_llama
 
@@ -99,3 +99,9 @@ def test_usage_errors_are_one_line() -> None:
     ended = run("--runs", 0)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("error: --runs 0: one at least") and ended.stderr.count("\n") == 1
+
+
+def test_a_program_that_has_ended_has_no_descendants() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", "pass"])
+    ended.wait()
+    assert list(descendants(ended.pid)) == [ended.pid]
