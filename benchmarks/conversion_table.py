@@ -28,6 +28,8 @@ class Run:
     seconds: float = 0.0
     peak_anonymous_bytes: int = 0
     written_bytes: int = 0
+    disk_read_bytes: int = 0
+    disk_write_bytes: int = 0
     failure: str | None = None
 
 
@@ -37,7 +39,7 @@ def describe_machine(folder: Path, *, venv: Venv | None) -> dict[str, str]:
     versions = {name: importlib.metadata.version(name) for name in _OWN_PACKAGES}
     versions = {"python": platform.python_version(), "megatron-llamapro": megatron_llamapro.__version__, **versions}
     described = {
-        "machine": f"{_processor()}, {psutil.cpu_count()} cores, {memory_bytes / 1e9:.0f} GB, {_file_system(folder)}",
+        "machine": f"{_processor()}, {psutil.cpu_count()} cores, {memory_bytes / 1e9:.0f} GB, {file_system(folder)}",
         "page cache": "without the checkpoints' files before each run; programs and libraries stay in it",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -58,8 +60,8 @@ def markdown(
         f"### {name}: {shape.num_hidden_layers} → {expanded.num_hidden_layers} blocks, "
         f"{shape.num_bytes / 1e9:.3g} → {expanded.num_bytes / 1e9:.3g} GB of bfloat16, random weights",
         "",
-        "| | seconds | GB written | GB/s | × floor | peak anonymous memory, GB |",
-        "|---|---|---|---|---|---|",
+        "| | seconds | GB written | GB/s | × floor | GB that the disk moved | peak anonymous memory, GB |",
+        "|---|---|---|---|---|---|---|",
         *(_row(title, runs, floor) for title, runs in rows.items()),
         "",
         "Seconds end when the bytes are on the disk (`sync`). × floor: seconds for a byte written, over the floor's in "
@@ -71,7 +73,7 @@ def markdown(
 
 def _row(title: str, runs: Sequence[Run], floor: Sequence[Run]) -> str:
     if runs[-1].failure:
-        return f"| {title} | failed: {runs[-1].failure} | | | | |"
+        return f"| {title} | failed: {runs[-1].failure} | | | | | |"
     times = [run.seconds for run in runs]
     seconds = f"{statistics.median(times):.2f}"
     if len(times) > 1:
@@ -79,7 +81,8 @@ def _row(title: str, runs: Sequence[Run], floor: Sequence[Run]) -> str:
     speed = statistics.median(run.written_bytes / run.seconds for run in runs)
     ratio = statistics.median(_seconds_a_byte(a) / _seconds_a_byte(b) for a, b in zip(runs, floor, strict=True))
     written, peak = runs[-1].written_bytes / 1e9, max(run.peak_anonymous_bytes for run in runs) / 1e9
-    return f"| {title} | {seconds} | {written:.3f} | {speed / 1e9:.3f} | {ratio:.2f} | {peak:.2f} |"
+    moved = statistics.median(run.disk_read_bytes + run.disk_write_bytes for run in runs) / 1e9
+    return f"| {title} | {seconds} | {written:.3f} | {speed / 1e9:.3f} | {ratio:.2f} | {moved:.3f} | {peak:.2f} |"
 
 
 def _seconds_a_byte(run: Run) -> float:
@@ -91,6 +94,7 @@ def _processor() -> str:
     return models[0].partition(":")[2].strip() if models else platform.machine()
 
 
-def _file_system(folder: Path) -> str:
+def file_system(folder: Path) -> str:
+    """The kind of file system that a folder is on, as `stat` names it."""
     command = ["stat", "--file-system", "--format=%T", str(folder)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -115,7 +115,7 @@ def measure_rounds(all_steps: list[Step], work_dir: Path, *, runs: int) -> dict[
             forget_files(work_dir)
             try:
                 done = run_measured(step.command, written=work_dir, log=work_dir / f"{step.key}.log")
-                measured[step.key].append(Run(done.seconds, done.peak_anonymous_bytes, bytes_in(target)))
+                measured[step.key].append(Run(**dataclasses.asdict(done), written_bytes=bytes_in(target)))
             except ProgramError as error:
                 if not step.is_peer:
                     raise ConfigError(f"{step.title} failed, {error} ({work_dir / step.key}.log)") from None

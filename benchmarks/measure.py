@@ -1,17 +1,21 @@
-"""Runs a program and measures it: wall time until its files are on the disk, and the peak of its anonymous memory."""
+"""Runs a program and measures it: wall time until its files are on the disk, the peak of its anonymous memory, and the
+bytes that it had the disk move."""
 
 from __future__ import annotations
 
-import contextlib
 import os
+import resource
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 _SAMPLING_SECONDS = 0.05
+_BLOCK_BYTES = 512  # the kernel's unit in getrusage(2)
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,10 @@ class Measurement:
     """From its start until `sync` says that what it wrote is on the disk."""
     peak_anonymous_bytes: int
     """Of the program and its children together; pages of files do not count, shared memory does."""
+    disk_read_bytes: int
+    """What was not in the page cache. Exact, where times on a shared disk are not."""
+    disk_write_bytes: int
+    """Without what never reached the disk: holes, and files that were gone before they were synced."""
 
 
 class ProgramError(Exception):
@@ -35,16 +43,23 @@ def run_measured(command: Sequence[str | Path], *, written: Path, log: Path) -> 
         ProgramError: it exited with another code than 0.
     """
     with log.open("a+") as output:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         started = time.monotonic()
         process = subprocess.Popen([str(part) for part in command], stdout=output, stderr=subprocess.STDOUT)
         with _Sampler(process.pid) as sampler:
             code = process.wait()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if code == 0:
             subprocess.run(["sync", "--file-system", written], check=True)
         seconds = time.monotonic() - started
         if code != 0:
             raise ProgramError(f"exit code {code}: {_last_line(log)}")
-    return Measurement(seconds, sampler.peak_bytes)
+    return Measurement(
+        seconds,
+        sampler.peak_bytes,
+        disk_read_bytes=_BLOCK_BYTES * (after.ru_inblock - before.ru_inblock),
+        disk_write_bytes=_BLOCK_BYTES * (after.ru_oublock - before.ru_oublock),
+    )
 
 
 def copy_command(source: Path, target: Path) -> list[str | Path]:
@@ -92,27 +107,18 @@ class _Sampler(threading.Thread):
 
     def run(self) -> None:
         while True:
-            processes = list(descendants(self._pid))
-            self.peak_bytes = max(self.peak_bytes, _anonymous_bytes(processes, above=self.peak_bytes))
+            found = _anonymous_bytes(descendants(self._pid), above=self.peak_bytes)
+            self.peak_bytes = max(self.peak_bytes, found)
             if self._ended.wait(_SAMPLING_SECONDS):
                 return
 
 
-def descendants(pid: int) -> Iterator[int]:
-    """A process and all its descendants."""
-    yield pid
-    for child in _children(pid):
-        yield from descendants(child)
-
-
-def _children(pid: int) -> list[int]:
-    """Of all its threads; processes and threads may end while this reads, and then have none."""
-    children: list[int] = []
-    with contextlib.suppress(OSError):
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            with contextlib.suppress(OSError):
-                children += [int(child) for child in (thread / "children").read_text().split()]
-    return children
+def descendants(pid: int) -> list[int]:
+    """A process and all that it has started and that is still there."""
+    try:
+        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    except psutil.NoSuchProcess:
+        return [pid]
 
 
 def _anonymous_bytes(pids: list[int], *, above: int) -> int:

@@ -1,7 +1,7 @@
 """The conversions: any format to any other, adding blocks on the way. All stream, and none needs torch but for casts.
 
-Memory is a few megabytes a worker, whatever the model's size. What is written is read back from the disk and compared
-before it takes the target's place; a run that was cut goes on where it stopped.
+Memory is a few megabytes a worker, whatever the model's size. What is written is read back and compared before it takes
+the target's place; a run that was cut goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Options:
     resume: bool = False
     """Go on where an earlier run to the same target was cut."""
     num_workers: int = 0
-    """Threads; 0: one a core, four at the most."""
+    """Threads; 0: two a core, eight at the most."""
     progress: Progress = nothing
     """Told the bytes that were just written."""
     on_total: Progress = nothing
@@ -113,8 +113,8 @@ class Options:
 
 
 def default_workers() -> int:
-    """One thread a core, four at the most: more do not make a disk faster."""
-    return min(4, len(os.sched_getaffinity(0)))
+    """Two threads a core, so that one works while the other waits for the disk; eight at the most."""
+    return min(8, 2 * len(os.sched_getaffinity(0)))
 
 
 def unchanged(plan: ExpansionPlan) -> ExpansionPlan:

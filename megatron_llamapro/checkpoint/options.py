@@ -32,7 +32,7 @@ def add_workers_option(parser: argparse.ArgumentParser) -> None:
         type=_num_workers,
         default=0,
         metavar="N",
-        help="threads (default: one a core, four at the most)",
+        help="threads (default: two a core, eight at the most)",
     )
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from conversion_table import file_system
 from convert import check_room
-from measure import ProgramError, bytes_in, descendants, run_measured
+from measure import ProgramError, bytes_in, descendants, forget_files, run_measured
 from megatron_llamapro.config.errors import ConfigError
 from random_llama import SHAPES, LlamaShape, write_random_llama
 
@@ -84,6 +85,16 @@ def test_a_program_is_measured(tmp_path: Path) -> None:
     assert bytes_in(tmp_path) == 1000
 
 
+def test_the_bytes_that_a_program_has_the_disk_move(tmp_path: Path) -> None:
+    code = "import sys; open(sys.argv[1], 'wb').write(bytes(10**7))"
+    written = run_measured([sys.executable, "-c", code, tmp_path / "file"], written=tmp_path, log=tmp_path / "log")
+    forget_files(tmp_path)
+    read = run_measured(["cat", tmp_path / "file"], written=tmp_path, log=Path("/dev/null"))
+    on_disk = 0 if file_system(tmp_path) == "tmpfs" else 10**7
+    assert on_disk <= written.disk_write_bytes <= on_disk + 10**6
+    assert on_disk <= read.disk_read_bytes <= on_disk + 10**7
+
+
 def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(ProgramError, match="exit code 3: no such thing"):
         run_measured(["sh", "-c", "echo no such thing; exit 3"], written=tmp_path, log=tmp_path / "log")
@@ -104,4 +115,4 @@ def test_usage_errors_are_one_line() -> None:
 def test_a_program_that_has_ended_has_no_descendants() -> None:
     ended = subprocess.Popen([sys.executable, "-c", "pass"])
     ended.wait()
-    assert list(descendants(ended.pid)) == [ended.pid]
+    assert descendants(ended.pid) == [ended.pid]

@@ -207,7 +207,7 @@ def test_a_disk_that_gives_back_something_else(
             out[0] ^= 1
 
     monkeypatch.setattr(TargetFiles, "read", read)
-    with pytest.raises(CheckpointError, match="reads back other than it was written: check the disk"):
+    with pytest.raises(CheckpointError, match="reads back other than it was written: check the machine"):
         hf_to_megatron(tiny_llama(), tmp_path / "it")
     assert list(tmp_path.iterdir()) == []
 
