@@ -213,10 +213,9 @@ def _convert(
         check_provable(opened, dtype=model.dtype, files=files)
         jobs = _jobs(Origins(opened, files, model.plan, model.dtype, init, seed), layout, model)
         journal = _journal(draft, _fingerprint(opened, model, layout, seed), layout)
-        done_before = sum(job.num_bytes for job in jobs if job.name in journal.hashes)
         _check_space(target, draft, jobs, journal)
         carry_files(opened.folder, draft)
-        hashes = transfer(
+        done_before = transfer(
             jobs,
             layout.files,
             journal,
@@ -225,6 +224,7 @@ def _convert(
             progress=options.progress,
         )
         files.check_unchanged()
+        hashes = {job.name: journal.hashes[job.name] for job in jobs}
         manifest = target_manifest(opened, model.plan, dtype=model.dtype, init=model.init, hashes=hashes)
         _write_small_files(draft, layout, kind, model, manifest)
         (draft / JOURNAL).unlink()

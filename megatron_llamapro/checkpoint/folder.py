@@ -196,17 +196,17 @@ def _move_into_place(draft: Path, target: Path) -> None:
         if had_target:
             replaced.rename(target)
         raise
-    sync(target.parent)
+    _sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
-        sync(path)
-    sync(folder)
+        _sync(path)
+    _sync(folder)
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Have the disk hold what was written to a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,9 +1,9 @@
 """Writes a checkpoint's tensors from where they come from, on several threads, so that a run that is cut can go on.
 
-Tensors go in batches. A batch is written, read back from where its tensors should be and compared by its hashes, synced
-to the disk, and then noted in a journal: what the journal names is done for good. What is read back comes out of the
-page cache, so that the disk moves each byte once; that it kept them is for tools/verify_checkpoint.py to prove.
-(Reading, writing and hashing leave Python's lock, so threads use all cores.)
+Tensors go in batches. A batch is written, read back from where its tensors should be, compared by its hashes and noted
+in a journal. A run that goes on compares once more what the journal names, and does again what a power cut took back.
+What is read back comes out of the page cache, so that the disk moves each byte once; that it kept them is for
+tools/verify_checkpoint.py to prove. (Reading, writing and hashing leave Python's lock, so threads use all cores.)
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import json
 import os
 import resource
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy
 
-from megatron_llamapro.checkpoint.folder import sync
-from megatron_llamapro.checkpoint.layout import StoredTensor, TargetFile
+from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, TargetFile
 from megatron_llamapro.checkpoint.streaming import (
     Progress,
     Rows,
@@ -68,11 +68,9 @@ class Journal:
         return not self.hashes
 
     def note(self, hashes: Mapping[str, str]) -> None:
-        """These tensors are done."""
+        """These tensors are written."""
         with self._lock, self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"hashes": dict(hashes)}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
             self.hashes.update(hashes)
 
     def _whole_lines(self) -> list[dict]:
@@ -103,8 +101,6 @@ class TargetFiles:
             os.ftruncate(descriptor, file.num_bytes)
             for offset, data in file.fixed:
                 self._write(descriptor, file.path, memoryview(data), offset)
-        for folder in {path.parent for path in self._open} | {path.parent.parent for path in self._open}:
-            sync(folder)  # a journal must not name what a power cut can take back
 
     def __enter__(self) -> TargetFiles:
         return self
@@ -123,10 +119,10 @@ class TargetFiles:
         """Fill `out` from byte `offset` of a file on."""
         read_exactly(self._open[path], path, offset, out)
 
-    def settle(self, paths: Iterable[Path]) -> None:
-        """Have the disk hold what was written."""
-        for path in paths:
-            os.fdatasync(self._open[path])
+    def flush(self, piece: Piece, itemsize: int) -> None:
+        """Have the kernel begin to move a piece to the disk, so that little is left to sync in the end."""
+        num_bytes = piece.num_elements * itemsize
+        os.posix_fadvise(self._open[piece.file], piece.offset, num_bytes, os.POSIX_FADV_DONTNEED)
 
     @staticmethod
     def _write(descriptor: int, path: Path, data: memoryview, offset: int) -> None:
@@ -157,22 +153,17 @@ def transfer(
     itemsize: int,
     num_workers: int,
     progress: Progress = nothing,
-) -> dict[str, str]:
-    """Write every tensor that the journal does not name; returns the hash of each, by name.
+) -> int:
+    """Write every tensor that is not there yet as the journal says; returns how many bytes were. The journal has the
+    hash of each tensor then.
 
     Raises:
         CheckpointError: a source changed while it was read, or the disk gave back other bytes than were written.
         OSError: the disk is full, or fails.
     """
-    for job in jobs:
-        if job.name in journal.hashes:
-            progress(job.num_bytes)
-    todo = [job for job in jobs if job.name not in journal.hashes]
     with TargetFiles(files) as target:
         worker = _Worker(target, journal, itemsize, progress)
-        _run_all([lambda batch=batch: worker.write(batch) for batch in _batches(todo)], num_workers)
-        target.settle(file.path for file in files)
-    return {job.name: journal.hashes[job.name] for job in jobs}
+        return sum(_run_all([partial(worker.write, batch) for batch in _batches(jobs)], num_workers))
 
 
 def _batches(jobs: Iterable[Job]) -> Iterator[list[Job]]:
@@ -194,13 +185,22 @@ class _Worker:
         self._target, self._journal = target, journal
         self._itemsize, self._progress = itemsize, progress
 
-    def write(self, batch: Sequence[Job]) -> None:
-        hashes = {job.name: self._write(job) for job in batch}
-        for job in batch:
+    def write(self, batch: Sequence[Job]) -> int:
+        """Returns how many bytes were there already."""
+        todo = [job for job in batch if not self._is_done(job)]
+        hashes = {job.name: self._write(job) for job in todo}
+        for job in todo:
             for copy in job.copies:
                 self._compare(job.name, copy, hashes[job.name])
-        self._target.settle({piece.file for job in batch for copy in job.copies for piece in copy.pieces})
         self._journal.note(hashes)
+        return sum(job.num_bytes for job in batch if job.name not in hashes)
+
+    def _is_done(self, job: Job) -> bool:
+        noted = self._journal.hashes.get(job.name)
+        if noted is None or any(stored_hash(copy, self._target, self._itemsize) != noted for copy in job.copies):
+            return False
+        self._progress(job.num_bytes)
+        return True
 
     def _write(self, job: Job) -> str:
         def put(start: int, rows: numpy.ndarray) -> None:
@@ -215,15 +215,16 @@ class _Worker:
             raise CheckpointError(
                 f"{copy.pieces[0].file}: {name} reads back other than it was written: check the machine, try again"
             )
+        for piece in copy.pieces:
+            self._target.flush(piece, self._itemsize)
 
 
-def _run_all(calls: Sequence, num_workers: int) -> None:
-    """Every call, on so many threads; the first error stops what has not begun, and is raised."""
+def _run_all(calls: Sequence[Callable[[], int]], num_workers: int) -> list[int]:
+    """What every call returns, on so many threads; the first error stops what has not begun, and is raised."""
     pool = ThreadPoolExecutor(max_workers=max(1, num_workers), thread_name_prefix="transfer")
     try:
-        futures: list[Future] = [pool.submit(call) for call in calls]
+        futures = [pool.submit(call) for call in calls]
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
+        return [future.result() for future in done]
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -122,6 +122,24 @@ def test_what_is_done_is_not_done_again(
     assert contents(tmp_path / "it") == contents(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize("function", [expand_hf, hf_to_megatron])
+def test_what_a_power_cut_took_back_is_done_again(
+    function: Callable, tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal names tensors of which the disk has zeros."""
+    monkeypatch.setattr("megatron_llamapro.checkpoint.transfer.BATCH_BYTES", 20_000)
+    expansion = {"expand": lambda plan: plan.expand((2, 5))}
+    cut_short(function, tiny_llama(), tmp_path / "it", 300_000, **expansion)
+    largest = max((tmp_path / ".it.partial").iterdir(), key=lambda path: path.stat().st_size)
+    with largest.open("r+b") as file:
+        file.seek(100_000)
+        file.write(bytes(100_000))
+    done = function(tiny_llama(), tmp_path / "it", options=Options(resume=True), **expansion)
+    assert 50_000 < done.num_resumed_bytes < 250_000
+    function(tiny_llama(), tmp_path / "fresh", **expansion)
+    assert contents(tmp_path / "it") == contents(tmp_path / "fresh")
+
+
 def test_without_resume_it_begins_anew(tiny_llama: Tiny, tmp_path: Path) -> None:
     cut_short(hf_to_megatron, tiny_llama(), tmp_path / "it", 200_000)
     done = hf_to_megatron(tiny_llama(), tmp_path / "it")
