@@ -1,11 +1,10 @@
-"""Ways to begin an added block, as a table, so that they can be compared. Imports no torch.
+"""Ways to begin an added block, so that they can be compared. Imports no torch.
 
 Every one makes the block an identity; they differ in what it is a copy of, and in what is zeroed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 
 from megatron_llamapro.config.errors import ExpansionError
@@ -23,23 +22,10 @@ class Init(str, Enum):
     ZERO_NORM = "zero_norm"
     """A copy of its source block with its norms zeroed instead (staged training, Shen et al. 2022)."""
 
-
-@dataclass(frozen=True)
-class InitRule:
-    """How a way treats a block's weights."""
-
-    zeroes_norms: bool
-    """Zero the norms, and not the output projections."""
-    is_copy: bool
-    """Whether what is not zeroed is the source block's, bit for bit."""
-
-
-INITS: dict[Init, InitRule] = {
-    Init.COPY: InitRule(zeroes_norms=False, is_copy=True),
-    Init.RANDOM: InitRule(zeroes_norms=False, is_copy=False),
-    Init.MEAN: InitRule(zeroes_norms=False, is_copy=False),
-    Init.ZERO_NORM: InitRule(zeroes_norms=True, is_copy=True),
-}
+    @property
+    def zeroes_norms(self) -> bool:
+        """Whether it zeroes the norms, and not the output projections."""
+        return self is Init.ZERO_NORM
 
 
 def check_init(init: Init, *, force: bool) -> None:
