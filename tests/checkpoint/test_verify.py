@@ -222,8 +222,8 @@ def test_a_flipped_bit_of_an_added_block_is_named(
 
 @pytest.fixture
 def second(expanded: Path, tmp_path: Path) -> Path:
-    """The first round's blocks are trained, then more are added: 0 the mean of 0 and 1, which are now 1 and 2; 7 what the
-    trained 5 was, which is now 6."""
+    """The first round's blocks are trained, then more are added: 0 the mean of 0 and 1, which are now 1 and 2; 7 what
+    the trained 5 was, which is now 6."""
     edit(expanded, lambda tensors: train(tensors, 2, 5))
     expand_hf(expanded, tmp_path / "second", expand=lambda plan: plan.expand((0, 7)), init=Init.MEAN)
     return tmp_path / "second"
