@@ -15,7 +15,7 @@ from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, mega
 from megatron_llamapro.checkpoint.sources import open_checkpoint
 from megatron_llamapro.checkpoint.verify import Check, verify
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.inits import Init
+from megatron_llamapro.expansion.inits import Expansion, Init
 from megatron_llamapro.expansion.plan import Trained
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
@@ -33,7 +33,7 @@ def failures(original: Path, expanded: Path, **settings: Any) -> dict[str, str]:
 @pytest.fixture
 def expanded(tiny_llama: Tiny, tmp_path: Path) -> Path:
     """4 → 6 layers, 2 a copy of 1, 5 of 4, which was 3; a test may damage it."""
-    expand_hf(tiny_llama(), tmp_path / "expanded", expand=lambda plan: plan.expand((2, 5)))
+    expand_hf(tiny_llama(), tmp_path / "expanded", expansion=Expansion.at(2, 5))
     return tmp_path / "expanded"
 
 
@@ -75,7 +75,7 @@ def train(tensors: dict[str, torch.Tensor], *layers: int) -> None:
 )
 def test_an_untrained_expansion(format_name: str, settings: dict, tiny_model: Tiny, tmp_path: Path) -> None:
     convert = {"hf": expand_hf, "megatron": hf_to_megatron}[format_name]
-    convert(tiny_model(**settings), tmp_path / "expanded", expand=lambda plan: plan.expand((0, 3)))
+    convert(tiny_model(**settings), tmp_path / "expanded", expansion=Expansion.at(0, 3))
     found = checked(tiny_model(**settings), tmp_path / "expanded")
     assert list(found) == ["lineage", "original tensors", "manifest", "added blocks", "function"]
     assert all(check.ok for check in found.values()), found
@@ -85,7 +85,7 @@ def test_an_untrained_expansion(format_name: str, settings: dict, tiny_model: Ti
 
 def test_windows_of_original_blocks_that_changed(tiny_model: Tiny, tmp_path: Path) -> None:
     source = tiny_model(**TINY_FAMILIES["qwen3, alternating windows"])
-    expand_hf(source, tmp_path / "expanded", expand=lambda plan: plan.expand((0, 3)))
+    expand_hf(source, tmp_path / "expanded", expansion=Expansion.at(0, 3))
     path = tmp_path / "expanded" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "layer_types": ["sliding_attention"] * 6}))
@@ -101,7 +101,7 @@ def test_a_model_without_added_blocks(tiny_llama: Tiny, tmp_path: Path) -> None:
 
 
 def test_a_cast_is_said(tiny_llama: Tiny, tmp_path: Path) -> None:
-    hf_to_megatron(tiny_llama(), tmp_path / "megatron", expand=lambda plan: plan.expand((4,)), dtype="bfloat16")
+    hf_to_megatron(tiny_llama(), tmp_path / "megatron", expansion=Expansion.at(4), dtype="bfloat16")
     found = checked(tiny_llama(), tmp_path / "megatron")
     assert all(check.ok for check in found.values()), found
     assert "after the cast from float32 to bfloat16" in found["original tensors"].text
@@ -171,7 +171,7 @@ def test_another_original_is_noticed(expanded: Path, tiny_llama: Tiny) -> None:
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_means_are_computed_again(convert: Callable, dtype: str | None, tiny_llama: Tiny, tmp_path: Path) -> None:
     """2 is the mean of 1 and 2, which is now 3; 5 is what was 3: nothing is behind it."""
-    convert(tiny_llama(), tmp_path / "it", expand=lambda plan: plan.expand((2, 5)), init=Init.MEAN, dtype=dtype)
+    convert(tiny_llama(), tmp_path / "it", expansion=Expansion.at(2, 5, init=Init.MEAN), dtype=dtype)
     found = checked(tiny_llama(), tmp_path / "it", trained=Trained.NOTHING)
     assert all(check.ok for check in found.values()), found
     assert found["added blocks"].text == "2, 5: identity, as when added"
@@ -179,14 +179,13 @@ def test_means_are_computed_again(convert: Callable, dtype: str | None, tiny_lla
 
 def test_means_that_were_cast_later(tiny_llama: Tiny, tmp_path: Path) -> None:
     """Which are not the means of what was cast."""
-    means = {"expand": lambda plan: plan.expand((2, 5)), "init": Init.MEAN}
-    hf_to_megatron(tiny_llama(), tmp_path / "it", **means)
+    hf_to_megatron(tiny_llama(), tmp_path / "it", expansion=Expansion.at(2, 5, init=Init.MEAN))
     megatron_to_megatron(tmp_path / "it", tmp_path / "cast", dtype="bfloat16")
     assert failures(tiny_llama(), tmp_path / "cast", trained=Trained.NOTHING) == {}
 
 
 def test_of_random_blocks_zeros_norms_and_shapes_are_proven(tiny_llama: Tiny, tmp_path: Path) -> None:
-    expand_hf(tiny_llama(), tmp_path / "it", expand=lambda plan: plan.expand((2, 5)), init=Init.RANDOM)
+    expand_hf(tiny_llama(), tmp_path / "it", expansion=Expansion.at(2, 5, init=Init.RANDOM))
     flip(tmp_path / "it", "model.layers.2.mlp.up_proj.weight")
     found = checked(tiny_llama(), tmp_path / "it", trained=Trained.NOTHING)
     assert all(check.ok for check in found.values()), found
@@ -213,7 +212,7 @@ FLIPS = {
 def test_a_flipped_bit_of_an_added_block_is_named(
     convert: Callable, init: Init, name: str, mask: int, text: str, tiny_llama: Tiny, tmp_path: Path
 ) -> None:
-    convert(tiny_llama(), tmp_path / "it", expand=lambda plan: plan.expand((2, 5)), init=init)
+    convert(tiny_llama(), tmp_path / "it", expansion=Expansion.at(2, 5, init=init))
     flip(tmp_path / "it", f"model.layers.{name}.weight", mask=mask)
     found = failures(tiny_llama(), tmp_path / "it", quick=True, trained=Trained.NOTHING)
     assert found.keys() == {"added blocks"}
@@ -225,7 +224,7 @@ def second(expanded: Path, tmp_path: Path) -> Path:
     """The first round's blocks are trained, then more are added: 0 the mean of 0 and 1, which are now 1 and 2; 7 what
     the trained 5 was, which is now 6."""
     edit(expanded, lambda tensors: train(tensors, 2, 5))
-    expand_hf(expanded, tmp_path / "second", expand=lambda plan: plan.expand((0, 7)), init=Init.MEAN)
+    expand_hf(expanded, tmp_path / "second", expansion=Expansion.at(0, 7, init=Init.MEAN))
     return tmp_path / "second"
 
 
