@@ -21,7 +21,7 @@ def main() -> int:
         add(parser)
     args = parser.parse_args()
     settings = shared.read_change_options(parser, args)
-    if "expand" not in settings:
+    if settings["expansion"] is None:
         parser.error("say which blocks to add: --num_added_blocks N, or --positions 4,9,14")
 
     from megatron_llamapro.checkpoint.convert import expand_hf

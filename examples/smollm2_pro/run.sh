@@ -46,7 +46,7 @@ echo "# 3. Convert to Megatron: 30 blocks and 6 identity blocks; and, for the co
 step $RUN/megatron-36 python tools/convert_checkpoint.py hf-to-megatron \
   --source $RUN/smollm2 --target $RUN/megatron-36 --num_added_blocks 6
 step $RUN/verify-before.txt tee_to $RUN/verify-before.txt python tools/verify_checkpoint.py \
-  --original $RUN/smollm2 --expanded $RUN/megatron-36
+  --original $RUN/smollm2 --expanded $RUN/megatron-36 --trained nothing
 step $RUN/megatron-30 python tools/convert_checkpoint.py hf-to-megatron \
   --source $RUN/smollm2 --target $RUN/megatron-30
 

@@ -1,25 +1,30 @@
-"""What has become of the blocks that an expansion added: identities still, trained, or neither, which is a fault."""
+"""What has become of the blocks that an expansion added: identities still, trained, or neither, which is a fault.
+
+How a block began is computed by what the conversion takes its rows from (`Origins`), a few megabytes at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 import numpy
 
+from megatron_llamapro.checkpoint.casting import NormalRows, cast
+from megatron_llamapro.checkpoint.lineage import after_rounds
 from megatron_llamapro.checkpoint.opened import Checkpoint
-from megatron_llamapro.checkpoint.streaming import SourceFiles, StoredRows, hash_rows
-from megatron_llamapro.checkpoint.weight_map import Weight, hf_name_in_layer, is_block_norm, weights_of
-from megatron_llamapro.expansion.inits import INITS, Init, InitRule
-from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.checkpoint.origins import Origins, is_zeroed
+from megatron_llamapro.checkpoint.streaming import Progress, Rows, SourceFiles, StoredRows, hash_rows, nothing
+from megatron_llamapro.checkpoint.weight_map import hf_name_in_layer, iter_hf, weights_of
+from megatron_llamapro.expansion.inits import Init
 
 
 class BlockState(Enum):
     """What has become of an added block."""
 
     IDENTITY = "identity, as when added"
-    ZEROED = "identity by its zeros, which began as no copy"
+    RANDOM = "identity by its zeros; of its other values only norms and shapes are proven, they are random"
     TRAINED = "trained"
     WRONG = "wrong"
 
@@ -31,84 +36,118 @@ class BlockReport:
     layer: int
     state: BlockState
     text: str = ""
-    """What is wrong."""
+    """What is wrong, or tells that it was trained."""
 
 
-def blocks_to_judge(before: ExpansionPlan, after: ExpansionPlan) -> list[int]:
-    """Blocks that were added since the original. (Those that it had already may have been trained in it.)"""
-    return [i for i, layer in enumerate(after.layers) if layer.added_in_round > before.num_rounds]
+@dataclass(frozen=True)
+class _Beginning:
+    """How a tensor of an added block began."""
+
+    name: str
+    is_zeroed: bool
+    rows: tuple[Rows, ...]
+    """What it may have been, by whether a cast came before or after; empty: random."""
 
 
-def judge_block(
-    result: Checkpoint, files: SourceFiles, hashes: Mapping[str, str], plan: ExpansionPlan, index: int
-) -> BlockReport:
-    """Judge one added block by its tensors and its parent's, both in the expanded model, whose tensors have `hashes`.
+@dataclass(frozen=True)
+class AddedBlocks:
+    """The blocks that `expanded` has and `original` has not; the lineage of both is known to agree."""
 
-    Training moves what was zeroed first (its gradient is the only one that is not zero at step 0), so zeros there mean
-    an untrained block, which must then be its parent's copy. Only the latest round's parents are known; an earlier
-    round's block is judged by its zeros alone.
-    """
-    rule = _rule(result, plan, index)
-    weights = [weight for weight in weights_of(result.shape) if weight.layer == index]
-    zeroed = [name for weight in weights for name in weight.hf_names if _is_zeroed(weight, name, rule)]
-    others = [name for weight in weights for name in weight.hf_names if not _is_zeroed(weight, name, rule)]
-    parent = _parent_in(plan, index)
-    all_zero = True
-    for name in zeroed:
-        found = _zeros(result, files, name)
-        if found is _Zeros.NEGATIVE:
-            return BlockReport(index, BlockState.WRONG, f"{name} holds -0.0, which is not the +0.0 it was given")
-        if found is _Zeros.NONE:
-            all_zero = False
-            if parent is not None and hashes[name] == hashes[hf_name_in_layer(name, parent)]:
-                return BlockReport(index, BlockState.WRONG, f"{name} is block {parent}'s, not zero")
-    if not all_zero:
-        return BlockReport(index, BlockState.TRAINED)
-    if not rule.is_copy:
-        return BlockReport(index, BlockState.ZEROED)
-    if parent is not None:
-        for name in others:
-            if hashes[name] != hashes[hf_name_in_layer(name, parent)]:
-                return BlockReport(index, BlockState.WRONG, f"{name} is not block {parent}'s")
-    return BlockReport(index, BlockState.IDENTITY)
+    original: Checkpoint
+    expanded: Checkpoint
+    files: SourceFiles
+    hashes: Mapping[str, str]
+    """Of every tensor of `expanded`."""
+    progress: Progress = nothing
 
+    @property
+    def layers(self) -> list[int]:
+        """Where they are. (Blocks that `original` has already may have been trained in it.)"""
+        known = self.original.plan.num_rounds
+        return [i for i, layer in enumerate(self.expanded.plan.layers) if layer.added_in_round > known]
 
-def _rule(result: Checkpoint, plan: ExpansionPlan, index: int) -> InitRule:
-    inits = result.manifest.inits if result.manifest else ()
-    return INITS[Init(inits[plan.layers[index].added_in_round - 1])]
+    def judge(self, layer: int) -> BlockReport:
+        """Judge one of them.
 
+        Training moves what was zeroed first (its gradient is the only one that is not zero at step 0), so zeros there
+        mean an untrained block, which must then have every bit that it began with. What a block of a later round than
+        the first began with is computed from blocks as `expanded` has them.
+        """
+        parent, beginnings = self._parent(layer), list(self._beginnings(layer))
+        moved = [beginning.name for beginning in beginnings if beginning.is_zeroed and not self._holds(beginning)]
+        for name in moved:
+            if not self._has_values(name):
+                return BlockReport(layer, BlockState.WRONG, f"{name} holds -0.0, which is not the +0.0 it was given")
+            if self.hashes[name] == self.hashes[hf_name_in_layer(name, parent)]:
+                return BlockReport(layer, BlockState.WRONG, f"{name} is block {parent}'s, not zero")
+        if moved:
+            return BlockReport(layer, BlockState.TRAINED, f"{moved[0]} is not zero")
+        for beginning in beginnings:
+            if not self._holds(beginning):
+                return BlockReport(layer, BlockState.WRONG, self._problem(layer, beginning.name, parent))
+        is_random = any(not beginning.rows for beginning in beginnings)
+        return BlockReport(layer, BlockState.RANDOM if is_random else BlockState.IDENTITY)
 
-def _is_zeroed(weight: Weight, name: str, rule: InitRule) -> bool:
-    return is_block_norm(name) if rule.zeroes_norms else weight.row.zero_in_added
+    def _problem(self, layer: int, name: str, parent: int) -> str:
+        text = f"{name} is not what init {self._init(layer).value} makes of block {parent}"
+        if self._is_next_round(layer):
+            return text
+        return f"{text} as it is now: compare with the model that round {self._round(layer)} expanded"
 
+    def _round(self, layer: int) -> int:
+        return self.expanded.plan.layers[layer].added_in_round
 
-class _Zeros(Enum):
-    ALL = "all +0.0"
-    NEGATIVE = "all 0, some -0.0"
-    NONE = "not all 0"
+    def _is_next_round(self, layer: int) -> bool:
+        return self._round(layer) == self.original.plan.num_rounds + 1
 
+    def _init(self, layer: int) -> Init:
+        assert self.expanded.manifest is not None
+        return Init(self.expanded.manifest.inits[self._round(layer) - 1])
 
-def _zeros(result: Checkpoint, files: SourceFiles, name: str) -> _Zeros:
-    """Whether a tensor is zero, by its bits. Read again: the hash does not tell."""
-    tensor = result.tensors[name]
-    unsigned = numpy.dtype(f"u{result.itemsize}")
-    magnitude = numpy.array((1 << (8 * result.itemsize - 1)) - 1, unsigned)
-    found = {"any bit": False, "any value": False}
+    def _parent(self, layer: int) -> int:
+        """Where the block that it was made of stands now."""
+        plan, number = self.expanded.plan, self._round(layer)
+        then = plan.after(number).layers[plan.layers_after(number).index(layer)]
+        return plan.layers_after(number - 1)[then.parent_layer]
 
-    def look(start: int, rows: numpy.ndarray) -> None:
-        bits = rows.view(unsigned)
-        found["any bit"] |= bool(bits.any())
-        found["any value"] |= bool((bits & magnitude).any())
+    def _beginnings(self, layer: int) -> Iterator[_Beginning]:
+        plan, number, init = self.expanded.plan, self._round(layer), self._init(layer)
+        before = self.original if self._is_next_round(layer) else after_rounds(self.expanded, number - 1)
+        there = plan.layers_after(number)
+        weights = weights_of(self.expanded.shape.with_layers(there))
+        origins = {
+            dtype: Origins(before, self.files, plan.after(number), dtype, init)
+            for dtype in (self.expanded.dtype, before.dtype)
+        }
+        for weight, name, _ in iter_hf([weight for weight in weights if weight.layer == there.index(layer)]):
+            rows = {dtype: origin.rows(weight, name) for dtype, origin in origins.items()}
+            yield _Beginning(
+                hf_name_in_layer(name, layer),
+                is_zeroed(weight, name, init),
+                tuple(
+                    cast(made, source=dtype, target=self.expanded.dtype, name=name)
+                    for dtype, made in rows.items()
+                    if not isinstance(made, NormalRows)
+                ),
+            )
 
-    hash_rows(StoredRows(tensor, files, result.itemsize), tensor, result.itemsize, each=look)
-    if found["any value"]:
-        return _Zeros.NONE
-    return _Zeros.NEGATIVE if found["any bit"] else _Zeros.ALL
+    def _holds(self, beginning: _Beginning) -> bool:
+        """Whether a tensor is what it began as, as far as that is known."""
+        if not beginning.rows:
+            return True
+        tensor, itemsize = self.expanded.tensors[beginning.name], self.expanded.itemsize
+        hashes = (hash_rows(rows, tensor, itemsize, progress=self.progress) for rows in beginning.rows)
+        return self.hashes[beginning.name] in hashes
 
+    def _has_values(self, name: str) -> bool:
+        """Whether a tensor holds anything but +0.0 and -0.0, by its bits."""
+        tensor, itemsize = self.expanded.tensors[name], self.expanded.itemsize
+        unsigned = numpy.dtype(f"u{itemsize}")
+        magnitude = numpy.array((1 << (8 * itemsize - 1)) - 1, unsigned)
+        found = [False]
 
-def _parent_in(plan: ExpansionPlan, index: int) -> int | None:
-    """Where the block that a latest-round block copies now stands; None for a block of an earlier round."""
-    if plan.layers[index].added_in_round != plan.num_rounds:
-        return None
-    there_before = [i for i, layer in enumerate(plan.layers) if layer.added_in_round < plan.num_rounds]
-    return there_before[plan.layers[index].parent_layer]
+        def look(start: int, rows: numpy.ndarray) -> None:
+            found[0] |= bool((rows.view(unsigned) & magnitude).any())
+
+        hash_rows(StoredRows(tensor, self.files, itemsize), tensor, itemsize, each=look)
+        return found[0]

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     import torch
 
 
+def cast(rows: Rows, *, source: str, target: str, name: str) -> Rows:
+    """Rows in `target`, themselves if that is their type. Errors of `CastRows`."""
+    return rows if source == target else CastRows(rows, source=source, target=target, name=name)
+
+
 class CastRows:
     """Rows in another type.
 

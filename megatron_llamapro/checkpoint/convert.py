@@ -36,8 +36,7 @@ from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles, nothin
 from megatron_llamapro.checkpoint.transfer import Job, Journal, are_complete, transfer
 from megatron_llamapro.checkpoint.weight_map import iter_hf, weights_of
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
-from megatron_llamapro.expansion.inits import Init
-from megatron_llamapro.expansion.options import Expand
+from megatron_llamapro.expansion.inits import Expansion, Init
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.families import (
     CONFIG_NAME,
@@ -117,24 +116,17 @@ def default_workers() -> int:
     return min(8, 2 * len(os.sched_getaffinity(0)))
 
 
-def unchanged(plan: ExpansionPlan) -> ExpansionPlan:
-    """No expansion."""
-    return plan
-
-
 def hf_to_megatron(
     source: Path,
     target: Path,
     *,
-    expand: Expand = unchanged,
-    init: Init = Init.COPY,
-    seed: int = 0,
+    expansion: Expansion | None = None,
     dtype: str | None = None,
     kind: TargetKind = TORCH_DIST,
     options: Options = Options(),
 ) -> Conversion:
-    """Convert a Hugging Face LLaMA to a Megatron checkpoint of either format, adding blocks on the way if `expand` says
-    so.
+    """Convert a Hugging Face LLaMA to a Megatron checkpoint of either format, adding blocks on the way if there is
+    an `expansion`.
 
     `dtype` (float32, bfloat16, float16) casts; without it the source's is kept.
 
@@ -143,16 +135,14 @@ def hf_to_megatron(
         ExpansionError: the blocks cannot be added as asked.
     """
     opened = open_hf(source)
-    return _convert(opened, target, kind, expand=expand, init=init, seed=seed, dtype=dtype, options=options)
+    return _convert(opened, target, kind, expansion=expansion, dtype=dtype, options=options)
 
 
 def megatron_to_megatron(
     source: Path,
     target: Path,
     *,
-    expand: Expand = unchanged,
-    init: Init = Init.COPY,
-    seed: int = 0,
+    expansion: Expansion | None = None,
     dtype: str | None = None,
     kind: TargetKind = TORCH_DIST,
     options: Options = Options(),
@@ -160,23 +150,21 @@ def megatron_to_megatron(
     """Write a Megatron checkpoint's weights in another format or division of ranks, or with another round of added
     blocks. Arguments and errors as above."""
     opened = open_megatron_checkpoint(source)
-    return _convert(opened, target, kind, expand=expand, init=init, seed=seed, dtype=dtype, options=options)
+    return _convert(opened, target, kind, expansion=expansion, dtype=dtype, options=options)
 
 
 def expand_hf(
     source: Path,
     target: Path,
     *,
-    expand: Expand,
-    init: Init = Init.COPY,
-    seed: int = 0,
+    expansion: Expansion,
     dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     options: Options = Options(),
 ) -> Conversion:
     """Write the expansion of a checkpoint as a Hugging Face checkpoint. Arguments and errors as above."""
     kind = _hugging_face(max_shard_bytes)
-    return _convert(open_hf(source), target, kind, expand=expand, init=init, seed=seed, dtype=dtype, options=options)
+    return _convert(open_hf(source), target, kind, expansion=expansion, dtype=dtype, options=options)
 
 
 def megatron_to_hf(
@@ -196,14 +184,12 @@ def _convert(
     target: Path,
     kind: TargetKind,
     *,
-    expand: Expand = unchanged,
-    init: Init = Init.COPY,
-    seed: int = 0,
+    expansion: Expansion | None = None,
     dtype: str | None = None,
     options: Options,
 ) -> Conversion:
     started = time.monotonic()
-    model = _target_model(opened, expand, dtype, init)
+    model = _target_model(opened, expansion or Expansion(lambda plan: plan), dtype)
     layout = kind.layout(draft_of(target), model.shape, model.dtype)
     options.on_total(model.num_bytes)
     with (
@@ -211,8 +197,9 @@ def _convert(
         staged(target, overwrite=options.overwrite, resume=options.resume, sources=(opened.folder,)) as draft,
     ):
         check_provable(opened, dtype=model.dtype, files=files)
+        init, seed = model.expansion.init, model.expansion.seed
         jobs = _jobs(Origins(opened, files, model.plan, model.dtype, init, seed), layout, model)
-        journal = _journal(draft, _fingerprint(opened, model, layout, seed), layout)
+        journal = _journal(draft, _fingerprint(opened, model, layout), layout)
         _check_space(target, draft, jobs, journal)
         carry_files(opened.folder, draft)
         done_before = transfer(
@@ -225,7 +212,7 @@ def _convert(
         )
         files.check_unchanged()
         hashes = {job.name: journal.hashes[job.name] for job in jobs}
-        manifest = target_manifest(opened, model.plan, dtype=model.dtype, init=model.init, hashes=hashes)
+        manifest = target_manifest(opened, model.plan, dtype=model.dtype, init=init, hashes=hashes)
         _write_small_files(draft, layout, kind, model, manifest)
         (draft / JOURNAL).unlink()
     return Conversion(
@@ -249,7 +236,7 @@ class _Model:
     """Without any manifest."""
     shape: ModelShape
     dtype: str
-    init: Init
+    expansion: Expansion
 
     @property
     def num_bytes(self) -> int:
@@ -257,16 +244,16 @@ class _Model:
         return ITEMSIZES[self.dtype] * sum(math.prod(size) for size in sizes)
 
 
-def _target_model(source: Checkpoint, expand: Expand, dtype: str | None, init: Init) -> _Model:
+def _target_model(source: Checkpoint, expansion: Expansion, dtype: str | None) -> _Model:
     if dtype is not None and dtype not in ITEMSIZES:
         raise CheckpointError(f"dtype '{dtype}' is not known: it is one of {', '.join(ITEMSIZES)}")
-    plan = expand(source.plan)
-    if init is Init.ZERO_NORM and source.shape.add_qkv_bias:
+    plan = expansion.expand(source.plan)
+    if expansion.init is Init.ZERO_NORM and source.shape.add_qkv_bias:
         raise ExpansionError("init zero_norm makes no identity of blocks with biases of queries, keys and values")
     config = {key: value for key, value in source.config.items() if key != MANIFEST_KEY}
     if plan.num_rounds > source.plan.num_rounds:
         config = expanded_hf_config(config, plan)
-    return _Model(plan, config, model_shape(config), dtype or source.dtype, init)
+    return _Model(plan, config, model_shape(config), dtype or source.dtype, expansion)
 
 
 def _jobs(origins: Origins, layout: TargetLayout, model: _Model) -> list[Job]:
@@ -288,12 +275,12 @@ def _journal(draft: Path, fingerprint: str, layout: TargetLayout) -> Journal:
     return journal
 
 
-def _fingerprint(source: Checkpoint, model: _Model, layout: TargetLayout, seed: int) -> str:
+def _fingerprint(source: Checkpoint, model: _Model, layout: TargetLayout) -> str:
     """What a journal must agree on: the same source, untouched, and the same bytes in the same places."""
     hasher = blake3()
     states = [(str(path.resolve()), state) for path, state in sorted(source.states.items())]
     what = [megatron_llamapro.__version__, states, source.config, model.config, model.plan.to_json(), model.dtype]
-    hasher.update(json.dumps([*what, model.init.value, seed]).encode())
+    hasher.update(json.dumps([*what, model.expansion.init.value, model.expansion.seed]).encode())
     for file in layout.files:
         hasher.update(repr((str(file.path), file.num_bytes, file.fixed)).encode())
     for name, copies in layout.tensors.items():

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from megatron_llamapro.checkpoint.manifest import Manifest, Source, config_sha256, tool_versions
 from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.streaming import SourceFiles, stored_hash
-from megatron_llamapro.checkpoint.weight_map import hf_name_in_layer
+from megatron_llamapro.checkpoint.weight_map import hf_name_in_layer, hf_shapes, layer_of
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.inits import Init
 from megatron_llamapro.expansion.plan import ExpansionPlan
@@ -16,10 +16,29 @@ from megatron_llamapro.expansion.plan import ExpansionPlan
 
 def original_name(name: str, plan: ExpansionPlan) -> str | None:
     """The name that a tensor had in the first source model; None for a tensor of an added block."""
-    if not name.startswith("model.layers."):
+    index = layer_of(name)
+    if index is None:
         return name
-    layer = plan.layers[int(name.split(".")[2])]
+    layer = plan.layers[index]
     return None if layer.is_added else hf_name_in_layer(name, layer.source_layer)
+
+
+def name_now(name: str, plan: ExpansionPlan, num_rounds: int) -> str:
+    """The name, in the model of `plan`, of the tensor that had `name` after so many of its rounds."""
+    layer = layer_of(name)
+    return name if layer is None else hf_name_in_layer(name, plan.layers_after(num_rounds)[layer])
+
+
+def after_rounds(checkpoint: Checkpoint, num_rounds: int) -> Checkpoint:
+    """The part of an expanded checkpoint that was there after so many rounds, under the names of then."""
+    known, plan = checkpoint.manifest, checkpoint.plan
+    shape = checkpoint.shape.with_layers(plan.layers_after(num_rounds))
+    return dataclasses.replace(
+        checkpoint,
+        shape=shape,
+        manifest=known and dataclasses.replace(known, plan=plan.after(num_rounds), inits=known.inits[:num_rounds]),
+        tensors={name: checkpoint.tensors[name_now(name, plan, num_rounds)] for name in hf_shapes(shape)},
+    )
 
 
 def target_manifest(

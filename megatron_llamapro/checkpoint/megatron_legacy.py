@@ -63,6 +63,20 @@ class LegacyTarget:
         return -(-shape.vocab_size // multiple) * multiple
 
 
+@dataclass(frozen=True)
+class _Divided:
+    """A model, divided: what all ranks' files have in common."""
+
+    shape: ModelShape
+    dtype: str
+    target: LegacyTarget
+    grid: Grid
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZES[self.dtype]
+
+
 def legacy_layout(folder: Path, shape: ModelShape, dtype: str, *, target: LegacyTarget) -> TargetLayout:
     """A checkpoint for one division of the model, under `release/`.
 
@@ -70,16 +84,17 @@ def legacy_layout(folder: Path, shape: ModelShape, dtype: str, *, target: Legacy
         CheckpointError: the model cannot be divided so.
     """
     grid = target.grid(shape)
+    divided = _Divided(shape, dtype, target, grid)
     files: list[TargetFile] = []
     pieces: Copies = {}
     for stage in range(grid.pipeline_size):
         for rank in range(grid.tensor_size):
             path = folder / RELEASE / _rank_folder(grid, rank, stage) / RANK_FILE
-            files.append(_rank_file(path, shape, dtype, target, stage, rank, pieces))
+            files.append(_rank_file(path, divided, stage, rank, pieces))
     tensors: dict[str, tuple[StoredTensor, ...]] = {}
     for weight in weights_of(shape):
         held = pieces[weight.megatron_name].values()
-        copies = [parts_of(weight, copy, shape=shape, itemsize=ITEMSIZES[dtype]) for copy in held]
+        copies = [parts_of(weight, copy, shape=shape, itemsize=divided.itemsize) for copy in held]
         tensors.update({name: tuple(copy[name] for copy in copies) for name in weight.hf_names})
     return TargetLayout(tensors, tuple(files), {LATEST: f"{RELEASE}\n".encode()})
 
@@ -88,28 +103,25 @@ def _rank_folder(grid: Grid, tensor_rank: int, stage: int) -> str:
     return f"mp_rank_{tensor_rank:02d}" + (f"_{stage:03d}" if grid.pipeline_size > 1 else "")
 
 
-def _rank_file(
-    path: Path, shape: ModelShape, dtype: str, target: LegacyTarget, stage: int, rank: int, pieces: Copies
-) -> TargetFile:
+def _rank_file(path: Path, divided: _Divided, stage: int, rank: int, pieces: Copies) -> TargetFile:
     """A rank's file; where its tensors go is added to `pieces`."""
+    shape, target, itemsize = divided.shape, divided.target, divided.itemsize
     state: dict[str, object] = {
         "args": _args(shape, target),
         "checkpoint_version": 3.0,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
     }
-    grid = target.grid(shape)
     entries: list[Entry] = []
-    for chunk, key in enumerate(_model_keys(grid)):
+    for chunk, key in enumerate(_model_keys(divided.grid)):
         place = {"stage": stage, "chunk": chunk, "tensor_rank": rank, "spec": target.layer_spec}
-        found = list(chunk_entries(shape, grid, padded_vocab_size=target.padded_vocab_size(shape), **place))
-        state[key] = {e.name: tensor_call(str(len(entries) + i), dtype, e.shape) for i, e in enumerate(found)}
+        found = list(chunk_entries(shape, divided.grid, padded_vocab_size=target.padded_vocab_size(shape), **place))
+        state[key] = {e.name: tensor_call(str(len(entries) + i), divided.dtype, e.shape) for i, e in enumerate(found)}
         entries += found
-    sizes = [math.prod(entry.shape) * ITEMSIZES[dtype] for entry in entries]
-    archive = archive_layout(state, sizes)
+    archive = archive_layout(state, [math.prod(entry.shape) * itemsize for entry in entries])
     for entry, offset in zip(entries, archive.tensor_offsets, strict=True):
         copies = pieces.setdefault(entry.weight.megatron_name, {})
-        copies.setdefault(copy_of(entry, rank), []).extend(pieces_of(entry, path, offset, ITEMSIZES[dtype]))
+        copies.setdefault(copy_of(entry, rank), []).extend(pieces_of(entry, path, offset, itemsize))
     return TargetFile(path, archive.num_bytes, archive.fixed)
 
 

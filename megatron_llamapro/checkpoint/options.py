@@ -59,9 +59,7 @@ def add_change_options(parser: argparse.ArgumentParser) -> None:
 
 def read_change_options(parser: CommandParser, args: argparse.Namespace) -> dict:
     """What `add_change_options` added, as keyword arguments of a conversion. Errors of `read_expansion_options`."""
-    expansion = read_expansion_options(parser, args)
-    added = expansion.arguments() if expansion else {}
-    return {"dtype": args.dtype, **added}
+    return {"expansion": read_expansion_options(parser, args), "dtype": args.dtype}
 
 
 def add_shard_option(parser: argparse.ArgumentParser) -> None:

@@ -6,13 +6,18 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_llamapro.checkpoint.casting import CastRows, MeanRows, NormalRows, OneRows, ZeroRows
+from megatron_llamapro.checkpoint.casting import MeanRows, NormalRows, OneRows, ZeroRows, cast
 from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.streaming import Rows, SourceFiles, StoredRows
 from megatron_llamapro.checkpoint.weight_map import Weight, hf_name_in_layer, is_block_norm, is_norm
-from megatron_llamapro.expansion.inits import INITS, Init
+from megatron_llamapro.expansion.inits import Init
 from megatron_llamapro.expansion.plan import ExpansionPlan, Layer
 from megatron_llamapro.model.hf_fields import number
+
+
+def is_zeroed(weight: Weight, name: str, init: Init) -> bool:
+    """Whether an added block begins with zeros in its tensor `name`, a part of `weight`."""
+    return is_block_norm(name) if init.zeroes_norms else weight.row.zero_in_added
 
 
 @dataclass(frozen=True)
@@ -33,16 +38,14 @@ class Origins:
         layer = self.plan.layers[weight.layer]
         if layer.added_in_round < self.plan.num_rounds:
             return self._own(hf_name_in_layer(name, layer.parent_layer))
-        if is_block_norm(name) if INITS[self.init].zeroes_norms else weight.row.zero_in_added:
+        if is_zeroed(weight, name, self.init):
             return ZeroRows()
         return _BEGINNINGS[self.init](self, layer, name)
 
     def _own(self, name: str) -> Rows:
         """The source's tensor."""
         rows = StoredRows(self.source.tensors[name], self.files, self.source.itemsize)
-        if self.source.dtype == self.dtype:
-            return rows
-        return CastRows(rows, source=self.source.dtype, target=self.dtype, name=name)
+        return cast(rows, source=self.source.dtype, target=self.dtype, name=name)
 
     def _copy(self, layer: Layer, name: str) -> Rows:
         return self._own(hf_name_in_layer(name, layer.parent_layer))

@@ -1,28 +1,28 @@
 """Proof that an expanded model is what it should be: identical in function before training, untouched originals after.
 
-Every claim is a `Check`. Both checkpoints are read a tensor at a time; what a manifest says of the
-lineage is held against the tensors, as far as they can tell (of blocks that did not begin as copies: their zeros).
+Every claim is a `Check`. Both checkpoints are read a few megabytes at a time; what a manifest says of the lineage is
+held against the tensors, as far as they can tell (of blocks that began as random ones: zeros, norms and shapes).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_llamapro.checkpoint.added_blocks import BlockReport, BlockState, blocks_to_judge, judge_block
-from megatron_llamapro.checkpoint.casting import CastRows
+from megatron_llamapro.checkpoint.added_blocks import AddedBlocks, BlockReport, BlockState
+from megatron_llamapro.checkpoint.casting import cast
 from megatron_llamapro.checkpoint.convert import default_workers
-from megatron_llamapro.checkpoint.lineage import original_name
+from megatron_llamapro.checkpoint.lineage import name_now, original_name
 from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.sources import OpenTensors, open_checkpoint
-from megatron_llamapro.checkpoint.streaming import Progress, Rows, SourceFiles, StoredRows, hash_rows, nothing
-from megatron_llamapro.checkpoint.weight_map import Weight, hf_name_in_layer, weights_of
+from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles, StoredRows, hash_rows, nothing
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.plan import ExpansionPlan, Layer
+from megatron_llamapro.expansion.plan import Trained
 from megatron_llamapro.model.families import ITEMSIZES
 from megatron_llamapro.model.shape import ModelShape
 
@@ -50,13 +50,15 @@ def verify(
     expanded: Path,
     *,
     quick: bool = False,
+    trained: Trained = Trained.NEW_BLOCKS,
     num_workers: int = 0,
     progress: Progress = nothing,
 ) -> Iterator[Check]:
     """Compare `expanded` (any format, trained or not) with the checkpoint it was made from.
 
-    Lineage, original tensors, their hashes in the manifest, added blocks; and, where no added block is trained yet and
-    not `quick`, the function. `progress` is called with the bytes that were read. Checks come as they are made.
+    Lineage, original tensors, their hashes in the manifest, blocks that earlier rounds had added, blocks added since;
+    and, where no block was trained yet and not `quick`, the function. `trained` says which blocks may have moved.
+    `progress` is called with the bytes that were read. Checks come as they are made.
 
     Raises:
         CheckpointError: one of the two cannot be read, or `expanded` does not say which blocks were added.
@@ -68,32 +70,35 @@ def verify(
     yield lineage
     if not lineage.ok:
         return
-    with SourceFiles({**source.states, **result.states}) as files:
-        hashes = _hashes(result, result.dtype, files, num_workers, progress)
-        expected = _hashes(source, result.dtype, files, num_workers, progress)
-        yield from _check_originals(source, result, expected, hashes)
-        judged = blocks_to_judge(source.plan, result.plan)
-        blocks = [judge_block(result, files, hashes, result.plan, index) for index in judged]
+    with (
+        SourceFiles({**source.states, **result.states}) as files,
+        ThreadPoolExecutor(num_workers or default_workers()) as pool,
+    ):
+        hashes = _hashes(result, result.dtype, files, pool, progress)
+        kept = _Kept(source, result, _hashes(source, result.dtype, files, pool, progress), hashes)
+        yield from _check_originals(kept)
+        if kept.earlier:
+            yield _check_earlier(kept, trained)
+        added = AddedBlocks(source, result, files, hashes, progress)
+        blocks = list(pool.map(added.judge, added.layers))
         if blocks:
-            yield _check_blocks(blocks)
-        if not quick and not any(block.state is BlockState.TRAINED for block in blocks):
+            yield _check_blocks(blocks, trained)
+        may_differ = trained is Trained.ADDED_BLOCKS and kept.moved(kept.earlier)
+        if not quick and not may_differ and not any(block.state is BlockState.TRAINED for block in blocks):
             yield _check_function(*(_Watched(model, files, result.dtype, progress) for model in (source, result)))
 
 
 def _hashes(
-    checkpoint: Checkpoint, dtype: str, files: SourceFiles, num_workers: int, progress: Progress
+    checkpoint: Checkpoint, dtype: str, files: SourceFiles, pool: ThreadPoolExecutor, progress: Progress
 ) -> dict[str, str]:
     """The hash of every tensor, as it is in `dtype`."""
 
     def hash_of(name: str) -> str:
         tensor = checkpoint.tensors[name]
-        rows: Rows = StoredRows(tensor, files, checkpoint.itemsize)
-        if checkpoint.dtype != dtype:
-            rows = CastRows(rows, source=checkpoint.dtype, target=dtype, name=name)
+        rows = cast(StoredRows(tensor, files, checkpoint.itemsize), source=checkpoint.dtype, target=dtype, name=name)
         return hash_rows(rows, tensor, ITEMSIZES[dtype], progress=progress)
 
-    with ThreadPoolExecutor(num_workers or default_workers()) as pool:
-        return dict(zip(checkpoint.tensors, pool.map(hash_of, checkpoint.tensors), strict=True))
+    return dict(zip(checkpoint.tensors, pool.map(hash_of, checkpoint.tensors), strict=True))
 
 
 class _Watched(OpenTensors):
@@ -118,19 +123,16 @@ def _torch_dtype(name: str) -> torch.dtype:
 def _check_lineage(source: Checkpoint, result: Checkpoint) -> Check:
     """The blocks of the original, in order, are those that the expanded model's plan says it had."""
     before, after = source.plan, result.plan
-    kept = [i for i, layer in enumerate(after.layers) if layer.added_in_round <= before.num_rounds]
-    differing = _differing_fields(source.shape, result.shape.with_layers(kept))
-    if [_identity(after.layers[i]) for i in kept] != [_identity(layer) for layer in before.layers]:
+    if after.after(after.num_rounds) != after:
+        return Check("lineage", ok=False, text="its plan is not what its rounds make")
+    if after.num_rounds < before.num_rounds or after.after(before.num_rounds) != before:
         problem = f"its plan starts from other blocks than the original's {before.num_layers}"
         return Check("lineage", ok=False, text=problem)
+    differing = _differing_fields(source.shape, result.shape.with_layers(after.layers_after(before.num_rounds)))
     if differing:
         return Check("lineage", ok=False, text=f"config.json differs from the original's in {', '.join(differing)}")
     added = after.num_layers - before.num_layers
     return Check("lineage", ok=True, text=f"{before.num_layers} blocks of the original and {added} added")
-
-
-def _identity(layer: Layer) -> tuple[int, int]:
-    return layer.source_layer, layer.added_in_round
 
 
 def _differing_fields(before: ModelShape, after: ModelShape) -> list[str]:
@@ -138,53 +140,61 @@ def _differing_fields(before: ModelShape, after: ModelShape) -> list[str]:
     return [name for name in names if getattr(before, name) != getattr(after, name)]
 
 
-@dataclass
-class _Comparison:
-    """What was found about tensors that must not have moved."""
+@dataclass(frozen=True)
+class _Kept:
+    """Tensors that `source` and `result` both have."""
 
-    compared: int = 0
-    moved: list[str] = field(default_factory=list)
-    hash_differs: list[str] = field(default_factory=list)
+    source: Checkpoint
+    result: Checkpoint
+    expected: Mapping[str, str]
+    """Hashes of the source's, in the result's type, by their names there."""
+    actual: Mapping[str, str]
+    """Hashes of the result's."""
+
+    @cached_property
+    def earlier(self) -> list[str]:
+        """Those of blocks that were added before `source` was expanded, by their names in it."""
+        return [name for name in self.expected if original_name(name, self.source.plan) is None]
+
+    @cached_property
+    def originals(self) -> list[str]:
+        """Those of the first source model, by their names in `source`."""
+        return [name for name in self.expected if original_name(name, self.source.plan) is not None]
+
+    def now(self, name: str) -> str:
+        """Its name in `result`."""
+        return name_now(name, self.result.plan, self.source.plan.num_rounds)
+
+    def moved(self, names: Iterable[str]) -> list[str]:
+        """Those of them that differ, by their names in `result`."""
+        return [self.now(name) for name in names if self.actual[self.now(name)] != self.expected[name]]
 
 
-def _check_originals(
-    source: Checkpoint, result: Checkpoint, expected: Mapping[str, str], actual: Mapping[str, str]
-) -> Iterator[Check]:
+def _check_originals(kept: _Kept) -> Iterator[Check]:
     """Tensors of the first source model are the original's, bit for bit, and have the manifest's hashes."""
-    found = _Comparison()
+    source, result, number = kept.source, kept.result, len(kept.originals)
+    how = f", after the cast from {source.dtype} to {result.dtype}" if source.dtype != result.dtype else ""
+    moved = kept.moved(kept.originals)
+    yield _check_none(moved, "original tensors", f"of {number} moved", f"{number} bit-identical{how}")
     assert result.manifest is not None
-    for weight in weights_of(result.shape):
-        for name in weight.hf_names:
-            first_name = original_name(name, result.plan)
-            if first_name is None:
-                continue
-            found.compared += 1
-            if actual[name] != expected[_name_in_original(name, weight, source.plan, result.plan)]:
-                found.moved.append(name)
-            if actual[name] != result.manifest.original_hashes.get(first_name):
-                found.hash_differs.append(name)
-    was_cast = source.dtype != result.dtype
-    how = f", after the cast from {source.dtype} to {result.dtype}" if was_cast else ""
-    yield _check_none(
-        found.moved, "original tensors", f"of {found.compared} moved", f"{found.compared} bit-identical{how}"
-    )
-    yield _check_none(
-        found.hash_differs,
-        "manifest",
-        f"of {found.compared} original tensors do not have their hash",
-        f"{found.compared} original tensors have their hash",
-    )
+    names = {kept.now(name): original_name(name, source.plan) for name in kept.originals}
+    noted = result.manifest.original_hashes
+    differing = [name for name, first in names.items() if kept.actual[name] != noted.get(str(first))]
+    problem = f"of {number} original tensors do not have their hash"
+    yield _check_none(differing, "manifest", problem, f"{number} original tensors have their hash")
+
+
+def _check_earlier(kept: _Kept, trained: Trained) -> Check:
+    """Blocks that the original already had from rounds before are its own, unless they may have been trained since."""
+    moved, number = kept.moved(kept.earlier), len(kept.earlier)
+    if moved and trained is Trained.ADDED_BLOCKS:
+        return Check("earlier rounds", ok=True, text=f"{len(moved)} of {number} tensors trained since")
+    problem = f"of {number} moved (if this round trained them too, say --trained {Trained.ADDED_BLOCKS.value})"
+    return _check_none(moved, "earlier rounds", problem, f"{number} tensors of their blocks bit-identical")
 
 
 def _check_none(names: list[str], claim: str, problem: str, success: str) -> Check:
     return Check(claim, ok=not names, text=f"{_some(names)} {problem}" if names else success)
-
-
-def _name_in_original(name: str, weight: Weight, before: ExpansionPlan, after: ExpansionPlan) -> str:
-    """The name, in the given original, of an original block's tensor of the expanded model."""
-    if weight.layer is None:
-        return name
-    return hf_name_in_layer(name, before.original_layers[after.layers[weight.layer].source_layer])
 
 
 def _some(names: list[str]) -> str:
@@ -192,12 +202,13 @@ def _some(names: list[str]) -> str:
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
 
-def _check_blocks(blocks: Iterable[BlockReport]) -> Check:
-    wrong = [f"block {block.layer}: {block.text}" for block in blocks if block.state is BlockState.WRONG]
+def _check_blocks(blocks: Sequence[BlockReport], trained: Trained) -> Check:
+    faults = {BlockState.WRONG, BlockState.TRAINED} if trained is Trained.NOTHING else {BlockState.WRONG}
+    wrong = [f"block {block.layer}: {block.text}" for block in blocks if block.state in faults]
     if wrong:
         return Check("added blocks", ok=False, text="; ".join(wrong))
     parts = []
-    for state in (BlockState.IDENTITY, BlockState.ZEROED, BlockState.TRAINED):
+    for state in (BlockState.IDENTITY, BlockState.RANDOM, BlockState.TRAINED):
         layers = [str(block.layer) for block in blocks if block.state is state]
         if layers:
             parts.append(f"{', '.join(layers)}: {state.value}")

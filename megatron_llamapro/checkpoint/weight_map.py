@@ -227,12 +227,18 @@ def is_block_norm(name: str) -> bool:
     return name.endswith("layernorm.weight")
 
 
+def layer_of(name: str) -> int | None:
+    """The layer of a Hugging Face tensor; None for one outside the blocks."""
+    found = _HF_LAYER_NAME.match(name)
+    return int(found[2]) if found else None
+
+
 def hf_name_in_layer(name: str, layer: int) -> str:
     """The same tensor of another layer: model.layers.3.mlp.up_proj.weight, 7 → model.layers.7.mlp.up_proj.weight."""
     return _HF_LAYER_NAME.sub(rf"\g<1>{layer}.", name, count=1)
 
 
-_HF_LAYER_NAME = re.compile(r"^(model\.layers\.)\d+\.")
+_HF_LAYER_NAME = re.compile(r"^(model\.layers\.)(\d+)\.")
 
 
 def _resolve(row: Row, shape: ModelShape, layer: int | None = None) -> Weight:

@@ -1,14 +1,19 @@
-"""Ways to begin an added block, as a table, so that they can be compared. Imports no torch.
+"""What an expansion adds: blocks somewhere, that begin in one of several ways, to be compared. Imports no torch.
 
 Every one makes the block an identity; they differ in what it is a copy of, and in what is zeroed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
 from megatron_llamapro.config.errors import ExpansionError
+from megatron_llamapro.expansion.plan import ExpansionPlan
+
+Expand = Callable[[ExpansionPlan], ExpansionPlan]
+"""From the plan of a model to the plan of the model with one more round of added blocks."""
 
 
 class Init(str, Enum):
@@ -23,23 +28,27 @@ class Init(str, Enum):
     ZERO_NORM = "zero_norm"
     """A copy of its source block with its norms zeroed instead (staged training, Shen et al. 2022)."""
 
+    @property
+    def zeroes_norms(self) -> bool:
+        """Whether it zeroes the norms, and not the output projections."""
+        return self is Init.ZERO_NORM
+
 
 @dataclass(frozen=True)
-class InitRule:
-    """How a way treats a block's weights."""
+class Expansion:
+    """A round of added blocks."""
 
-    zeroes_norms: bool
-    """Zero the norms, and not the output projections."""
-    is_copy: bool
-    """Whether what is not zeroed is the source block's, bit for bit."""
+    expand: Expand
+    """Where they go."""
+    init: Init = Init.COPY
+    """What they begin as."""
+    seed: int = 0
+    """Of random blocks."""
 
-
-INITS: dict[Init, InitRule] = {
-    Init.COPY: InitRule(zeroes_norms=False, is_copy=True),
-    Init.RANDOM: InitRule(zeroes_norms=False, is_copy=False),
-    Init.MEAN: InitRule(zeroes_norms=False, is_copy=False),
-    Init.ZERO_NORM: InitRule(zeroes_norms=True, is_copy=True),
-}
+    @classmethod
+    def at(cls, *positions: int, init: Init = Init.COPY, seed: int = 0) -> Expansion:
+        """Blocks at these positions of the expanded model, ascending."""
+        return cls(lambda plan: plan.expand(positions), init, seed)
 
 
 def check_init(init: Init, *, force: bool) -> None:

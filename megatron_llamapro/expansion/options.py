@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from megatron_llamapro.config.command import CommandParser
-from megatron_llamapro.expansion.inits import Init, check_init
+from megatron_llamapro.expansion.inits import Expand, Expansion, Init, check_init
 from megatron_llamapro.expansion.plan import ExpansionPlan, Placement, placed_positions
-
-Expand = Callable[[ExpansionPlan], ExpansionPlan]
-"""From the plan of a model to the plan of the model with one more round of added blocks."""
 
 
 def add_expansion_options(parser: argparse.ArgumentParser) -> None:
@@ -49,19 +44,6 @@ def add_expansion_options(parser: argparse.ArgumentParser) -> None:
         metavar="4,9,14",
         help="instead of all these: the added blocks' layer indices in the expanded model, from 0, ascending",
     )
-
-
-@dataclass(frozen=True)
-class Expansion:
-    """What the options ask for."""
-
-    expand: Expand
-    init: Init
-    seed: int
-
-    def arguments(self) -> dict:
-        """As keyword arguments of a conversion."""
-        return {"expand": self.expand, "init": self.init, "seed": self.seed}
 
 
 def read_expansion_options(parser: CommandParser, args: argparse.Namespace) -> Expansion | None:

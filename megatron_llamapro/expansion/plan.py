@@ -25,6 +25,17 @@ class Placement(str, Enum):
     """After the last block."""
 
 
+class Trained(str, Enum):
+    """Which blocks may have been trained since a model was expanded."""
+
+    NOTHING = "nothing"
+    """None: every added block is as it was added."""
+    NEW_BLOCKS = "new_blocks"
+    """Those that were added to it."""
+    ADDED_BLOCKS = "added_blocks"
+    """Those, and the ones that earlier rounds had added."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """One layer of the expanded model."""
@@ -66,7 +77,7 @@ class ExpansionPlan:
     @property
     def original_layers(self) -> tuple[int, ...]:
         """Layers of the first source model, in its order."""
-        return tuple(i for i, layer in enumerate(self.layers) if not layer.is_added)
+        return self.layers_after(0)
 
     @property
     def newest_layers(self) -> tuple[int, ...]:
@@ -74,6 +85,22 @@ class ExpansionPlan:
         if self.num_rounds == 0:
             return ()
         return tuple(i for i, layer in enumerate(self.layers) if layer.added_in_round == self.num_rounds)
+
+    def layers_after(self, num_rounds: int) -> tuple[int, ...]:
+        """Layers that were there after so many rounds, in the order of then."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.added_in_round <= num_rounds)
+
+    def after(self, num_rounds: int) -> ExpansionPlan:
+        """The plan as it was after so many rounds, made again from the positions of their blocks.
+
+        Raises:
+            ExpansionError: blocks of those rounds lie where no round can put them.
+        """
+        plan = ExpansionPlan.unexpanded(len(self.original_layers))
+        for number in range(1, num_rounds + 1):
+            layers = [self.layers[i] for i in self.layers_after(number)]
+            plan = plan.expand([i for i, layer in enumerate(layers) if layer.added_in_round == number])
+        return plan
 
     def expand(self, positions: Sequence[int]) -> ExpansionPlan:
         """One more round: the plan with added blocks at `positions`, indices in the expanded model.

@@ -14,22 +14,9 @@ from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, is_whole, p
 from megatron_llamapro.checkpoint.streaming import SourceFiles, StoredRows, hash_rows, read_whole, stored_hash
 from megatron_llamapro.checkpoint.weight_map import weights_of
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.model.shape import ModelShape
+from megatron_llamapro.testing.shapes import tiny_shape
 
-SHAPE = ModelShape(
-    num_layers=1,
-    hidden_size=12,
-    ffn_hidden_size=20,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=6,
-    vocab_size=10,
-    layernorm_epsilon=1e-5,
-    max_position_embeddings=16,
-    rotary_base=10000.0,
-    rope_scaling=None,
-    tie_word_embeddings=False,
-)
+SHAPE = tiny_shape(num_layers=1)
 PATH = Path("file")
 
 

@@ -14,16 +14,12 @@ from megatron_llamapro.checkpoint.convert import Options, expand_hf, hf_to_megat
 from megatron_llamapro.checkpoint.hf_reader import open_hf
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.testing.checkpoints import read_with_torch
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
 Tiny = Callable[..., Path]
-
-
-def after_every_second(plan: ExpansionPlan) -> ExpansionPlan:
-    """4 layers → 6, with 2 and 5 added."""
-    return plan.expand((2, 5))
+ADDED = Expansion.at(2, 5)  # 4 → 6 layers
 
 
 def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -86,16 +82,16 @@ def test_special_values_travel_unchanged(tiny_llama: Tiny, tmp_path: Path) -> No
 )
 def test_expanding_on_the_way_equals_expanding_first(settings: dict, tiny_model: Tiny, tmp_path: Path) -> None:
     source = tiny_model(**settings)
-    hf_to_megatron(source, tmp_path / "megatron", expand=after_every_second)
+    hf_to_megatron(source, tmp_path / "megatron", expansion=ADDED)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "through")
-    expand_hf(source, tmp_path / "direct", expand=after_every_second)
+    expand_hf(source, tmp_path / "direct", expansion=ADDED)
     assert_same_tensors(tmp_path / "through", tmp_path / "direct")
     assert Manifest.read(tmp_path / "through") == Manifest.read(tmp_path / "direct")
 
 
 def test_added_blocks_are_copies_with_true_zeros(tiny_llama: Tiny, tmp_path: Path) -> None:
     source = tiny_llama(num_hidden_layers=4)
-    conversion = expand_hf(source, tmp_path / "expanded", expand=after_every_second)
+    conversion = expand_hf(source, tmp_path / "expanded", expansion=ADDED)
     assert conversion.plan.added_layers == (2, 5)
     before, after = stored_tensors(source), stored_tensors(tmp_path / "expanded")
     parents = {0: 0, 1: 1, 2: 1, 3: 2, 4: 3, 5: 3}
@@ -117,7 +113,7 @@ def test_zeros_do_not_come_from_infinities(damaged: Tiny, tmp_path: Path) -> Non
     tensors["model.layers.1.self_attn.o_proj.weight"].fill_(float("inf"))
     tensors["model.layers.1.mlp.down_proj.weight"].fill_(-1.0)
     save_file(tensors, source / "model.safetensors")
-    expand_hf(source, tmp_path / "expanded", expand=after_every_second)
+    expand_hf(source, tmp_path / "expanded", expansion=ADDED)
     after = stored_tensors(tmp_path / "expanded")
     for part in ("self_attn.o_proj", "mlp.down_proj"):
         assert not after[f"model.layers.2.{part}.weight"].view(torch.int32).any()
@@ -126,8 +122,8 @@ def test_zeros_do_not_come_from_infinities(damaged: Tiny, tmp_path: Path) -> Non
 def test_the_same_plan_gives_the_same_bytes(tiny_llama: Tiny, tmp_path: Path) -> None:
     source = tiny_llama()
     for name in ("one", "two"):
-        expand_hf(source, tmp_path / name, expand=after_every_second, max_shard_bytes=100_000)
-        hf_to_megatron(source, tmp_path / f"megatron-{name}", expand=after_every_second)
+        expand_hf(source, tmp_path / name, expansion=ADDED, max_shard_bytes=100_000)
+        hf_to_megatron(source, tmp_path / f"megatron-{name}", expansion=ADDED)
     for one, two in (("one", "two"), ("megatron-one", "megatron-two")):
         files = sorted(path.name for path in (tmp_path / one).iterdir())
         assert files == sorted(path.name for path in (tmp_path / two).iterdir())
@@ -168,7 +164,7 @@ def test_experts_of_a_layer_are_one_tensor(tiny_model: Tiny, tmp_path: Path) -> 
 
 
 def test_every_expert_of_an_added_block_has_its_output_zeroed(tiny_model: Tiny, tmp_path: Path) -> None:
-    expand_hf(tiny_model(**TINY_FAMILIES["mixtral"]), tmp_path / "expanded", expand=after_every_second)
+    expand_hf(tiny_model(**TINY_FAMILIES["mixtral"]), tmp_path / "expanded", expansion=ADDED)
     after = stored_tensors(tmp_path / "expanded")
     zeroed = {name for name, tensor in after.items() if not tensor.view(torch.int32).any()}
     assert zeroed == {f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (2, 5)} | {
@@ -189,7 +185,7 @@ def test_rows_of_qkv_lie_by_query_group(tiny_llama: Tiny, tmp_path: Path) -> Non
 
 def test_tokenizer_and_generation_config_travel_both_ways(tiny_llama: Tiny, tmp_path: Path) -> None:
     source = tiny_llama()
-    hf_to_megatron(source, tmp_path / "megatron", expand=after_every_second)
+    hf_to_megatron(source, tmp_path / "megatron", expansion=ADDED)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "megatron" / name).read_bytes() == (source / name).read_bytes()
@@ -198,7 +194,7 @@ def test_tokenizer_and_generation_config_travel_both_ways(tiny_llama: Tiny, tmp_
 
 def test_configuration_travels_with_its_layer_count_and_manifest(tiny_llama: Tiny, tmp_path: Path) -> None:
     source = tiny_llama()
-    hf_to_megatron(source, tmp_path / "megatron", expand=after_every_second)
+    hf_to_megatron(source, tmp_path / "megatron", expansion=ADDED)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     original, stored, exported = (
         json.loads((folder / "config.json").read_text())
@@ -212,7 +208,7 @@ def test_configuration_travels_with_its_layer_count_and_manifest(tiny_llama: Tin
 
 def test_layer_types_are_extended(damaged: Tiny, tmp_path: Path) -> None:
     source = damaged(config={"layer_types": ["a", "b", "c", "d"]})
-    expand_hf(source, tmp_path / "expanded", expand=after_every_second)
+    expand_hf(source, tmp_path / "expanded", expansion=ADDED)
     config = json.loads((tmp_path / "expanded" / "config.json").read_text())
     assert config["layer_types"] == ["a", "b", "b", "c", "d", "d"]
 
@@ -248,8 +244,8 @@ def test_an_unknown_dtype_is_refused(tiny_llama: Tiny, tmp_path: Path) -> None:
 def test_rounds_accumulate_with_their_lineage(tiny_llama: Tiny, tmp_path: Path) -> None:
     """4 → 6 → 8: hashes and numbering stay those of the first source."""
     source = tiny_llama()
-    expand_hf(source, tmp_path / "first", expand=after_every_second)
-    hf_to_megatron(tmp_path / "first", tmp_path / "second", expand=lambda plan: plan.expand((0, 7)))
+    expand_hf(source, tmp_path / "first", expansion=ADDED)
+    hf_to_megatron(tmp_path / "first", tmp_path / "second", expansion=Expansion.at(0, 7))
     manifest = Manifest.read(tmp_path / "second")
     assert manifest.plan.num_rounds == 2
     assert manifest.plan.added_layers == (0, 3, 6, 7)

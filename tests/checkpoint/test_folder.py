@@ -15,6 +15,7 @@ import pytest
 from megatron_llamapro.checkpoint.convert import Options, expand_hf, hf_to_megatron, megatron_to_hf
 from megatron_llamapro.checkpoint.folder import carry_files, latest_checkpoint, resolve_megatron_checkpoint, staged
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.expansion.inits import Expansion
 
 Tiny = Callable[..., Path]
 
@@ -141,7 +142,8 @@ def progress(num_bytes):
     if written > int(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)
 from megatron_llamapro.checkpoint.convert import Options
-convert(Path(sys.argv[1]), Path(sys.argv[2]), expand=lambda plan: plan.expand((4,)), options=Options(progress=progress))
+from megatron_llamapro.expansion.inits import Expansion
+convert(Path(sys.argv[1]), Path(sys.argv[2]), expansion=Expansion.at(4), options=Options(progress=progress))
 """
 
 
@@ -154,7 +156,7 @@ def test_killed_in_the_middle_the_target_is_absent_and_the_next_run_succeeds(
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert names(tmp_path) == [".target.partial"]
     convert = {"hf": expand_hf, "megatron": hf_to_megatron}[format_name]
-    convert(tiny_llama(), tmp_path / "target", expand=lambda plan: plan.expand((4,)))
+    convert(tiny_llama(), tmp_path / "target", expansion=Expansion.at(4))
     assert names(tmp_path) == ["target"]
 
 
@@ -167,8 +169,9 @@ import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 from megatron_llamapro.config.command import run_command
+from megatron_llamapro.expansion.inits import Expansion
 convert = {"hf": expand_hf, "megatron": hf_to_megatron}[sys.argv[3]]
-run_command(lambda: convert(Path(sys.argv[1]), Path(sys.argv[2]), expand=lambda plan: plan.expand((4,))) and 0)
+run_command(lambda: convert(Path(sys.argv[1]), Path(sys.argv[2]), expansion=Expansion.at(4)) and 0)
 """
 
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from megatron_llamapro.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_llamapro.config.errors import LlamaProError
+from megatron_llamapro.expansion.inits import Expansion
 
 Tiny = Callable[..., Path]
 
@@ -101,7 +102,7 @@ def source(tiny_llama: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def megatron(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    hf_to_megatron(source, tmp_path_factory.mktemp("fuzz") / "megatron", expand=lambda plan: plan.expand((1,)))
+    hf_to_megatron(source, tmp_path_factory.mktemp("fuzz") / "megatron", expansion=Expansion.at(1))
     return next(tmp_path_factory.getbasetemp().glob("fuzz*/megatron"))
 
 

@@ -16,16 +16,11 @@ from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, mega
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.verify import verify
 from megatron_llamapro.config.errors import ExpansionError
-from megatron_llamapro.expansion.inits import Init, check_init
+from megatron_llamapro.expansion.inits import Expansion, Init, check_init
 from megatron_llamapro.testing.checkpoints import read_tensors
 
 Tiny = Callable[..., Path]
 ZEROED = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-
-
-def expand(plan):
-    """4 → 6 layers, 2 a copy of 1, 5 of what was 3."""
-    return plan.expand((2, 5))
 
 
 def block(folder: Path, layer: int) -> dict[str, torch.Tensor]:
@@ -37,8 +32,8 @@ def block(folder: Path, layer: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_way_is_an_identity(init: Init, dtype: str, tiny_llama: Tiny, tmp_path: Path) -> None:
     source = tiny_llama(dtype=dtype)
-    expand_hf(source, tmp_path / "hf", expand=expand, init=init)
-    hf_to_megatron(source, tmp_path / "megatron", expand=expand, init=init)
+    expand_hf(source, tmp_path / "hf", expansion=Expansion.at(2, 5, init=init))
+    hf_to_megatron(source, tmp_path / "megatron", expansion=Expansion.at(2, 5, init=init))
     megatron_to_hf(tmp_path / "megatron", tmp_path / "through")
     assert all(check.ok for check in verify(source, tmp_path / "hf"))
     tokens = torch.arange(40).reshape(2, 20)
@@ -56,7 +51,7 @@ def test_every_way_is_an_identity(init: Init, dtype: str, tiny_llama: Tiny, tmp_
 def test_what_each_begins_with(tiny_llama: Tiny, tmp_path: Path) -> None:
     source = tiny_llama()
     for init in Init:
-        expand_hf(source, tmp_path / init.value, expand=expand, init=init, seed=3)
+        expand_hf(source, tmp_path / init.value, expansion=Expansion.at(2, 5, init=init, seed=3))
     parent, following = block(source, 1), block(source, 2)
     copy, random, mean, zero_norm = (block(tmp_path / init.value, 2) for init in Init)
     for name, tensor in parent.items():
@@ -76,15 +71,15 @@ def test_what_each_begins_with(tiny_llama: Tiny, tmp_path: Path) -> None:
 
 def test_random_blocks_depend_on_the_seed_alone(tiny_llama: Tiny, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        expand_hf(tiny_llama(), tmp_path / name, expand=expand, init=Init.RANDOM, seed=seed)
+        expand_hf(tiny_llama(), tmp_path / name, expansion=Expansion.at(2, 5, init=Init.RANDOM, seed=seed))
     first, same, other = (block(tmp_path / name, 2)["mlp.up_proj.weight"] for name in "abc")
     assert torch.equal(first, same) and not torch.equal(first, other)
     assert not torch.equal(first, block(tmp_path / "a", 5)["mlp.up_proj.weight"])
 
 
 def test_rounds_keep_what_they_began_with(tiny_llama: Tiny, tmp_path: Path) -> None:
-    expand_hf(tiny_llama(), tmp_path / "1", expand=expand, init=Init.MEAN)
-    expand_hf(tmp_path / "1", tmp_path / "2", expand=lambda plan: plan.expand((0,)), init=Init.RANDOM)
+    expand_hf(tiny_llama(), tmp_path / "1", expansion=Expansion.at(2, 5, init=Init.MEAN))
+    expand_hf(tmp_path / "1", tmp_path / "2", expansion=Expansion.at(0, init=Init.RANDOM))
     assert Manifest.read(tmp_path / "2").inits == ("mean", "random")
     assert all(check.ok for check in verify(tiny_llama(), tmp_path / "2"))
 
@@ -98,7 +93,7 @@ def test_zeroed_norms_are_refused_unless_forced() -> None:
 
 def test_zeroed_norms_are_no_identity_with_biases(tiny_model: Tiny, tmp_path: Path) -> None:
     with pytest.raises(ExpansionError, match="makes no identity of blocks with biases"):
-        expand_hf(tiny_model(model_type="qwen2"), tmp_path / "it", expand=expand, init=Init.ZERO_NORM)
+        expand_hf(tiny_model(model_type="qwen2"), tmp_path / "it", expansion=Expansion.at(2, 5, init=Init.ZERO_NORM))
 
 
 def test_from_the_command_line(tiny_llama: Tiny, tmp_path: Path) -> None:

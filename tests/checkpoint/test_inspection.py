@@ -11,6 +11,7 @@ import pytest
 from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, legacy
 from megatron_llamapro.checkpoint.inspection import drawing, inspect
 from megatron_llamapro.checkpoint.sources import open_checkpoint
+from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.expansion.plan import ExpansionPlan, placed_positions
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
@@ -26,7 +27,7 @@ def test_the_papers_plan_as_a_drawing() -> None:
 @pytest.mark.parametrize("format_name", ["Hugging Face", "Megatron, torch_dist"])
 def test_an_expanded_model(format_name: str, tiny_llama: Tiny, tmp_path: Path) -> None:
     convert = {"Hugging Face": expand_hf, "Megatron, torch_dist": hf_to_megatron}[format_name]
-    convert(tiny_llama(dtype="bfloat16"), tmp_path / "it", expand=lambda plan: plan.expand((2, 5)))
+    convert(tiny_llama(dtype="bfloat16"), tmp_path / "it", expansion=Expansion.at(2, 5))
     found = inspect(tmp_path / "it")
     assert (found.format, found.family, found.dtype, found.source) == (format_name, "llama", "bfloat16", "tiny")
     block = 2 * 64 + 128 * 64 + 64 * 64 + 3 * 96 * 64
@@ -47,7 +48,7 @@ def test_an_expanded_model(format_name: str, tiny_llama: Tiny, tmp_path: Path) -
 
 def test_a_legacy_checkpoint_shows_its_stages(tiny_llama: Tiny, tmp_path: Path) -> None:
     division = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "pipeline_stage_layers": (4, 2)}
-    hf_to_megatron(tiny_llama(), tmp_path / "it", expand=lambda plan: plan.expand((2, 5)), kind=legacy(**division))
+    hf_to_megatron(tiny_llama(), tmp_path / "it", expansion=Expansion.at(2, 5), kind=legacy(**division))
     shown = str(inspect(tmp_path / "it"))
     assert "TP 2 x PP 2" in shown
     assert "stage 0 │ E o o A o │ 1 │ o A H" in shown

@@ -118,7 +118,8 @@ from pathlib import Path
 from megatron_llamapro.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_llamapro.checkpoint.verify import verify
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
-hf_to_megatron(source, target / "megatron", expand=lambda plan: plan.expand((4,)))
+from megatron_llamapro.expansion.inits import Expansion
+hf_to_megatron(source, target / "megatron", expansion=Expansion.at(4))
 megatron_to_hf(target / "megatron", target / "back")
 assert all(check.ok for check in verify(source, target / "megatron", quick=True))
 print([name for name in sys.modules if name.split(".")[0] in ("megatron", "transformers", "torch")])

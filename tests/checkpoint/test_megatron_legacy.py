@@ -14,11 +14,13 @@ from megatron_llamapro.checkpoint.convert import hf_to_megatron, legacy, megatro
 from megatron_llamapro.checkpoint.sources import open_checkpoint
 from megatron_llamapro.checkpoint.verify import verify
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.testing.checkpoints import read_tensors
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
 Tiny = Callable[..., Path]
+ADDED = Expansion.at(2, 5)  # 4 → 6 layers
 
 DIVISIONS = {
     "one rank": {},
@@ -55,11 +57,6 @@ def load(path: Path) -> dict:
         return torch.load(path, weights_only=True)
 
 
-def expand(plan):
-    """4 → 6 layers."""
-    return plan.expand((2, 5))
-
-
 def same(one: Path, other: Path) -> bool:
     left, right = read_tensors(one), read_tensors(other)
     return left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())
@@ -69,8 +66,8 @@ def same(one: Path, other: Path) -> bool:
 @pytest.mark.parametrize("division", DIVISIONS)
 def test_every_division_holds_the_same_model(division: str, model: str, tiny_model: Tiny, tmp_path: Path) -> None:
     source = tiny_model(**MODELS[model])
-    hf_to_megatron(source, tmp_path / "it", expand=expand, kind=legacy(**DIVISIONS[division]))
-    hf_to_megatron(source, tmp_path / "dist", expand=expand)
+    hf_to_megatron(source, tmp_path / "it", expansion=ADDED, kind=legacy(**DIVISIONS[division]))
+    hf_to_megatron(source, tmp_path / "dist", expansion=ADDED)
     assert same(tmp_path / "it", tmp_path / "dist")
     assert all(check.ok for check in verify(source, tmp_path / "it", quick=True))
 
@@ -80,20 +77,20 @@ def test_from_one_division_to_another_and_back_to_hugging_face(tiny_llama: Tiny,
         tiny_llama(),
         [DIVISIONS[name] for name in ("tp 2, pp 2, uneven", "tp 2, pp 2, virtual 3")],
     )
-    hf_to_megatron(source, tmp_path / "1", expand=expand, kind=legacy(**first))
+    hf_to_megatron(source, tmp_path / "1", expansion=ADDED, kind=legacy(**first))
     megatron_to_megatron(tmp_path / "1", tmp_path / "2", kind=legacy(**second))
     megatron_to_megatron(tmp_path / "2", tmp_path / "3")
     megatron_to_hf(tmp_path / "3", tmp_path / "hf")
     for name in ("2", "3", "hf"):
         assert same(tmp_path / name, tmp_path / "1")
-    hf_to_megatron(source, tmp_path / "direct", expand=expand, kind=legacy(**second))
+    hf_to_megatron(source, tmp_path / "direct", expansion=ADDED, kind=legacy(**second))
     for path in (tmp_path / "direct").rglob("*.pt"):
         assert path.read_bytes() == (tmp_path / "2" / path.relative_to(tmp_path / "direct")).read_bytes()
 
 
 def test_another_round_on_a_megatron_checkpoint(tiny_llama: Tiny, tmp_path: Path) -> None:
-    hf_to_megatron(tiny_llama(), tmp_path / "1", expand=expand, kind=legacy(tensor_model_parallel_size=2))
-    megatron_to_megatron(tmp_path / "1", tmp_path / "2", expand=lambda plan: plan.expand((0, 7)))
+    hf_to_megatron(tiny_llama(), tmp_path / "1", expansion=ADDED, kind=legacy(tensor_model_parallel_size=2))
+    megatron_to_megatron(tmp_path / "1", tmp_path / "2", expansion=Expansion.at(0, 7))
     assert open_checkpoint(tmp_path / "2").plan.added_layers == (0, 3, 6, 7)
     assert all(check.ok for check in verify(tiny_llama(), tmp_path / "2"))
 
@@ -121,7 +118,7 @@ def test_names_and_shapes_are_those_of_the_ranks_models(model: str, tiny_model: 
     """TP 2 x PP 2 x virtual 2: a rank's file is the state dict of the model that the rank builds."""
     settings = {"untied": {}, "tied": {"tie_word_embeddings": True}, **MODELS}[model]
     division = {**DIVISIONS["pp 2, virtual 2, uneven"], "tensor_model_parallel_size": 2}
-    hf_to_megatron(tiny_model(**settings), tmp_path / "it", expand=expand, kind=legacy(**division))
+    hf_to_megatron(tiny_model(**settings), tmp_path / "it", expansion=ADDED, kind=legacy(**division))
     config = json.loads((tmp_path / "it" / "config.json").read_text())
     ranks = run_distributed(model_states, 4, config, {**division, "sequence_parallel": True})
     for rank, states in enumerate(ranks):
@@ -147,7 +144,7 @@ REFUSED = {
 @pytest.mark.parametrize(("division", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_cannot_be_divided(division: dict, message: str, tiny_llama: Tiny, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
-        hf_to_megatron(tiny_llama(), tmp_path / "it", expand=expand, kind=legacy(**division))
+        hf_to_megatron(tiny_llama(), tmp_path / "it", expansion=ADDED, kind=legacy(**division))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -198,7 +195,7 @@ DAMAGED = {
 @pytest.fixture
 def divided(tiny_llama: Tiny, tmp_path: Path) -> Path:
     division = DIVISIONS["tp 2, pp 2, uneven"]
-    hf_to_megatron(tiny_llama(), tmp_path / "it", expand=expand, kind=legacy(**division))
+    hf_to_megatron(tiny_llama(), tmp_path / "it", expansion=ADDED, kind=legacy(**division))
     return tmp_path / "it"
 
 

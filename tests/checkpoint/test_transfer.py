@@ -21,6 +21,7 @@ from megatron_llamapro.checkpoint.layout import StoredTensor
 from megatron_llamapro.checkpoint.transfer import Journal, TargetFiles
 from megatron_llamapro.checkpoint.verify import verify
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.expansion.inits import Expansion
 
 Tiny = Callable[..., Path]
 
@@ -32,9 +33,10 @@ from megatron_llamapro.checkpoint import convert, transfer
 transfer.BATCH_BYTES = 20_000
 kind, source, target, workers = sys.argv[1:5]
 function = {"hf": convert.expand_hf, "megatron": convert.hf_to_megatron}[kind]
+from megatron_llamapro.expansion.inits import Expansion
 options = convert.Options(resume=True, num_workers=int(workers))
 print("ready", flush=True)
-done = function(Path(source), Path(target), expand=lambda plan: plan.expand((2, 5)), options=options)
+done = function(Path(source), Path(target), expansion=Expansion.at(2, 5), options=options)
 print(done.num_resumed_bytes)
 """
 
@@ -56,7 +58,7 @@ def test_killed_at_fifty_moments(tiny_llama: Tiny, server: Path, tmp_path: Path)
     source, dice = tiny_llama(), random.Random(0)
     expected = {}
     for kind, function in (("hf", expand_hf), ("megatron", hf_to_megatron)):
-        function(source, tmp_path / f"expected-{kind}", expand=lambda plan: plan.expand((2, 5)))
+        function(source, tmp_path / f"expected-{kind}", expansion=Expansion.at(2, 5))
         expected[kind] = contents(tmp_path / f"expected-{kind}")
     killed = finished = resumed = 0
     for _ in range(50):
@@ -100,7 +102,7 @@ def test_what_is_done_is_not_done_again(
     function: Callable, tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron_llamapro.checkpoint.transfer.BATCH_BYTES", 20_000)
-    expansion = {"expand": lambda plan: plan.expand((2, 5))}
+    expansion = {"expansion": Expansion.at(2, 5)}
     cut_short(function, tiny_llama(), tmp_path / "it", 300_000, **expansion)
     journal = tmp_path / ".it.partial" / JOURNAL
     names = [name for line in journal.read_text().splitlines()[1:] for name in json.loads(line)["hashes"]]
@@ -128,7 +130,7 @@ def test_what_a_power_cut_took_back_is_done_again(
 ) -> None:
     """The journal names tensors of which the disk has zeros."""
     monkeypatch.setattr("megatron_llamapro.checkpoint.transfer.BATCH_BYTES", 20_000)
-    expansion = {"expand": lambda plan: plan.expand((2, 5))}
+    expansion = {"expansion": Expansion.at(2, 5)}
     cut_short(function, tiny_llama(), tmp_path / "it", 300_000, **expansion)
     largest = max((tmp_path / ".it.partial").iterdir(), key=lambda path: path.stat().st_size)
     with largest.open("r+b") as file:
@@ -147,7 +149,7 @@ def test_without_resume_it_begins_anew(tiny_llama: Tiny, tmp_path: Path) -> None
 
 
 OTHERS = {
-    "another plan": {"expand": lambda plan: plan.expand((0,))},
+    "another plan": {"expansion": Expansion.at(0)},
     "another type": {"dtype": "bfloat16"},
     "another source": {"seed_of_source": 1},
 }
@@ -243,14 +245,14 @@ def test_a_disk_that_is_too_small_is_noticed_first(
 def test_the_number_of_workers_changes_nothing(tiny_llama: Tiny, tmp_path: Path) -> None:
     for workers in (1, 3, 8):
         options = Options(num_workers=workers)
-        expand_hf(tiny_llama(), tmp_path / str(workers), expand=lambda plan: plan.expand((2, 5)), options=options)
+        expand_hf(tiny_llama(), tmp_path / str(workers), expansion=Expansion.at(2, 5), options=options)
     assert contents(tmp_path / "1") == contents(tmp_path / "3") == contents(tmp_path / "8")
 
 
 def test_added_zeros_take_no_room(tiny_llama: Tiny, tmp_path: Path) -> None:
     """They are holes in the file: nothing is written."""
     source = tiny_llama(hidden_size=512, num_attention_heads=4, intermediate_size=512, vocab_size=131)
-    expand_hf(source, tmp_path / "it", expand=lambda plan: plan.expand((4, 5, 6, 7)))
+    expand_hf(source, tmp_path / "it", expansion=Expansion.at(4, 5, 6, 7))
     status = (tmp_path / "it" / "model.safetensors").stat()
     zeros = 4 * (512 * 512 + 512 * 512) * 4
     assert status.st_blocks * 512 < status.st_size - zeros * 0.9
@@ -262,7 +264,7 @@ def test_another_division_of_the_same_sizes_is_not_gone_on_with(
     """Stages of 1, 2, 2, 1 and 2, 1, 1, 2 layers over two ranks: every file has the same name and size."""
     monkeypatch.setattr("megatron_llamapro.checkpoint.transfer.BATCH_BYTES", 20_000)
     ranks = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
-    source, expansion = tiny_llama(), {"expand": lambda plan: plan.expand((2, 5))}
+    source, expansion = tiny_llama(), {"expansion": Expansion.at(2, 5)}
     first = legacy(**ranks, pipeline_stage_layers=(1, 2, 2, 1))
     cut_short(hf_to_megatron, source, tmp_path / "it", 500_000, kind=first, **expansion)
     second = legacy(**ranks, pipeline_stage_layers=(2, 1, 1, 2))

@@ -13,6 +13,7 @@ from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, mega
 from megatron_llamapro.checkpoint.reference import logits as reference_logits
 from megatron_llamapro.checkpoint.sources import OpenTensors, open_checkpoint
 from megatron_llamapro.checkpoint.streaming import SourceFiles
+from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
 Tiny = Callable[..., Path]
@@ -61,8 +62,8 @@ def logits_of(model: PreTrainedModel) -> torch.Tensor:
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
 def test_expanded_equals_original(settings: dict, tiny_model: Tiny, tmp_path: Path) -> None:
     source = tiny_model(**settings)
-    expand_hf(source, tmp_path / "hf", expand=lambda plan: plan.expand((1, 4, 6)), max_shard_bytes=100_000)
-    hf_to_megatron(source, tmp_path / "megatron", expand=lambda plan: plan.expand((0, 1, 5, 6)))
+    expand_hf(source, tmp_path / "hf", expansion=Expansion.at(1, 4, 6), max_shard_bytes=100_000)
+    hf_to_megatron(source, tmp_path / "megatron", expansion=Expansion.at(0, 1, 5, 6))
     megatron_to_hf(tmp_path / "megatron", tmp_path / "through")
     expected = logits_of(load(source))
     assert expected.std() > 0.1
@@ -75,7 +76,7 @@ def test_expanded_equals_original(settings: dict, tiny_model: Tiny, tmp_path: Pa
 @pytest.mark.parametrize("family", ONE_OF_EACH_FAMILY)
 def test_loading_is_silent(family: str, tiny_model: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Warnings are errors here as it is; neither does transformers log one."""
-    expand_hf(tiny_model(**ONE_OF_EACH_FAMILY[family]), tmp_path / "hf", expand=lambda plan: plan.expand((2, 5)))
+    expand_hf(tiny_model(**ONE_OF_EACH_FAMILY[family]), tmp_path / "hf", expansion=Expansion.at(2, 5))
     with caplog.at_level("WARNING"):
         load(tmp_path / "hf")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -86,7 +87,7 @@ def test_loading_is_silent(family: str, tiny_model: Tiny, tmp_path: Path, caplog
 @pytest.mark.parametrize("family", ONE_OF_EACH_FAMILY)
 def test_decoding_with_a_cache_equals_decoding_without(family: str, tiny_model: Tiny, tmp_path: Path) -> None:
     """Every block has a cache of its own, added ones too; they are made to matter first."""
-    expand_hf(tiny_model(**ONE_OF_EACH_FAMILY[family]), tmp_path / "hf", expand=lambda plan: plan.expand((2, 5)))
+    expand_hf(tiny_model(**ONE_OF_EACH_FAMILY[family]), tmp_path / "hf", expansion=Expansion.at(2, 5))
     model = load(tmp_path / "hf")
     with torch.no_grad():
         for layer in (2, 5):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,28 +17,13 @@ from megatron_llamapro.checkpoint.weight_map import (
     weights_of,
 )
 from megatron_llamapro.model.shape import ModelShape
-
-SHAPE = ModelShape(
-    num_layers=2,
-    hidden_size=8,
-    ffn_hidden_size=12,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=2,
-    vocab_size=10,
-    layernorm_epsilon=1e-5,
-    max_position_embeddings=16,
-    rotary_base=10000.0,
-    rope_scaling=None,
-    tie_word_embeddings=False,
-)
+from megatron_llamapro.testing.shapes import tiny_shape
 
 
 @st.composite
 def shapes(draw: st.DrawFn) -> ModelShape:
     groups = draw(st.integers(1, 4))
-    return dataclasses.replace(
-        SHAPE,
+    return tiny_shape(
         num_query_groups=groups,
         num_attention_heads=groups * draw(st.integers(1, 4)),
         kv_channels=2 * draw(st.integers(1, 4)),
@@ -110,8 +93,8 @@ def test_layers_are_told_apart_by_number() -> None:
 
 
 def test_known_extras() -> None:
-    tied = dataclasses.replace(SHAPE, tie_word_embeddings=True)
-    assert is_known_extra("lm_head.weight", tied) and not is_known_extra("lm_head.weight", SHAPE)
-    assert is_known_extra("model.layers.3.self_attn.rotary_emb.inv_freq", SHAPE)
-    assert is_known_extra("model.rotary_emb.inv_freq", SHAPE)
-    assert not is_known_extra("model.layers.3.self_attn.q_proj.bias", SHAPE)
+    untied, tied = tiny_shape(), tiny_shape(tie_word_embeddings=True)
+    assert is_known_extra("lm_head.weight", tied) and not is_known_extra("lm_head.weight", untied)
+    assert is_known_extra("model.layers.3.self_attn.rotary_emb.inv_freq", untied)
+    assert is_known_extra("model.rotary_emb.inv_freq", untied)
+    assert not is_known_extra("model.layers.3.self_attn.q_proj.bias", untied)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_llamapro.checkpoint.convert import hf_to_megatron
 from megatron_llamapro.testing.distributed import run_distributed
 
 PAGE = Path(__file__).parents[2] / "docs" / "in_your_own_loop.md"
@@ -77,7 +76,7 @@ def test_the_page_works(tiny_llama: Callable[..., Path], tmp_path: Path) -> None
     from transformers import LlamaForCausalLM
 
     source = tiny_llama(rms_norm_eps=1e-6)
-    hf_to_megatron(source, tmp_path / "pro", expand=lambda plan: plan.expand((2, 5)))
+    page_code()["convert"](source, tmp_path / "pro", positions=(2, 5))
     first, last = run_distributed(loop_worker, 2, tmp_path / "pro")
     with torch.no_grad():
         expected = LlamaForCausalLM.from_pretrained(source)(torch.arange(3, 35)[None]).logits

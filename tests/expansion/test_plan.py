@@ -105,6 +105,14 @@ def test_a_further_round_keeps_every_layer_of_the_one_before(plan: ExpansionPlan
 
 
 @given(plans())
+def test_a_plan_as_it_was_after_earlier_rounds(plan: ExpansionPlan) -> None:
+    expanded = plan.expand(placed_positions(plan.num_layers, 1))
+    assert expanded.after(expanded.num_rounds) == expanded
+    assert expanded.after(plan.num_rounds) == plan
+    assert expanded.after(0) == ExpansionPlan.unexpanded(len(plan.original_layers))
+
+
+@given(plans())
 def test_json_there_and_back(plan: ExpansionPlan) -> None:
     assert ExpansionPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 

@@ -52,16 +52,15 @@ def test_each_layer_has_its_own_window() -> None:
 
 def padding_worker(divisible_by: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and its gradient with respect to this rank's logits, with garbage in the padded entries."""
-    from test_freeze import SHAPE
-
     from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
     from megatron_llamapro.model.build import build_model
     from megatron_llamapro.runtime.distributed import start_model_parallel
+    from megatron_llamapro.testing.shapes import tiny_shape
 
     parallel = ParallelConfig(tensor_model_parallel_size=torch.distributed.get_world_size())
     layout = start_model_parallel(parallel, seed=1)
     settings = ModelConfig(checkpoint="", make_vocab_size_divisible_by=divisible_by)
-    [model] = build_model(SHAPE, model=settings, parallel=parallel, precision="fp32")
+    [model] = build_model(tiny_shape(), model=settings, parallel=parallel, precision="fp32")
     generator = torch.Generator().manual_seed(0)
     logits = torch.cat([torch.randn(6, 2, 131, generator=generator), torch.full((6, 2, 1000), 50.0)], dim=-1)
     mine = logits[..., : model.vocab_size].chunk(layout.tensor_size, dim=-1)[layout.tensor_rank].clone()

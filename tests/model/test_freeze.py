@@ -7,23 +7,9 @@ import pytest
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.testing.distributed import run_distributed
+from megatron_llamapro.testing.shapes import tiny_shape
 
-SHAPE = ModelShape(
-    num_layers=12,
-    hidden_size=32,
-    ffn_hidden_size=48,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=8,
-    vocab_size=131,
-    layernorm_epsilon=1e-5,
-    max_position_embeddings=64,
-    rotary_base=10000.0,
-    rope_scaling=None,
-    tie_word_embeddings=False,
-)
 PLAN = ExpansionPlan.unexpanded(10).expand((1, 11))  # 1 is the start of 11's name: names are not matched by their start
 
 
@@ -35,15 +21,13 @@ def freeze_worker(
     parallel: ParallelConfig, trainable: tuple[str, ...], tied: bool, plan: ExpansionPlan, fields: dict[str, object]
 ):
     """Names of what trains on this rank, and the report; `fields` change the shape."""
-    import dataclasses
-
     from megatron_llamapro.model.build import build_model
     from megatron_llamapro.model.freeze import freeze
     from megatron_llamapro.model.names import named_parameters
     from megatron_llamapro.runtime.distributed import start_model_parallel
 
     layout = start_model_parallel(parallel, seed=1)
-    shape = dataclasses.replace(SHAPE, tie_word_embeddings=tied, num_layers=plan.num_layers, **fields)
+    shape = tiny_shape(tie_word_embeddings=tied, num_layers=plan.num_layers, **fields)
     model = ModelConfig(checkpoint="")
     chunks = build_model(shape, model=model, parallel=parallel, precision="fp32")
     report = freeze(chunks, plan, trainable, tie_word_embeddings=tied, tensor_size=layout.tensor_size)
@@ -186,4 +170,4 @@ def test_refusals() -> None:
         (("q_layernorm",), PLAN, False, "'q_layernorm', which the blocks of this model do not have"),
     ):
         with pytest.raises(ConfigError, match=message):
-            check_trainable(trainable, plan, tie_word_embeddings=tied, shape=SHAPE)
+            check_trainable(trainable, plan, tie_word_embeddings=tied, shape=tiny_shape(num_layers=plan.num_layers))

@@ -49,12 +49,13 @@ def decay_worker(fields: dict[str, object]) -> set[str]:
     from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
     from megatron_llamapro.model.build import build_model
     from megatron_llamapro.model.names import named_parameters
-    from megatron_llamapro.model.shape import ModelShape
     from megatron_llamapro.runtime.distributed import start_model_parallel
+    from megatron_llamapro.testing.shapes import tiny_shape
 
     start_model_parallel(ParallelConfig(), seed=1)
-    shape = ModelShape(2, 32, 48, 4, 2, 8, 131, 1e-5, 64, 1e4, None, False, **fields)
-    chunks = build_model(shape, model=ModelConfig(checkpoint=""), parallel=ParallelConfig(), precision="fp32")
+    chunks = build_model(
+        tiny_shape(**fields), model=ModelConfig(checkpoint=""), parallel=ParallelConfig(), precision="fp32"
+    )
     overrides = config_overrides(chunks, OptimizerConfig())
     return {
         re.sub(r"\.\d+\.", ".", named.name).removeprefix("decoder.layers.")

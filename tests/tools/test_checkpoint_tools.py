@@ -100,6 +100,22 @@ def test_verification_that_fails_is_exit_code_1_and_names_the_tensor(
     assert "FAIL original tensors: model.norm.weight of 39 moved\n" in ended.stdout
 
 
+def test_a_bit_of_a_zeroed_weight_that_was_not_trained(
+    run: Run, run_well: Callable[..., str], tiny_llama: Tiny, tmp_path: Path
+) -> None:
+    settings = ("--target", tmp_path / "it", "--positions", "2", "--init", "mean")
+    run_well("expand", "--source", tiny_llama(), *settings)
+    models = ("--original", tiny_llama(), "--expanded", tmp_path / "it")
+    assert "2: identity, as when added" in run_well("verify", *models, "--quick", "--trained", "nothing")
+    tensors = load_file(tmp_path / "it" / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][0, 0] = 1e-45
+    save_file(tensors, tmp_path / "it" / "model.safetensors")
+    assert "2: trained" in run_well("verify", *models, "--quick")
+    ended = run("verify", *models, "--quick", "--trained", "nothing")
+    assert (ended.returncode, ended.stderr) == (1, "")
+    assert "FAIL added blocks: block 2: model.layers.2.mlp.down_proj.weight is not zero\n" in ended.stdout
+
+
 def test_inspect(run_well: Callable[..., str], megatron: Path) -> None:
     assert "E o o A o o A H" in run_well("inspect", "--checkpoint", megatron)
     found = json.loads(run_well("inspect", "--checkpoint", megatron, "--json"))

@@ -22,14 +22,14 @@ from megatron_llamapro.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from megatron_llamapro.expansion.plan import ExpansionPlan, placed_positions
+from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.plan import placed_positions
 from megatron_llamapro.testing import preload  # noqa: F401 (imports megatron.core without its warnings)
 
 NUM_LAYERS, NUM_ADDED = 4, 2
 
 
-def with_added_blocks(plan: ExpansionPlan) -> ExpansionPlan:
-    return plan.expand(placed_positions(plan.num_layers, NUM_ADDED))
+ADDED = Expansion(lambda plan: plan.expand(placed_positions(plan.num_layers, NUM_ADDED)))
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def models(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
                 tiny_llama(num_hidden_layers=NUM_LAYERS, **settings),
                 tmp_path_factory.mktemp("models"),
             )
-            expand_hf(source, folder / "expanded", expand=with_added_blocks)
+            expand_hf(source, folder / "expanded", expansion=ADDED)
             hf_to_megatron(source, folder / "megatron")
-            hf_to_megatron(source, folder / "expanded_megatron", expand=with_added_blocks)
+            hf_to_megatron(source, folder / "expanded_megatron", expansion=ADDED)
             made[key] = Models(source, folder / "expanded", folder / "megatron", folder / "expanded_megatron")
         return made[key]
 

@@ -11,6 +11,7 @@ import torch
 import workers
 
 from megatron_llamapro.config.schema import ParallelConfig
+from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.testing.checkpoints import read_tensors
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
@@ -108,7 +109,7 @@ def test_stage_with_nothing_to_train_resumes(run_config: Callable, models: Calla
     from megatron_llamapro.checkpoint.convert import hf_to_megatron
 
     folder = tmp_path / "suffix"
-    hf_to_megatron(models().original_hf, folder, expand=lambda plan: plan.expand((4, 5)))
+    hf_to_megatron(models().original_hf, folder, expansion=Expansion.at(4, 5))
     whole = run_distributed(workers.train, 2, run_config(checkpoint=folder, parallel=PP2, save="whole"))
     cut = run_config(checkpoint=folder, parallel=PP2, save="cut", exit_interval=2)
     parts = [run_distributed(workers.train, 2, cut)[0].figures for _ in range(2)]
