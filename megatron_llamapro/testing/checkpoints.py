@@ -1,9 +1,12 @@
-"""Tensors of a checkpoint, for tests: by our own reading, and by torch's."""
+"""Tensors of a checkpoint, for tests: by our own reading, and by torch's; and indices, damaged."""
 
 from __future__ import annotations
 
+import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,3 +37,11 @@ def read_with_torch(folder: Path) -> dict[str, torch.Tensor]:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(tensors, checkpoint_id=folder, no_dist=True)
     return tensors
+
+
+def edit_dist_index(folder: Path, edit: Callable[[Any], object]) -> None:
+    """Change the index of a torch_dist checkpoint of ours or of megatron.core's: `edit` changes the unpickled index, or
+    returns what takes its place."""
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    replaced = edit(index)
+    (folder / ".metadata").write_bytes(pickle.dumps(index if replaced is None else replaced))
