@@ -29,6 +29,7 @@ class Part:
     start: Shape
     """Where in the tensor it begins."""
     shape: Shape
+    """No dimension is 0."""
     path: Path
     offset: int
 
@@ -87,8 +88,6 @@ def _layers(tensor: DividedTensor) -> list[DividedTensor]:
 
 def _pieces(tensor: DividedTensor, part: Part) -> Iterator[Piece]:
     """One, or of experts one each."""
-    if 0 in part.shape:
-        return
     leading = [range(start, start + size) for start, size in zip(part.start[:-2], part.shape[:-2], strict=True)]
     start, shape = part.start[-2:], part.shape[-2:]
     num_rows, columns = matrix(shape)

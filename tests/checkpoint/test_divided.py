@@ -26,7 +26,7 @@ from megatron_llamapro.checkpoint.megatron_dist import check_loadable
 from megatron_llamapro.checkpoint.streaming import SourceFiles, read_whole
 from megatron_llamapro.checkpoint.verify import verify
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.testing.checkpoints import edit_dist_index, read_tensors
+from megatron_llamapro.testing.checkpoints import edit_dist_index, read_tensors, stack_layers
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
@@ -143,6 +143,14 @@ def test_it_is_expanded_into_one_key_a_layer(model: str, stacked: Callable, tiny
     assert not any(map(is_stacked, read_index(tmp_path / "expanded")))
     assert inspect(tmp_path / "expanded").plan.added_layers == (1, 4)
     assert all(check.ok for check in verify(tiny_model(**MODELS[model]), tmp_path / "expanded"))
+
+
+def test_stacks_in_one_piece(tiny_model: Tiny, tmp_path: Path) -> None:
+    """As other programs may save them."""
+    source = tiny_model(**MODELS["mixtral"])
+    hf_to_megatron(source, tmp_path / "megatron")
+    stack_layers(tmp_path / "megatron", tmp_path / "stacked")
+    assert all(check.ok for check in verify(source, tmp_path / "stacked", quick=True))
 
 
 def test_training_says_what_to_do_with_it(stacked: Callable, tmp_path: Path) -> None:
