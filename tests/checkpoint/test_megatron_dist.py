@@ -246,6 +246,10 @@ DAMAGED_INDEX = {
         lambda index: setattr(index.state_dict_metadata[NORM], "size", ("many",)),
         "is damaged",
     ),
+    "a type that no weight has": (
+        lambda index: setattr(index.state_dict_metadata[NORM].properties, "dtype", torch.int8),
+        f"{NORM} is int8; weights are one of float32, bfloat16, float16",
+    ),
     "an unlisted harmless class": (lambda index: OrderedDict(a=complex(1, 2)), "it asks for builtins.complex"),
 }
 
