@@ -61,7 +61,7 @@ def unstacked(tensors: Mapping[str, DividedTensor], *, num_layers: int, where: P
         CheckpointError: a stack of another number of layers than the model has, a layer that is there twice.
     """
     found = {name: tensor for name, tensor in tensors.items() if not is_stacked(name)}
-    for name in tensors.keys() - found.keys():
+    for name in sorted(tensors.keys() - found.keys()):
         tensor = tensors[name]
         if len(tensor.shape) < 2 or tensor.shape[0] != num_layers:
             raise CheckpointError(

@@ -242,6 +242,10 @@ DAMAGED_INDEX = {
         ),
         "is damaged|linear_fc1.bias",
     ),
+    "a key of two lines": (
+        lambda index: index.state_dict_metadata.update({"decoder.layers.a\nb": index.state_dict_metadata[NORM]}),
+        "is damaged: a key that is no text",
+    ),
     "a size that is no number": (
         lambda index: setattr(index.state_dict_metadata[NORM], "size", ("many",)),
         "is damaged",
