@@ -24,6 +24,8 @@ _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 _DTYPES = ("float64", "int64", "int32", "int16", "int8", "uint8", "bool", "float8_e4m3fn", "float8_e5m2", *ITEMSIZES)
 
+_LONGEST_KEY = 1000  # characters; keys are shown in errors
+
 # What an index is made of.
 _ADMITTED = frozenset(
     {
@@ -164,7 +166,7 @@ def _section(name: str, chunk: Record, places: dict[tuple[str, Shape], Record], 
 
 
 def _is_text(name: object) -> bool:
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_KEY:
         raise ValueError("a key that is no text")
     return True
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import BinaryIO
 
 from megatron_llamapro.checkpoint.dist_index import INDEX_NAME, IndexedTensor, Section, index_bytes, read_index
+from megatron_llamapro.checkpoint.divided import DividedTensor, Part, is_stacked, unstacked
 from megatron_llamapro.checkpoint.folder import TORCH_DIST_MARK
 from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, TargetFile, TargetLayout, parts_of
 from megatron_llamapro.checkpoint.megatron_model import MegatronTensor, matrix, open_megatron
@@ -34,7 +33,7 @@ from megatron_llamapro.checkpoint.torch_archive import (
 from megatron_llamapro.checkpoint.weight_map import Weight, weights_of
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside
-from megatron_llamapro.model.families import ITEMSIZES
+from megatron_llamapro.model.families import ITEMSIZES, model_shape, read_hf_config
 from megatron_llamapro.model.shape import ModelShape
 
 DEFAULT_MAX_FILE_BYTES = 2 * 10**9
@@ -64,7 +63,7 @@ _BACKENDS = {
 }
 
 # Parts of a training checkpoint that are no weights: their keys start so, or contain it.
-_OTHER_STATE = ("optimizer.", "rng_state", "rerun_state_machine_state")
+_OTHER_STATE = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
 _EXTRA_STATE = "_extra_state"
 
 
@@ -74,7 +73,7 @@ def is_other_state(name: str) -> bool:
 
 
 def open_torch_dist(folder: Path) -> Checkpoint:
-    """A checkpoint in torch_dist format, saved by whatever layout of ranks.
+    """A checkpoint in torch_dist format, saved by whatever layout of ranks, its layers stacked or each by itself.
 
     Raises:
         CheckpointError: no such checkpoint, damaged, not whole, not of the model that its config.json describes, or
@@ -82,15 +81,22 @@ def open_torch_dist(folder: Path) -> Checkpoint:
     """
     found = read_index(folder)
     indexed = {name: tensor for name, tensor in found.items() if tensor.shape and not is_other_state(name)}
+    _check_types(indexed, where=folder)
     with _SectionFiles() as files:
-        tensors = {name: _located(name, tensor, files) for name, tensor in indexed.items()}
+        located = {name: _located(name, tensor, files) for name, tensor in indexed.items()}
+    divided = unstacked(located, num_layers=model_shape(read_hf_config(folder)).num_layers, where=folder)
+    tensors = {name: MegatronTensor(held.shape, held.dtype, tuple(held.pieces())) for name, held in divided.items()}
     return open_megatron(Path(folder), Format.TORCH_DIST, tensors)
 
 
 def check_loadable(folder: Path) -> None:
-    """Raise `CheckpointError` where megatron.core, which unpickles index and common state as they are, would run code
-    on loading a torch_dist checkpoint."""
-    read_index(folder)
+    """Raise `CheckpointError` where training cannot load a torch_dist checkpoint: its layers are stacked, or
+    megatron.core, which unpickles index and common state as they are, would run code."""
+    if any(map(is_stacked, read_index(folder))):
+        raise CheckpointError(
+            f"{folder} has its layers stacked, and training asks for one key a layer: convert it with "
+            "tools/convert_checkpoint.py megatron-to-megatron"
+        )
     path = file_inside(folder, _COMMON)
     if path is None:
         return
@@ -101,33 +107,22 @@ def check_loadable(folder: Path) -> None:
         raise CheckpointError(f"{path} was not loaded: {error}") from None
 
 
-def _located(name: str, tensor: IndexedTensor, files: _SectionFiles) -> MegatronTensor:
-    pieces: list[Piece] = []
+def _check_types(tensors: Mapping[str, IndexedTensor], *, where: Path) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in ITEMSIZES:
+            raise CheckpointError(f"{where}: {name} is {tensor.dtype}; weights are one of {', '.join(ITEMSIZES)}")
+
+
+def _located(name: str, tensor: IndexedTensor, files: _SectionFiles) -> DividedTensor:
+    parts: list[Part] = []
     for section in tensor.sections:
+        if 0 in section.shape:
+            continue
         stored = files.tensor(name, section)
         if stored.dtype != tensor.dtype or stored.shape != section.shape:
             raise CheckpointError(f"{section.path}: {name} is not the tensor that the index promises")
-        pieces.extend(_pieces(tensor, section, stored.offset))
-    return MegatronTensor(tensor.shape, tensor.dtype, tuple(pieces))
-
-
-def _pieces(tensor: IndexedTensor, section: Section, offset: int) -> Iterator[Piece]:
-    """A section as pieces of the tensor as a matrix: one, or of stacked experts one each."""
-    if 0 in section.shape:
-        return
-    leading = [range(start, start + size) for start, size in zip(section.start[:-2], section.shape[:-2], strict=True)]
-    start, shape = section.start[-2:], section.shape[-2:]
-    num_rows, columns = matrix(shape)
-    all_rows, _ = matrix(tensor.shape[-2:])
-    first_column = start[1] if len(shape) == 2 else 0
-    step = math.prod(shape) * ITEMSIZES.get(tensor.dtype, 0)
-    for number, indices in enumerate(product(*leading)):
-        stacked = 0
-        for index, size in zip(indices, tensor.shape, strict=False):
-            stacked = stacked * size + index
-        first = stacked * all_rows + start[0]
-        rows, where = (first, first + num_rows), (first_column, first_column + columns)
-        yield Piece(rows, where, section.path, offset + number * step)
+        parts.append(Part(section.start, section.shape, section.path, stored.offset))
+    return DividedTensor(tensor.shape, tensor.dtype, tuple(parts))
 
 
 class _SectionFiles:

@@ -49,6 +49,8 @@ class Row:
     """Whether an added block starts with zeros here, which makes it an identity (paper, section 3.2)."""
     needs: str | None = None
     """The field (or property) of ModelShape without which there is no such weight."""
+    local_key: str | None = None
+    """The key that megatron.core's layers without Transformer Engine save it under, where that is another."""
 
     @property
     def per_expert(self) -> bool:
@@ -128,6 +130,7 @@ BLOCK_ROWS = (
         _LAYER + "pre_mlp_layernorm.weight",
         ((_HF_LAYER + "post_attention_layernorm.weight", ("hidden",)),),
         needs="is_moe",
+        local_key=_LAYER + "mlp.linear_fc1.layer_norm_weight",
     ),
     Row(
         _LAYER + "mlp.router.weight",
@@ -181,6 +184,11 @@ class Weight:
     @cached_property
     def megatron_name(self) -> str:
         return self.row.megatron.format(layer=self.layer)
+
+    @property
+    def local_key(self) -> str:
+        """What megatron.core's layers without Transformer Engine call it in a torch_dist checkpoint."""
+        return (self.row.local_key or self.row.megatron).format(layer=self.layer)
 
     @property
     def megatron_shape(self) -> Shape:

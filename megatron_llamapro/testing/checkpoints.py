@@ -1,9 +1,14 @@
-"""Tensors of a checkpoint, for tests: by our own reading, and by torch's."""
+"""Tensors of a checkpoint, for tests: by our own reading, and by torch's; and indices, damaged."""
 
 from __future__ import annotations
 
+import pickle
+import re
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,3 +39,28 @@ def read_with_torch(folder: Path) -> dict[str, torch.Tensor]:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(tensors, checkpoint_id=folder, no_dist=True)
     return tensors
+
+
+def stack_layers(source: Path, target: Path) -> Path:
+    """A torch_dist checkpoint of ours with its layers stacked, each stack in one piece, saved by torch."""
+    import torch.distributed.checkpoint as dcp
+
+    tensors = read_with_torch(source)
+    layers: dict[str, list[torch.Tensor]] = {}
+    for name in sorted(tensors, key=lambda name: [int(number) for number in re.findall(r"\.(\d+)\.", name)]):
+        layers.setdefault(re.sub(r"(decoder\.layers)\.\d+", r"\1", name), []).append(tensors[name])
+    stacks = {name: torch.stack(held) if "decoder.layers." in name else held[0] for name, held in layers.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save(stacks, checkpoint_id=target, no_dist=True)
+    for name in ("config.json", "llamapro.json", "metadata.json", "common.pt"):
+        shutil.copy(source / name, target)
+    return target
+
+
+def edit_dist_index(folder: Path, edit: Callable[[Any], object]) -> None:
+    """Change the index of a torch_dist checkpoint of ours or of megatron.core's: `edit` changes the unpickled index, or
+    returns what takes its place."""
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    replaced = edit(index)
+    (folder / ".metadata").write_bytes(pickle.dumps(index if replaced is None else replaced))

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from megatron_llamapro.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_llamapro.config.errors import LlamaProError
 from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.testing.checkpoints import stack_layers
 
 Tiny = Callable[..., Path]
 
@@ -134,10 +135,17 @@ def test_manifests(data: st.DataObject, megatron: Path) -> None:
         ends_well(megatron_to_hf, megatron)
 
 
+@pytest.fixture(scope="module")
+def stacked(megatron: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stack_layers(megatron, tmp_path_factory.mktemp("fuzz") / "stacked")
+
+
+@pytest.mark.parametrize("layers", ["megatron", "stacked"])
 @SEEDED
 @given(data=st.data())
-def test_bytes_of_index_and_tensor_files(data: st.DataObject, megatron: Path) -> None:
+def test_bytes_of_index_and_tensor_files(data: st.DataObject, layers: str, request: pytest.FixtureRequest) -> None:
     """Bits of the index and of the archives' directories turned, tails cut."""
+    megatron = request.getfixturevalue(layers)
     path = megatron / data.draw(st.sampled_from([".metadata", "__0_0.distcp", "common.pt"]))
     damaged = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(0, 3))):

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from megatron_llamapro.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_llamapro.checkpoint.dist_index import read_index
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.testing.checkpoints import read_tensors, read_with_torch
+from megatron_llamapro.testing.checkpoints import edit_dist_index, read_tensors, read_with_torch
 from megatron_llamapro.testing.distributed import run_distributed
 
 Tiny = Callable[..., Path]
@@ -185,12 +185,6 @@ def test_hostile_tensor_data_and_common_state_run_no_code(megatron: Path, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron"]
 
 
-def edit_index(folder: Path, edit: Callable[[object], object]) -> None:
-    index = pickle.loads((folder / ".metadata").read_bytes())
-    replaced = edit(index)
-    (folder / ".metadata").write_bytes(pickle.dumps(index if replaced is None else replaced))
-
-
 def entry(index, name: str = NORM):
     """Where a tensor with one piece is stored."""
     return index.storage_data[MetadataIndex(name, torch.Size([0] * len(index.state_dict_metadata[name].size)))]
@@ -249,9 +243,17 @@ DAMAGED_INDEX = {
         ),
         "is damaged|linear_fc1.bias",
     ),
+    "a key of two lines": (
+        lambda index: index.state_dict_metadata.update({"decoder.layers.a\nb": index.state_dict_metadata[NORM]}),
+        "is damaged: a key that is no text",
+    ),
     "a size that is no number": (
         lambda index: setattr(index.state_dict_metadata[NORM], "size", ("many",)),
         "is damaged",
+    ),
+    "a type that no weight has": (
+        lambda index: setattr(index.state_dict_metadata[NORM].properties, "dtype", torch.int8),
+        f"{NORM} is int8; weights are one of float32, bfloat16, float16",
     ),
     "an unlisted harmless class": (lambda index: OrderedDict(a=complex(1, 2)), "it asks for builtins.complex"),
 }
@@ -259,7 +261,7 @@ DAMAGED_INDEX = {
 
 @pytest.mark.parametrize(("edit", "message"), DAMAGED_INDEX.values(), ids=DAMAGED_INDEX.keys())
 def test_an_index_that_promises_what_is_not_there(edit: Callable, message: str, megatron: Path, tmp_path: Path) -> None:
-    edit_index(megatron, edit)
+    edit_dist_index(megatron, edit)
     with pytest.raises(CheckpointError, match=message) as refusal:
         megatron_to_hf(megatron, tmp_path / "hf")
     assert "\n" not in str(refusal.value)
