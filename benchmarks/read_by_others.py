@@ -39,6 +39,10 @@ class Tool:
     """Its environment's name; None: this project's own."""
     layout: tuple[int, int] | None = None
     """Tensor and pipeline sizes, for Megatron-LM: a process each, and its clone on the path."""
+    options: tuple[str, ...] = ()
+    """Further options of Megatron-LM's script."""
+    is_legacy: bool = False
+    """Whether Megatron-LM is given legacy shards, of its layout; else torch_dist."""
 
 
 TOOLS = (
@@ -51,6 +55,15 @@ TOOLS = (
     Tool("megatron-bridge", "megatron_bridge_load.py", "megatron-bridge"),
     Tool("megatron-lm", "megatron_lm_load.py", "megatron-bridge", layout=(1, 1)),
     Tool("megatron-lm-tp2-pp2", "megatron_lm_load.py", "megatron-bridge", layout=(2, 2)),
+    Tool("megatron-lm-legacy", "megatron_lm_load.py", "megatron-bridge", layout=(1, 1), is_legacy=True),
+    Tool(
+        "megatron-lm-legacy-tp2-pp2",
+        "megatron_lm_load.py",
+        "megatron-bridge",
+        layout=(2, 2),
+        options=("--sizes_from_checkpoint",),
+        is_legacy=True,
+    ),
 )
 
 
@@ -80,6 +93,16 @@ def make_checkpoints(folder: Path) -> dict[str, Path]:
     return made
 
 
+def make_legacy(expanded: Path, folder: Path, tool: Tool) -> Path:
+    """Legacy shards of the expanded model, in the tool's layout: nobody loads them at another."""
+    assert tool.layout is not None
+    tp, pp = tool.layout
+    into = ["--target", folder, "--format", "legacy", "--tensor_model_parallel_size", tp]
+    into += ["--pipeline_model_parallel_size", pp]
+    _tool("convert_checkpoint", "hf-to-megatron", "--source", expanded, *into)
+    return folder
+
+
 def _tool(name: str, *options: object) -> None:
     command = [sys.executable, ROOT / "tools" / f"{name}.py", *options]
     subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
@@ -94,6 +117,8 @@ def read_with(tool: Tool, made: dict[str, Path], *, venvs: Path, megatron_lm: Pa
     except ConfigError as error:
         return Result("not run", str(error))
     with tempfile.TemporaryDirectory() as work_dir:
+        if tool.is_legacy:
+            made = {**made, "megatron": make_legacy(made["expanded"], Path(work_dir) / "legacy", tool)}
         command = _command(tool, python, made, Path(work_dir))
         path = os.pathsep.join(map(str, [megatron_lm, ROOT] if tool.layout else [ROOT]))
         environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path}
@@ -119,7 +144,7 @@ def _command(tool: Tool, python: Path, made: dict[str, Path], work_dir: Path) ->
     tp, pp = tool.layout
     torchrun = [str(python), "-m", "torch.distributed.run", "--nproc-per-node", str(tp * pp), script]
     given = ["--checkpoint", made["megatron"], "--expanded", made["expanded"], "--tp", tp, "--pp", pp]
-    return [*torchrun, *map(str, given)]
+    return [*torchrun, *map(str, given), *tool.options]
 
 
 def main() -> int:
@@ -139,7 +164,7 @@ def main() -> int:
             if tool.name in args.tools:
                 megatron_lm = args.megatron_lm.absolute() if args.megatron_lm else None
                 result = read_with(tool, made, venvs=args.venvs, megatron_lm=megatron_lm)
-                print(f"{result.status:8}{tool.name:20} {result.text}", flush=True)
+                print(f"{result.status:8}{tool.name:27} {result.text}", flush=True)
                 failed |= result.status == "FAIL"
     return int(failed)
 
