@@ -154,7 +154,7 @@ def _args(shape: ModelShape, target: LegacyTarget) -> object:
         rotary_base=int(shape.rotary_base),
         rotary_percent=1.0,
         rotary_interleaved=False,
-        add_bias_linear=False,
+        add_bias_linear=shape.add_bias_linear,
         add_qkv_bias=shape.add_qkv_bias,
         qk_layernorm=shape.qk_layernorm,
         num_experts=shape.num_moe_experts,

@@ -101,6 +101,12 @@ BLOCK_ROWS = (
         sharding=Sharding.COLUMNS,
         zero_in_added=True,
     ),
+    Row(
+        _LAYER + "self_attention.linear_proj.bias",
+        ((_HF_LAYER + "self_attn.o_proj.bias", ("hidden",)),),
+        zero_in_added=True,
+        needs="add_bias_linear",
+    ),
     # A dense feed-forward.
     Row(
         _LAYER + "mlp.linear_fc1.layer_norm_weight",
@@ -117,11 +123,26 @@ BLOCK_ROWS = (
         needs="is_dense",
     ),
     Row(
+        _LAYER + "mlp.linear_fc1.bias",
+        (
+            (_HF_LAYER + "mlp.gate_proj.bias", ("feed_forward",)),
+            (_HF_LAYER + "mlp.up_proj.bias", ("feed_forward",)),
+        ),
+        sharding=Sharding.ROWS_BY_PART,
+        needs="add_bias_linear",
+    ),
+    Row(
         _LAYER + "mlp.linear_fc2.weight",
         ((_HF_LAYER + "mlp.down_proj.weight", ("hidden", "feed_forward")),),
         sharding=Sharding.COLUMNS,
         zero_in_added=True,
         needs="is_dense",
+    ),
+    Row(
+        _LAYER + "mlp.linear_fc2.bias",
+        ((_HF_LAYER + "mlp.down_proj.bias", ("hidden",)),),
+        zero_in_added=True,
+        needs="add_bias_linear",
     ),
     # A mixture of experts. With every expert's output projection zeroed, their sum is zero however tokens are routed.
     Row(

@@ -46,6 +46,7 @@ MODELS = {
     "qwen2": TINY_FAMILIES["qwen2"],
     "qwen3": TINY_FAMILIES["qwen3"],
     "mixtral": TINY_FAMILIES["mixtral"],
+    "biases": TINY_FAMILIES["llama, biases"],
 }
 
 
@@ -116,7 +117,7 @@ def model_states(config: dict, division: dict) -> dict[str, dict[str, tuple]]:
     }
 
 
-@pytest.mark.parametrize("model", ["untied", "tied", "qwen2", "qwen3", "mixtral"])
+@pytest.mark.parametrize("model", ["untied", "tied", "qwen2", "qwen3", "mixtral", "biases"])
 def test_names_and_shapes_are_those_of_the_ranks_models(model: str, tiny_model: Tiny, tmp_path: Path) -> None:
     """TP 2 x PP 2 x virtual 2: a rank's file is the state dict of the model that the rank builds."""
     settings = {"untied": {}, "tied": {"tie_word_embeddings": True}, **MODELS}[model]
