@@ -158,6 +158,8 @@ def _args(shape: ModelShape, target: LegacyTarget) -> object:
         add_qkv_bias=shape.add_qkv_bias,
         qk_layernorm=shape.qk_layernorm,
         num_experts=shape.num_moe_experts,
+        moe_router_topk=shape.moe_router_topk,
+        moe_router_pre_softmax=False,
         swiglu=True,
         untie_embeddings_and_output_weights=not shape.tie_word_embeddings,
         normalization="RMSNorm",

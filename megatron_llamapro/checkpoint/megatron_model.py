@@ -49,7 +49,7 @@ def open_megatron(folder: Path, format: Format, tensors: Mapping[str, MegatronTe
     found: dict[str, StoredTensor] = {}
     weights = weights_of(shape)
     for weight in weights:
-        tensor = tensors.get(weight.megatron_name)
+        tensor = next((tensors[name] for name in weight.megatron_names if name in tensors), None)
         if tensor is None:
             stacked = any(name.startswith("decoder.layers.self_attention.") for name in tensors)
             why = ": its layers are stacked in one tensor; save it with non_homogeneous_layers" if stacked else ""
@@ -58,7 +58,7 @@ def open_megatron(folder: Path, format: Format, tensors: Mapping[str, MegatronTe
         parts = parts_of(weight, tensor.pieces, shape=shape, itemsize=ITEMSIZES[dtype])
         _check_whole(folder, weight.megatron_name, parts.values())
         found.update(parts)
-    unknown = sorted(tensors.keys() - {weight.megatron_name for weight in weights})
+    unknown = sorted(tensors.keys() - {name for weight in weights for name in weight.megatron_names})
     if unknown:
         raise CheckpointError(f"{folder} has the tensor {unknown[0][:200]}, which this model family does not have")
     states = {piece.file: state_of(piece.file) for tensor in found.values() for piece in tensor.pieces}

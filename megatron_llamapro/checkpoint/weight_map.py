@@ -49,6 +49,8 @@ class Row:
     """Whether an added block starts with zeros here, which makes it an identity (paper, section 3.2)."""
     needs: str | None = None
     """The field (or property) of ModelShape without which there is no such weight."""
+    local_key: str | None = None
+    """Its key in `torch_dist` checkpoints of megatron.core's local layers, where that is not Transformer Engine's."""
 
     @property
     def per_expert(self) -> bool:
@@ -149,6 +151,7 @@ BLOCK_ROWS = (
         _LAYER + "pre_mlp_layernorm.weight",
         ((_HF_LAYER + "post_attention_layernorm.weight", ("hidden",)),),
         needs="is_moe",
+        local_key=_LAYER + "mlp.linear_fc1.layer_norm_weight",
     ),
     Row(
         _LAYER + "mlp.router.weight",
@@ -202,6 +205,12 @@ class Weight:
     @cached_property
     def megatron_name(self) -> str:
         return self.row.megatron.format(layer=self.layer)
+
+    @property
+    def megatron_names(self) -> tuple[str, ...]:
+        """All keys that it may have in a `torch_dist` checkpoint."""
+        local = self.row.local_key
+        return (self.megatron_name,) if local is None else (self.megatron_name, local.format(layer=self.layer))
 
     @property
     def megatron_shape(self) -> Shape:

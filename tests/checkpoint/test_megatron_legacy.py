@@ -132,6 +132,21 @@ def test_names_and_shapes_are_those_of_the_ranks_models(model: str, tiny_model: 
             assert {name: tuple(tensor.shape) for name, tensor in stored[key].items()} == state, (rank, key)
 
 
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("mixtral", {"num_experts": 4, "moe_router_topk": 3, "add_bias_linear": False}),
+        ("biases", {"num_experts": None, "moe_router_topk": None, "add_bias_linear": True}),
+    ],
+)
+def test_arguments_say_what_blocks_have(model: str, expected: dict, tiny_model: Tiny, tmp_path: Path) -> None:
+    """With --use-checkpoint-args Megatron-LM builds the model after them, and takes a default for what they lack."""
+    settings = {**MODELS[model], **({"num_experts_per_tok": 3} if model == "mixtral" else {})}
+    hf_to_megatron(tiny_model(**settings), tmp_path / "it", kind=legacy())
+    arguments = vars(load(tmp_path / "it" / "release" / "mp_rank_00" / "model_optim_rng.pt")["args"])
+    assert {name: arguments[name] for name in expected} == expected
+
+
 REFUSED = {
     "stages that do not make the model": (
         {"pipeline_model_parallel_size": 2, "pipeline_stage_layers": (4, 3)},
