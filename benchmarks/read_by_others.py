@@ -29,6 +29,13 @@ _PROVED = "proved: "
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
+# The tiny models that are read: how each differs from a LLaMA.
+MODELS: dict[str, dict] = {
+    "llama": {},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 3},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Tool:
     """Another project's tool and the script that has it read a checkpoint."""
@@ -43,6 +50,8 @@ class Tool:
     """Further options of Megatron-LM's script."""
     is_legacy: bool = False
     """Whether Megatron-LM is given legacy shards, of its layout; else torch_dist."""
+    model: str = "llama"
+    """Which of `MODELS` it reads."""
 
 
 TOOLS = (
@@ -64,6 +73,18 @@ TOOLS = (
         options=("--sizes_from_checkpoint",),
         is_legacy=True,
     ),
+    # Tensor size 1: on several ranks experts need sequence parallelism, which the norms of layers without Transformer
+    # Engine refuse.
+    Tool("megatron-lm-mixtral", "megatron_lm_load.py", "megatron-bridge", layout=(1, 2), model="mixtral"),
+    Tool(
+        "megatron-lm-mixtral-legacy",
+        "megatron_lm_load.py",
+        "megatron-bridge",
+        layout=(1, 2),
+        options=("--sizes_from_checkpoint",),
+        is_legacy=True,
+        model="mixtral",
+    ),
 )
 
 
@@ -77,16 +98,18 @@ class Result:
     """What was proved, or why not."""
 
 
-def make_checkpoints(folder: Path) -> dict[str, Path]:
-    """A tiny random LLaMA with a sentencepiece tokenizer, its expansion by two blocks, and that in Megatron's format:
-    what is read is what the tools write."""
+def make_checkpoints(folder: Path, **settings: object) -> dict[str, Path]:
+    """A tiny random model with a sentencepiece tokenizer, its expansion by two blocks, and that in Megatron's format:
+    what is read is what the tools write. `settings` are `make_tiny_model`'s."""
     from megatron_llamapro.testing.tiny_models import make_tiny_model
 
+    folder.mkdir()
     made = {name: folder / name for name in ("original", "expanded", "megatron")}
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": topic}) + "\n" for _, topic in sorted(topics.items())))
     # Heads of 64, which every tool has kernels for.
-    make_tiny_model(made["original"], hidden_size=256, intermediate_size=512, vocab_size=512, with_tokenizer=False)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512}
+    make_tiny_model(made["original"], **sizes, **settings, with_tokenizer=False)
     _tool("train_tokenizer", "--input", text, "--vocab_size", 512, "--output_dir", made["original"])
     _tool("expand_checkpoint", "--source", made["original"], "--target", made["expanded"], "--num_added_blocks", 2)
     _tool("convert_checkpoint", "hf-to-megatron", "--source", made["expanded"], "--target", made["megatron"])
@@ -159,13 +182,13 @@ def main() -> int:
         parser.error(f"--megatron_lm {args.megatron_lm} is no clone of Megatron-LM")
     failed = False
     with tempfile.TemporaryDirectory() as folder:
-        made = make_checkpoints(Path(folder))
-        for tool in TOOLS:
-            if tool.name in args.tools:
-                megatron_lm = args.megatron_lm.absolute() if args.megatron_lm else None
-                result = read_with(tool, made, venvs=args.venvs, megatron_lm=megatron_lm)
-                print(f"{result.status:8}{tool.name:27} {result.text}", flush=True)
-                failed |= result.status == "FAIL"
+        tools = [tool for tool in TOOLS if tool.name in args.tools]
+        made = {model: make_checkpoints(Path(folder) / model, **MODELS[model]) for model in {t.model for t in tools}}
+        for tool in tools:
+            megatron_lm = args.megatron_lm.absolute() if args.megatron_lm else None
+            result = read_with(tool, made[tool.model], venvs=args.venvs, megatron_lm=megatron_lm)
+            print(f"{result.status:8}{tool.name:27} {result.text}", flush=True)
+            failed |= result.status == "FAIL"
     return int(failed)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from folders import proved
 
-from megatron_llamapro.runtime import cpu
+from megatron_llamapro.runtime import cpu, upstream
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -38,6 +38,8 @@ _FROM_CONFIG = {
     "max_position_embeddings": "--max-position-embeddings",
     "rms_norm_eps": "--norm-epsilon",
 }
+# The same of models that have experts.
+_FROM_CONFIG_OF_EXPERTS = {"num_local_experts": "--num-experts", "num_experts_per_tok": "--moe-router-topk"}
 _LLAMA = (
     "--group-query-attention --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
     "--attention-dropout 0 --hidden-dropout 0"
@@ -65,7 +67,8 @@ def arguments(
     if sizes_from_checkpoint:
         epsilon = [_FROM_CONFIG[_NEVER_FROM_CHECKPOINT], str(config[_NEVER_FROM_CHECKPOINT])]
         return [*always, *epsilon, "--use-checkpoint-args"]
-    sizes = [part for field, option in _FROM_CONFIG.items() for part in (option, str(config[field]))]
+    fields = {**_FROM_CONFIG, **(_FROM_CONFIG_OF_EXPERTS if "num_local_experts" in config else {})}
+    sizes = [part for field, option in fields.items() for part in (option, str(config[field]))]
     rope = config.get("rope_parameters") or {}
     base = config.get("rope_theta") or rope.get("rope_theta", 10000)
     untied = [] if config.get("tie_word_embeddings") else ["--untie-embeddings-and-output-weights"]
@@ -107,6 +110,7 @@ def load_with_megatron_lm(command_line: list[str]) -> list[torch.nn.Module]:
     from megatron.training.checkpointing import load_checkpoint
     from model_provider import model_provider
 
+    upstream.import_megatron()
     cpu.install()
     torch.cuda.device_count = lambda: 1  # without a device it makes no model-parallel groups
     torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(major=9)  # asked at TP > 1
