@@ -29,6 +29,13 @@ _PROVED = "proved: "
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
+# The tiny models that are read: how each differs from a LLaMA.
+MODELS: dict[str, dict] = {
+    "llama": {},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 3},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Tool:
     """Another project's tool and the script that has it read a checkpoint."""
@@ -39,6 +46,12 @@ class Tool:
     """Its environment's name; None: this project's own."""
     layout: tuple[int, int] | None = None
     """Tensor and pipeline sizes, for Megatron-LM: a process each, and its clone on the path."""
+    options: tuple[str, ...] = ()
+    """Further options of Megatron-LM's script."""
+    is_legacy: bool = False
+    """Whether Megatron-LM is given legacy shards, of its layout; else torch_dist."""
+    model: str = "llama"
+    """Which of `MODELS` it reads."""
 
 
 TOOLS = (
@@ -51,6 +64,27 @@ TOOLS = (
     Tool("megatron-bridge", "megatron_bridge_load.py", "megatron-bridge"),
     Tool("megatron-lm", "megatron_lm_load.py", "megatron-bridge", layout=(1, 1)),
     Tool("megatron-lm-tp2-pp2", "megatron_lm_load.py", "megatron-bridge", layout=(2, 2)),
+    Tool("megatron-lm-legacy", "megatron_lm_load.py", "megatron-bridge", layout=(1, 1), is_legacy=True),
+    Tool(
+        "megatron-lm-legacy-tp2-pp2",
+        "megatron_lm_load.py",
+        "megatron-bridge",
+        layout=(2, 2),
+        options=("--sizes_from_checkpoint",),
+        is_legacy=True,
+    ),
+    # Tensor size 1: on several ranks experts need sequence parallelism, which the norms of layers without Transformer
+    # Engine refuse.
+    Tool("megatron-lm-mixtral", "megatron_lm_load.py", "megatron-bridge", layout=(1, 2), model="mixtral"),
+    Tool(
+        "megatron-lm-mixtral-legacy",
+        "megatron_lm_load.py",
+        "megatron-bridge",
+        layout=(1, 2),
+        options=("--sizes_from_checkpoint",),
+        is_legacy=True,
+        model="mixtral",
+    ),
 )
 
 
@@ -64,20 +98,32 @@ class Result:
     """What was proved, or why not."""
 
 
-def make_checkpoints(folder: Path) -> dict[str, Path]:
-    """A tiny random LLaMA with a sentencepiece tokenizer, its expansion by two blocks, and that in Megatron's format:
-    what is read is what the tools write."""
+def make_checkpoints(folder: Path, **settings: object) -> dict[str, Path]:
+    """A tiny random model with a sentencepiece tokenizer, its expansion by two blocks, and that in Megatron's format:
+    what is read is what the tools write. `settings` are `make_tiny_model`'s."""
     from megatron_llamapro.testing.tiny_models import make_tiny_model
 
+    folder.mkdir()
     made = {name: folder / name for name in ("original", "expanded", "megatron")}
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": topic}) + "\n" for _, topic in sorted(topics.items())))
     # Heads of 64, which every tool has kernels for.
-    make_tiny_model(made["original"], hidden_size=256, intermediate_size=512, vocab_size=512, with_tokenizer=False)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512}
+    make_tiny_model(made["original"], **sizes, **settings, with_tokenizer=False)
     _tool("train_tokenizer", "--input", text, "--vocab_size", 512, "--output_dir", made["original"])
     _tool("expand_checkpoint", "--source", made["original"], "--target", made["expanded"], "--num_added_blocks", 2)
     _tool("convert_checkpoint", "hf-to-megatron", "--source", made["expanded"], "--target", made["megatron"])
     return made
+
+
+def make_legacy(expanded: Path, folder: Path, tool: Tool) -> Path:
+    """Legacy shards of the expanded model, in the tool's layout: nobody loads them at another."""
+    assert tool.layout is not None
+    tp, pp = tool.layout
+    into = ["--target", folder, "--format", "legacy", "--tensor_model_parallel_size", tp]
+    into += ["--pipeline_model_parallel_size", pp]
+    _tool("convert_checkpoint", "hf-to-megatron", "--source", expanded, *into)
+    return folder
 
 
 def _tool(name: str, *options: object) -> None:
@@ -94,6 +140,8 @@ def read_with(tool: Tool, made: dict[str, Path], *, venvs: Path, megatron_lm: Pa
     except ConfigError as error:
         return Result("not run", str(error))
     with tempfile.TemporaryDirectory() as work_dir:
+        if tool.is_legacy:
+            made = {**made, "megatron": make_legacy(made["expanded"], Path(work_dir) / "legacy", tool)}
         command = _command(tool, python, made, Path(work_dir))
         path = os.pathsep.join(map(str, [megatron_lm, ROOT] if tool.layout else [ROOT]))
         environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path}
@@ -119,7 +167,7 @@ def _command(tool: Tool, python: Path, made: dict[str, Path], work_dir: Path) ->
     tp, pp = tool.layout
     torchrun = [str(python), "-m", "torch.distributed.run", "--nproc-per-node", str(tp * pp), script]
     given = ["--checkpoint", made["megatron"], "--expanded", made["expanded"], "--tp", tp, "--pp", pp]
-    return [*torchrun, *map(str, given)]
+    return [*torchrun, *map(str, given), *tool.options]
 
 
 def main() -> int:
@@ -134,13 +182,13 @@ def main() -> int:
         parser.error(f"--megatron_lm {args.megatron_lm} is no clone of Megatron-LM")
     failed = False
     with tempfile.TemporaryDirectory() as folder:
-        made = make_checkpoints(Path(folder))
-        for tool in TOOLS:
-            if tool.name in args.tools:
-                megatron_lm = args.megatron_lm.absolute() if args.megatron_lm else None
-                result = read_with(tool, made, venvs=args.venvs, megatron_lm=megatron_lm)
-                print(f"{result.status:8}{tool.name:20} {result.text}", flush=True)
-                failed |= result.status == "FAIL"
+        tools = [tool for tool in TOOLS if tool.name in args.tools]
+        made = {model: make_checkpoints(Path(folder) / model, **MODELS[model]) for model in {t.model for t in tools}}
+        for tool in tools:
+            megatron_lm = args.megatron_lm.absolute() if args.megatron_lm else None
+            result = read_with(tool, made[tool.model], venvs=args.venvs, megatron_lm=megatron_lm)
+            print(f"{result.status:8}{tool.name:27} {result.text}", flush=True)
+            failed |= result.status == "FAIL"
     return int(failed)
 
 

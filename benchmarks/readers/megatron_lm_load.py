@@ -1,27 +1,30 @@
 """Megatron-LM's own loader on a converted checkpoint: its arguments, its model, `load_checkpoint`; then the logits.
 
 PYTHONPATH=MEGATRON_LM_CLONE:. torchrun --nproc-per-node TP×PP benchmarks/readers/megatron_lm_load.py \
-    --checkpoint DIR --expanded HF_DIR [--tp N] [--pp N]
+    --checkpoint DIR --expanded HF_DIR [--tp N] [--pp N] [--sizes_from_checkpoint]
 
-DIR is a torch_dist checkpoint as the converter writes it, or a folder with latest_checkpointed_iteration.txt. Layers
-are those of Megatron-LM's local specification, which need no Transformer Engine.
+DIR is a torch_dist or legacy checkpoint as the converter writes it, or any folder with
+latest_checkpointed_iteration.txt. Layers are those of Megatron-LM's local specification, which need no Transformer
+Engine. The load is strict: where Megatron-LM would fall back to one that is not, this fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
 import sys
 import tempfile
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from folders import proved
 
-from megatron_llamapro.runtime import cpu
+from megatron_llamapro.runtime import cpu, upstream
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -35,10 +38,14 @@ _FROM_CONFIG = {
     "max_position_embeddings": "--max-position-embeddings",
     "rms_norm_eps": "--norm-epsilon",
 }
+# The same of models that have experts.
+_FROM_CONFIG_OF_EXPERTS = {"num_local_experts": "--num-experts", "num_experts_per_tok": "--moe-router-topk"}
 _LLAMA = (
     "--group-query-attention --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
     "--attention-dropout 0 --hidden-dropout 0"
 )
+# With --use-checkpoint-args Megatron-LM takes all of the above from a legacy checkpoint, but this one.
+_NEVER_FROM_CHECKPOINT = "rms_norm_eps"
 # Kernels that need a GPU, Apex or Transformer Engine.
 _CPU = (
     "--transformer-impl local --distributed-backend gloo --no-persist-layer-norm --no-masked-softmax-fusion "
@@ -49,18 +56,24 @@ _RUN = "--micro-batch-size 1 --lr 1e-4 --train-iters 1 --tokenizer-type NullToke
 _LOAD = "--no-load-optim --no-load-rng --exit-on-missing-checkpoint"
 
 
-def arguments(config: dict, *, load: Path, tp: int, pp: int, divisible_by: int) -> list[str]:
+def arguments(
+    config: dict, *, load: Path, tp: int, pp: int, divisible_by: int, sizes_from_checkpoint: bool
+) -> list[str]:
     """Megatron-LM's command line for a model with this config.json."""
-    sizes = [part for field, option in _FROM_CONFIG.items() for part in (option, str(config[field]))]
-    rope = config.get("rope_parameters") or {}
-    base = config.get("rope_theta") or rope.get("rope_theta", 10000)
     # NullTokenizer adds one token to the size that it is told; what is padded is rounded up again.
     vocabulary = ["--vocab-size", str(config["vocab_size"] - 1), "--make-vocab-size-divisible-by", str(divisible_by)]
     split = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
+    always = [*" ".join((_CPU, _RUN, _LOAD)).split(), "--load", str(load), *vocabulary, *split]
+    if sizes_from_checkpoint:
+        epsilon = [_FROM_CONFIG[_NEVER_FROM_CHECKPOINT], str(config[_NEVER_FROM_CHECKPOINT])]
+        return [*always, *epsilon, "--use-checkpoint-args"]
+    fields = {**_FROM_CONFIG, **(_FROM_CONFIG_OF_EXPERTS if "num_local_experts" in config else {})}
+    sizes = [part for field, option in fields.items() for part in (option, str(config[field]))]
+    rope = config.get("rope_parameters") or {}
+    base = config.get("rope_theta") or rope.get("rope_theta", 10000)
     untied = [] if config.get("tie_word_embeddings") else ["--untie-embeddings-and-output-weights"]
     rotary = ["--seq-length", str(config["max_position_embeddings"]), "--rotary-base", str(int(base))]
-    always = " ".join((_LLAMA, _CPU, _RUN, _LOAD)).split()
-    return [*sizes, *untied, *vocabulary, *split, *rotary, "--load", str(load), *always]
+    return [*always, *sizes, *untied, *rotary, *_LLAMA.split()]
 
 
 def as_release(checkpoint: Path, folder: Path) -> Path:
@@ -72,14 +85,32 @@ def as_release(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def load_with_megatron_lm(config: dict, load: Path, *, tp: int, pp: int, divisible_by: int) -> list[torch.nn.Module]:
+@contextlib.contextmanager
+def only_strictly() -> Iterator[None]:
+    """`load_checkpoint` loads again without a look at the keys where a strict load fails: here that is an error."""
+    load = torch.nn.Module.load_state_dict
+
+    def load_strictly(module: torch.nn.Module, state: dict, strict: bool = True, assign: bool = False):
+        if not strict:
+            raise RuntimeError("Megatron-LM falls back to a load that is not strict; its reason stands above")
+        return load(module, state, strict=True, assign=assign)
+
+    torch.nn.Module.load_state_dict = load_strictly
+    try:
+        yield
+    finally:
+        torch.nn.Module.load_state_dict = load
+
+
+def load_with_megatron_lm(command_line: list[str]) -> list[torch.nn.Module]:
     """This rank's part of the model, filled by `megatron.training.checkpointing.load_checkpoint`."""
-    sys.argv = ["pretrain_gpt.py", *arguments(config, load=load, tp=tp, pp=pp, divisible_by=divisible_by)]
+    sys.argv = ["pretrain_gpt.py", *command_line]
     from gpt_builders import gpt_builder
-    from megatron.training import get_args, get_model, initialize
+    from megatron.training import get_model, initialize
     from megatron.training.checkpointing import load_checkpoint
     from model_provider import model_provider
 
+    upstream.import_megatron()
     cpu.install()
     torch.cuda.device_count = lambda: 1  # without a device it makes no model-parallel groups
     torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(major=9)  # asked at TP > 1
@@ -89,8 +120,8 @@ def load_with_megatron_lm(config: dict, load: Path, *, tp: int, pp: int, divisib
     for chunk in model:  # so that a weight that is not loaded shows
         for parameter in chunk.parameters():
             torch.nn.init.constant_(parameter, torch.nan)
-    load_checkpoint(model, None, None)
-    assert get_args().padded_vocab_size % divisible_by == 0
+    with only_strictly():
+        load_checkpoint(model, None, None)
     return model
 
 
@@ -129,14 +160,22 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
+    parser.add_argument(
+        "--sizes_from_checkpoint", action="store_true", help="tell Megatron-LM no sizes (--use-checkpoint-args)"
+    )
     args = parser.parse_args()
     config = json.loads((args.expanded / "config.json").read_text())
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with tempfile.TemporaryDirectory() as folder:
-        load = as_release(args.checkpoint, Path(folder))
-        model = load_with_megatron_lm(
-            config, load, tp=args.tp, pp=args.pp, divisible_by=args.make_vocab_size_divisible_by
+        command_line = arguments(
+            config,
+            load=as_release(args.checkpoint, Path(folder)),
+            tp=args.tp,
+            pp=args.pp,
+            divisible_by=args.make_vocab_size_divisible_by,
+            sizes_from_checkpoint=args.sizes_from_checkpoint,
         )
+        model = load_with_megatron_lm(command_line)
         torch.distributed.barrier()
 
     from transformers import AutoModelForCausalLM
@@ -150,7 +189,8 @@ def main() -> None:
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         difference = (logits - expected).abs().max().item()
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            proved(f"TP {args.tp} × PP {args.pp}: logits differ from transformers' by {difference:.1g} at most")
+            how = "sizes from the checkpoint" if args.sizes_from_checkpoint else "sizes told"
+            proved(f"TP {args.tp} × PP {args.pp}, {how}: logits differ from transformers' by {difference:.1g} at most")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -113,7 +113,12 @@ def _particulars(shape: ModelShape) -> list[tuple[str, str]]:
         windowed = [layer for layer in range(shape.num_layers) if shape.window_of(layer)]
         where = "every layer" if len(windowed) == shape.num_layers else f"layers {', '.join(map(str, windowed))}"
         rows.append(("window", f"{shape.window_size[0] + 1} tokens in {where}"))
-    extras = {"biases of queries, keys and values": shape.add_qkv_bias, "norms of queries and keys": shape.qk_layernorm}
+    if shape.add_bias_linear:
+        rows.append(("biases", "of all projections"))
+    extras = {
+        "biases of queries, keys and values": shape.add_qkv_bias and not shape.add_bias_linear,
+        "norms of queries and keys": shape.qk_layernorm,
+    }
     present = [text for text, there in extras.items() if there]
     return [*rows, ("attention", ", ".join(present))] if present else rows
 

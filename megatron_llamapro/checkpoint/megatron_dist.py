@@ -194,11 +194,11 @@ def torch_dist_layout(
         rows, columns = matrix(size)
         archive = archive_layout(tensor_call("0", dtype, size), [rows * columns * ITEMSIZES[dtype]])
         section, offset = files.add(archive, size)
-        indexed[weight.megatron_name] = IndexedTensor(size, dtype, (section,))
+        indexed.update(dict.fromkeys(weight.megatron_names, IndexedTensor(size, dtype, (section,))))
         piece = Piece((0, rows), (0, columns), section.path, offset)
         parts = parts_of(weight, [piece], shape=shape, itemsize=ITEMSIZES[dtype])
         tensors.update({name: (part,) for name, part in parts.items()})
-        if (name := _extra_state_of(weight)) is not None:
+        for name in _extra_states_of(weight):
             objects[name] = files.add(archive_layout([None], []), ())[0]
     small = {
         INDEX_NAME: index_bytes(indexed, objects, dtype),
@@ -208,12 +208,14 @@ def torch_dist_layout(
     return TargetLayout(tensors, files.finished(), small)
 
 
-def _extra_state_of(weight: Weight) -> str | None:
-    """The key under which a linear of megatron.core asks for a state besides its weight (Transformer Engine's FP8
-    scales): None is what one has that was never trained in FP8."""
-    name = weight.megatron_name
-    is_linear = name.endswith(".weight") and name.split(".")[-2].startswith("linear_") and not weight.row.per_expert
-    return f"{name.removesuffix('weight')}{_EXTRA_STATE}/shard_0_1" if is_linear else None
+def _extra_states_of(weight: Weight) -> list[str]:
+    """The keys under which a linear of megatron.core, or each expert's, asks for a state besides its weight
+    (Transformer Engine's FP8 scales): None is what one has that was never trained in FP8."""
+    module, _, kind = weight.megatron_name.rpartition(".")
+    if kind != "weight" or not module.rpartition(".")[2].startswith("linear_"):
+        return []
+    experts = weight.num_experts
+    return [f"{module}.{_EXTRA_STATE}/shard_{expert}_{experts}" for expert in range(experts)]
 
 
 def _whole_file(archive: ArchiveLayout) -> bytes:

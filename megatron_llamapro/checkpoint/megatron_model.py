@@ -47,18 +47,16 @@ def open_megatron(folder: Path, format: Format, tensors: Mapping[str, MegatronTe
         manifest.check_fits(shape, where=folder)
     dtype = manifest.dtype if manifest else _one_dtype(folder, tensors)
     found: dict[str, StoredTensor] = {}
-    read: set[str] = set()
-    for weight in weights_of(shape):
-        key = weight.megatron_name if weight.megatron_name in tensors else weight.local_key
-        tensor = tensors.get(key)
-        read.add(key)
+    weights = weights_of(shape)
+    for weight in weights:
+        tensor = next((tensors[name] for name in weight.megatron_names if name in tensors), None)
         if tensor is None:
             raise CheckpointError(f"{folder} lacks the tensor {weight.megatron_name}")
         _check(folder, weight, tensor, dtype)
         parts = parts_of(weight, tensor.pieces, shape=shape, itemsize=ITEMSIZES[dtype])
         _check_whole(folder, weight.megatron_name, parts.values())
         found.update(parts)
-    unknown = sorted(tensors.keys() - read)
+    unknown = sorted(tensors.keys() - {name for weight in weights for name in weight.megatron_names})
     if unknown:
         raise CheckpointError(f"{folder} has the tensor {unknown[0][:200]}, which this model family does not have")
     states = {piece.file: state_of(piece.file) for tensor in found.values() for piece in tensor.pieces}

@@ -18,6 +18,9 @@ from megatron_llamapro.model.shape import ModelShape
 ReadWeight = Callable[[str], torch.Tensor]
 """A block's weight by its name in the block."""
 
+Linear = Callable[[torch.Tensor, str], torch.Tensor]
+"""A block's linear, with its bias if it has one, by its name in the block."""
+
 _HEAD_ROWS = 8192  # entries of the vocabulary that are turned to float32 at once
 
 
@@ -43,12 +46,16 @@ def _block(
     def weight(name: str) -> torch.Tensor:
         return model.tensor(f"model.layers.{layer}.{name}.weight")
 
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        bias = model.tensor(f"model.layers.{layer}.{name}.bias").float() if shape.add_bias_linear else None
+        return functional.linear(x, weight(name).float(), bias)
+
     shape = model.shape
     normed = _norm(hidden, weight("input_layernorm"), shape)
     attended = _attention(model, layer, normed, rotation)
-    hidden = hidden + functional.linear(attended, weight("self_attn.o_proj").float())
+    hidden = hidden + linear(attended, "self_attn.o_proj")
     normed = _norm(hidden, weight("post_attention_layernorm"), shape)
-    return hidden + (_mixture(normed, weight, shape) if shape.is_moe else _feed_forward(normed, weight))
+    return hidden + (_mixture(normed, weight, shape) if shape.is_moe else _feed_forward(normed, linear))
 
 
 def _attention(
@@ -74,9 +81,9 @@ def _attention(
     return attended.transpose(1, 2).flatten(2)
 
 
-def _feed_forward(normed: torch.Tensor, weight: ReadWeight) -> torch.Tensor:
-    inner = _gated(normed, weight("mlp.gate_proj"), weight("mlp.up_proj"))
-    return functional.linear(inner, weight("mlp.down_proj").float())
+def _feed_forward(normed: torch.Tensor, linear: Linear) -> torch.Tensor:
+    inner = functional.silu(linear(normed, "mlp.gate_proj")) * linear(normed, "mlp.up_proj")
+    return linear(inner, "mlp.down_proj")
 
 
 def _mixture(normed: torch.Tensor, weight: ReadWeight, shape: ModelShape) -> torch.Tensor:

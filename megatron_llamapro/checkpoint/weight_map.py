@@ -50,7 +50,7 @@ class Row:
     needs: str | None = None
     """The field (or property) of ModelShape without which there is no such weight."""
     local_key: str | None = None
-    """The key that megatron.core's layers without Transformer Engine save it under, where that is another."""
+    """Its key in `torch_dist` checkpoints of megatron.core's local layers, where that is not Transformer Engine's."""
 
     @property
     def per_expert(self) -> bool:
@@ -103,6 +103,12 @@ BLOCK_ROWS = (
         sharding=Sharding.COLUMNS,
         zero_in_added=True,
     ),
+    Row(
+        _LAYER + "self_attention.linear_proj.bias",
+        ((_HF_LAYER + "self_attn.o_proj.bias", ("hidden",)),),
+        zero_in_added=True,
+        needs="add_bias_linear",
+    ),
     # A dense feed-forward.
     Row(
         _LAYER + "mlp.linear_fc1.layer_norm_weight",
@@ -119,11 +125,26 @@ BLOCK_ROWS = (
         needs="is_dense",
     ),
     Row(
+        _LAYER + "mlp.linear_fc1.bias",
+        (
+            (_HF_LAYER + "mlp.gate_proj.bias", ("feed_forward",)),
+            (_HF_LAYER + "mlp.up_proj.bias", ("feed_forward",)),
+        ),
+        sharding=Sharding.ROWS_BY_PART,
+        needs="add_bias_linear",
+    ),
+    Row(
         _LAYER + "mlp.linear_fc2.weight",
         ((_HF_LAYER + "mlp.down_proj.weight", ("hidden", "feed_forward")),),
         sharding=Sharding.COLUMNS,
         zero_in_added=True,
         needs="is_dense",
+    ),
+    Row(
+        _LAYER + "mlp.linear_fc2.bias",
+        ((_HF_LAYER + "mlp.down_proj.bias", ("hidden",)),),
+        zero_in_added=True,
+        needs="add_bias_linear",
     ),
     # A mixture of experts. With every expert's output projection zeroed, their sum is zero however tokens are routed.
     Row(
@@ -186,9 +207,10 @@ class Weight:
         return self.row.megatron.format(layer=self.layer)
 
     @property
-    def local_key(self) -> str:
-        """What megatron.core's layers without Transformer Engine call it in a torch_dist checkpoint."""
-        return (self.row.local_key or self.row.megatron).format(layer=self.layer)
+    def megatron_names(self) -> tuple[str, ...]:
+        """All keys that it may have in a `torch_dist` checkpoint."""
+        local = self.row.local_key
+        return (self.megatron_name,) if local is None else (self.megatron_name, local.format(layer=self.layer))
 
     @property
     def megatron_shape(self) -> Shape:

@@ -31,6 +31,7 @@ _SHAPE_FIELDS = (
     "kv_channels",
     "layernorm_epsilon",
     "add_qkv_bias",
+    "add_bias_linear",
     "qk_layernorm",
     "num_moe_experts",
     "window_size",
@@ -44,7 +45,6 @@ _LLAMA = {
     "normalization": "RMSNorm",
     "activation_func": silu,
     "gated_linear_unit": True,
-    "add_bias_linear": False,
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
 }

@@ -56,6 +56,9 @@ class Family:
     requirements: tuple[Requirement, ...] = ()
     """Beside those that every family has."""
     add_qkv_bias: bool = False
+    bias_fields: tuple[str, ...] = ()
+    """Flags that give all linears of a block biases where they are all true. Where only some are, the model is
+    refused."""
     qk_layernorm: bool = False
     has_experts: bool = False
     windows: Windows = Windows.NONE
@@ -68,7 +71,10 @@ class Family:
     take."""
 
 
-_NO_BIAS = "a bias would have to be zeroed too, and the weight map has no row for it"
+_SOME_BIASES = (
+    "megatron.core's models have biases in all linears of a block, or in queries, keys and values alone (zeros in "
+    "place of the missing ones would train, and could not be exported)"
+)
 _EVERY_FAMILY = (
     Requirement("hidden_act", "silu", "only SwiGLU blocks (hidden_act silu) are known"),
     Requirement("attention_dropout", 0.0, "an identity block must compute the same every time"),
@@ -80,7 +86,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family(
             "llama",
-            requirements=(Requirement("attention_bias", False, _NO_BIAS), Requirement("mlp_bias", False, _NO_BIAS)),
+            bias_fields=("attention_bias", "mlp_bias"),
         ),
         Family(
             "mistral",
@@ -96,7 +102,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "qwen3",
-            requirements=(Requirement("attention_bias", False, _NO_BIAS),),
+            requirements=(Requirement("attention_bias", False, _SOME_BIASES),),
             qk_layernorm=True,
             windows=Windows.BY_LAYER_TYPE,
             layer_count_fields=("max_window_layers",),
@@ -187,6 +193,7 @@ def model_shape(config: Mapping) -> ModelShape:
     """
     family = family_of(config)
     config = {**family.defaults, **config}
+    all_biases = _has_all_biases(config, family)
     counts = {ours: count(config, theirs, largest) for ours, theirs, largest in _COUNTS}
     rope = rope_parameters(config)
     return ModelShape(
@@ -198,9 +205,18 @@ def model_shape(config: Mapping) -> ModelShape:
         rotary_base=number(rope, "rope_theta", default=10000.0),
         rope_scaling=rope_scaling(rope),
         tie_word_embeddings=flag(config, "tie_word_embeddings", default=False),
-        add_qkv_bias=family.add_qkv_bias,
+        add_qkv_bias=family.add_qkv_bias or all_biases,
+        add_bias_linear=all_biases,
         qk_layernorm=family.qk_layernorm,
     )
+
+
+def _has_all_biases(config: Mapping, family: Family) -> bool:
+    flags = {name: flag(config, name, default=False) for name in family.bias_fields}
+    if len(set(flags.values())) > 1:
+        found = " and ".join(f"{name} {value}" for name, value in flags.items())
+        raise CheckpointError(f"config.json has {found}, only both or neither are supported: {_SOME_BIASES}")
+    return any(flags.values())
 
 
 def _heads(config: Mapping, *, heads: int, hidden_size: int) -> dict[str, int]:

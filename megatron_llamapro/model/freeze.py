@@ -45,9 +45,9 @@ class BlockPart:
 
 BLOCK_PARTS = {
     "linear_qkv": BlockPart((".linear_qkv.weight", ".linear_qkv.bias")),
-    "linear_proj": BlockPart((".linear_proj.weight",)),
-    "linear_fc1": BlockPart((".linear_fc1.weight",)),
-    "linear_fc2": BlockPart((".linear_fc2.weight",)),
+    "linear_proj": BlockPart((".linear_proj.weight", ".linear_proj.bias")),
+    "linear_fc1": BlockPart((".linear_fc1.weight", ".linear_fc1.bias")),
+    "linear_fc2": BlockPart((".linear_fc2.weight", ".linear_fc2.bias")),
     "input_layernorm": BlockPart((".input_layernorm.", ".linear_qkv.layer_norm_weight")),
     "pre_mlp_layernorm": BlockPart((".pre_mlp_layernorm.", ".linear_fc1.layer_norm_weight")),
     "q_layernorm": BlockPart((".q_layernorm.",), needs="qk_layernorm"),

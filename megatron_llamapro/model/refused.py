@@ -6,10 +6,7 @@ behind them turns zero into something else. Imports nothing.
 
 from __future__ import annotations
 
-_BIASES = (
-    "output projections and norms have biases there: zeroed weights alone make no identity, and the weight map has no "
-    "rows for those biases"
-)
+_BIASES = "output projections and norms have biases there, and neither model nor weight map have norms with biases here"
 _SIDE_BY_SIDE = "attention and feed-forward run side by side there, behind LayerNorms, and no such model is built here"
 _NORM_BEHIND = (
     "a norm stands behind each output projection there: zeros make an identity (the RMSNorm of zero is zero), but that "

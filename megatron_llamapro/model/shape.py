@@ -35,6 +35,8 @@ class ModelShape:
     rope_scaling: RopeScaling | None
     tie_word_embeddings: bool
     add_qkv_bias: bool = False
+    add_bias_linear: bool = False
+    """Biases in all linears of a block; `add_qkv_bias` is then true too."""
     qk_layernorm: bool = False
     num_moe_experts: int | None = None
     """None: one feed-forward a block. Else each expert is of size `ffn_hidden_size`."""

@@ -14,6 +14,7 @@ _ALTERNATING = ["full_attention", "sliding_attention"] * 2
 
 # Settings of `make_tiny_model`: a row a family, or a kind of it that differs. Every test of families goes through all.
 TINY_FAMILIES: dict[str, dict] = {
+    "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "mistral, no window": {"model_type": "mistral", "sliding_window": None},
     "mistral": {"model_type": "mistral", "sliding_window": 8},
     "qwen2": {"model_type": "qwen2"},

@@ -147,17 +147,21 @@ def test_megatron_keys_are_the_ones_of_its_gpt_model(tiny_llama: Tiny, tmp_path:
 
 
 def test_experts_of_a_layer_are_one_tensor(tiny_model: Tiny, tmp_path: Path) -> None:
-    """[experts, rows, columns], gate rows before up rows; the norm before the router has no linear to lie with."""
+    """[experts, rows, columns], gate rows before up rows; the norm before the router stands under two keys."""
     source = tiny_model(**TINY_FAMILIES["mixtral"], num_hidden_layers=1)
     hf_to_megatron(source, tmp_path / "megatron")
     stored, tensors = read_with_torch(tmp_path / "megatron"), stored_tensors(source)
     block, theirs = "decoder.layers.0.mlp.", "model.layers.0.block_sparse_moe."
     assert {name: tuple(tensor.shape) for name, tensor in stored.items() if "mlp" in name} == {
         "decoder.layers.0.pre_mlp_layernorm.weight": (64,),
+        f"{block}linear_fc1.layer_norm_weight": (64,),
         f"{block}router.weight": (4, 64),
         f"{block}experts.experts.linear_fc1.weight": (4, 192, 64),
         f"{block}experts.experts.linear_fc2.weight": (4, 64, 96),
     }
+    norm = tensors["model.layers.0.post_attention_layernorm.weight"]
+    assert torch.equal(stored["decoder.layers.0.pre_mlp_layernorm.weight"], norm)
+    assert torch.equal(stored[f"{block}linear_fc1.layer_norm_weight"], norm)
     fc1 = stored[f"{block}experts.experts.linear_fc1.weight"]
     gate_and_up = [tensors[f"{theirs}experts.2.{part}.weight"] for part in ("w1", "w3")]
     assert torch.equal(fc1[2], torch.cat(gate_and_up))

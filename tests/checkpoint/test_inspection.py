@@ -71,11 +71,12 @@ def test_a_model_without_added_blocks(tiny_llama: Tiny) -> None:
         ),
         ("qwen3", ["attention       norms of queries and keys"]),
         ("mixtral", ["experts         4 a block, 2 for each token"]),
+        ("llama, biases", ["biases          of all projections"]),
     ],
 )
 def test_what_only_some_families_have(family: str, lines: list[str], tiny_model: Tiny) -> None:
     found = str(inspect(tiny_model(**TINY_FAMILIES[family]))).splitlines()
-    assert [line for line in found if line.startswith(("experts", "window", "attention"))] == lines
+    assert [line for line in found if line.startswith(("experts", "window", "attention", "biases"))] == lines
 
 
 def test_tensors_are_not_read(tiny_llama: Tiny, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ MODELS = {
     "qwen2": TINY_FAMILIES["qwen2"],
     "qwen3": TINY_FAMILIES["qwen3"],
     "mixtral": TINY_FAMILIES["mixtral"],
+    "biases": TINY_FAMILIES["llama, biases"],
 }
 
 
@@ -113,7 +114,7 @@ def model_states(config: dict, division: dict) -> dict[str, dict[str, tuple]]:
     }
 
 
-@pytest.mark.parametrize("model", ["untied", "tied", "qwen2", "qwen3", "mixtral"])
+@pytest.mark.parametrize("model", ["untied", "tied", "qwen2", "qwen3", "mixtral", "biases"])
 def test_names_and_shapes_are_those_of_the_ranks_models(model: str, tiny_model: Tiny, tmp_path: Path) -> None:
     """TP 2 x PP 2 x virtual 2: a rank's file is the state dict of the model that the rank builds."""
     settings = {"untied": {}, "tied": {"tie_word_embeddings": True}, **MODELS}[model]
@@ -126,6 +127,21 @@ def test_names_and_shapes_are_those_of_the_ranks_models(model: str, tiny_model: 
         stored = load(path)
         for key, state in states.items():
             assert {name: tuple(tensor.shape) for name, tensor in stored[key].items()} == state, (rank, key)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("mixtral", {"num_experts": 4, "moe_router_topk": 3, "add_bias_linear": False}),
+        ("biases", {"num_experts": None, "moe_router_topk": None, "add_bias_linear": True}),
+    ],
+)
+def test_arguments_say_what_blocks_have(model: str, expected: dict, tiny_model: Tiny, tmp_path: Path) -> None:
+    """With --use-checkpoint-args Megatron-LM builds the model after them, and takes a default for what they lack."""
+    settings = {**MODELS[model], **({"num_experts_per_tok": 3} if model == "mixtral" else {})}
+    hf_to_megatron(tiny_model(**settings), tmp_path / "it", kind=legacy())
+    arguments = vars(load(tmp_path / "it" / "release" / "mp_rank_00" / "model_optim_rng.pt")["args"])
+    assert {name: arguments[name] for name in expected} == expected
 
 
 REFUSED = {

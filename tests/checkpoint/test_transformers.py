@@ -39,7 +39,7 @@ MODELS = {
     **TINY_FAMILIES,
 }
 ONE_OF_EACH_FAMILY = {
-    settings["model_type"]: settings for settings in ({"model_type": "llama"}, *TINY_FAMILIES.values())
+    settings["model_type"]: settings for settings in (*TINY_FAMILIES.values(), {"model_type": "llama"})
 }
 
 

@@ -23,6 +23,8 @@ from megatron_llamapro.testing.shapes import tiny_shape
 @st.composite
 def shapes(draw: st.DrawFn) -> ModelShape:
     groups = draw(st.integers(1, 4))
+    experts = draw(st.none() | st.integers(2, 4))
+    all_biases = experts is None and draw(st.booleans())
     return tiny_shape(
         num_query_groups=groups,
         num_attention_heads=groups * draw(st.integers(1, 4)),
@@ -30,9 +32,10 @@ def shapes(draw: st.DrawFn) -> ModelShape:
         hidden_size=draw(st.integers(1, 16)),
         ffn_hidden_size=draw(st.integers(1, 16)),
         tie_word_embeddings=draw(st.booleans()),
-        add_qkv_bias=draw(st.booleans()),
+        add_qkv_bias=all_biases or draw(st.booleans()),
+        add_bias_linear=all_biases,
         qk_layernorm=draw(st.booleans()),
-        num_moe_experts=draw(st.none() | st.integers(2, 4)),
+        num_moe_experts=experts,
     )
 
 
@@ -76,13 +79,14 @@ def test_names_are_distinct_in_both_directions(shape: ModelShape) -> None:
     weights = weights_of(shape)
     hf_names = [name for weight in weights for name in weight.hf_names]
     feed_forward = 1 + 3 * shape.num_moe_experts if shape.num_moe_experts else 3
-    in_block = 6 + 3 * shape.add_qkv_bias + 2 * shape.qk_layernorm + feed_forward
+    biases = 3 * shape.add_qkv_bias + 4 * shape.add_bias_linear
+    in_block = 6 + biases + 2 * shape.qk_layernorm + feed_forward
     outside = 2 if shape.tie_word_embeddings else 3
     assert len(hf_names) == len(set(hf_names)) == len(hf_shapes(shape)) == in_block * shape.num_layers + outside
     assert len({weight.megatron_name for weight in weights}) == len(weights)
     zeroed = {name for weight in weights for name in weight.hf_names if weight.row.zero_in_added}
-    assert all(name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight")) for name in zeroed)
-    assert len(zeroed) == shape.num_layers * (1 + (shape.num_moe_experts or 1))
+    assert all(name.rpartition(".")[0].endswith(("o_proj", "down_proj", "w2")) for name in zeroed)
+    assert len(zeroed) == shape.num_layers * (1 + (shape.num_moe_experts or 1) + 2 * shape.add_bias_linear)
 
 
 def test_layers_are_told_apart_by_number() -> None:

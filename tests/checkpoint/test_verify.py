@@ -70,8 +70,9 @@ def train(tensors: dict[str, torch.Tensor], *layers: int) -> None:
         {"tie_word_embeddings": True, "dtype": "bfloat16", "num_key_value_heads": 4},
         TINY_FAMILIES["qwen3, alternating windows"],
         TINY_FAMILIES["mixtral"],
+        TINY_FAMILIES["llama, biases"],
     ],
-    ids=["1", "2", "qwen3", "mixtral"],
+    ids=["1", "2", "qwen3", "mixtral", "biases"],
 )
 def test_an_untrained_expansion(format_name: str, settings: dict, tiny_model: Tiny, tmp_path: Path) -> None:
     convert = {"hf": expand_hf, "megatron": hf_to_megatron}[format_name]

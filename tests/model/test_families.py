@@ -126,6 +126,8 @@ WINDOWED = {"use_sliding_window": True, "sliding_window": 4096}
     [
         (LLAMA_3, {}),
         ({**LLAMA_3, "sliding_window": 4096}, {}),
+        ({**LLAMA_3, "attention_bias": False, "mlp_bias": False}, {}),
+        ({**LLAMA_3, "attention_bias": True, "mlp_bias": True}, {"add_qkv_bias": True, "add_bias_linear": True}),
         (MISTRAL_7B, {"window_size": (4095, 0)}),
         ({**MISTRAL_7B, "sliding_window": None}, {}),
         (QWEN2_5_7B, {"add_qkv_bias": True}),
@@ -221,8 +223,15 @@ REFUSED = {
     ),
     "no family": (without("model_type"), "model_type"),
     "a family that is no text": ({**LLAMA_2, "model_type": ["llama"]}, "model_type"),
-    "biases in attention": ({**LLAMA_2, "attention_bias": True}, "attention_bias True.*bias"),
-    "biases in the feed-forward": ({**LLAMA_2, "mlp_bias": True}, "mlp_bias True.*bias"),
+    "biases in attention alone": (
+        {**LLAMA_2, "attention_bias": True},
+        "attention_bias True and mlp_bias False, only both or neither.*in all linears of a block",
+    ),
+    "biases in the feed-forward alone": (
+        {**LLAMA_2, "attention_bias": False, "mlp_bias": True},
+        "attention_bias False and mlp_bias True, only both or neither.*megatron.core's models",
+    ),
+    "biases that are no flag": ({**LLAMA_2, "mlp_bias": "all"}, "mlp_bias 'all': it must be true or false"),
     "another activation": ({**LLAMA_2, "hidden_act": "gelu"}, "hidden_act 'gelu'.*SwiGLU"),
     "rotary embeddings that are not known": (
         {**LLAMA_2, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},

@@ -108,6 +108,11 @@ def test_parts_of_the_families() -> None:
     assert trained(LAYOUTS["one"], "linear_qkv", "k_layernorm", plan=plan, **attention) == {
         f"{block}self_attention.{name}" for name in ("linear_qkv.weight", "linear_qkv.bias", "k_layernorm.weight")
     }
+    biases = {"add_qkv_bias": True, "add_bias_linear": True}
+    projections = {"linear_proj": "self_attention", "linear_fc1": "mlp", "linear_fc2": "mlp"}
+    for part, module in projections.items():
+        both = {f"{block}{module}.{part}.{kind}" for kind in ("weight", "bias")}
+        assert trained(LAYOUTS["one"], part, plan=plan, **biases) == both
     mixture = {"num_moe_experts": 2, "moe_router_topk": 2}
     fc2 = {f"{block}mlp.experts.local_experts.{expert}.linear_fc2.weight" for expert in range(2)}
     fc1 = {name.replace("fc2", "fc1") for name in fc2}

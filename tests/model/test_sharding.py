@@ -11,6 +11,7 @@ import torch
 
 from megatron_llamapro.checkpoint.weight_map import Sharding, Weight
 from megatron_llamapro.testing.distributed import run_distributed
+from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
 EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
@@ -60,10 +61,10 @@ def wrong_parts(folder: Path) -> list[str]:
     return wrong + [f"{name} is not in the model" for name in weights if name not in seen]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mixtral"])
-def test_the_modules_hold_what_the_weight_map_says(model_type: str, tiny_model: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama, biases", "qwen2", "qwen3", "mixtral"])
+def test_the_modules_hold_what_the_weight_map_says(family: str, tiny_model: Callable, tmp_path: Path) -> None:
     from megatron_llamapro.checkpoint.convert import hf_to_megatron
 
-    source = tiny_model(model_type=model_type, num_hidden_layers=1, vocab_size=132)
+    source = tiny_model(**TINY_FAMILIES[family], num_hidden_layers=1, vocab_size=132)
     hf_to_megatron(source, tmp_path / "megatron")
     assert run_distributed(wrong_parts, 2, tmp_path / "megatron") == [[], []]
