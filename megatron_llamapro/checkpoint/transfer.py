@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy
 
-from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, TargetFile
+from megatron_llamapro.checkpoint.layout import StoredTensor, TargetFile
 from megatron_llamapro.checkpoint.streaming import (
     Progress,
     Rows,
@@ -119,10 +119,11 @@ class TargetFiles:
         """Fill `out` from byte `offset` of a file on."""
         read_exactly(self._open[path], path, offset, out)
 
-    def flush(self, piece: Piece, itemsize: int) -> None:
-        """Have the kernel begin to move a piece to the disk, so that little is left to sync in the end."""
-        num_bytes = piece.num_elements * itemsize
-        os.posix_fadvise(self._open[piece.file], piece.offset, num_bytes, os.POSIX_FADV_DONTNEED)
+    def flush(self, tensor: StoredTensor, itemsize: int) -> None:
+        """Have the kernel begin to move a tensor to the disk, so that little is left to sync in the end."""
+        for piece in tensor.pieces:
+            num_bytes = piece.num_elements * itemsize
+            os.posix_fadvise(self._open[piece.file], piece.offset, num_bytes, os.POSIX_FADV_DONTNEED)
 
     @staticmethod
     def _write(descriptor: int, path: Path, data: memoryview, offset: int) -> None:
@@ -192,6 +193,7 @@ class _Worker:
         for job in todo:
             for copy in job.copies:
                 self._compare(job.name, copy, hashes[job.name])
+                self._target.flush(copy, self._itemsize)
         self._journal.note(hashes)
         return sum(job.num_bytes for job in batch if job.name not in hashes)
 
@@ -215,8 +217,6 @@ class _Worker:
             raise CheckpointError(
                 f"{copy.pieces[0].file}: {name} reads back other than it was written: check the machine, try again"
             )
-        for piece in copy.pieces:
-            self._target.flush(piece, self._itemsize)
 
 
 def _run_all(calls: Sequence[Callable[[], int]], num_workers: int) -> list[int]:

@@ -30,10 +30,10 @@ CONVERT = """
 import sys, time
 from pathlib import Path
 from megatron_llamapro.checkpoint import convert, transfer
+from megatron_llamapro.expansion.inits import Expansion
 transfer.BATCH_BYTES = 20_000
 kind, source, target, workers = sys.argv[1:5]
 function = {"hf": convert.expand_hf, "megatron": convert.hf_to_megatron}[kind]
-from megatron_llamapro.expansion.inits import Expansion
 options = convert.Options(resume=True, num_workers=int(workers))
 print("ready", flush=True)
 done = function(Path(source), Path(target), expansion=Expansion.at(2, 5), options=options)
