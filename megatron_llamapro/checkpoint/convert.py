@@ -25,14 +25,14 @@ from megatron_llamapro.checkpoint.hf_reader import open_hf
 from megatron_llamapro.checkpoint.hf_writer import config_text, hf_layout
 from megatron_llamapro.checkpoint.layout import DEFAULT_MAX_SHARD_BYTES, TargetLayout
 from megatron_llamapro.checkpoint.legacy_grid import LayerSpec
-from megatron_llamapro.checkpoint.lineage import check_provable, target_manifest
+from megatron_llamapro.checkpoint.lineage import check_base, check_provable, name_now, target_manifest
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.megatron_dist import torch_dist_layout
 from megatron_llamapro.checkpoint.megatron_legacy import LegacyTarget, legacy_layout
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
 from megatron_llamapro.checkpoint.origins import Origins
 from megatron_llamapro.checkpoint.sources import open_megatron_checkpoint
-from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles, nothing
+from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles, nothing, stored_hash
 from megatron_llamapro.checkpoint.transfer import Job, Journal, are_complete, transfer
 from megatron_llamapro.checkpoint.weight_map import iter_hf, weights_of
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
@@ -196,6 +196,8 @@ def _convert(
         SourceFiles(opened.states) as files,
         staged(target, overwrite=options.overwrite, resume=options.resume, sources=(opened.folder,)) as draft,
     ):
+        if model.dtype != opened.dtype:
+            check_base(opened, lambda name: stored_hash(opened.tensors[name], files, opened.itemsize))
         check_provable(opened, dtype=model.dtype, files=files)
         init, seed = model.expansion.init, model.expansion.seed
         jobs = _jobs(Origins(opened, files, model.plan, model.dtype, init, seed), layout, model)
@@ -212,6 +214,8 @@ def _convert(
         )
         files.check_unchanged()
         hashes = {job.name: journal.hashes[job.name] for job in jobs}
+        if model.dtype == opened.dtype:
+            check_base(opened, lambda name: hashes[name_now(name, model.plan, opened.plan.num_rounds)])
         manifest = target_manifest(opened, model.plan, dtype=model.dtype, init=init, hashes=hashes)
         _write_small_files(draft, layout, kind, model, manifest)
         (draft / JOURNAL).unlink()

@@ -42,6 +42,9 @@ class Inspection:
     """How it is divided over ranks, where its format fixes that."""
     stage_layers: tuple[int, ...] | None = None
     """Layers of every (virtual) stage, where its format fixes that."""
+    base: Path | None = None
+    """Where the frozen weights of a delta checkpoint lie."""
+    num_base_tensors: int = 0
 
     @property
     def trains(self) -> str:
@@ -69,12 +72,14 @@ class Inspection:
             "trains": self.trains,
             "division": self.division,
             "stage_layers": self.stage_layers,
+            "base": str(self.base) if self.base else None,
         }
 
     def __str__(self) -> str:
         size = self.shape
         rows = [
             ("folder", f"{self.folder} ({self.format})"),
+            *([("delta of", f"{self.base}, for {self.num_base_tensors} tensors")] if self.base else []),
             (
                 "family",
                 f"{self.family}, {self.dtype}" + (f", made from {self.source}" if self.source else ""),
@@ -141,6 +146,8 @@ def inspect(folder: Path) -> Inspection:
         source=opened.manifest.source.name if opened.manifest else None,
         division=opened.division,
         stage_layers=opened.stage_layers,
+        base=opened.base.folder if opened.base else None,
+        num_base_tensors=len(opened.base.delta.base_hashes) if opened.base else 0,
         parts=tuple(_part(name, belongs, opened.shape, plan, opened.dtype) for name, belongs in _PARTS.items()),
     )
 

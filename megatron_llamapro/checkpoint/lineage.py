@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from megatron_llamapro.checkpoint.manifest import Manifest, Source, config_sha256, tool_versions
 from megatron_llamapro.checkpoint.opened import Checkpoint
@@ -79,6 +79,13 @@ def check_provable(source: Checkpoint, *, dtype: str, files: SourceFiles) -> Non
                 f"{source.folder}: {name} is not the original tensor any more, so a cast would lose the proof of which "
                 "ones are: convert without --dtype"
             )
+
+
+def check_base(source: Checkpoint, hash_of: Callable[[str], str]) -> None:
+    """Raise `CheckpointError` where a tensor that a delta checkpoint takes from its base, and whose hash is `hash_of`
+    its name, is another than the one that was trained with."""
+    if source.base is not None:
+        source.base.check({name: hash_of(name) for name in source.base.delta.base_hashes})
 
 
 def _source_of(source: Checkpoint) -> Source:

@@ -15,12 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_llamapro.checkpoint.delta import DELTA_NAME, Delta
 from megatron_llamapro.checkpoint.dist_index import INDEX_NAME, IndexedTensor, Section, index_bytes, read_index
 from megatron_llamapro.checkpoint.divided import DividedTensor, Part, is_stacked, unstacked
 from megatron_llamapro.checkpoint.folder import TORCH_DIST_MARK
 from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, TargetFile, TargetLayout, parts_of
 from megatron_llamapro.checkpoint.megatron_model import MegatronTensor, matrix, open_megatron
-from megatron_llamapro.checkpoint.opened import Checkpoint, Format
+from megatron_llamapro.checkpoint.opened import BasePart, Checkpoint, Format
 from megatron_llamapro.checkpoint.torch_archive import (
     TORCH_GLOBALS,
     ArchivedTensor,
@@ -30,7 +31,7 @@ from megatron_llamapro.checkpoint.torch_archive import (
     read_archive,
     tensor_call,
 )
-from megatron_llamapro.checkpoint.weight_map import Weight, weights_of
+from megatron_llamapro.checkpoint.weight_map import Weight, frozen_names, weights_of
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside
 from megatron_llamapro.model.families import ITEMSIZES, model_shape, read_hf_config
@@ -38,7 +39,7 @@ from megatron_llamapro.model.shape import ModelShape
 
 DEFAULT_MAX_FILE_BYTES = 2 * 10**9
 
-_COMMON = "common.pt"
+COMMON_STATE = "common.pt"
 
 # What Megatron-LM asks of a checkpoint's common state: that layers have a key each, and how QKV rows lie (since 3.0 by
 # query group; megatron/training/checkpointing.py, core_v0.16.1).
@@ -72,21 +73,62 @@ def is_other_state(name: str) -> bool:
     return name.startswith(_OTHER_STATE) or _EXTRA_STATE in name
 
 
+def is_training_state(name: str) -> bool:
+    """Whether a key is of an optimizer or a random state."""
+    return name.startswith(_OTHER_STATE)
+
+
 def open_torch_dist(folder: Path) -> Checkpoint:
-    """A checkpoint in torch_dist format, saved by whatever layout of ranks, its layers stacked or each by itself.
+    """A checkpoint in torch_dist format, saved by whatever layout of ranks, its layers stacked or each by itself. A
+    delta checkpoint is opened with its base, as the whole model.
 
     Raises:
         CheckpointError: no such checkpoint, damaged, not whole, not of the model that its config.json describes, or
-            one whose pickles would run code.
+            one whose pickles would run code; a delta whose base is not there.
     """
-    found = read_index(folder)
-    indexed = {name: tensor for name, tensor in found.items() if tensor.shape and not is_other_state(name)}
-    _check_types(indexed, where=folder)
+    indexed = _indexed_weights(folder)
+    delta = Delta.read(folder)
+    base = delta.base_of(folder) if delta else None
+    shape = model_shape(read_hf_config(folder))
+    if delta and base:
+        indexed = {**_taken_from(base, delta, shape), **_held_by(folder, indexed, delta)}
     with _SectionFiles() as files:
         located = {name: _located(name, tensor, files) for name, tensor in indexed.items()}
-    divided = unstacked(located, num_layers=model_shape(read_hf_config(folder)).num_layers, where=folder)
+    divided = unstacked(located, num_layers=shape.num_layers, where=folder)
     tensors = {name: MegatronTensor(held.shape, held.dtype, tuple(held.pieces())) for name, held in divided.items()}
-    return open_megatron(Path(folder), Format.TORCH_DIST, tensors)
+    opened = open_megatron(Path(folder), Format.TORCH_DIST, tensors)
+    return replace(opened, base=_base_part(opened, base, delta)) if delta and base else opened
+
+
+def _indexed_weights(folder: Path) -> dict[str, IndexedTensor]:
+    weights = {name: held for name, held in read_index(folder).items() if held.shape and not is_other_state(name)}
+    _check_types(weights, where=folder)
+    return weights
+
+
+def _held_by(folder: Path, indexed: dict[str, IndexedTensor], delta: Delta) -> dict[str, IndexedTensor]:
+    """A delta's own weights: exactly those that it names, or one that it lost would be taken from the base unseen."""
+    differing = sorted(indexed.keys() ^ set(delta.trained))
+    if differing:
+        raise CheckpointError(f"{folder}: {differing[0][:200]} is in its index or in {DELTA_NAME}, but not in both")
+    return indexed
+
+
+def _taken_from(base: Path, delta: Delta, shape: ModelShape) -> dict[str, IndexedTensor]:
+    """A base may have a weight under two keys: if it trained under one, neither is taken."""
+    trained = set(delta.trained)
+    names = {
+        name for weight in weights_of(shape) for name in weight.megatron_names if trained & {*weight.megatron_names}
+    }
+    return {name: held for name, held in _indexed_weights(base).items() if name not in names | trained}
+
+
+def _base_part(opened: Checkpoint, base: Path, delta: Delta) -> BasePart:
+    names = set(frozen_names(opened.shape, delta.trained))
+    differing = sorted(names ^ delta.base_hashes.keys())
+    if differing:
+        raise CheckpointError(f"{opened.folder / DELTA_NAME} is damaged: it has no hash of {differing[0][:200]}")
+    return BasePart(base, delta)
 
 
 def check_loadable(folder: Path) -> None:
@@ -97,7 +139,9 @@ def check_loadable(folder: Path) -> None:
             f"{folder} has its layers stacked, and training asks for one key a layer: convert it with "
             "tools/convert_checkpoint.py megatron-to-megatron"
         )
-    path = file_inside(folder, _COMMON)
+    if (delta := Delta.read(folder)) is not None:
+        check_loadable(delta.base_of(folder))
+    path = file_inside(folder, COMMON_STATE)
     if path is None:
         return
     try:
@@ -202,7 +246,7 @@ def torch_dist_layout(
             objects[name] = files.add(archive_layout([None], []), ())[0]
     small = {
         INDEX_NAME: index_bytes(indexed, objects, dtype),
-        _COMMON: _whole_file(archive_layout(_COMMON_STATE, [])),
+        COMMON_STATE: _whole_file(archive_layout(_COMMON_STATE, [])),
         TORCH_DIST_MARK: json.dumps(_BACKENDS).encode(),
     }
     return TargetLayout(tensors, files.finished(), small)

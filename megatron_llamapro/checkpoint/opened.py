@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+from megatron_llamapro.checkpoint.delta import Delta
 from megatron_llamapro.checkpoint.layout import StoredTensor
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.streaming import FileState
@@ -21,6 +22,18 @@ class Format(str, Enum):
     HUGGING_FACE = "Hugging Face"
     TORCH_DIST = "Megatron, torch_dist"
     LEGACY = "Megatron, legacy"
+
+
+@dataclass(frozen=True)
+class BasePart:
+    """The part of a delta checkpoint that lies in its base."""
+
+    folder: Path
+    delta: Delta
+
+    def check(self, hashes: Mapping[str, str]) -> None:
+        """Raise `CheckpointError` where tensors, whose hashes were found to be these, are not those of the delta."""
+        self.delta.check_hashes(self.folder, hashes)
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,8 @@ class Checkpoint:
     """How it is divided over ranks, where the format fixes that; e.g. TP 2 x PP 2."""
     stage_layers: tuple[int, ...] | None = None
     """Layers of every (virtual) stage, where the format fixes that."""
+    base: BasePart | None = None
+    """Where the weights lie that did not train, if this is a delta checkpoint."""
 
     @property
     def plan(self) -> ExpansionPlan:

@@ -77,6 +77,8 @@ def verify(
         hashes = _hashes(result, result.dtype, files, pool, progress)
         kept = _Kept(source, result, _hashes(source, result.dtype, files, pool, progress), hashes)
         yield from _check_originals(kept)
+        if result.base is not None:
+            yield _check_base(result, hashes)
         if kept.earlier:
             yield _check_earlier(kept, trained)
         added = AddedBlocks(source, result, files, hashes, progress)
@@ -182,6 +184,16 @@ def _check_originals(kept: _Kept) -> Iterator[Check]:
     differing = [name for name, first in names.items() if kept.actual[name] != noted.get(str(first))]
     problem = f"of {number} original tensors do not have their hash"
     yield _check_none(differing, "manifest", problem, f"{number} original tensors have their hash")
+
+
+def _check_base(result: Checkpoint, hashes: Mapping[str, str]) -> Check:
+    """What a delta checkpoint takes from its base is what it was trained with."""
+    assert result.base is not None
+    expected = result.base.delta.base_hashes
+    differing = [name for name, value in expected.items() if hashes[name] != value]
+    where = f"tensors of {result.base.folder}"
+    problem = f"of {len(expected)} {where} are not those that were trained with"
+    return _check_none(differing, "base", problem, f"{len(expected)} {where} are those that were trained with")
 
 
 def _check_earlier(kept: _Kept, trained: Trained) -> Check:

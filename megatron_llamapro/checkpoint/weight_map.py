@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -300,3 +300,9 @@ def iter_hf(weights: list[Weight]) -> Iterator[tuple[Weight, str, Shape]]:
     for weight in weights:
         for name, size in zip(weight.hf_names, weight.hf_shapes, strict=True):
             yield weight, name, size
+
+
+def frozen_names(shape: ModelShape, trained: Collection[str]) -> list[str]:
+    """Hugging Face names of the weights that are not among `trained`, which are megatron.core's keys."""
+    frozen = (weight for weight in weights_of(shape) if not {*weight.megatron_names} & {*trained})
+    return [name for weight in frozen for name in weight.hf_names]

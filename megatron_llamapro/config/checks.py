@@ -7,7 +7,7 @@ the model's shape. All are called before anything is built or written.
 from __future__ import annotations
 
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.schema import ParallelConfig, RunConfig
+from megatron_llamapro.config.schema import CheckpointConfig, ParallelConfig, RunConfig
 
 _AT_LEAST_ONE = (
     ("parallel", "tensor_model_parallel_size"),
@@ -42,6 +42,7 @@ def check_run_config(config: RunConfig) -> None:
     _check_optimizer(config)
     _check_data(config)
     _check_parallel(config.parallel)
+    _check_retention(config.checkpoint)
     if config.training.exit_interval is not None and config.training.exit_interval < 1:
         raise ConfigError("training.exit_interval must be at least 1: leave it out to run to the end")
     if not config.model.trainable:
@@ -75,6 +76,15 @@ def _check_data(config: RunConfig) -> None:
         )
     if config.training.eval_interval and not data.valid:
         raise ConfigError("training.eval_interval is set, but data.valid names no held-out set")
+
+
+def _check_retention(checkpoint: CheckpointConfig) -> None:
+    for name in ("keep_last", "keep_every"):
+        value = getattr(checkpoint, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"checkpoint.{name} is {value}: it must be at least 1; leave it out to keep all")
+    if checkpoint.keep_every is not None and checkpoint.keep_last is None:
+        raise ConfigError("checkpoint.keep_every says what keep_last spares: set checkpoint.keep_last too")
 
 
 def _check_parallel(parallel: ParallelConfig) -> None:

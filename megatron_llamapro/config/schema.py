@@ -158,6 +158,16 @@ class CheckpointConfig:
     """Folder for checkpoints (iter_0000100, …). A run whose folder already holds one continues from it."""
     save_interval: int = 0
     """Steps between checkpoints; one is always written at the end. 0: only at the end."""
+    delta: bool = True
+    """Keep what does not train once, in the folder base beside the checkpoints, and write only what trains. Full
+    checkpoints are written where everything trains."""
+    async_save: bool = False
+    """Go on training while a checkpoint is written; it counts as saved when it is complete. Needs the memory of a
+    copy of what is written."""
+    keep_last: int | None = None
+    """Newest checkpoints that are kept; without it, all."""
+    keep_every: int | None = None
+    """Of those that keep_last would remove, keep the ones whose step is a multiple of this."""
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,18 @@ The only module that reads `megatron.core.parallel_state`.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_llamapro.config.errors import LlamaProError
+from megatron_llamapro.config.errors import CheckpointError, LlamaProError
 from megatron_llamapro.config.schema import ParallelConfig
 
 
@@ -114,3 +116,30 @@ def raise_together(error: LlamaProError | None) -> None:
         if found is not None:
             where = f" (on rank {rank})" if rank else ""
             raise for_all_ranks(type(found)(f"{found}{where}"))
+
+
+@contextlib.contextmanager
+def failing_together(what: str) -> Iterator[None]:
+    """A block that every rank runs, at whose end all raise the first rank's error if any has one.
+
+    The block may hold collectives only where no rank can fail before or in them.
+
+    Raises:
+        LlamaProError: what the block raised; of other exceptions a `CheckpointError`: `what`, and the reason.
+    """
+    error: LlamaProError | None = None
+    try:
+        yield
+    except LlamaProError as found:
+        error = found
+    except Exception as found:
+        error = CheckpointError(f"{what}: {reason(found)}")
+    raise_together(error)
+
+
+def reason(error: BaseException) -> str:
+    """The one line that matters of an exception."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip()[:300]}" if lines else type(error).__name__

@@ -1,30 +1,26 @@
-"""Training checkpoints: `save/iter_0000100/`, complete or absent, loadable at another TP x PP x DP.
+"""What a training checkpoint holds, and how a run continues from one, at the same or another TP x PP x DP.
 
-A folder is written under a temporary name and renamed when every rank is done; only then does
-`latest_checkpointed_iteration.txt` name it. A kill at any moment leaves the last complete one loadable.
+A delta checkpoint holds what trains; the rest is loaded from its base. `saver.py` has when and how they are written.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_llamapro.checkpoint.folder import LATEST, carry_files, iteration_folder, sync
-from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME
+from megatron_llamapro.checkpoint.delta import Delta
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.model.families import CONFIG_NAME
 from megatron_llamapro.model.names import unwrapped
 from megatron_llamapro.optimizer.build import torch_adam_parts
+from megatron_llamapro.training.delta import check_base, split
 from megatron_llamapro.training.resume import PROGRESS, RunIdentity
 from megatron_llamapro.training.state import TrainingState
 
@@ -46,81 +42,32 @@ def _is_extra_state(key: str, value: object) -> bool:
     return key.endswith("_extra_state") or isinstance(value, ShardedObject)
 
 
-def load_model(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
-    """Fill the model's weights from a checkpoint in torch_dist format. All ranks call it."""
-    _apply_model(
-        chunks,
-        dist_checkpointing.load(model_state(chunks), str(folder), strict=StrictHandling.RAISE_UNEXPECTED),
-    )
-
-
-def _apply_model(chunks: Sequence[torch.nn.Module], loaded: Mapping) -> None:
-    for index, chunk in enumerate(chunks):
-        missing, unexpected = unwrapped(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
-        missing = [key for key in missing if not key.endswith("_extra_state")]
-        if missing or unexpected:
-            raise CheckpointError(f"the checkpoint does not fit the model: {[*missing, *unexpected][:3]}")
-
-
-def save_checkpoint(
-    save: Path,
+def training_state(
     *,
     chunks: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     state: TrainingState,
     identity: RunIdentity,
-    source: Path,
-    companions: Mapping[str, str],
-) -> Path:
-    """Write everything a resumed run needs, and what makes the folder a checkpoint for every tool. All ranks call it.
-
-    Manifest, config.json and tokenizer come from `source`, the checkpoint that the run started from; `companions` are
-    text files by name (run.yaml).
-    """
-    folder = iteration_folder(save, state.iteration)
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    if dist.get_rank() == 0:
-        for leftover in save.glob("iter_*.tmp"):  # of a run that was killed while it saved
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
+    delta: Delta | None,
+) -> dict:
+    """Everything a resumed run needs, as a sharded state dict; of the model only what trains, where there is a
+    `delta`. All ranks call it."""
     _note_steps(optimizer, state)
     model = model_state(chunks)
     optimizer_state = optimizer.sharded_state_dict(model, is_loading=False, metadata=_METADATA)
     progress = {**asdict(state), **asdict(identity), "scheduler": scheduler.state_dict()}
-    dist_checkpointing.save(
-        {**model, "optimizer": optimizer_state, PROGRESS: progress},
-        str(temporary),
-        content_metadata=_METADATA,
-    )
-    dist.barrier()
-    if dist.get_rank() == 0:
-        carry_files(source, temporary)
-        for name in (CONFIG_NAME, MANIFEST_NAME):
-            shutil.copyfile(source / name, temporary / name)
-        for name, text in companions.items():
-            (temporary / name).write_text(text)
-        _publish(temporary, folder)
-    dist.barrier()
-    return folder
+    kept = split(model, delta.trained)[0] if delta else model
+    return {**kept, "optimizer": optimizer_state, PROGRESS: progress, "content_metadata": dict(_METADATA)}
 
 
-def _publish(temporary: Path, folder: Path) -> None:
-    """Make the finished folder the newest checkpoint, in an order that a kill cannot break."""
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            sync(path)
-    sync(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
-    latest = folder.parent / LATEST
-    draft = latest.with_name(f"{LATEST}.tmp")
-    draft.write_text(f"{int(folder.name.removeprefix('iter_'))}\n")
-    sync(draft)
-    draft.replace(latest)
-    sync(folder.parent)
+def load_model(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
+    """Fill the model's weights from a checkpoint in torch_dist format. All ranks call it.
+
+    Raises:
+        CheckpointError: it does not fit the model, or is a delta whose base is not there or another one.
+    """
+    _apply_model(chunks, _load(model_state(chunks), {}, folder))
 
 
 def load_checkpoint(
@@ -131,12 +78,12 @@ def load_checkpoint(
     scheduler: OptimizerParamScheduler,
 ) -> TrainingState:
     """Continue from `folder`: weights, optimizer, schedule; returns the progress. All ranks call it; the layout may be
-    another than the one that saved."""
+    another than the one that saved. Errors as above."""
     for part in torch_adam_parts(optimizer):
         part.init_state()
     model = model_state(chunks)
-    wanted = {**model, "optimizer": optimizer.sharded_state_dict(model, is_loading=True, metadata=_METADATA)}
-    loaded = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    optimizer_state = optimizer.sharded_state_dict(model, is_loading=True, metadata=_METADATA)
+    loaded = _load(model, {"optimizer": optimizer_state}, folder)
     _apply_model(chunks, loaded)
     optimizer.load_state_dict(loaded["optimizer"])
     progress = loaded[PROGRESS]
@@ -144,6 +91,32 @@ def load_checkpoint(
     state = TrainingState(iteration=progress["iteration"], consumed_samples=progress["consumed_samples"])
     _note_steps(optimizer, state)
     return state
+
+
+def _load(model: dict, others: dict, folder: Path) -> dict:
+    """The values of a model's sharded state and of `others` in a checkpoint, a delta's with those of its base.
+
+    Everything that is asked for must be there. A run that goes on also asks for everything that its delta has; of the
+    base it leaves what the delta replaces.
+    """
+    delta = Delta.read(folder)
+    if delta is None:
+        return dist_checkpointing.load({**model, **others}, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    check_base(folder, delta)
+    trained, frozen = split(model, delta.trained)
+    base = str(delta.base_of(folder))
+    of_base = dist_checkpointing.load(frozen, base, strict=StrictHandling.RAISE_UNEXPECTED)
+    strict = StrictHandling.RAISE_ALL if others else StrictHandling.RAISE_UNEXPECTED
+    loaded = dist_checkpointing.load({**trained, **others}, str(folder), strict=strict)
+    return {**loaded, **{chunk: {**of_base.get(chunk, {}), **loaded.get(chunk, {})} for chunk in model}}
+
+
+def _apply_model(chunks: Sequence[torch.nn.Module], loaded: Mapping) -> None:
+    for index, chunk in enumerate(chunks):
+        missing, unexpected = unwrapped(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+        missing = [key for key in missing if not key.endswith("_extra_state")]
+        if missing or unexpected:
+            raise CheckpointError(f"the checkpoint does not fit the model: {[*missing, *unexpected][:3]}")
 
 
 def _note_steps(optimizer: MegatronOptimizer, state: TrainingState) -> None:

@@ -6,17 +6,15 @@ import math
 import signal
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 
 from megatron_llamapro.config.errors import LlamaProError
-from megatron_llamapro.config.io import dump_yaml
 from megatron_llamapro.data.sampling import train_batches
 from megatron_llamapro.runtime.distributed import for_all_ranks
-from megatron_llamapro.training.checkpointing import save_checkpoint
 from megatron_llamapro.training.evaluation import evaluate
 from megatron_llamapro.training.metrics import MetricsWriter
 from megatron_llamapro.training.report import peak_memory_gib, tflops_per_token
+from megatron_llamapro.training.saver import Saver
 from megatron_llamapro.training.setup import Run
 from megatron_llamapro.training.step import StepResult, train_step
 
@@ -36,8 +34,19 @@ def train(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest) -> None
     """Train to the configured end, or until a stop is asked for. All ranks call it; `writers` are the reporter's.
 
     Raises:
-        LlamaProError: the loss or the gradient norm is not a number, or no gradient arrives at all.
+        LlamaProError: the loss or the gradient norm is not a number, no gradient arrives at all, or a checkpoint cannot
+            be written.
     """
+    saver = Saver(run) if run.config.checkpoint.save else None
+    try:
+        _loop(run, writers, stop, saver)
+    except LlamaProError as error:
+        if saver and error.on_all_ranks:  # else the other ranks are elsewhere
+            _write(writers, *saver.finish())
+        raise
+
+
+def _loop(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, saver: Saver | None) -> None:
     config, state = run.config, run.state
     total = config.training.train_iters
     batches = [_batches(run) for _ in run.chunks]
@@ -54,9 +63,12 @@ def train(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest) -> None
         if _due(config.training.eval_interval, state.iteration, last):
             _evaluate(run, writers)
             timer.restart()
+        if saver:
+            _write(writers, *saver.poll())
         stopping = result.loss.stop_requested or _exits(config.training.exit_interval, state.iteration)
-        if config.checkpoint.save and (stopping or last or _due(config.checkpoint.save_interval, state.iteration)):
-            _save(run)
+        if saver and (stopping or last or _due(config.checkpoint.save_interval, state.iteration)):
+            records = saver.save()
+            _write(writers, *records, *(saver.finish() if stopping or last else []))
             saved_at = state.iteration
             timer.restart()
         if stopping and not last:
@@ -130,19 +142,6 @@ def _evaluate(run: Run, writers: Sequence[MetricsWriter]) -> None:
         _write(writers, {**record, "loss": loss.loss, "tokens": loss.num_tokens})
 
 
-def _save(run: Run) -> None:
-    save_checkpoint(
-        Path(run.config.checkpoint.save),
-        chunks=run.chunks,
-        optimizer=run.optimizer,
-        scheduler=run.scheduler,
-        state=run.state,
-        identity=run.source.identity,
-        source=run.source.folder,
-        companions={"run.yaml": dump_yaml(run.config)},
-    )
-
-
 class StepTimer:
     """Figures of the steps since the last record."""
 
@@ -184,9 +183,10 @@ def _exits(interval: int | None, iteration: int) -> bool:
     return interval is not None and iteration % interval == 0
 
 
-def _write(writers: Sequence[MetricsWriter], record: dict[str, object]) -> None:
-    for writer in writers:
-        writer.write(record)
+def _write(writers: Sequence[MetricsWriter], *records: dict[str, object]) -> None:
+    for record in records:
+        for writer in writers:
+            writer.write(record)
 
 
 def _say(run: Run, text: str) -> None:

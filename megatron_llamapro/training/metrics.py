@@ -1,6 +1,7 @@
 """Where a run's figures go: the console, a JSONL file, TensorBoard, Weights & Biases. Each is one method, `write`.
 
-A record is a flat dict with its `kind`: `run` (once a start), `train` (a logged step), `eval` (a held-out set).
+A record is a flat dict with its `kind`: `run` (once a start), `train` (a logged step), `eval` (a held-out set),
+`save` (a complete checkpoint).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from megatron_llamapro.checkpoint.report import size_text
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import LoggingConfig
 
@@ -35,6 +37,14 @@ class ConsoleWriter:
         elif record["kind"] == "eval":
             step = f"step {record['iteration']:>{self.width}}/{self.train_iters}"
             print(f"{step} │ held-out {record['name']}: loss {record['loss']:.4f}", flush=True)
+        elif record["kind"] == "save":
+            print(self._save_line(record), flush=True)
+
+    def _save_line(self, record: Record) -> str:
+        line = f"saved step {record['iteration']}: {record['stall_seconds']:.1f} s stall, "
+        if record["asynchronous"]:
+            line += f"{record['seconds']:.1f} s in all, "
+        return line + size_text(record["num_bytes"])
 
     def _train_line(self, record: Record) -> str:
         return (

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
-from megatron_llamapro.checkpoint.folder import latest_checkpoint
+from megatron_llamapro.checkpoint.delta import BASE
+from megatron_llamapro.checkpoint.folder import is_torch_dist, latest_checkpoint, resolve_megatron_checkpoint
 from megatron_llamapro.checkpoint.manifest import Manifest
-from megatron_llamapro.checkpoint.megatron_dist import check_loadable
+from megatron_llamapro.checkpoint.megatron_dist import COMMON_STATE, check_loadable
 from megatron_llamapro.config.errors import CheckpointError, ConfigError
 from megatron_llamapro.config.io import to_plain
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.data.sampling import check_same_order, data_order_fingerprint
 
-COMMON_STATE = "common.pt"
 PROGRESS = "progress"
 
 _START_ANEW = "restore it, or start a new run in another checkpoint.save"
@@ -44,6 +44,19 @@ def run_identity(config: RunConfig) -> RunIdentity:
         trainable=sorted(config.model.trainable),
         param_groups=[to_plain(rule) for rule in config.optimizer.param_groups],
     )
+
+
+def starting_checkpoint(config: RunConfig) -> Path:
+    """The folder that the run starts from: model.checkpoint, or where it is gone the base that the run has of it.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    given = Path(config.model.checkpoint)
+    base = Path(config.checkpoint.save) / BASE if config.checkpoint.save else None
+    if base is not None and not given.exists() and is_torch_dist(base):
+        return base
+    return resolve_megatron_checkpoint(given)
 
 
 def checkpoint_to_resume(config: RunConfig, manifest: Manifest, identity: RunIdentity) -> Path | None:

@@ -12,7 +12,6 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.utils.data import Dataset
 
-from megatron_llamapro.checkpoint.folder import resolve_megatron_checkpoint
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.megatron_dist import check_loadable
 from megatron_llamapro.config.checks import check_model, data_parallel_size
@@ -28,7 +27,7 @@ from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler, 
 from megatron_llamapro.runtime.distributed import ParallelLayout, raise_together, start_model_parallel
 from megatron_llamapro.training.checkpointing import load_checkpoint, load_model
 from megatron_llamapro.training.metrics import metrics_path
-from megatron_llamapro.training.resume import RunIdentity, checkpoint_to_resume, run_identity
+from megatron_llamapro.training.resume import RunIdentity, checkpoint_to_resume, run_identity, starting_checkpoint
 from megatron_llamapro.training.state import TrainingState
 from megatron_llamapro.training.step import connect
 
@@ -131,7 +130,7 @@ def _checked_source(config: RunConfig) -> Source:
 def _read_source(config: RunConfig) -> Source:
     check_apex()
     data_parallel_size(config, torch.distributed.get_world_size())
-    folder = resolve_megatron_checkpoint(Path(config.model.checkpoint))
+    folder = starting_checkpoint(config)
     check_loadable(folder)
     shape = model_shape(read_hf_config(folder))
     manifest = Manifest.read(folder)

@@ -1,7 +1,9 @@
-"""A run that is killed while it saves goes on from its last complete checkpoint, as if it had not been."""
+"""A run that is killed while it saves, or cannot save, goes on from its last complete checkpoint as if nothing had
+been; whatever the checkpoints are: full or delta, written at once or beside training."""
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -9,53 +11,146 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import workers
 
 from megatron_llamapro.config.io import dump_yaml
+from megatron_llamapro.config.schema import ParallelConfig, RunConfig
+from megatron_llamapro.testing.checkpoints import read_with_torch
 from megatron_llamapro.testing.distributed import run_distributed
 
-# The front door, killed at the second checkpoint in a function that saving calls. (Saving spawns a process, hence the
-# guard.)
+# The front door, killed at the second checkpoint in a function that saving calls; asynchronously, the fork is stopped
+# first, so that the checkpoint is half written for as long as the test lasts.
 KILLED = """
 import os, signal, sys
+from pathlib import Path
 
-def main(name, calls_before, config):
+def main(module, name, calls_before, config):
     from megatron_llamapro import pretrain
     from megatron_llamapro.runtime.upstream import import_megatron
     import_megatron()
-    from megatron_llamapro.training import checkpointing
-    original, calls = getattr(checkpointing, name), []
+    import importlib
+    place = importlib.import_module(f"megatron_llamapro.training.{module}")
+    original, calls, main_process = getattr(place, name), [], os.getpid()
     def counted(*args, **kwargs):
         calls.append(1)
         if len(calls) > calls_before:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(main_process, signal.SIGKILL)
+            if os.getpid() != main_process:
+                Path(config).with_name("orphan").write_text("wrote on")
         return original(*args, **kwargs)
-    setattr(checkpointing, name, counted)
+    setattr(place, name, counted)
     sys.argv = ["pretrain", "--config", config]
     pretrain.main()
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
 """
 
-# A function that saving calls, and how often the first checkpoint does.
-PLACES = {"before the tensors": ("model_state", 2), "before it is published": ("_publish", 1)}
+
+def with_checkpoint(config: RunConfig, **fields: object) -> RunConfig:
+    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, **fields))
+
+
+def steps_in(save: Path) -> list[str]:
+    return sorted(path.name for path in save.glob("iter_*"))
+
+
+# Where the second checkpoint is cut: module, function, how often it is called before, asynchronously.
+PLACES = {
+    "before the tensors": ("saver", "training_state", 1, False),
+    "before it is published": ("saver", "publish", 1, False),
+    "in the middle of the tensors": ("writing", "_write", 1, False),
+    "asynchronously, before it is published": ("saver", "publish", 1, True),
+}
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_killed_while_saving(place: str, run_config: Callable, tmp_path: Path) -> None:
-    import dataclasses
-
+    module, function, calls, asynchronous = PLACES[place]
     config = run_config(train_iters=3, save="killed")
-    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, save_interval=1))
+    config = with_checkpoint(config, save_interval=1, async_save=asynchronous)
     (tmp_path / "run.yaml").write_text(dump_yaml(config))
     (tmp_path / "killed.py").write_text(KILLED)
-    function, calls = PLACES[place]
-    command = [sys.executable, str(tmp_path / "killed.py"), function, str(calls), str(tmp_path / "run.yaml")]
+    command = [sys.executable, str(tmp_path / "killed.py"), module, function, str(calls), str(tmp_path / "run.yaml")]
     assert subprocess.run(command, timeout=200).returncode == -signal.SIGKILL
     save = Path(config.checkpoint.save)
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "1\n"
     rest = run_distributed(workers.train, 1, config)[0].figures
     whole = run_distributed(workers.train, 1, run_config(train_iters=3, save="whole"))[0].figures
     assert rest == whole[1:]
-    assert sorted(path.name for path in save.glob("iter_*")) == [f"iter_000000{step}" for step in (1, 2, 3)]
+    assert steps_in(save) == [f"iter_000000{step}" for step in (1, 2, 3)]
+
+
+def test_killed_while_a_fork_writes(run_config: Callable, tmp_path: Path) -> None:
+    """The run is killed from its own fork, which goes on to write the tensors: they get in nobody's way."""
+    config = with_checkpoint(run_config(train_iters=2, save="killed"), save_interval=1, async_save=True)
+    (tmp_path / "run.yaml").write_text(dump_yaml(config))
+    (tmp_path / "killed.py").write_text(KILLED)
+    # Every fork inherits a count of 0 calls, so the first save is cut.
+    command = [sys.executable, str(tmp_path / "killed.py"), "writing", "_write", "0", str(tmp_path / "run.yaml")]
+    assert subprocess.run(command, timeout=200).returncode == -signal.SIGKILL
+    save = Path(config.checkpoint.save)
+    assert not (save / "latest_checkpointed_iteration.txt").exists()
+    rest = run_distributed(workers.train, 1, config)[0].figures
+    whole = run_distributed(workers.train, 1, run_config(train_iters=2, save="whole"))[0].figures
+    assert rest == whole
+    assert (tmp_path / "orphan").read_text() == "wrote on"
+    assert steps_in(save) == ["iter_0000001", "iter_0000002"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_full_disk(asynchronous: bool, run_config: Callable) -> None:
+    """From step 2 on the kernel lets the second rank write no file above 20 kB, as a full disk or a quota would: both
+    ranks raise the same line, and the checkpoint of step 1 is there to go on from."""
+    parallel = ParallelConfig(pipeline_model_parallel_size=2)
+    config = run_config(train_iters=3, save="full", parallel=parallel)
+    config = with_checkpoint(config, save_interval=1, async_save=asynchronous)
+    messages = run_distributed(workers.train_on_a_full_disk, 2, config, 1)
+    assert messages[0] == messages[1]
+    assert "step 2 was not saved in" in messages[0] and "File too large" in messages[0]
+    assert "(the last checkpoint is intact)" in messages[0] and "\n" not in messages[0]
+    save = Path(config.checkpoint.save)
+    assert steps_in(save) == ["iter_0000001"]
+    rest = run_distributed(workers.train, 2, config)[0].figures
+    whole = run_distributed(workers.train, 2, run_config(train_iters=3, save="whole", parallel=parallel))[0].figures
+    assert rest == whole[1:]
+
+
+def test_asynchronously_saved_is_the_same(run_config: Callable) -> None:
+    """Tensor by tensor, weights and optimizer state, at every step, while training goes on and moves them; the second
+    save of a step waits for the first."""
+    saves = []
+    for name, asynchronous in (("at_once", False), ("beside", True)):
+        config = run_config(train_iters=3, save=name, dtype="bfloat16")
+        config = with_checkpoint(config, save_interval=1, async_save=asynchronous)
+        result = run_distributed(workers.train, 2, config)[0]
+        assert [record["iteration"] for record in result.saves] == [1, 2, 3]
+        saves.append(Path(config.checkpoint.save))
+    for step in steps_in(saves[0]):
+        one, other = (read_with_torch(save / step) for save in saves)
+        assert one.keys() == other.keys() and any(name.startswith("optimizer.") for name in one)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_save_is_reported(run_config: Callable, capsys: pytest.CaptureFixture) -> None:
+    from megatron_llamapro.training.metrics import ConsoleWriter
+
+    config = with_checkpoint(run_config(train_iters=2), save_interval=1, async_save=True)
+    records = run_distributed(workers.train, 1, config)[0].saves
+    for record in records:
+        folder = Path(config.checkpoint.save) / f"iter_000000{record['iteration']}"
+        assert record["num_bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+        assert 0 < record["stall_seconds"] <= record["seconds"]
+        assert record["delta"] and record["asynchronous"]
+    ConsoleWriter(train_iters=2).write({**records[0], "stall_seconds": 0.42, "seconds": 1.84, "num_bytes": 1.2e9})
+    assert capsys.readouterr().out == "saved step 1: 0.4 s stall, 1.8 s in all, 1.2 GB\n"
+
+
+def test_old_checkpoints_go(run_config: Callable) -> None:
+    config = run_config(train_iters=5)
+    config = with_checkpoint(config, save_interval=1, keep_last=1, keep_every=2)
+    run_distributed(workers.train, 1, config)
+    save = Path(config.checkpoint.save)
+    assert steps_in(save) == ["iter_0000002", "iter_0000004", "iter_0000005"]
+    assert (save / "base" / "metadata.json").is_file()

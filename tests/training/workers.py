@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from megatron_llamapro.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from megatron_llamapro.training.step import StepResult
 
 
 @dataclass
@@ -27,6 +32,9 @@ class Records:
         names = ("iteration", "loss", "grad_norm", "learning_rate")
         return [tuple(r[name] for name in names) for r in self.records if r["kind"] == "train"]
 
+    def saves(self) -> list[dict]:
+        return [record for record in self.records if record["kind"] == "save"]
+
     def held_out(self) -> list[tuple[int, str, float]]:
         return [(r["iteration"], r["name"], r["loss"]) for r in self.records if r["kind"] == "eval"]
 
@@ -37,6 +45,7 @@ class Result:
     held_out: list
     optimizer_bytes: int
     num_trainable: int
+    saves: list
 
 
 def train(config: RunConfig, sigterm_at: int | None = None) -> Result:
@@ -63,7 +72,34 @@ def train(config: RunConfig, sigterm_at: int | None = None) -> Result:
         held_out=writer.held_out(),
         optimizer_bytes=sum(value.nbytes for value in state),
         num_trainable=run.report.num_trainable,
+        saves=writer.saves(),
     )
+
+
+def train_on_a_full_disk(config: RunConfig, full_after: int) -> str:
+    """Train; after step `full_after` the last rank can write no file above 20 kB. The message of the error that ends
+    the run on this rank; it must be one of ours."""
+    from megatron_llamapro.config.errors import CheckpointError
+    from megatron_llamapro.training import loop
+    from megatron_llamapro.training.setup import set_up
+
+    run = set_up(config)
+    healthy, limits = loop._check_healthy, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(result: StepResult, iteration: int) -> None:
+        healthy(result, iteration)
+        if iteration == full_after + 1 and run.layout.rank == run.layout.world_size - 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+
+    loop._check_healthy = fill
+    try:
+        loop.train(run, [Records()], loop.StopRequest())
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        loop._check_healthy = healthy
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return "no error"
 
 
 def set_up_errors(configs: list[RunConfig]) -> list[str]:
@@ -79,3 +115,14 @@ def set_up_errors(configs: list[RunConfig]) -> list[str]:
         except LlamaProError as error:
             messages.append(f"{type(error).__name__}: {error}")
     return messages
+
+
+def training_error(config: RunConfig) -> str:
+    """The message of the error that ends a run on this rank; it must be one of ours."""
+    from megatron_llamapro.config.errors import LlamaProError
+
+    try:
+        train(config)
+    except LlamaProError as error:
+        return str(error)
+    return "no error"
