@@ -11,6 +11,9 @@ from typing import Literal
 
 Precision = Literal["bf16", "fp32"]
 LRDecayStyle = Literal["cosine", "linear", "constant"]
+RecomputeGranularity = Literal["full", "selective"]
+RecomputeMethod = Literal["uniform", "block"]
+RecomputeModule = Literal["core_attn", "mlp", "moe"]
 TransformerImpl = Literal["auto", "local", "transformer_engine"]
 
 
@@ -54,6 +57,22 @@ class ParallelConfig:
     """Gather updated parameters while the next forward pass already runs."""
     distributed_timeout_minutes: float = 10.0
     """Minutes that a collective waits for a missing rank."""
+
+
+@dataclass(frozen=True)
+class RecomputeConfig:
+    """Which activations are computed again in the backward pass instead of being kept: less memory, more work.
+    Layers below the first trainable one keep none and are never computed again. (megatron.core's recompute_….)"""
+
+    granularity: RecomputeGranularity | None = None
+    """full: whole layers; selective: the parts named in modules. Without it nothing is computed again."""
+    method: RecomputeMethod | None = None
+    """Of full. uniform: all layers, num_layers at a time, keeping each group's input; block: the first num_layers
+    of every (virtual) stage, each by itself; both count from the first trainable layer."""
+    num_layers: int | None = None
+    """Of full: see method."""
+    modules: tuple[RecomputeModule, ...] = ()
+    """Of selective: core_attn, mlp, or moe (the layer of experts)."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +201,7 @@ class RunConfig:
     data: DataConfig
     training: TrainingConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

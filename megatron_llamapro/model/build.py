@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
-from megatron_llamapro.config.schema import ModelConfig, ParallelConfig, Precision
+from megatron_llamapro.config.schema import ModelConfig, ParallelConfig, Precision, RecomputeConfig
 from megatron_llamapro.model.rotary import inverse_frequencies
 from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.model.spec import block_spec, uses_transformer_engine
@@ -60,6 +60,9 @@ _EXPERTS = {
 }
 
 
+_KEEP_ALL = RecomputeConfig()
+
+
 class LlamaModel(GPTModel):
     """GPTModel whose padded vocabulary entries never get any probability."""
 
@@ -77,7 +80,12 @@ class LlamaModel(GPTModel):
 
 
 def transformer_config(
-    shape: ModelShape, *, parallel: ParallelConfig, precision: Precision, transformer_impl: str
+    shape: ModelShape,
+    *,
+    parallel: ParallelConfig,
+    precision: Precision,
+    transformer_impl: str,
+    recompute: RecomputeConfig = _KEEP_ALL,
 ) -> TransformerConfig:
     """megatron.core's configuration of the model and of how it is divided."""
     dtype = PARAMS_DTYPE[precision]
@@ -94,6 +102,10 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         pipeline_model_parallel_layout=to_megatron_layout(counts) if pipelined else None,
         sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=recompute.granularity,
+        recompute_method=recompute.method,
+        recompute_num_layers=recompute.num_layers,
+        recompute_modules=list(recompute.modules),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
@@ -133,14 +145,21 @@ def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_model_parall
 
 
 def build_model(
-    shape: ModelShape, *, model: ModelConfig, parallel: ParallelConfig, precision: Precision
+    shape: ModelShape,
+    *,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+    recompute: RecomputeConfig = _KEEP_ALL,
 ) -> list[LlamaModel]:
     """This rank's part of the model: one chunk, or one a virtual stage. Weights are not initialised.
 
     Model-parallel groups must be there (`runtime.distributed.start_model_parallel`).
     """
     impl = "transformer_engine" if uses_transformer_engine(model.transformer_impl) else "local"
-    config = transformer_config(shape, parallel=parallel, precision=precision, transformer_impl=impl)
+    config = transformer_config(
+        shape, parallel=parallel, precision=precision, transformer_impl=impl, recompute=recompute
+    )
     virtual_stages = range(parallel.virtual_pipeline_model_parallel_size or 1)
     is_virtual = parallel.virtual_pipeline_model_parallel_size is not None
     return [

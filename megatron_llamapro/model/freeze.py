@@ -142,6 +142,14 @@ def trainable_layers(trainable: Sequence[str], plan: ExpansionPlan) -> frozenset
     return trainable_blocks(trainable, plan)
 
 
+def first_trainable_layer(trainable: Sequence[str], plan: ExpansionPlan) -> int:
+    """The first layer that a backward pass must reach: -1 where it must reach the embedding, `plan.num_layers` where
+    only the final norm or the head trains."""
+    if EVERYTHING in trainable or "embedding" in trainable:
+        return -1
+    return min(trainable_layers(trainable, plan), default=plan.num_layers)
+
+
 def freeze(
     chunks: Iterable[torch.nn.Module],
     plan: ExpansionPlan,

@@ -56,7 +56,10 @@ def load_model(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
 
 def _apply_model(chunks: Sequence[torch.nn.Module], loaded: Mapping) -> None:
     for index, chunk in enumerate(chunks):
-        missing, unexpected = unwrapped(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+        missing, unexpected = unwrapped(chunk).load_state_dict(
+            loaded.get(f"model{index}", {}),  # of a chunk without layers nothing is stored
+            strict=False,
+        )
         missing = [key for key in missing if not key.endswith("_extra_state")]
         if missing or unexpected:
             raise CheckpointError(f"the checkpoint does not fit the model: {[*missing, *unexpected][:3]}")

@@ -22,7 +22,8 @@ from megatron_llamapro.data.dataset import build_train_dataset, build_valid_data
 from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_llamapro.model.build import LlamaModel, build_model
 from megatron_llamapro.model.families import model_shape, read_hf_config
-from megatron_llamapro.model.freeze import StageReport, check_trainable, freeze
+from megatron_llamapro.model.freeze import StageReport, check_trainable, first_trainable_layer, freeze
+from megatron_llamapro.model.frozen import skip_frozen_work
 from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler, check_apex
 from megatron_llamapro.runtime.distributed import ParallelLayout, raise_together, start_model_parallel
@@ -79,7 +80,11 @@ def set_up(config: RunConfig) -> Run:
     source = _checked_source(config)
     layout = start_model_parallel(config.parallel, seed=config.training.seed)
     models = build_model(
-        source.shape, model=config.model, parallel=config.parallel, precision=config.training.precision
+        source.shape,
+        model=config.model,
+        parallel=config.parallel,
+        precision=config.training.precision,
+        recompute=config.recompute,
     )
     report = freeze(
         models,
@@ -88,6 +93,7 @@ def set_up(config: RunConfig) -> Run:
         tie_word_embeddings=source.shape.tie_word_embeddings,
         tensor_size=layout.tensor_size,
     )
+    skip_frozen_work(models, first_trainable_layer(config.model.trainable, source.manifest.plan))
     if source.resume_from is None:
         load_model(models, source.folder)
     chunks = [wrapped(model, config.parallel) for model in models]

@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llamapro.runtime.distributed import ParallelLayout
+from megatron_llamapro.training.communication import communication
 
 Batch = dict[str, torch.Tensor]
 """tokens, labels, loss_mask, position_ids: [b, s] each."""
@@ -114,6 +115,7 @@ def run_microbatches(
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
+        **communication(chunks, num_microbatches),
     )
 
 
