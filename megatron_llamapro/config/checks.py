@@ -23,6 +23,7 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = (
     ("training", "eval_interval"),
     ("checkpoint", "save_interval"),
+    ("logging", "diagnostics_interval"),
     ("optimizer", "lr"),
     ("optimizer", "min_lr"),
     ("optimizer", "weight_decay"),

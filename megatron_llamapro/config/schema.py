@@ -185,6 +185,9 @@ class LoggingConfig:
 
     log_interval: int = 1
     """Steps between lines."""
+    diagnostics_interval: int = 0
+    """Steps between figures of every added block: its contribution to the residual stream, gradient norm, and distance
+    from the block it was copied from. 0: never. Takes host memory as large as the added blocks, on one replica."""
     metrics_file: str | None = None
     """JSONL record of every logged step and evaluation; without it, metrics.jsonl in checkpoint.save or here."""
     tensorboard_dir: str | None = None

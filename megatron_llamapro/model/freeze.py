@@ -194,7 +194,7 @@ def stage_report(parameters: Sequence[NamedParameter], *, tensor_size: int = 1) 
 
     def on_stage(some: Sequence[NamedParameter]) -> int:
         counted = (x.parameter for x in some if not _is_copy(x.parameter))
-        return sum(parameter.numel() * (tensor_size if _is_divided(parameter) else 1) for parameter in counted)
+        return sum(parameter.numel() * (tensor_size if is_divided(parameter) else 1) for parameter in counted)
 
     training = [named for named in parameters if named.parameter.requires_grad]
     num_trainable = sum(named.parameter.numel() for named in training)
@@ -212,7 +212,7 @@ def stage_report(parameters: Sequence[NamedParameter], *, tensor_size: int = 1) 
     )
 
 
-def _is_divided(parameter: torch.nn.Parameter) -> bool:
+def is_divided(parameter: torch.nn.Parameter) -> bool:
     """Whether tensor-parallel ranks hold different parts of it, by megatron.core's mark."""
     return getattr(parameter, "tensor_model_parallel", False)
 

@@ -152,6 +152,8 @@ def _read_source(config: RunConfig) -> Source:
     )
     check_trainable(config.model.trainable, manifest.plan, tie_word_embeddings=shape.tie_word_embeddings, shape=shape)
     _check_precision(config, manifest, folder)
+    if config.logging.diagnostics_interval and not manifest.plan.added_layers:
+        raise ConfigError("logging.diagnostics_interval is set, but the checkpoint has no added blocks: leave it out")
     if config.data.seq_length > shape.max_position_embeddings:
         raise ConfigError(
             f"data.seq_length is {config.data.seq_length}, but the model was made for at most "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -77,8 +77,10 @@ def train_step(
     micro_batch_size: int,
     seq_length: int,
     stop_requested: bool = False,
+    before_update: Callable[[], None] | None = None,
 ) -> StepResult:
-    """Forward, backward, clip, update. `batches` holds one iterator a model chunk, all over the same micro-batches."""
+    """Forward, backward, clip, update. `batches` holds one iterator a model chunk, all over the same micro-batches;
+    `before_update` is called when all gradients are there."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -90,6 +92,8 @@ def train_step(
         seq_length=seq_length,
         forward_only=False,
     )
+    if before_update is not None:
+        before_update()
     learning_rate = get_canonical_lr_for_logging(optimizer.param_groups) or 0.0
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)
