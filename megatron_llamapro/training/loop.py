@@ -18,7 +18,7 @@ from megatron_llamapro.training.checkpointing import save_checkpoint
 from megatron_llamapro.training.diagnostics import BlockDiagnostics
 from megatron_llamapro.training.evaluation import evaluate
 from megatron_llamapro.training.metrics import MetricsWriter
-from megatron_llamapro.training.report import peak_memory_gib, tflops_per_token
+from megatron_llamapro.training.report import peak_memory_gib, work_per_token
 from megatron_llamapro.training.setup import Run
 from megatron_llamapro.training.step import StepResult, train_step
 
@@ -170,7 +170,8 @@ class StepTimer:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.flops = tflops_per_token(run)
+        work = work_per_token(run.config, run.source.shape, run.source.manifest.plan)
+        self.tflops = work.total / 1e12
         self.restart()
 
     def restart(self) -> None:
@@ -191,7 +192,7 @@ class StepTimer:
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
             "tokens_per_second": tokens,
-            "tflops_per_second": tokens * self.flops / run.layout.world_size,
+            "tflops_per_second": tokens * self.tflops / run.layout.world_size,
             "memory_gib": peak_memory_gib(),
             "step_seconds": seconds,
             "consumed_samples": run.state.consumed_samples,
