@@ -39,7 +39,8 @@ def main() -> int:
 
     with shared.writing_options("converting", args) as options:
         function = getattr(convert, args.command.replace("-", "_"))
-        print(summary(function(args.source, args.target, options=options, **settings)))
+        done = function(args.source, args.target, options=options, **settings)
+    print(summary(done))
     return 0
 
 

@@ -31,6 +31,7 @@ from megatron_llamapro.checkpoint.megatron_dist import torch_dist_layout
 from megatron_llamapro.checkpoint.megatron_legacy import LegacyTarget, legacy_layout
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
 from megatron_llamapro.checkpoint.origins import Origins
+from megatron_llamapro.checkpoint.report import size_text
 from megatron_llamapro.checkpoint.sources import open_megatron_checkpoint
 from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles, nothing
 from megatron_llamapro.checkpoint.transfer import Job, Journal, are_complete, transfer
@@ -294,7 +295,7 @@ def _check_space(target: Path, draft: Path, jobs: Sequence[Job], journal: Journa
     needed = sum(job.num_bytes * len(job.copies) for job in todo)
     free = shutil.disk_usage(draft).free
     if needed > free:
-        raise CheckpointError(f"{target} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free: make room")
+        raise CheckpointError(f"{target} needs {size_text(needed)}, its disk has {size_text(free)} free: make room")
 
 
 def _write_small_files(draft: Path, layout: TargetLayout, kind: TargetKind, model: _Model, manifest: Manifest) -> None:

@@ -49,7 +49,7 @@ def summary(conversion: Conversion) -> str:
     seconds = max(conversion.seconds, 1e-9)
     lines.append(
         f"{size_text(conversion.num_bytes)} of {conversion.dtype} weights in {conversion.seconds:.1f} s "
-        f"({conversion.num_bytes / seconds / 1e9:.2f} GB/s), read back and compared"
+        f"({size_text(conversion.num_bytes / seconds)}/s), read back and compared"
     )
     if conversion.is_foreign:
         lines.append("the source has no llamapro.json: it was taken as a model that was never expanded")
@@ -66,7 +66,7 @@ def layers_text(before: int, after: int) -> str:
 def size_text(num_bytes: float) -> str:
     """1234567 → 1.23 MB."""
     for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
+        if num_bytes < 999.5:  # above, three digits would be 1e+03
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.3g} TB"

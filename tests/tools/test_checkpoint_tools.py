@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
 import runpy
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +68,26 @@ def run_as_a_program(tool: str, *arguments: object) -> Ended:
     return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
+def lines_on_a_terminal(tool: str, *arguments: object) -> list[str]:
+    """What stands on a terminal of 100 columns once a tool has ended: of every line what was written last."""
+    ours, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    command = [sys.executable, str(TOOLS / f"{tool}_checkpoint.py"), *map(str, arguments)]
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    written = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # the last one to hold the terminal's other end is gone
+            break
+        written += part
+    os.close(ours)
+    assert process.wait() == 0, written
+    assert b"/s]" in written, "no bar was shown"
+    return [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in written.decode().split("\n")]
+
+
 @pytest.fixture(scope="module")
 def megatron(tiny_llama: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, converted by the tool, with blocks 2 and 5 added."""
@@ -86,6 +111,17 @@ def test_there_and_back_and_verified(
         lines = run_well("verify", "--original", tiny_llama(), "--expanded", expanded).splitlines()
         assert len(lines) == 5
         assert all(line.startswith("ok ") for line in lines)
+
+
+def test_the_bar_is_gone_when_the_summary_comes(megatron: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
+    expand = ("--source", tiny_llama(), "--target", tmp_path / "hf", "--positions", "2,5")
+    convert = ("megatron-to-hf", "--source", megatron, "--target", tmp_path / "back")
+    for tool, target, options in (("expand", "hf: 4 → 6", expand), ("convert", "back: 6", convert)):
+        lines = lines_on_a_terminal(tool, *options)
+        assert lines[0] == f"{tmp_path}/{target} layers"
+        assert lines[1] == "added blocks: 2, 5"
+    lines = lines_on_a_terminal("verify", "--original", tiny_llama(), "--expanded", megatron)
+    assert [line[:5] for line in lines if line] == ["ok   "] * 5
 
 
 def test_verification_that_fails_is_exit_code_1_and_names_the_tensor(
