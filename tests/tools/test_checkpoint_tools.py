@@ -193,6 +193,9 @@ USAGE = {
     "positions that are no numbers": ("expand", ("--positions", "2,x"), "'2,x' is not a list of layer indices"),
     "an unknown placement": ("expand", ("--placement", "middle"), "invalid choice: 'middle'"),
     "an unknown option": ("expand", ("--num_layers", 2), "unrecognized arguments: --num_layers 2"),
+    "an option misspelt": ("expand", ("--num_added_block", 2), "did you mean --num_added_blocks? (see "),
+    "a seed of nothing": ("expand", ("--num_added_blocks", 2, "--init_seed", 1), "--init_seed is for --init random"),
+    "threads in another script": ("expand", ("--num_workers", "²"), "'²' is not a number of threads"),
     "an unknown dtype": ("expand", ("--dtype", "int8"), "invalid choice: 'int8'"),
     "positions out of range": ("expand", ("--positions", "2,9"), "position 9 is out of range"),
     "positions twice": ("expand", ("--positions", "2,2"), "position 2 is given twice"),
@@ -211,6 +214,21 @@ def test_one_line_for_every_mistake(
     assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1, ended.stderr
     assert message in ended.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_says_how_to_go_on(
+    run: Run, tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    command = ("convert", "hf-to-megatron", "--source", tiny_llama(), "--target", tmp_path / "it")
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_llamapro.checkpoint.convert.transfer", interrupted)
+        ended = run(*command)
+    assert ended == Ended(130, "", "error: interrupted: the same command with --resume goes on\n")
+    assert [path.name for path in tmp_path.iterdir()] == [".it.partial"]
+    assert run(*command, "--resume").returncode == 0
 
 
 NOWHERE = {
