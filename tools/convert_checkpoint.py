@@ -45,10 +45,9 @@ def main() -> int:
 
 
 def _options_of(command: str):
-    kinds = (
-        [shared.add_shard_option] if command.endswith("hf") else [shared.add_change_options, shared.add_format_options]
-    )
-    return [*kinds, shared.add_writing_options]
+    if command.endswith("hf"):
+        return [shared.add_shard_option, shared.add_writing_options]
+    return [shared.add_change_options, shared.add_format_options, shared.add_writing_options]
 
 
 def _read(parser: CommandParser, args) -> dict:

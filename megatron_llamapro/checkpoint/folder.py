@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside
+from megatron_llamapro.config.files import file_inside, naming
 
 LATEST = "latest_checkpointed_iteration.txt"
 TORCH_DIST_MARK = "metadata.json"
@@ -91,8 +91,14 @@ def is_torch_dist(folder: Path) -> bool:
 
 
 def draft_of(target: Path) -> Path:
-    """The folder beside a target in which it is written."""
+    """The folder beside a target in which it is written.
+
+    Raises:
+        CheckpointError: `target` has no name that another folder could stand beside.
+    """
     target = Path(target).absolute()
+    if target.name in ("", ".."):
+        raise CheckpointError(f"{target} cannot be a target: give the name of a folder to write")
     return target.with_name(f".{target.name}.partial")
 
 
@@ -102,20 +108,22 @@ def staged(target: Path, *, overwrite: bool, resume: bool = False, sources: tupl
 
     If the block fails, `target` is as it was and what was written is gone; after a kill or an interrupt, and where an
     earlier run was to be gone on with (`resume`), it is still there: the next writer to the same target clears it, or
-    goes on with it.
+    goes on with it. A target that was about to be replaced when its writer was killed comes back then.
 
     Raises:
         CheckpointError: `target` exists and is not empty (unless `overwrite`), is one of `sources` or holds or lies in
             one, or another process is writing to it.
     """
     target = Path(target).absolute()
+    draft = draft_of(target)
     _check_target(target, overwrite=overwrite, sources=sources)
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = draft_of(target)
     with _locked(draft, target):
-        if not resume:
-            clear(draft)
         try:
+            _restore(target)
+            _check_target(target, overwrite=overwrite, sources=sources)
+            if not resume:
+                clear(draft)
             yield draft
             _sync_tree(draft)
             _check_target(target, overwrite=overwrite, sources=sources)
@@ -143,12 +151,14 @@ def _check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -
 def _locked(draft: Path, target: Path) -> Iterator[None]:
     """Make the draft folder and hold its lock, which the kernel frees when this process ends, however it ends."""
     busy = CheckpointError(f"another process is writing {target}: wait for it, or choose another target")
+    if draft.is_symlink() or draft.is_file():
+        raise CheckpointError(f"{draft} is in the way, and no folder of this program's: remove it, then try again")
     try:
         draft.mkdir(exist_ok=True)
     except FileExistsError:  # its owner was done with it just now
         raise busy from None
     try:
-        descriptor = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:  # likewise
         raise busy from None
     try:
@@ -183,9 +193,19 @@ def clear(folder: Path, *, but: str | None = None) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+def _replaced(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
+
+
+def _restore(target: Path) -> None:
+    """Take back the first of the two renames below, where a kill has come in between."""
+    if _replaced(target).is_dir() and not target.exists():
+        _replaced(target).rename(target)
+
+
 def _move_into_place(draft: Path, target: Path) -> None:
     """Two renames; should the second fail, the first is taken back."""
-    replaced = target.with_name(f".{target.name}.replaced")
+    replaced = _replaced(target)
     shutil.rmtree(replaced, ignore_errors=True)
     had_target = target.exists()
     if had_target:
@@ -207,9 +227,14 @@ def _sync_tree(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder."""
+    """Have the disk hold what was written to a file or folder.
+
+    Raises:
+        OSError: it cannot; the error names the file.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -31,6 +31,7 @@ from megatron_llamapro.checkpoint.streaming import (
     stored_hash,
 )
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.config.files import naming
 
 BATCH_BYTES = 128 * 2**20
 
@@ -98,7 +99,8 @@ class TargetFiles:
             file.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file.path, os.O_RDWR | os.O_CREAT, 0o666)
             self._open[file.path] = descriptor
-            os.ftruncate(descriptor, file.num_bytes)
+            with naming(file.path):
+                os.ftruncate(descriptor, file.num_bytes)
             for offset, data in file.fixed:
                 self._write(descriptor, file.path, memoryview(data), offset)
 
@@ -129,10 +131,8 @@ class TargetFiles:
     def _write(descriptor: int, path: Path, data: memoryview, offset: int) -> None:
         done = 0
         while done < len(data):
-            try:
+            with naming(path):
                 done += os.pwrite(descriptor, data[done:], offset + done)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _allow_many_open_files() -> None:

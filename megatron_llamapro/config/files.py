@@ -1,8 +1,10 @@
-"""Files of a checkpoint folder, looked up without being led astray. Imports neither torch nor megatron."""
+"""Files of a checkpoint folder, looked up without being led astray; errors that name the file. Imports no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError
@@ -38,3 +40,12 @@ def file_inside(folder: Path, name: str) -> Path | None:
     if not any(allowed in real.parents for allowed in homes):
         raise CheckpointError(f"{path} is a link out of its folder, to {real}: copy the file there, then try again")
     return path
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An `OSError` of what is done through an open descriptor names the file, as one of opening it does."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None

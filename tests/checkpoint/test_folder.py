@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +73,70 @@ def test_a_failure_leaves_the_target_as_it_was(tmp_path: Path) -> None:
     assert names(tmp_path) == ["target"]
 
 
+def test_a_target_whose_writer_was_killed_between_the_renames_comes_back(tmp_path: Path) -> None:
+    """It was to be replaced: whoever writes next finds it in its place again, and needs --overwrite as before."""
+    target = tmp_path / "target"
+    for overwrite in (False, True):
+        (tmp_path / ".target.replaced").mkdir()
+        (tmp_path / ".target.replaced" / "old.txt").write_text("old")
+        (tmp_path / ".target.partial").mkdir()
+        if not overwrite:
+            with pytest.raises(CheckpointError, match="exists and is not empty"), staged(target, overwrite=False):
+                pass
+            assert contents(target) == {"old.txt": b"old"}
+            assert names(tmp_path) == ["target"]
+            shutil.rmtree(target)
+            continue
+        with staged(target, overwrite=True) as folder:
+            assert contents(target) == {"old.txt": b"old"}
+            (folder / "new.txt").write_text("new")
+        assert contents(target) == {"new.txt": b"new"}
+        assert names(tmp_path) == ["target"]
+
+
+def test_killed_while_it_replaces_a_target_one_of_the_two_is_there(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """SIGKILL behind every rename: the old checkpoint or the new one, whole, by the next run at the latest."""
+    for seed in (0, 1):
+        hf_to_megatron(tiny_llama(seed=seed), tmp_path / str(seed))
+    for number in range(2):
+        target = tmp_path / f"it{number}"
+        hf_to_megatron(tiny_llama(), target)
+        program = KILLED_AT_RENAME.format(number=number, source=str(tiny_llama(seed=1)), target=str(target))
+        ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        with pytest.raises(CheckpointError, match="exists and is not empty"):
+            hf_to_megatron(tiny_llama(seed=2), target)
+        assert contents(target) == contents(tmp_path / str(number))
+
+
+def test_what_is_in_the_way_of_the_draft_is_left_alone(tmp_path: Path) -> None:
+    """A link to somebody's folder would have been emptied."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "data").write_text("mine")
+    draft = tmp_path / ".target.partial"
+    draft.symlink_to("precious")
+    for _ in range(2):
+        with (
+            pytest.raises(CheckpointError, match=r"\.target\.partial is in the way"),
+            staged(tmp_path / "target", overwrite=True),
+        ):
+            pass
+        assert contents(tmp_path / "precious") == {"data": b"mine"}
+        draft.unlink()
+        draft.write_text("a file")
+    assert names(tmp_path) == [".target.partial", "precious"]
+
+
+@pytest.mark.parametrize("target", ["/", "..", "somewhere/.."])
+def test_a_target_without_a_name(
+    target: str, tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="give the name of a folder to write"):
+        hf_to_megatron(tiny_llama(), Path(target), options=Options(overwrite=True))
+    assert names(tmp_path) == []
+
+
 def test_a_file_in_the_targets_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "target").write_text("a file")
     with pytest.raises(CheckpointError, match="is not a folder"), staged(tmp_path / "target", overwrite=True):
@@ -130,6 +196,21 @@ def test_many_writers_to_one_target_never_mix(tmp_path: Path) -> None:
     assert len(set(found.values())) == 1
 
 
+KILLED_AT_RENAME = """
+import os, signal
+from pathlib import Path
+from megatron_llamapro.checkpoint import folder
+from megatron_llamapro.checkpoint.convert import Options, hf_to_megatron
+rename, seen = Path.rename, []
+def killed(self, target):
+    rename(self, target)
+    seen.append(target)
+    if len(seen) > {number}:
+        os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = killed
+hf_to_megatron(Path({source!r}), Path({target!r}), options=Options(overwrite=True))
+"""
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -182,7 +263,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(format_name: str, tiny_llam
     ended = subprocess.run([sys.executable, "-c", FULL_DISK, *arguments], capture_output=True, text=True, check=False)
     assert ended.returncode == 2, ended.stderr
     assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1, ended.stderr
-    assert "too large" in ended.stderr
+    assert re.search(r"/\.target\.partial/(model\.safetensors|__0_0\.distcp): File too large", ended.stderr)
     assert names(tmp_path) == []
 
 
