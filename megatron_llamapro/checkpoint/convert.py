@@ -193,10 +193,10 @@ def _convert(
     model = _target_model(opened, expansion or Expansion(lambda plan: plan), dtype)
     layout = kind.layout(draft_of(target), model.shape, model.dtype)
     options.on_total(model.num_bytes)
-    with (
-        SourceFiles(opened.states) as files,
-        staged(target, overwrite=options.overwrite, resume=options.resume, sources=(opened.folder,)) as draft,
-    ):
+    staging = staged(
+        target, overwrite=options.overwrite, resume=options.resume, sources=(opened.folder,), journal=JOURNAL
+    )
+    with SourceFiles(opened.states) as files, staging as draft:
         check_provable(opened, dtype=model.dtype, files=files)
         init, seed = model.expansion.init, model.expansion.seed
         jobs = _jobs(Origins(opened, files, model.plan, model.dtype, init, seed), layout, model)
@@ -215,7 +215,6 @@ def _convert(
         hashes = {job.name: journal.hashes[job.name] for job in jobs}
         manifest = target_manifest(opened, model.plan, dtype=model.dtype, init=init, hashes=hashes)
         _write_small_files(draft, layout, kind, model, manifest)
-        (draft / JOURNAL).unlink()
     return Conversion(
         target=Path(target),
         plan=model.plan,

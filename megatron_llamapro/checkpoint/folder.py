@@ -103,8 +103,11 @@ def draft_of(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def staged(target: Path, *, overwrite: bool, resume: bool = False, sources: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """A folder to write into, beside `target`; when the block ends well it is synced and becomes `target`.
+def staged(
+    target: Path, *, overwrite: bool, resume: bool = False, sources: tuple[Path, ...] = (), journal: str | None = None
+) -> Iterator[Path]:
+    """A folder to write into, beside `target`; when the block ends well it is synced and becomes `target`, without the
+    file `journal`, which is kept until then, since a large checkpoint takes minutes to sync.
 
     If the block fails, `target` is as it was and what was written is gone; after a kill or an interrupt, and where an
     earlier run was to be gone on with (`resume`), it is still there: the next writer to the same target clears it, or
@@ -126,6 +129,9 @@ def staged(target: Path, *, overwrite: bool, resume: bool = False, sources: tupl
                 clear(draft)
             yield draft
             _sync_tree(draft)
+            if journal is not None:
+                (draft / journal).unlink()
+                sync(draft)
             _check_target(target, overwrite=overwrite, sources=sources)
             _move_into_place(draft, target)
         except Exception:

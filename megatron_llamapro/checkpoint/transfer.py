@@ -58,7 +58,7 @@ class Journal:
         if not lines or lines[0].get("plan") != plan:
             lines = [{"plan": plan}]
         for line in lines[1:]:
-            self.hashes.update(line["hashes"])
+            self.hashes.update(line["hashes"])  # type: ignore[arg-type]
         draft = path.with_name(f"{path.name}.tmp")
         draft.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         draft.replace(path)
@@ -70,22 +70,27 @@ class Journal:
 
     def note(self, hashes: Mapping[str, str]) -> None:
         """These tensors are written."""
+        if not hashes:
+            return
         with self._lock, self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"hashes": dict(hashes)}) + "\n")
             self.hashes.update(hashes)
 
-    def _whole_lines(self) -> list[dict]:
-        """All but a last one that a kill has cut."""
+    def _whole_lines(self) -> list[dict[str, object]]:
+        """All before the first that a kill or a power cut has damaged."""
         try:
-            text = self._path.read_text(encoding="utf-8")
+            text = self._path.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return []
-        lines = []
-        for line in text.split("\n")[:-1]:
+        lines: list[dict[str, object]] = []
+        for text_line in text.split("\n")[:-1]:
             try:
-                lines.append(json.loads(line))
+                line = json.loads(text_line)
             except ValueError:
                 break
+            if not isinstance(line, dict) or (lines and not isinstance(line.get("hashes"), dict)):
+                break
+            lines.append(line)
         return lines
 
 
@@ -170,11 +175,13 @@ def transfer(
 def _batches(jobs: Iterable[Job]) -> Iterator[list[Job]]:
     """Neighbours, about `BATCH_BYTES` together."""
     batch: list[Job] = []
+    held = 0
     for job in jobs:
         batch.append(job)
-        if sum(other.num_bytes for other in batch) >= BATCH_BYTES:
+        held += job.num_bytes
+        if held >= BATCH_BYTES:
             yield batch
-            batch = []
+            batch, held = [], 0
     if batch:
         yield batch
 

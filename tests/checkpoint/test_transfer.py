@@ -189,6 +189,52 @@ def test_a_journal_whose_last_line_was_cut(tmp_path: Path) -> None:
     assert Journal(tmp_path / "j", "another plan").is_new
 
 
+DAMAGED = {
+    "zeros in the place of a block": b"\0" * 4096 + b"\n",
+    "no text": b"\xff\xfe\n",
+    "a number": b"5\n",
+    "a list": b"[]\n",
+    "no hashes": b'{"plan": "plan"}\n',
+    "hashes that are none": b'{"hashes": ["a"]}\n',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_journal_with_damage_in_the_middle(damage: bytes, tmp_path: Path) -> None:
+    """What comes before it counts."""
+    Journal(tmp_path / "j", "plan").note({"a": "1"})
+    with (tmp_path / "j").open("ab") as file:
+        file.write(damage + b'{"hashes": {"b": "2"}}\n')
+    assert Journal(tmp_path / "j", "plan").hashes == {"a": "1"}
+    (tmp_path / "j").write_bytes(damage)
+    assert Journal(tmp_path / "j", "plan").is_new
+
+
+def test_a_batch_that_was_all_there_adds_nothing_to_the_journal(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j", "plan")
+    journal.note({"a": "1"})
+    before = (tmp_path / "j").read_bytes()
+    journal.note({})
+    assert (tmp_path / "j").read_bytes() == before
+
+
+def test_cut_while_the_disk_catches_up_nothing_is_done_again(
+    tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything is written then; to sync a large checkpoint takes minutes."""
+
+    def interrupt(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("megatron_llamapro.checkpoint.folder._sync_tree", interrupt)
+        hf_to_megatron(tiny_llama(), tmp_path / "it")
+    done = hf_to_megatron(tiny_llama(), tmp_path / "it", options=Options(resume=True))
+    assert done.num_resumed_bytes == done.num_bytes
+    hf_to_megatron(tiny_llama(), tmp_path / "fresh")
+    assert contents(tmp_path / "it") == contents(tmp_path / "fresh")
+
+
 def test_a_shard_that_changes_while_it_is_read(damaged: Tiny, tmp_path: Path) -> None:
     source = damaged()
 
