@@ -16,7 +16,7 @@ from megatron_llamapro.checkpoint.streaming import state_of
 from megatron_llamapro.checkpoint.weight_map import Shape, hf_shapes, is_known_extra
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside
-from megatron_llamapro.model.families import MANIFEST_KEY, model_shape, read_hf_config
+from megatron_llamapro.model.families import MANIFEST_KEY, read_hf_model
 from megatron_llamapro.model.shape import ModelShape
 
 SINGLE_FILE = "model.safetensors"
@@ -37,8 +37,8 @@ def open_hf(folder: Path) -> Checkpoint:
             shape or of an unsupported or mixed type, a model that is not supported.
     """
     folder = Path(folder)
-    config = read_hf_config(folder)
-    shape = model_shape(config)
+    model = read_hf_model(folder)
+    config, shape = model.config, model.shape
     manifest = _read_manifest(folder, config, shape)
     entries: dict[str, _Entry] = {}
     states = {path: state_of(path) for path in _shards(folder)}

@@ -21,6 +21,7 @@ from megatron_llamapro.checkpoint.folder import TORCH_DIST_MARK
 from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, TargetFile, TargetLayout, parts_of
 from megatron_llamapro.checkpoint.megatron_model import MegatronTensor, matrix, open_megatron
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
+from megatron_llamapro.checkpoint.streaming import allow_many_open_files, state_of
 from megatron_llamapro.checkpoint.torch_archive import (
     TORCH_GLOBALS,
     ArchivedTensor,
@@ -33,7 +34,7 @@ from megatron_llamapro.checkpoint.torch_archive import (
 from megatron_llamapro.checkpoint.weight_map import Weight, weights_of
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside
-from megatron_llamapro.model.families import ITEMSIZES, model_shape, read_hf_config
+from megatron_llamapro.model.families import ITEMSIZES, read_hf_model
 from megatron_llamapro.model.shape import ModelShape
 
 DEFAULT_MAX_FILE_BYTES = 2 * 10**9
@@ -79,14 +80,16 @@ def open_torch_dist(folder: Path) -> Checkpoint:
         CheckpointError: no such checkpoint, damaged, not whole, not of the model that its config.json describes, or
             one whose pickles would run code.
     """
+    folder, model = Path(folder), read_hf_model(folder)
     found = read_index(folder)
     indexed = {name: tensor for name, tensor in found.items() if tensor.shape and not is_other_state(name)}
     _check_types(indexed, where=folder)
+    states = {path: state_of(path) for path in {part.path for held in indexed.values() for part in held.sections}}
     with _SectionFiles() as files:
         located = {name: _located(name, tensor, files) for name, tensor in indexed.items()}
-    divided = unstacked(located, num_layers=model_shape(read_hf_config(folder)).num_layers, where=folder)
+    divided = unstacked(located, num_layers=model.shape.num_layers, where=folder)
     tensors = {name: MegatronTensor(held.shape, held.dtype, tuple(held.pieces())) for name, held in divided.items()}
-    return open_megatron(Path(folder), Format.TORCH_DIST, tensors)
+    return open_megatron(folder, Format.TORCH_DIST, model, tensors, states=states)
 
 
 def check_loadable(folder: Path) -> None:
@@ -129,6 +132,7 @@ class _SectionFiles:
     """Opens each file once, and finds a section's tensor in it."""
 
     def __init__(self) -> None:
+        allow_many_open_files()
         self._open: dict[Path, BinaryIO] = {}
 
     def __enter__(self) -> _SectionFiles:

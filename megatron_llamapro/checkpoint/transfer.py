@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -24,6 +23,7 @@ from megatron_llamapro.checkpoint.layout import StoredTensor, TargetFile
 from megatron_llamapro.checkpoint.streaming import (
     Progress,
     Rows,
+    allow_many_open_files,
     hash_rows,
     nothing,
     overlaps,
@@ -99,7 +99,7 @@ class TargetFiles:
 
     def __init__(self, files: Iterable[TargetFile]) -> None:
         self._open: dict[Path, int] = {}
-        _allow_many_open_files()
+        allow_many_open_files()
         for file in files:
             file.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file.path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -138,12 +138,6 @@ class TargetFiles:
         while done < len(data):
             with naming(path):
                 done += os.pwrite(descriptor, data[done:], offset + done)
-
-
-def _allow_many_open_files() -> None:
-    """As many as the system lets this process have: the largest models have more files than the usual limit."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def are_complete(files: Iterable[TargetFile]) -> bool:
