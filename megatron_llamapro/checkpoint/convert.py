@@ -198,8 +198,8 @@ def _convert(
     )
     with SourceFiles(opened.states) as files, staging as draft:
         check_provable(opened, dtype=model.dtype, files=files)
-        init, seed = model.expansion.init, model.expansion.seed
-        jobs = _jobs(Origins(opened, files, model.plan, model.dtype, init, seed), layout, model)
+        origins = Origins(opened, files, model.plan, model.dtype, model.expansion.init, model.expansion.seed)
+        jobs = _jobs(origins, layout, model)
         journal = _journal(draft, _fingerprint(opened, model, layout), layout)
         _check_space(target, draft, jobs, journal)
         carry_files(opened.folder, draft)
@@ -213,7 +213,7 @@ def _convert(
         )
         files.check_unchanged()
         hashes = {job.name: journal.hashes[job.name] for job in jobs}
-        manifest = target_manifest(opened, model.plan, dtype=model.dtype, init=init, hashes=hashes)
+        manifest = target_manifest(opened, model.plan, dtype=model.dtype, expansion=model.expansion, hashes=hashes)
         _write_small_files(draft, layout, kind, model, manifest)
     return Conversion(
         target=Path(target),

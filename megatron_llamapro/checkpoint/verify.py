@@ -1,7 +1,7 @@
 """Proof that an expanded model is what it should be: identical in function before training, untouched originals after.
 
 Every claim is a `Check`. Both checkpoints are read a few megabytes at a time; what a manifest says of the lineage is
-held against the tensors, as far as they can tell (of blocks that began as random ones: zeros, norms and shapes).
+held against the tensors: every added block is computed again from what the manifest says it was made of.
 """
 
 from __future__ import annotations
