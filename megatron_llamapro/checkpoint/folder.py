@@ -13,6 +13,8 @@ from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside, naming
 
 LATEST = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+"""What that file holds, and the folder beside it is called, where a checkpoint is not one of a run's."""
 TORCH_DIST_MARK = "metadata.json"
 """Written last by whoever writes torch_dist, so that its presence means a complete checkpoint."""
 
@@ -48,7 +50,7 @@ def iteration_folder(save: Path, iteration: int) -> Path:
 
 
 def latest_checkpoint(save: Path) -> Path | None:
-    """The newest complete checkpoint of a training run's folder, or None where there is none yet.
+    """The newest complete checkpoint of a training run's folder (or its release), or None where there is none yet.
 
     Raises:
         CheckpointError: the file that names it is damaged, or names a folder that is not there.
@@ -57,11 +59,12 @@ def latest_checkpoint(save: Path) -> Path | None:
     if not latest.exists():
         return None
     text = latest.read_text(errors="replace").strip()
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
+    is_step = text.isascii() and text.isdigit() and len(text) < 20
+    if not is_step and text != RELEASE:
         raise CheckpointError(
             f"{latest} holds '{text[:40]}', not a step number: write the number of a folder beside it"
         )
-    folder = iteration_folder(save, int(text))
+    folder = iteration_folder(save, int(text)) if is_step else save / RELEASE
     if not folder.is_dir():
         raise CheckpointError(f"{latest} names {folder.name}, which is not there: write the number of one that is")
     return folder
@@ -77,6 +80,11 @@ def resolve_megatron_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: give the folder of a Megatron checkpoint")
     folder = path if is_torch_dist(path) else latest_checkpoint(path)
+    if any((folder or path).glob("mp_rank_*")):
+        raise CheckpointError(
+            f"{folder or path} is a legacy checkpoint, for one division of ranks: convert it with "
+            "tools/convert_checkpoint.py megatron-to-megatron"
+        )
     if folder is None or not is_torch_dist(folder):
         raise CheckpointError(
             f"{folder or path} is not a Megatron checkpoint: it has no {TORCH_DIST_MARK} "

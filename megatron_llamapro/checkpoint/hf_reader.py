@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from megatron_llamapro.checkpoint.folder import LATEST, TORCH_DIST_MARK
 from megatron_llamapro.checkpoint.layout import StoredTensor, whole
 from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME, Manifest
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
@@ -78,9 +79,7 @@ def _shards(folder: Path) -> list[Path]:
         return [single]
     index = file_inside(folder, INDEX_FILE)
     if index is None:
-        hint = "it has only pytorch_model*.bin, which runs code when read: save it as safetensors first"
-        none = f"no {SINGLE_FILE} and no {INDEX_FILE}: give the folder of a Hugging Face checkpoint"
-        raise CheckpointError(f"{folder}: {hint if any(folder.glob('pytorch_model*.bin')) else none}")
+        raise CheckpointError(f"{folder}: {_what_is_there(folder)}")
     shards = []
     for name in sorted(set(_weight_map(index).values())):
         shard = file_inside(folder, name)
@@ -88,6 +87,15 @@ def _shards(folder: Path) -> list[Path]:
             raise CheckpointError(f"{folder} lacks the shard {name}, which {INDEX_FILE} names")
         shards.append(shard)
     return shards
+
+
+def _what_is_there(folder: Path) -> str:
+    """In a folder without safetensors files."""
+    if any(folder.glob("pytorch_model*.bin")):
+        return "it has only pytorch_model*.bin, which runs code when read: save it as safetensors first"
+    if any((folder / name).is_file() for name in (TORCH_DIST_MARK, LATEST)):
+        return "it is a Megatron checkpoint: megatron-to-hf and megatron-to-megatron read it"
+    return f"no {SINGLE_FILE} and no {INDEX_FILE}: give the folder of a Hugging Face checkpoint"
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.folder import LATEST, iteration_folder
+from megatron_llamapro.checkpoint.folder import LATEST, RELEASE, iteration_folder
 from megatron_llamapro.checkpoint.legacy_grid import Entry, Grid, LayerSpec, check_grid, chunk_entries
-from megatron_llamapro.checkpoint.megatron_legacy import RANK_FILE, RELEASE, Copies, copy_of, pieces_of
+from megatron_llamapro.checkpoint.megatron_legacy import RANK_FILE, Copies, copy_of, pieces_of
 from megatron_llamapro.checkpoint.megatron_model import MegatronTensor, open_megatron
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
 from megatron_llamapro.checkpoint.streaming import state_of

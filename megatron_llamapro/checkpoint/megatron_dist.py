@@ -63,6 +63,8 @@ _BACKENDS = {
     "common_backend_version": 1,
 }
 
+_CONVERT = "convert it with tools/convert_checkpoint.py megatron-to-megatron"
+
 # Parts of a training checkpoint that are no weights: their keys start so, or contain it.
 _OTHER_STATE = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
 _EXTRA_STATE = "_extra_state"
@@ -93,13 +95,19 @@ def open_torch_dist(folder: Path) -> Checkpoint:
 
 
 def check_loadable(folder: Path) -> None:
-    """Raise `CheckpointError` where training cannot load a torch_dist checkpoint: its layers are stacked, or
-    megatron.core, which unpickles index and common state as they are, would run code."""
-    if any(map(is_stacked, read_index(folder))):
-        raise CheckpointError(
-            f"{folder} has its layers stacked, and training asks for one key a layer: convert it with "
-            "tools/convert_checkpoint.py megatron-to-megatron"
-        )
+    """Raise `CheckpointError` where training cannot load a torch_dist checkpoint: a weight is missing, or lies under a
+    key that training does not ask for; or megatron.core, which unpickles index and common state as they are, would run
+    code."""
+    index = read_index(folder)
+    if any(map(is_stacked, index)):
+        raise CheckpointError(f"{folder} has its layers stacked, and training asks for one key a layer: {_CONVERT}")
+    for weight in weights_of(read_hf_model(folder).shape):
+        if weight.megatron_name in index:
+            continue
+        other = next((name for name in weight.megatron_names if name in index), None)
+        if other is None:
+            raise CheckpointError(f"{folder} lacks the tensor {weight.megatron_name}: take a complete checkpoint")
+        raise CheckpointError(f"{folder} has {other} where training asks for {weight.megatron_name}: {_CONVERT}")
     path = file_inside(folder, _COMMON)
     if path is None:
         return

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.folder import LATEST
+from megatron_llamapro.checkpoint.folder import LATEST, RELEASE
 from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, TargetFile, TargetLayout, parts_of
 from megatron_llamapro.checkpoint.legacy_grid import Entry, Grid, LayerSpec, check_grid, chunk_entries
 from megatron_llamapro.checkpoint.pickles import instance
@@ -24,7 +24,6 @@ from megatron_llamapro.model.families import ITEMSIZES
 from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.pipeline.layout import even_stage_layers
 
-RELEASE = "release"
 RANK_FILE = "model_optim_rng.pt"
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llamapro.checkpoint.convert import Options, expand_hf, hf_to_megatron, megatron_to_hf
+from megatron_llamapro.checkpoint.convert import Options, expand_hf, hf_to_megatron, legacy, megatron_to_hf
 from megatron_llamapro.checkpoint.folder import carry_files, latest_checkpoint, resolve_megatron_checkpoint, staged
+from megatron_llamapro.checkpoint.inspection import inspect
+from megatron_llamapro.checkpoint.verify import verify
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.inits import Expansion
 
@@ -287,6 +289,23 @@ def test_a_training_runs_folder_stands_for_its_newest_checkpoint(tiny_llama: Tin
     assert resolve_megatron_checkpoint(run / "iter_0000010") == run / "iter_0000010"
     megatron_to_hf(run, tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").is_file()
+
+
+def test_a_release_stands_for_itself(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """The folder that Megatron-LM takes: docs/other_tools.md."""
+    hf_to_megatron(tiny_llama(), tmp_path / "it" / "release")
+    (tmp_path / "it" / "latest_checkpointed_iteration.txt").write_text("release")
+    assert resolve_megatron_checkpoint(tmp_path / "it") == tmp_path / "it" / "release"
+    assert inspect(tmp_path / "it").shape.num_layers == 4
+    megatron_to_hf(tmp_path / "it", tmp_path / "back")
+    assert all(check.ok for check in verify(tiny_llama(), tmp_path / "back", quick=True))
+
+
+def test_a_legacy_checkpoint_is_not_what_training_takes(tiny_llama: Tiny, tmp_path: Path) -> None:
+    hf_to_megatron(tiny_llama(), tmp_path / "it", kind=legacy())
+    for folder in (tmp_path / "it", tmp_path / "it" / "release"):
+        with pytest.raises(CheckpointError, match=r"release is a legacy checkpoint.*megatron-to-megatron"):
+            resolve_megatron_checkpoint(folder)
 
 
 BAD_LATEST = {"text": "soon", "negative": "-1", "empty": "", "digits of another script": "٣", "not there": "30"}
