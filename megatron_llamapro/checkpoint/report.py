@@ -41,11 +41,13 @@ def byte_bar(description: str) -> Iterator[ByteBar]:
 
 
 def summary(conversion: Conversion) -> str:
-    """Layers before and after, the added blocks, bytes and speed."""
+    """Layers before and after, the blocks that were added now and before, bytes and speed."""
     plan = conversion.plan
     lines = [f"{conversion.target}: {layers_text(conversion.num_source_layers, plan.num_layers)}"]
-    if plan.added_layers:
-        lines.append(f"added blocks: {', '.join(map(str, plan.added_layers))}")
+    added = plan.newest_layers if plan.num_layers > conversion.num_source_layers else ()
+    for text, layers in (("added blocks", added), ("added before", sorted({*plan.added_layers} - {*added}))):
+        if layers:
+            lines.append(f"{text}: {', '.join(map(str, layers))}")
     seconds = max(conversion.seconds, 1e-9)
     lines.append(
         f"{size_text(conversion.num_bytes)} of {conversion.dtype} weights in {conversion.seconds:.1f} s "

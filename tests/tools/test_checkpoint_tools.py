@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import runpy
 import struct
 import subprocess
@@ -84,7 +85,7 @@ def lines_on_a_terminal(tool: str, *arguments: object) -> list[str]:
         written += part
     os.close(ours)
     assert process.wait() == 0, written
-    assert b"/s]" in written, "no bar was shown"
+    assert re.search(rb"\[\d\d:\d\d(<.*)?, .*B/s\]", written), "no bar was shown"  # it has the time, and the rate
     return [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in written.decode().split("\n")]
 
 
@@ -116,10 +117,8 @@ def test_there_and_back_and_verified(
 def test_the_bar_is_gone_when_the_summary_comes(megatron: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
     expand = ("--source", tiny_llama(), "--target", tmp_path / "hf", "--positions", "2,5")
     convert = ("megatron-to-hf", "--source", megatron, "--target", tmp_path / "back")
-    for tool, target, options in (("expand", "hf: 4 → 6", expand), ("convert", "back: 6", convert)):
-        lines = lines_on_a_terminal(tool, *options)
-        assert lines[0] == f"{tmp_path}/{target} layers"
-        assert lines[1] == "added blocks: 2, 5"
+    assert lines_on_a_terminal("expand", *expand)[:2] == [f"{tmp_path}/hf: 4 → 6 layers", "added blocks: 2, 5"]
+    assert lines_on_a_terminal("convert", *convert)[:2] == [f"{tmp_path}/back: 6 layers", "added before: 2, 5"]
     lines = lines_on_a_terminal("verify", "--original", tiny_llama(), "--expanded", megatron)
     assert [line[:5] for line in lines if line] == ["ok   "] * 5
 
@@ -150,6 +149,12 @@ def test_a_bit_of_a_zeroed_weight_that_was_not_trained(
     ended = run("verify", *models, "--quick", "--trained", "nothing")
     assert (ended.returncode, ended.stderr) == (1, "")
     assert "FAIL added blocks: block 2: model.layers.2.mlp.down_proj.weight is not zero\n" in ended.stdout
+
+
+def test_another_round(run_well: Callable[..., str], megatron: Path, tmp_path: Path) -> None:
+    options = ("--source", megatron, "--target", tmp_path / "it", "--num_added_blocks", 2)
+    said = run_well("convert", "megatron-to-megatron", *options)
+    assert said.startswith(f"{tmp_path}/it: 6 → 8 layers\nadded blocks: 3, 7\nadded before: 2, 6\n")
 
 
 def test_inspect(run_well: Callable[..., str], megatron: Path) -> None:
