@@ -17,11 +17,13 @@ import numpy
 import pytest
 
 from megatron_llamapro.checkpoint.convert import JOURNAL, Options, expand_hf, hf_to_megatron, legacy
+from megatron_llamapro.checkpoint.hf_writer import hf_layout
 from megatron_llamapro.checkpoint.layout import StoredTensor
 from megatron_llamapro.checkpoint.transfer import Journal, TargetFiles
 from megatron_llamapro.checkpoint.verify import verify
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.model.families import model_shape
 
 Tiny = Callable[..., Path]
 
@@ -371,3 +373,36 @@ def test_a_shard_that_is_replaced_before_it_is_read(tiny_llama: Tiny, tmp_path: 
     with pytest.raises(CheckpointError, match=f"{last} changed while it was being read"):
         hf_to_megatron(source, tmp_path / "it", options=Options(num_workers=1, progress=replace))
     assert not (tmp_path / "it").exists()
+
+
+CONVERT_AND_MEASURE = """
+import sys
+from pathlib import Path
+from megatron_llamapro.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf
+from megatron_llamapro.expansion.inits import Expansion
+hf_to_megatron(Path(sys.argv[1]), Path(sys.argv[2]), expansion=Expansion.at(1), options=Options(num_workers=2))
+megatron_to_hf(Path(sys.argv[2]), Path(sys.argv[3]), options=Options(num_workers=2))
+print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_model(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """A model of 340 MB, in tensors of 67 MB, takes hardly more than one of 200 kB. (It is all zeros, in a hole.)"""
+    large = tmp_path / "large"
+    shutil.copytree(tiny_llama(num_hidden_layers=1), large)
+    config = json.loads((large / "config.json").read_text())
+    config |= {"vocab_size": 32768, "hidden_size": 512, "intermediate_size": 32768, "head_dim": 16}
+    (large / "config.json").write_text(json.dumps(config))
+    (file,) = hf_layout(large, model_shape(config), "float32").files
+    with file.path.open("wb") as written:
+        written.truncate(file.num_bytes)
+        for offset, content in file.fixed:
+            written.seek(offset)
+            written.write(content)
+    peaks = []
+    for source in (tiny_llama(num_hidden_layers=1), large):
+        targets = (tmp_path / f"{source.name}-megatron", tmp_path / f"{source.name}-hf")
+        command = [sys.executable, "-c", CONVERT_AND_MEASURE, str(source), *map(str, targets)]
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) * 1024)
+    assert file.num_bytes > 300 * 2**20
+    assert peaks[1] - peaks[0] < 30 * 2**20
