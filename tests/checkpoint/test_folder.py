@@ -275,6 +275,61 @@ def test_a_target_that_cannot_be_written_is_left_alone(tiny_llama: Tiny, tmp_pat
         hf_to_megatron(tiny_llama(), tmp_path / "file" / "target")
 
 
+READ_ONLY = """
+import ctypes, sys
+from pathlib import Path
+from megatron_llamapro.checkpoint.convert import Options, hf_to_megatron
+from megatron_llamapro.config.command import run_command
+# Permissions bind an administrator only without these capabilities (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH).
+libc, header, sets = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert libc.capget(header, sets) == 0
+sets[0] &= ~0b110
+assert libc.capset(header, sets) == 0
+run_command(lambda: hf_to_megatron(Path(sys.argv[1]), Path(sys.argv[2]), options=Options(overwrite=True)) and 0)
+"""
+
+
+@pytest.mark.parametrize("target", ["new", "old"])
+def test_a_folder_that_is_read_only(target: str, tiny_llama: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "folder" / "old").mkdir(parents=True)
+    (tmp_path / "folder" / "old" / "data").write_text("mine")
+    (tmp_path / "folder").chmod(0o555)
+    command = [sys.executable, "-c", READ_ONLY, str(tiny_llama()), str(tmp_path / "folder" / target)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    (tmp_path / "folder").chmod(0o755)
+    assert (ended.returncode, ended.stderr) == (2, f"error: {tmp_path}/folder/.{target}.partial: Permission denied\n")
+    assert names(tmp_path / "folder") == ["old"]
+    assert contents(tmp_path / "folder" / "old") == {"data": b"mine"}
+
+
+WAITING = """
+import sys
+from pathlib import Path
+from megatron_llamapro.checkpoint.convert import Options, hf_to_megatron
+said = []
+def wait(num_bytes):
+    if not said:
+        said.append("writing")
+        print(*said, flush=True)
+        sys.stdin.readline()
+hf_to_megatron(Path(sys.argv[1]), Path(sys.argv[2]), options=Options(num_workers=1, progress=wait))
+"""
+
+
+def test_two_programs_to_one_target(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """The second is refused while the first writes, which then goes on as if nothing had been."""
+    command = [sys.executable, "-c", WAITING, str(tiny_llama()), str(tmp_path / "it")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "writing\n"
+        for options in (Options(), Options(overwrite=True), Options(resume=True)):
+            with pytest.raises(CheckpointError, match="another process is writing"):
+                hf_to_megatron(tiny_llama(), tmp_path / "it", options=options)
+        first.communicate("go on\n")
+    assert first.returncode == 0
+    assert names(tmp_path) == ["it"]
+    assert all(check.ok for check in verify(tiny_llama(), tmp_path / "it", quick=True))
+
+
 def training_run(folder: Path, source: Path, *iterations: int) -> Path:
     """A training run's folder, with checkpoints that were not trained."""
     for iteration in iterations:
