@@ -21,7 +21,7 @@ from blake3 import blake3
 
 import megatron_llamapro
 from megatron_llamapro.checkpoint.folder import carry_files, clear, draft_of, staged
-from megatron_llamapro.checkpoint.hf_reader import open_hf
+from megatron_llamapro.checkpoint.hf_reader import check_stored_head, open_hf
 from megatron_llamapro.checkpoint.hf_writer import config_text, hf_layout
 from megatron_llamapro.checkpoint.layout import DEFAULT_MAX_SHARD_BYTES, TargetLayout
 from megatron_llamapro.checkpoint.legacy_grid import LayerSpec
@@ -197,6 +197,7 @@ def _convert(
         target, overwrite=options.overwrite, resume=options.resume, sources=(opened.folder,), journal=JOURNAL
     )
     with SourceFiles(opened.states) as files, staging as draft:
+        check_stored_head(opened, files)
         check_provable(opened, dtype=model.dtype, files=files)
         origins = Origins(opened, files, model.plan, model.dtype, model.expansion.init, model.expansion.seed)
         jobs = _jobs(origins, layout, model)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from megatron_llamapro.checkpoint.added_blocks import AddedBlocks, BlockReport, BlockState
 from megatron_llamapro.checkpoint.casting import cast
 from megatron_llamapro.checkpoint.convert import default_workers
+from megatron_llamapro.checkpoint.hf_reader import check_stored_head
 from megatron_llamapro.checkpoint.lineage import name_now, original_name
 from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.sources import OpenTensors, open_checkpoint
@@ -74,6 +75,8 @@ def verify(
         SourceFiles({**source.states, **result.states}) as files,
         ThreadPoolExecutor(num_workers or default_workers()) as pool,
     ):
+        for checkpoint in (source, result):
+            check_stored_head(checkpoint, files)
         hashes = _hashes(result, result.dtype, files, pool, progress)
         kept = _Kept(source, result, _hashes(source, result.dtype, files, pool, progress), hashes)
         yield from _check_originals(kept)
