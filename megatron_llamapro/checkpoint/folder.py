@@ -154,10 +154,12 @@ def _check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -
         inside = Path(source).resolve()
         if real == inside or real in inside.parents or inside in real.parents:
             raise CheckpointError(f"the target {target} and the source {source} overlap: choose another target")
-    if target.is_dir() and not target.is_symlink():
+    if target.is_symlink():
+        raise CheckpointError(f"{target} is a link: give the folder itself")
+    if target.is_dir():
         if not overwrite and any(target.iterdir()):
             raise CheckpointError(f"{target} exists and is not empty: choose another target, or give --overwrite")
-    elif target.exists() or target.is_symlink():
+    elif target.exists():
         raise CheckpointError(f"{target} exists and is not a folder: choose another target")
 
 

@@ -52,7 +52,7 @@ class Manifest:
     inits: tuple[str, ...] = ()
     """What the added blocks of each round began as (`expansion.inits.Init`)."""
     init_seeds: tuple[int | None, ...] = ()
-    """The seed that each round's were drawn with; None: they were not drawn, or (before 0.1.0) it was not noted."""
+    """The seed that each round's were drawn with; None: they were not drawn, or it was not noted yet."""
     tool_versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict:

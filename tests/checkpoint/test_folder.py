@@ -145,6 +145,19 @@ def test_a_file_in_the_targets_place_is_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_a_link_in_the_targets_place_is_refused(tmp_path: Path) -> None:
+    """To a folder or to nothing: renaming would put the checkpoint in the link's place, not in the folder's."""
+    (tmp_path / "folder").mkdir()
+    for points_to in ("folder", "nothing"):
+        (tmp_path / "target").symlink_to(points_to)
+        with (
+            pytest.raises(CheckpointError, match="target is a link: give the folder itself"),
+            staged(tmp_path / "target", overwrite=True),
+        ):
+            pass
+        (tmp_path / "target").unlink()
+
+
 @pytest.mark.parametrize("place", [".", "inside", ".."], ids=["the source", "in the source", "around the source"])
 def test_a_target_that_overlaps_its_source_is_refused(place: str, damaged: Tiny) -> None:
     source = damaged()
