@@ -21,7 +21,7 @@ from megatron_llamapro.config.schema import ParallelConfig, RunConfig
 from megatron_llamapro.data.dataset import build_train_dataset, build_valid_datasets, check_train_files
 from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_llamapro.model.build import LlamaModel, build_model
-from megatron_llamapro.model.families import read_hf_model
+from megatron_llamapro.model.families import model_shape, read_hf_config
 from megatron_llamapro.model.freeze import StageReport, check_trainable, freeze
 from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler, check_apex
@@ -133,7 +133,7 @@ def _read_source(config: RunConfig) -> Source:
     data_parallel_size(config, torch.distributed.get_world_size())
     folder = resolve_megatron_checkpoint(Path(config.model.checkpoint))
     check_loadable(folder)
-    shape = read_hf_model(folder).shape
+    shape = model_shape(read_hf_config(folder))
     manifest = Manifest.read(folder)
     manifest.check_fits(shape)
     check_model(
