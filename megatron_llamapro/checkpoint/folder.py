@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside, naming
+from megatron_llamapro.config.files import check_small, file_inside, naming, read_small
 
 LATEST = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -37,10 +37,11 @@ def carry_files(source: Path, target: Path) -> None:
     """Copy tokenizer, generation config and chat template, as far as `source` has them.
 
     Raises:
-        CheckpointError: one of them is a link out of `source`: copying it would publish another file.
+        CheckpointError: one is a link out of `source` (copying it would publish another file), or absurdly large.
     """
     for name in CARRIED_FILES:
         if (path := file_inside(source, name)) is not None:
+            check_small(path, path.stat().st_size)
             shutil.copyfile(path, target / name)
 
 
@@ -55,10 +56,10 @@ def latest_checkpoint(save: Path) -> Path | None:
     Raises:
         CheckpointError: the file that names it is damaged, or names a folder that is not there.
     """
-    latest = save / LATEST
-    if not latest.exists():
+    latest = file_inside(save, LATEST)
+    if latest is None:
         return None
-    text = latest.read_text(errors="replace").strip()
+    text = read_small(latest).decode(errors="replace").strip()
     is_step = text.isascii() and text.isdigit() and len(text) < 20
     if not is_step and text != RELEASE:
         raise CheckpointError(

@@ -16,7 +16,7 @@ from megatron_llamapro.checkpoint.opened import Checkpoint, Format
 from megatron_llamapro.checkpoint.streaming import SourceFiles, state_of, stored_hash
 from megatron_llamapro.checkpoint.weight_map import EMBEDDING, OUTPUT_LAYER, Shape, hf_shapes, is_known_extra
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside
+from megatron_llamapro.config.files import file_inside, read_small
 from megatron_llamapro.model.families import MANIFEST_KEY, read_hf_model
 from megatron_llamapro.model.shape import ModelShape
 
@@ -130,7 +130,7 @@ def _what_is_there(folder: Path) -> str:
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name → file name, out of the index."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_small(index).decode("utf-8"))["weight_map"]
         names = {**weight_map}
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} is not an index of safetensors shards: {error!r}") from None

@@ -16,7 +16,7 @@ from megatron_llamapro.checkpoint.streaming import state_of
 from megatron_llamapro.checkpoint.torch_archive import TORCH_GLOBALS, ArchivedTensor, DamagedArchiveError, read_archive
 from megatron_llamapro.checkpoint.weight_map import EMBEDDING, weights_of
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside
+from megatron_llamapro.config.files import file_inside, read_small
 from megatron_llamapro.model.families import ITEMSIZES, read_hf_model
 from megatron_llamapro.model.shape import ModelShape
 
@@ -61,7 +61,7 @@ def _ranks_folder(folder: Path) -> Path | None:
     candidates = [folder]
     tracker = file_inside(folder, LATEST) if folder.is_dir() else None
     if tracker is not None:
-        text = tracker.read_text(errors="replace").strip()
+        text = read_small(tracker).decode(errors="replace").strip()
         candidates.append(folder / RELEASE if text == RELEASE else folder)
         if text.isascii() and text.isdigit() and len(text) < 20:
             candidates.append(iteration_folder(folder, int(text)))

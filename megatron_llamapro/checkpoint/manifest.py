@@ -14,7 +14,7 @@ from pathlib import Path
 
 import megatron_llamapro
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
-from megatron_llamapro.config.files import file_inside
+from megatron_llamapro.config.files import file_inside, read_small
 from megatron_llamapro.expansion.inits import Init
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.families import WEIGHT_DTYPES
@@ -167,7 +167,7 @@ def _source(data: Mapping) -> Source:
 
 def _read_json(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_small(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
 

@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside
+from megatron_llamapro.config.files import file_inside, read_small
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.hf_fields import count, flag, number, rope_parameters, rope_scaling
 from megatron_llamapro.model.refused import REFUSED
@@ -178,7 +178,7 @@ def read_hf_config(folder: Path) -> dict:
             "config.json first"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_small(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):

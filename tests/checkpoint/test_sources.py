@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -107,3 +109,61 @@ def test_a_checkpoint_of_more_files_than_may_usually_be_open(tiny_llama: Tiny, t
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "39 original tensors have their hash" in ended.stdout
+
+
+def grow(path: Path) -> None:
+    """By a hole, which takes no disk."""
+    os.truncate(path, 64 * 2**30)
+
+
+def claim_a_large_directory(path: Path) -> None:
+    """The end of a zip file says that its directory begins a kilobyte after the file's beginning."""
+    grow(path)
+    end, start = path.stat().st_size, 1000
+    tail = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, end - start, start)
+    tail += struct.pack("<4sIQI", b"PK\6\7", 0, end, 1)
+    tail += struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 1, 1, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    with path.open("ab") as file:
+        file.write(tail)
+
+
+HOLES = {
+    "config.json": ("torch_dist", "config.json", grow),
+    "manifest": ("torch_dist", "llamapro.json", grow),
+    "index of torch_dist": ("torch_dist", ".metadata", grow),
+    "tracker": ("legacy", "latest_checkpointed_iteration.txt", grow),
+    "a rank's file": ("legacy", "release/mp_rank_01/model_optim_rng.pt", grow),
+    "a rank's directory": ("legacy", "release/mp_rank_01/model_optim_rng.pt", claim_a_large_directory),
+    "index of shards": ("hf", "model.safetensors.index.json", grow),
+    "tokenizer": ("hf", "tokenizer.json", grow),
+}
+LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+from megatron_llamapro.checkpoint.convert import expand_hf, megatron_to_hf
+from megatron_llamapro.config.command import run_command
+from megatron_llamapro.expansion.inits import Expansion
+resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
+source, target = map(Path, sys.argv[2:])
+if sys.argv[1] == "hf":
+    run_command(lambda: expand_hf(source, target, expansion=Expansion.at(1)) and 0)
+run_command(lambda: megatron_to_hf(source, target) and 0)
+"""
+
+
+@pytest.mark.parametrize(("format_name", "name", "damage"), HOLES.values(), ids=HOLES.keys())
+def test_a_small_file_of_64_gigabytes(
+    format_name: str, name: str, damage: Callable, tiny_llama: Tiny, tmp_path: Path
+) -> None:
+    """Of which all but its beginning is a hole: it is not read into memory, nor copied."""
+    folder = tmp_path / "it"
+    if format_name == "hf":
+        shutil.copytree(tiny_llama(max_shard_size="50KB"), folder)
+    else:
+        hf_to_megatron(tiny_llama(), folder, kind=KINDS[format_name][0])
+    damage(folder / name)
+    command = [sys.executable, "-c", LITTLE_MEMORY, format_name, str(folder), str(tmp_path / "target")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+    assert ended.stderr.startswith(f"error: {folder / name} ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["it"]
