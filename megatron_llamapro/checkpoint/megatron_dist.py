@@ -21,6 +21,7 @@ from megatron_llamapro.checkpoint.folder import TORCH_DIST_MARK
 from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, TargetFile, TargetLayout, parts_of
 from megatron_llamapro.checkpoint.megatron_model import MegatronTensor, matrix, open_megatron
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
+from megatron_llamapro.checkpoint.streaming import allow_many_open_files, state_of
 from megatron_llamapro.checkpoint.torch_archive import (
     TORCH_GLOBALS,
     ArchivedTensor,
@@ -33,7 +34,7 @@ from megatron_llamapro.checkpoint.torch_archive import (
 from megatron_llamapro.checkpoint.weight_map import Weight, weights_of
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside
-from megatron_llamapro.model.families import ITEMSIZES, model_shape, read_hf_config
+from megatron_llamapro.model.families import ITEMSIZES, read_hf_model
 from megatron_llamapro.model.shape import ModelShape
 
 DEFAULT_MAX_FILE_BYTES = 2 * 10**9
@@ -62,6 +63,8 @@ _BACKENDS = {
     "common_backend_version": 1,
 }
 
+_CONVERT = "convert it with tools/convert_checkpoint.py megatron-to-megatron"
+
 # Parts of a training checkpoint that are no weights: their keys start so, or contain it.
 _OTHER_STATE = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
 _EXTRA_STATE = "_extra_state"
@@ -79,24 +82,32 @@ def open_torch_dist(folder: Path) -> Checkpoint:
         CheckpointError: no such checkpoint, damaged, not whole, not of the model that its config.json describes, or
             one whose pickles would run code.
     """
+    folder, model = Path(folder), read_hf_model(folder)
     found = read_index(folder)
     indexed = {name: tensor for name, tensor in found.items() if tensor.shape and not is_other_state(name)}
     _check_types(indexed, where=folder)
+    states = {path: state_of(path) for path in {part.path for held in indexed.values() for part in held.sections}}
     with _SectionFiles() as files:
         located = {name: _located(name, tensor, files) for name, tensor in indexed.items()}
-    divided = unstacked(located, num_layers=model_shape(read_hf_config(folder)).num_layers, where=folder)
+    divided = unstacked(located, num_layers=model.shape.num_layers, where=folder)
     tensors = {name: MegatronTensor(held.shape, held.dtype, tuple(held.pieces())) for name, held in divided.items()}
-    return open_megatron(Path(folder), Format.TORCH_DIST, tensors)
+    return open_megatron(folder, Format.TORCH_DIST, model, tensors, states=states)
 
 
 def check_loadable(folder: Path) -> None:
-    """Raise `CheckpointError` where training cannot load a torch_dist checkpoint: its layers are stacked, or
-    megatron.core, which unpickles index and common state as they are, would run code."""
-    if any(map(is_stacked, read_index(folder))):
-        raise CheckpointError(
-            f"{folder} has its layers stacked, and training asks for one key a layer: convert it with "
-            "tools/convert_checkpoint.py megatron-to-megatron"
-        )
+    """Raise `CheckpointError` where training cannot load a torch_dist checkpoint: a weight is missing, or lies under a
+    key that training does not ask for; or megatron.core, which unpickles index and common state as they are, would run
+    code."""
+    index = read_index(folder)
+    if any(map(is_stacked, index)):
+        raise CheckpointError(f"{folder} has its layers stacked, and training asks for one key a layer: {_CONVERT}")
+    for weight in weights_of(read_hf_model(folder).shape):
+        if weight.megatron_name in index:
+            continue
+        other = next((name for name in weight.megatron_names if name in index), None)
+        if other is None:
+            raise CheckpointError(f"{folder} lacks the tensor {weight.megatron_name}: take a complete checkpoint")
+        raise CheckpointError(f"{folder} has {other} where training asks for {weight.megatron_name}: {_CONVERT}")
     path = file_inside(folder, _COMMON)
     if path is None:
         return
@@ -129,6 +140,7 @@ class _SectionFiles:
     """Opens each file once, and finds a section's tensor in it."""
 
     def __init__(self) -> None:
+        allow_many_open_files()
         self._open: dict[Path, BinaryIO] = {}
 
     def __enter__(self) -> _SectionFiles:
