@@ -12,6 +12,7 @@ from typing import Literal
 Precision = Literal["bf16", "fp32"]
 LRDecayStyle = Literal["cosine", "linear", "constant"]
 TransformerImpl = Literal["auto", "local", "transformer_engine"]
+CrossEntropy = Literal["chunked", "liger", "plain"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class ModelConfig:
     experts."""
     transformer_impl: TransformerImpl = "auto"
     """auto takes Transformer Engine's layers where it is installed and a GPU is there, else local."""
+    cross_entropy: CrossEntropy = "chunked"
+    """How the loss is computed. chunked: output layer and cross-entropy as one, some tokens at a time, so that the
+    logits are never held whole. liger: the same with the liger-kernel package's kernel, on a GPU, without tensor
+    parallelism. plain: megatron.core's, whole logits and their softmax in float32."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times tensor_model_parallel_size; padding never gets loss."""
 
