@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
 from megatron_llamapro.config.schema import CrossEntropy, ModelConfig, ParallelConfig, Precision
+from megatron_llamapro.model.attention import RotaryTables
 from megatron_llamapro.model.loss import give_loss
 from megatron_llamapro.model.rotary import inverse_frequencies
 from megatron_llamapro.model.shape import ModelShape
@@ -117,6 +118,7 @@ def transformer_config(
         overlap_p2p_comm=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=on_gpu,
+        use_te_activation_func=not on_gpu,  # their name for: the activation is the layer spec's
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -185,6 +187,9 @@ def _build_chunk(
         cross_entropy=model.cross_entropy,
     )
     chunk.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(chunk.rotary_pos_emb.inv_freq.device)
+    if config.transformer_impl == "local":
+        chunk.rotary_pos_emb.__class__ = RotaryTables
+        chunk.rotary_pos_emb.dtype = config.params_dtype
     _mark_tensor_parallel(chunk)
     return chunk
 

@@ -31,7 +31,7 @@ from megatron_llamapro.config.schema import CrossEntropy
 
 # Tokens a chunk. A product of so many rows reads the whole weight once, so it must do enough with it: c rows are c/2
 # FLOP a byte of float32 weight and c of bfloat16. A CPU core balances near 10 FLOP a byte, a Hopper GPU near 300.
-_CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}
+_CHUNK_TOKENS = {"cpu": 512, "cuda": 1024}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def test_attention_equals_the_formula(tokens_before: int | None) -> None:
     """softmax(q kᵀ / √d, causal, of the window) v, with every key head serving its group of query heads."""
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megatron_llamapro.model.spec import SDPACoreAttention
+    from megatron_llamapro.model.attention import SDPACoreAttention
 
     window = None if tokens_before is None else (tokens_before, 0)
     config = types.SimpleNamespace(attention_dropout=0.0, window_size=window, window_attn_skip_freq=None)
@@ -43,7 +43,7 @@ def test_attention_equals_the_formula(tokens_before: int | None) -> None:
 def test_each_layer_has_its_own_window() -> None:
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megatron_llamapro.model.spec import SDPACoreAttention
+    from megatron_llamapro.model.attention import SDPACoreAttention
 
     config = types.SimpleNamespace(attention_dropout=0.0, window_size=(7, 0), window_attn_skip_freq=[0, 1, 1])
     layers = [SDPACoreAttention(config, number, AttnMaskType.causal, "self") for number in (1, 2, 3)]
