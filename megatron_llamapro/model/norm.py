@@ -30,12 +30,12 @@ class RMSNorm(torch.nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x r w with r = 1 / sqrt(mean(x²) + eps); float32 inside."""
+    """y = x r w with r = 1 / sqrt(mean(x²) + eps); float32 inside, or more where x has it."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
         width = x.shape[-1]
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         scale = length.square_().div_(width).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return torch.mul(x, scale).mul_(weight).to(x.dtype)
@@ -48,7 +48,7 @@ class _RMSNorm(torch.autograd.Function):
             weight_gradient = (x * scale).mul_(gradient).flatten(0, -2).sum(dim=0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             # dx = r g w - x r³ mean(g w x)
-            weighted = gradient.float() * weight
+            weighted = gradient.to(scale.dtype) * weight
             along_x = (weighted * x).sum(dim=-1, keepdim=True).mul_(scale.pow(3)).div_(x.shape[-1])
             input_gradient = weighted.mul_(scale).sub_(x * along_x).to(x.dtype)
         return input_gradient, weight_gradient, None
