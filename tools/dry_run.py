@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--hf_config", type=Path, metavar="DIR", help="a model that is not converted yet: config.json")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes and FLOPs")
     add_expansion_options(parser)
-    args, run_args = parser.parse_known_args()
+    args, run_args = parser.parse_own_args()
 
     from megatron_llamapro.config.io import parse_run_config
 

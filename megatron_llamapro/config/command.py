@@ -36,6 +36,10 @@ class CommandParser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._nearest_option(unknown)}")
         return namespace, unknown
 
+    def parse_own_args(self) -> tuple[argparse.Namespace, list[str]]:
+        """The command line's options that are this parser's, and the others, which another one reads."""
+        return super().parse_known_args()
+
     def _nearest_option(self, unknown: Sequence[str]) -> str:
         known = [name for action in self._actions for name in action.option_strings]
         options = [argument.partition("=")[0] for argument in unknown if argument.startswith("--")]

@@ -15,6 +15,7 @@ RecomputeGranularity = Literal["full", "selective"]
 RecomputeMethod = Literal["uniform", "block"]
 RecomputeModule = Literal["core_attn", "mlp", "moe"]
 TransformerImpl = Literal["auto", "local", "transformer_engine"]
+CrossEntropy = Literal["chunked", "liger", "plain"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class ModelConfig:
     experts."""
     transformer_impl: TransformerImpl = "auto"
     """auto takes Transformer Engine's layers where it is installed and a GPU is there, else local."""
+    cross_entropy: CrossEntropy = "chunked"
+    """How the loss is computed. chunked: output layer and cross-entropy as one, some tokens at a time, so that the
+    logits are never held whole. liger: the same with the liger-kernel package's kernel, on a GPU, without tensor
+    parallelism. plain: megatron.core's, whole logits and their softmax in float32."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times tensor_model_parallel_size; padding never gets loss."""
 

@@ -13,7 +13,9 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
-from megatron_llamapro.config.schema import ModelConfig, ParallelConfig, Precision, RecomputeConfig
+from megatron_llamapro.config.schema import CrossEntropy, ModelConfig, ParallelConfig, Precision, RecomputeConfig
+from megatron_llamapro.model.attention import RotaryTables
+from megatron_llamapro.model.loss import give_loss
 from megatron_llamapro.model.rotary import inverse_frequencies
 from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.model.spec import block_spec, uses_transformer_engine
@@ -64,11 +66,22 @@ _KEEP_ALL = RecomputeConfig()
 
 
 class LlamaModel(GPTModel):
-    """GPTModel whose padded vocabulary entries never get any probability."""
+    """GPTModel whose padded vocabulary entries never get any probability, and whose output layer gives the loss."""
 
-    def __init__(self, *args, true_vocab_size: int, **kwargs) -> None:
+    def __init__(self, *args, true_vocab_size: int, cross_entropy: CrossEntropy, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.true_vocab_size = true_vocab_size
+        self.loss_in_output_layer = cross_entropy != "plain"
+        if self.post_process and self.loss_in_output_layer:
+            give_loss(self.output_layer, vocab_size=true_vocab_size, cross_entropy=cross_entropy)
+
+    def _postprocess(self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        """hidden_states [s, b, h] → loss of every token [b, s], logits [b, s, vocabulary] without labels, or, on all
+        stages but the last, themselves"""
+        if labels is None or not self.post_process or not self.loss_in_output_layer:
+            return super()._postprocess(hidden_states, labels=labels, **kwargs)
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_states, weight=tied, labels=labels)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """labels [b, s], logits [s, b, padded vocabulary / tensor ranks] → loss of every token, [b, s]"""
@@ -117,6 +130,7 @@ def transformer_config(
         overlap_p2p_comm=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=on_gpu,
+        use_te_activation_func=not on_gpu,  # their name for: the activation is the layer spec's
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -189,8 +203,12 @@ def _build_chunk(
         rotary_base=shape.rotary_base,
         vp_stage=vp_stage,
         true_vocab_size=shape.vocab_size,
+        cross_entropy=model.cross_entropy,
     )
     chunk.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(chunk.rotary_pos_emb.inv_freq.device)
+    if config.transformer_impl == "local":
+        chunk.rotary_pos_emb.__class__ = RotaryTables
+        chunk.rotary_pos_emb.dtype = config.params_dtype
     _mark_tensor_parallel(chunk)
     return chunk
 

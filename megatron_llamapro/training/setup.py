@@ -30,6 +30,7 @@ from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler, 
 from megatron_llamapro.runtime.distributed import ParallelLayout, raise_together, start_model_parallel
 from megatron_llamapro.training.checkpointing import load_checkpoint, load_model
 from megatron_llamapro.training.metrics import metrics_path
+from megatron_llamapro.training.replicas import skip_collectives_of_one
 from megatron_llamapro.training.resume import RunIdentity, checkpoint_to_resume, run_identity
 from megatron_llamapro.training.state import TrainingState
 from megatron_llamapro.training.step import connect
@@ -218,7 +219,7 @@ def _check_precision(config: RunConfig, manifest: Manifest, folder: Path) -> Non
 
 def wrapped(model: LlamaModel, parallel: ParallelConfig) -> DistributedDataParallel:
     """The model in megatron.core's DDP: gradient buffers in float32, for what trains only."""
-    return DistributedDataParallel(
+    ddp = DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(
             use_distributed_optimizer=True,
@@ -228,6 +229,8 @@ def wrapped(model: LlamaModel, parallel: ParallelConfig) -> DistributedDataParal
         ),
         model,
     )
+    skip_collectives_of_one(ddp)
+    return ddp
 
 
 def _train_set(config: RunConfig, source: Source) -> Dataset:
