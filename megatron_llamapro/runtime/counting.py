@@ -200,6 +200,23 @@ class CountingMode(TorchDispatchMode):
             yield number, number * held.num_bytes, held
 
 
+class Saved:
+    """Counts what autograd keeps for a backward pass while `hooks` are on: every piece of memory once, weights not."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self.num_bytes = 0
+        self._known = {_address(parameter) for parameter in parameters}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        address, storage = _address(tensor), tensor.untyped_storage()
+        if address not in self._known:
+            self.num_bytes += storage.nbytes()
+            self._known.add(address)
+            weakref.finalize(storage, self._known.discard, address)
+        return tensor
+
+
 def _address(tensor: torch.Tensor) -> int:
     """Of the memory behind a tensor, also where there is none in truth (a fake tensor's)."""
     return tensor.untyped_storage()._cdata

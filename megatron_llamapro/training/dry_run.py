@@ -25,7 +25,7 @@ from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.families import model_shape, read_hf_config
 from megatron_llamapro.model.freeze import StageReport
 from megatron_llamapro.model.shape import ModelShape
-from megatron_llamapro.runtime.counting import CountingMode, Counts, Held, Kind
+from megatron_llamapro.runtime.counting import CountingMode, Counts, Held, Kind, Saved
 from megatron_llamapro.runtime.distributed import process_groups
 from megatron_llamapro.runtime.fake import fake_world, watched_messages
 from megatron_llamapro.training.setup import Machine, Run, build_machine, check_fits
@@ -53,6 +53,8 @@ class RankReport:
     """Of one step of `num_microbatches`, not the first: the optimizer's state is there."""
     held_bytes: Mapping[Kind, int]
     """Between steps."""
+    saved_bytes: float
+    """Activations kept for the backward pass, a micro-batch."""
     message_bytes: Mapping[str, int]
     """`activations` sent to the next stage and `gradients` to the one before, in the counted step."""
     num_microbatches: int
@@ -116,7 +118,9 @@ def dry_run(config: RunConfig, model: Model, *, world_size: int, rank: int, num_
     with fake_world(rank, world_size):
         machine = build_machine(config, model.shape, model.plan, load=lambda models: None)
         num_microbatches = _enough_microbatches(config, machine)
-        _step(config, machine, num_microbatches)  # makes the optimizer's moments
+        saved = Saved(parameter for chunk in machine.chunks for parameter in chunk.parameters())
+        with saved.hooks:
+            _step(config, machine, num_microbatches)  # makes the optimizer's moments
         mode, messages = counting(machine), Counter()
         held = dict(mode.by_kind)
         with watched_messages(messages), mode:
@@ -133,6 +137,7 @@ def dry_run(config: RunConfig, model: Model, *, world_size: int, rank: int, num_
             stage_report=machine.report,
             counts=mode.counts,
             held_bytes=held,
+            saved_bytes=saved.num_bytes / num_microbatches,
             message_bytes=messages,
             num_microbatches=num_microbatches,
             tokens=num_microbatches * config.training.micro_batch_size * config.data.seq_length,

@@ -32,8 +32,7 @@ def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None
         report = dry_run(config, model, world_size=args.world_size, rank=rank, num_largest=args.largest)
         reports.append(report)
         if not args.json:
-            alike = args.world_size // config.parallel.pipeline_model_parallel_size
-            print(describe(report, alike=alike), flush=True)
+            print(describe(config, report, world_size=args.world_size), flush=True)
     if args.json:
         print(json.dumps(to_json(config, model, reports, world_size=args.world_size), indent=2))
     else:

@@ -37,6 +37,7 @@ def rank_json(report: RankReport) -> dict[str, object]:
         "held_bytes": {kind.value: report.held_bytes.get(kind, 0) for kind in Kind},
         "peak_bytes": counts.peak_bytes,
         "peak_bytes_by_kind": {kind.value: counts.peak_by_kind.get(kind, 0) for kind in Kind},
+        "saved_bytes_per_microbatch": report.saved_bytes,
         "flops_per_token": {product.value: counts.flops[product] / report.tokens for product in Product},
         "collective_bytes": {f"{group} {what}": size for (group, what), size in counts.sent_bytes.items()},
         "message_bytes_per_microbatch": messages(report),
@@ -59,8 +60,9 @@ def heading(config: RunConfig, model: Model, *, world_size: int) -> str:
     )
 
 
-def describe(report: RankReport, *, alike: int) -> str:
-    """One rank's figures as text; `alike` ranks have the same."""
+def describe(config: RunConfig, report: RankReport, *, world_size: int) -> str:
+    """One rank's figures as text."""
+    alike = world_size // config.parallel.pipeline_model_parallel_size
     stage, counts, held = report.stage_report, report.counts, report.held_bytes
     trainable = ", ".join(map(str, stage.trainable_layers)) or "none"
     lines = [
@@ -69,11 +71,12 @@ def describe(report: RankReport, *, alike: int) -> str:
         f"  held      {human(sum(held.values()))}: {_kinds(held)}",
         f"  peak      {human(counts.peak_bytes)}: {_kinds(counts.peak_by_kind)}",
     ]
+    lines.append(f"  keeps     {human(report.saved_bytes)} of activations for the backward pass of a micro-batch")
     flops = [f"{product.value} {count / report.tokens / 1e9:.2f}" for product, count in counts.flops.items()]
     lines.append(f"  executes  {counts.flops.total() / report.tokens / 1e9:.2f} GFLOP a token: {', '.join(flops)}")
     sent = [f"{group} {what} {human(size)}" for (group, what), size in counts.sent_bytes.items() if size > _SCALARS]
     lines.append(f"  a step    {', '.join(sent) or 'nothing reduced or gathered'}")
-    if report.message_bytes:
+    if config.parallel.pipeline_model_parallel_size > 1:
         sizes = [f"{what} {human(size)}" for what, size in messages(report).items()]
         lines.append(f"  messages  a micro-batch: {', '.join(sizes)}")
     for number, size, held in report.largest:
