@@ -20,7 +20,7 @@ ALLOWED = {
     "model.families": {"config", "expansion", "model.hf_fields", "model.refused", "model.shape"},
     "model.rotary": {"model.shape"},
     "pipeline.cost": {"model.shape"},
-    "pipeline": {"config"},
+    "pipeline": {"config", "model.shape", "pipeline.cost"},
     "checkpoint": {
         "config",
         "expansion",
