@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_llamapro.checkpoint.described import DescribedModel
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.config.schema import (
     BlendEntry,
@@ -86,11 +87,11 @@ def main() -> int:
 
 def run(config: RunConfig, world_size: int, rank: int):
     """A dry run of one rank."""
-    from megatron_llamapro.training.dry_run import Model, dry_run
+    from megatron_llamapro.training.dry_run import dry_run
 
     plan = ExpansionPlan.unexpanded(32).expand(ADDED)
     shape = model_shape(hf_config(SHAPES["llama-2-7b"])).with_layers([layer.parent_layer for layer in plan.layers])
-    return dry_run(config, Model(shape, plan), world_size=world_size, rank=rank)
+    return dry_run(config, DescribedModel(shape, plan), world_size=world_size, rank=rank)
 
 
 def figures_of_7b() -> Iterator[Figure]:

@@ -31,7 +31,7 @@ ALLOWED = {
         "pipeline",
     },
     "runtime": {"config"},
-    "model": {"config", "expansion", "model.rotary", "model.shape", "pipeline"},
+    "model": {"config", "expansion", "model.rotary", "model.shape", "pipeline", "pipeline.cost"},
     "optimizer": {"config", "model"},
     "data": {"config", "checkpoint"},
     "training": {

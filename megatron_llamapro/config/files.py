@@ -1,4 +1,4 @@
-"""Files of a checkpoint folder, looked up without being led astray; errors that name the file. Imports no torch."""
+"""Files read without being led astray and written whole or not at all; errors that name the file. Imports no torch."""
 
 from __future__ import annotations
 
@@ -62,6 +62,13 @@ def check_small(path: Path, num_bytes: int, *, largest: int = LARGEST_SMALL_FILE
     """Raise `CheckpointError` for a size that no small file has."""
     if num_bytes > largest:
         raise CheckpointError(f"{path} has {num_bytes} bytes, more than any such file: it is damaged")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file under another name first, so that a kill leaves the old one, or none."""
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.names import NamedParameter, named_parameters
 from megatron_llamapro.model.shape import ModelShape
+from megatron_llamapro.pipeline.cost import Trains
 
 ADDED_BLOCKS = "added_blocks"
 NEWEST_BLOCKS = "newest_blocks"
@@ -140,6 +141,13 @@ def trainable_layers(trainable: Sequence[str], plan: ExpansionPlan) -> frozenset
     if any(choice in BLOCK_PARTS for choice in trainable):
         return frozenset(plan.added_layers)
     return trainable_blocks(trainable, plan)
+
+
+def what_trains(trainable: Sequence[str], plan: ExpansionPlan, *, tie_word_embeddings: bool) -> Trains:
+    """The same for the arithmetic of pipeline/cost.py: layers with anything in them that trains, and the two ends."""
+    embedding = EVERYTHING in trainable or "embedding" in trainable
+    output_layer = EVERYTHING in trainable or "output_layer" in trainable or (embedding and tie_word_embeddings)
+    return Trains(trainable_layers(trainable, plan), embedding, output_layer)
 
 
 def first_trainable_layer(trainable: Sequence[str], plan: ExpansionPlan) -> int:

@@ -152,9 +152,10 @@ def best_plan(job: Job) -> Plan:
         if plan.seconds < limit[0]:
             best, limit[0] = plan, plan.seconds
     if best is None:
+        needed, there = max(even.stage_bytes) / 2**30, job.memory_bytes / 2**30
         raise PipelinePlanError(
-            f"no split fits: the even one needs {max(even.stage_bytes) / 2**30:.1f} GiB on its largest stage, and there are "
-            f"{job.memory_bytes / 2**30:.1f}: take more tensor-parallel ranks or stages, or a smaller micro-batch"
+            f"no split fits: the even one needs {needed:.1f} GiB on its largest stage, and there are {there:.1f}: take "
+            "more tensor-parallel ranks or stages, or a smaller micro-batch"
         )
     return evaluate(job, best.counts, is_proven=tried <= _MOST_SPLITS)
 

@@ -11,20 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 
-from megatron_llamapro.checkpoint.folder import resolve_megatron_checkpoint
-from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME, Manifest
+from megatron_llamapro.checkpoint.described import DescribedModel
 from megatron_llamapro.config.checks import data_parallel_size
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import RunConfig
-from megatron_llamapro.expansion.inits import Expansion
-from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.families import model_shape, read_hf_config
 from megatron_llamapro.model.freeze import StageReport
-from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.runtime.counting import CountingMode, Counts, Held, Kind, Saved
 from megatron_llamapro.runtime.distributed import process_groups
 from megatron_llamapro.runtime.fake import fake_world, watched_messages
@@ -32,14 +26,6 @@ from megatron_llamapro.training.setup import Machine, Run, build_machine, check_
 from megatron_llamapro.training.step import Batch, train_step
 
 MAX_WORLD_SIZE = 4096
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is trained, as far as a dry run needs it."""
-
-    shape: ModelShape
-    plan: ExpansionPlan
 
 
 @dataclass(frozen=True)
@@ -66,39 +52,13 @@ class RankReport:
     seconds: float
 
 
-def read_model(config: RunConfig, *, hf_config: Path | None, expansion: Expansion | None) -> Model:
-    """The model of `model.checkpoint`, or the one that `expansion` would make of a Hugging Face config.json. Weights
-    are not read, and need not be there.
-
-    Raises:
-        LlamaProError: there is no such model.
-    """
-    if hf_config is not None:
-        shape = model_shape(read_hf_config(hf_config))
-        plan = ExpansionPlan.unexpanded(shape.num_layers)
-        if expansion is not None:
-            plan = expansion.expand(plan)
-        return Model(shape.with_layers([layer.parent_layer for layer in plan.layers]), plan)
-    if expansion is not None:
-        raise ConfigError("added blocks are asked for, but model.checkpoint says itself which it has: give --hf_config")
-    folder = Path(config.model.checkpoint)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"model.checkpoint {folder} is not there: convert it first, or describe it by --hf_config FOLDER and "
-            "--num_added_blocks N"
-        )
-    if not (folder / MANIFEST_NAME).is_file():
-        folder = resolve_megatron_checkpoint(folder)  # a run's folder: its newest checkpoint
-    return Model(model_shape(read_hf_config(folder)), Manifest.read(folder).plan)
-
-
 def distinct_ranks(config: RunConfig, world_size: int) -> list[int]:
     """A rank of every stage: the others of a stage hold as much, do as much and send as much."""
     stages = config.parallel.pipeline_model_parallel_size
     return [stage * (world_size // stages) for stage in range(stages)]
 
 
-def check(config: RunConfig, model: Model, world_size: int) -> None:
+def check(config: RunConfig, model: DescribedModel, world_size: int) -> None:
     """Raise `ConfigError` where the job could not start."""
     if not 1 <= world_size <= MAX_WORLD_SIZE:
         raise ConfigError(f"--world_size is {world_size}: it is from 1 to {MAX_WORLD_SIZE:,}")
@@ -106,7 +66,9 @@ def check(config: RunConfig, model: Model, world_size: int) -> None:
     check_fits(config, model.shape, model.plan)
 
 
-def dry_run(config: RunConfig, model: Model, *, world_size: int, rank: int, num_largest: int = 0) -> RankReport:
+def dry_run(
+    config: RunConfig, model: DescribedModel, *, world_size: int, rank: int, num_largest: int = 0
+) -> RankReport:
     """Build and run the job's rank `rank`, two steps, of which the second is counted, and for `num_largest` a third to
     look at the peak. Takes seconds. `runtime.cpu.install` must have been called.
 

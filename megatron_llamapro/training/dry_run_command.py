@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
+from megatron_llamapro.checkpoint.described import describe_model
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.inits import Expansion
@@ -17,10 +19,10 @@ def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None
     """Run the ranks, printing each when it is done (as JSON all at the end). Returns the exit code."""
     import_megatron()
     cpu.install()
-    from megatron_llamapro.training.dry_run import check, distinct_ranks, dry_run, read_model
+    from megatron_llamapro.training.dry_run import check, distinct_ranks, dry_run
     from megatron_llamapro.training.dry_run_report import describe, heading, to_json, too_large, total_line
 
-    model = read_model(config, hf_config=args.hf_config, expansion=expansion)
+    model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
     check(config, model, args.world_size)
     ranks = args.ranks or distinct_ranks(config, args.world_size)
     if not all(0 <= rank < args.world_size for rank in ranks):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from megatron_llamapro.checkpoint.described import DescribedModel
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.pipeline.layout import draw, stage_layers
 from megatron_llamapro.runtime.counting import Kind, Product
-from megatron_llamapro.training.dry_run import Model, RankReport
+from megatron_llamapro.training.dry_run import RankReport
 from megatron_llamapro.training.report import GIB, human, work_per_token
 
 _SCALARS = 4096  # bytes: norms, losses and counts that ranks agree on; not worth a line
 
 
-def to_json(config: RunConfig, model: Model, reports: Sequence[RankReport], *, world_size: int) -> dict[str, object]:
+def to_json(
+    config: RunConfig, model: DescribedModel, reports: Sequence[RankReport], *, world_size: int
+) -> dict[str, object]:
     """Bytes and FLOPs as they were counted; FLOPs are of a token, messages of a micro-batch, the rest of a step."""
     return {
         "world_size": world_size,
@@ -49,7 +52,7 @@ def rank_json(report: RankReport) -> dict[str, object]:
     }
 
 
-def heading(config: RunConfig, model: Model, *, world_size: int) -> str:
+def heading(config: RunConfig, model: DescribedModel, *, world_size: int) -> str:
     """What is run dry."""
     parallel = config.parallel
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -98,7 +101,7 @@ def first_of_stages(reports: Sequence[RankReport]) -> list[RankReport]:
     return list({report.stage: report for report in reversed(reports)}.values())
 
 
-def total_line(config: RunConfig, model: Model, reports: Sequence[RankReport]) -> str:
+def total_line(config: RunConfig, model: DescribedModel, reports: Sequence[RankReport]) -> str:
     """What all stages execute, beside the arithmetic; says what is missing where not every stage was run."""
     if len(first_of_stages(reports)) < config.parallel.pipeline_model_parallel_size:
         return "not every stage was run: --ranks all shows the whole model's work"

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.freeze import EVERYTHING, StageReport, trainable_layers
+from megatron_llamapro.model.freeze import StageReport, what_trains
 from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.pipeline.cost import Work, step_work
 from megatron_llamapro.pipeline.layout import draw, stage_layers
@@ -81,15 +81,13 @@ def _run_record(run: Run, *, parameters: int, trainable: int) -> dict[str, objec
 
 def work_per_token(config: RunConfig, shape: ModelShape, plan: ExpansionPlan) -> Work:
     """FLOP that a token's training needs, by arithmetic (pipeline/cost.py), with what is frozen left out."""
-    trainable = config.model.trainable
-    everything = EVERYTHING in trainable
-    tied_head_trains = shape.tie_word_embeddings and "embedding" in trainable
+    trains = what_trains(config.model.trainable, plan, tie_word_embeddings=shape.tie_word_embeddings)
     return step_work(
         shape,
         seq_length=config.data.seq_length,
-        trainable_layers=trainable_layers(trainable, plan),
-        embedding_trains=everything or "embedding" in trainable,
-        output_layer_trains=everything or "output_layer" in trainable or tied_head_trains,
+        trainable_layers=trains.layers,
+        embedding_trains=trains.embedding,
+        output_layer_trains=trains.output_layer,
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from gradients import parallel
 
+from megatron_llamapro.checkpoint.described import describe_model
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.io import dump_yaml
 from megatron_llamapro.config.schema import ParallelConfig, RecomputeConfig, RunConfig
@@ -23,9 +24,9 @@ VOCABULARY = 128
 
 
 def dry_worker(config: RunConfig, world_size: int, ranks: list[int] | None) -> list:
-    from megatron_llamapro.training.dry_run import distinct_ranks, dry_run, read_model
+    from megatron_llamapro.training.dry_run import distinct_ranks, dry_run
 
-    model = read_model(config, hf_config=None, expansion=None)
+    model = describe_model(Path(config.model.checkpoint), hf_config=None, expansion=None)
     ranks = ranks or distinct_ranks(config, world_size)
     return [dry_run(config, model, world_size=world_size, rank=rank, num_largest=3) for rank in ranks]
 
@@ -59,10 +60,9 @@ def config(run_config: Callable, models: Callable) -> Callable[..., RunConfig]:
 
 
 def arithmetic(config: RunConfig):
-    from megatron_llamapro.training.dry_run import read_model
     from megatron_llamapro.training.report import work_per_token
 
-    model = read_model(config, hf_config=None, expansion=None)
+    model = describe_model(Path(config.model.checkpoint), hf_config=None, expansion=None)
     return work_per_token(config, model.shape, model.plan)
 
 
@@ -151,6 +151,42 @@ def test_no_gradient_goes_below_the_first_trainable_block(config: Callable, mode
     assert first.held_bytes.get(Kind.GRADIENTS, 0) == first.held_bytes.get(Kind.MOMENTS, 0) == 0
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_planner_knows_what_is_held(layout: str, config: Callable) -> None:
+    """State and kept activations of every stage, to the byte but for vectors, padding and the labels."""
+    from megatron_llamapro.model.freeze import what_trains
+    from megatron_llamapro.pipeline.layout import stage_layers
+    from megatron_llamapro.pipeline.memory import Division, chunk_bytes
+
+    world_size, division = LAYOUTS[layout]
+    settings = config(division)
+    model = describe_model(Path(settings.model.checkpoint), hf_config=None, expansion=None)
+    counts = stage_layers(division, model.shape.num_layers)
+    trains = what_trains(settings.model.trainable, model.plan, tie_word_embeddings=False)
+    divided = Division(
+        tensor_size=division.tensor_model_parallel_size,
+        data_size=world_size // division.tensor_model_parallel_size // division.pipeline_model_parallel_size,
+        sequence_parallel=division.sequence_parallel,
+        seq_length=settings.data.seq_length,
+        itemsize=4,
+    )
+    for report in run_apart(dry_worker, settings, world_size, None):
+        positions = range(report.stage, len(counts), division.pipeline_model_parallel_size)
+        chunks = [
+            chunk_bytes(
+                model.shape,
+                range(sum(counts[:position]), sum(counts[: position + 1])),
+                is_first=position == 0,
+                is_last=position == len(counts) - 1,
+                trains=trains,
+                division=divided,
+            )
+            for position in positions
+        ]
+        assert sum(chunk.state for chunk in chunks) == pytest.approx(sum(report.held_bytes.values()), rel=0.03)
+        assert sum(chunk.activations for chunk in chunks) == pytest.approx(report.saved_bytes, rel=0.05)
+
+
 def test_the_largest_job(config: Callable) -> None:
     """4,096 ranks; at the peak most of the memory is named."""
     settings = config(parallel(tp=2, pp=2, sp=True))
@@ -205,9 +241,7 @@ def test_bad_input_is_one_line(arguments: list, message: str, run_yaml: Path) ->
     assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
-def test_a_model_that_is_not_there(config: Callable) -> None:
-    from megatron_llamapro.training.dry_run import read_model
+def test_a_model_that_is_not_there() -> None:
 
-    settings = replace(config(), model=replace(config().model, checkpoint="nowhere"))
     with pytest.raises(ConfigError, match="--hf_config FOLDER"):
-        read_model(settings, hf_config=None, expansion=None)
+        describe_model(Path("nowhere"), hf_config=None, expansion=None)
