@@ -3,8 +3,8 @@
 python benchmarks/pipeline_split.py [--rounds 3] [--json FILE]
 python benchmarks/pipeline_split.py --tiny
 
-The blocks are timed first, on both cores at once, and the planner plans with that. Then both splits train, in turns. Needs
-two cores that nothing else uses.
+The blocks are timed first, on both cores at once, and the planner plans with that. Then both splits train, in turns.
+Needs two cores that nothing else uses.
 """
 
 from __future__ import annotations
