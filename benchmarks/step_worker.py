@@ -40,7 +40,8 @@ def ours(model: StepModel, folder: Path, *, trainable: str = "added_blocks") -> 
     from megatron_llamapro.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
     from megatron_llamapro.model.build import build_model
     from megatron_llamapro.model.families import model_shape, read_hf_config
-    from megatron_llamapro.model.freeze import freeze
+    from megatron_llamapro.model.freeze import first_trainable_layer, freeze
+    from megatron_llamapro.model.frozen import skip_frozen_work
     from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler
     from megatron_llamapro.training.checkpointing import load_model
     from megatron_llamapro.training.setup import wrapped
@@ -52,6 +53,7 @@ def ours(model: StepModel, folder: Path, *, trainable: str = "added_blocks") -> 
     models = build_model(shape, model=ModelConfig(checkpoint=str(checkpoint)), parallel=parallel, precision="fp32")
     plan = Manifest.read(checkpoint).plan
     freeze(models, plan, (trainable,), tie_word_embeddings=shape.tie_word_embeddings)
+    skip_frozen_work(models, first_trainable_layer((trainable,), plan))
     load_model(models, checkpoint)
     settings = OptimizerConfig(lr=LEARNING_RATE, lr_decay_style="constant", lr_warmup_fraction=0.0, clip_grad=CLIP_GRAD)
 
