@@ -1,4 +1,4 @@
-"""Every example's configuration is run dry for its world: it starts, it fits, and its work is that of the arithmetic."""
+"""Every example's configuration is run dry for its world: it starts, fits, and does the work that the arithmetic says."""
 
 from __future__ import annotations
 
