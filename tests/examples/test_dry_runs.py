@@ -1,4 +1,4 @@
-"""Every example's configuration is run dry for its world: it starts, fits, and does the work that the arithmetic says."""
+"""Every example's configuration is run dry for its world: it starts, it fits, and does the arithmetic's work."""
 
 from __future__ import annotations
 
