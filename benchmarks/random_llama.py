@@ -77,7 +77,7 @@ SHAPES = {
 def write_random_llama(folder: Path, shape: LlamaShape, *, max_shard_bytes: int = 5 * 10**9, seed: int = 0) -> None:
     """Write config.json, the shards and their index to a new folder. Holds a few megabytes, whatever the shape."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(_config(shape), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(hf_config(shape), indent=2) + "\n")
     shards = _divide(shape.tensors(), max_shard_bytes)
     generator = np.random.default_rng(seed)
     pool = _random_bfloat16(generator)
@@ -94,7 +94,7 @@ def write_random_llama(folder: Path, shape: LlamaShape, *, max_shard_bytes: int 
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _config(shape: LlamaShape) -> dict:
+def hf_config(shape: LlamaShape) -> dict:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

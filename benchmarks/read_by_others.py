@@ -46,6 +46,8 @@ class Tool:
     """Its environment's name; None: this project's own."""
     layout: tuple[int, int] | None = None
     """Tensor and pipeline sizes, for Megatron-LM: a process each, and its clone on the path."""
+    stage_layers: tuple[int, ...] | None = None
+    """Layers on each (virtual) stage, for Megatron-LM; None: as even as they can be."""
     options: tuple[str, ...] = ()
     """Further options of Megatron-LM's script."""
     is_legacy: bool = False
@@ -71,6 +73,24 @@ TOOLS = (
         "megatron-bridge",
         layout=(2, 2),
         options=("--sizes_from_checkpoint",),
+        is_legacy=True,
+    ),
+    Tool("megatron-lm-uneven", "megatron_lm_load.py", "megatron-bridge", layout=(1, 2), stage_layers=(4, 2)),
+    Tool("megatron-lm-virtual", "megatron_lm_load.py", "megatron-bridge", layout=(1, 2), stage_layers=(1, 2, 2, 1)),
+    Tool(
+        "megatron-lm-legacy-uneven",
+        "megatron_lm_load.py",
+        "megatron-bridge",
+        layout=(1, 2),
+        stage_layers=(4, 2),
+        is_legacy=True,
+    ),
+    Tool(
+        "megatron-lm-legacy-virtual",
+        "megatron_lm_load.py",
+        "megatron-bridge",
+        layout=(2, 2),
+        stage_layers=(1, 2, 2, 1),
         is_legacy=True,
     ),
     # Tensor size 1: on several ranks experts need sequence parallelism, which the norms of layers without Transformer
@@ -122,6 +142,10 @@ def make_legacy(expanded: Path, folder: Path, tool: Tool) -> Path:
     tp, pp = tool.layout
     into = ["--target", folder, "--format", "legacy", "--tensor_model_parallel_size", tp]
     into += ["--pipeline_model_parallel_size", pp]
+    if tool.stage_layers:
+        into += ["--pipeline_stage_layers", _comma_separated(tool.stage_layers)]
+        if len(tool.stage_layers) > pp:
+            into += ["--virtual_pipeline_model_parallel_size", len(tool.stage_layers) // pp]
     _tool("convert_checkpoint", "hf-to-megatron", "--source", expanded, *into)
     return folder
 
@@ -167,7 +191,12 @@ def _command(tool: Tool, python: Path, made: dict[str, Path], work_dir: Path) ->
     tp, pp = tool.layout
     torchrun = [str(python), "-m", "torch.distributed.run", "--nproc-per-node", str(tp * pp), script]
     given = ["--checkpoint", made["megatron"], "--expanded", made["expanded"], "--tp", tp, "--pp", pp]
+    given += ["--stage_layers", _comma_separated(tool.stage_layers)] if tool.stage_layers else []
     return [*torchrun, *map(str, given), *tool.options]
+
+
+def _comma_separated(counts: tuple[int, ...]) -> str:
+    return ",".join(map(str, counts))
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ ALLOWED = {
     "model.families": {"config", "expansion", "model.hf_fields", "model.refused", "model.shape"},
     "model.rotary": {"model.shape"},
     "pipeline.cost": {"model.shape"},
-    "pipeline": {"config"},
+    "pipeline": {"config", "model.shape", "pipeline.cost"},
     "checkpoint": {
         "config",
         "expansion",
@@ -31,7 +31,7 @@ ALLOWED = {
         "pipeline",
     },
     "runtime": {"config"},
-    "model": {"config", "expansion", "model.rotary", "model.shape", "pipeline"},
+    "model": {"config", "expansion", "model.rotary", "model.shape", "pipeline", "pipeline.cost"},
     "optimizer": {"config", "model"},
     "data": {"config", "checkpoint"},
     "training": {

@@ -39,15 +39,15 @@ def main() -> int:
 
     with shared.writing_options("converting", args) as options:
         function = getattr(convert, args.command.replace("-", "_"))
-        print(summary(function(args.source, args.target, options=options, **settings)))
+        done = function(args.source, args.target, options=options, **settings)
+    print(summary(done))
     return 0
 
 
 def _options_of(command: str):
-    kinds = (
-        [shared.add_shard_option] if command.endswith("hf") else [shared.add_change_options, shared.add_format_options]
-    )
-    return [*kinds, shared.add_writing_options]
+    if command.endswith("hf"):
+        return [shared.add_shard_option, shared.add_writing_options]
+    return [shared.add_change_options, shared.add_format_options, shared.add_writing_options]
 
 
 def _read(parser: CommandParser, args) -> dict:

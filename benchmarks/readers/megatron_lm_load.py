@@ -1,7 +1,7 @@
 """Megatron-LM's own loader on a converted checkpoint: its arguments, its model, `load_checkpoint`; then the logits.
 
 PYTHONPATH=MEGATRON_LM_CLONE:. torchrun --nproc-per-node TP×PP benchmarks/readers/megatron_lm_load.py \
-    --checkpoint DIR --expanded HF_DIR [--tp N] [--pp N] [--sizes_from_checkpoint]
+    --checkpoint DIR --expanded HF_DIR [--tp N] [--pp N] [--stage_layers 1,2,2,1] [--sizes_from_checkpoint]
 
 DIR is a torch_dist or legacy checkpoint as the converter writes it, or any folder with
 latest_checkpointed_iteration.txt. Layers are those of Megatron-LM's local specification, which need no Transformer
@@ -57,12 +57,21 @@ _LOAD = "--no-load-optim --no-load-rng --exit-on-missing-checkpoint"
 
 
 def arguments(
-    config: dict, *, load: Path, tp: int, pp: int, divisible_by: int, sizes_from_checkpoint: bool
+    config: dict,
+    *,
+    load: Path,
+    tp: int,
+    pp: int,
+    stage_layers: list[int] | None,
+    divisible_by: int,
+    sizes_from_checkpoint: bool,
 ) -> list[str]:
     """Megatron-LM's command line for a model with this config.json."""
     # NullTokenizer adds one token to the size that it is told; what is padded is rounded up again.
     vocabulary = ["--vocab-size", str(config["vocab_size"] - 1), "--make-vocab-size-divisible-by", str(divisible_by)]
     split = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
+    if stage_layers:  # its own notation: Et|tt|tt|tL
+        split += ["--pipeline-model-parallel-layout", "E" + "|".join("t" * count for count in stage_layers) + "L"]
     always = [*" ".join((_CPU, _RUN, _LOAD)).split(), "--load", str(load), *vocabulary, *split]
     if sizes_from_checkpoint:
         epsilon = [_FROM_CONFIG[_NEVER_FROM_CHECKPOINT], str(config[_NEVER_FROM_CHECKPOINT])]
@@ -159,6 +168,7 @@ def main() -> None:
     parser.add_argument("--expanded", type=Path, required=True, help="the same model in Hugging Face's format")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--stage_layers", type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
     parser.add_argument(
         "--sizes_from_checkpoint", action="store_true", help="tell Megatron-LM no sizes (--use-checkpoint-args)"
@@ -172,6 +182,7 @@ def main() -> None:
             load=as_release(args.checkpoint, Path(folder)),
             tp=args.tp,
             pp=args.pp,
+            stage_layers=args.stage_layers,
             divisible_by=args.make_vocab_size_divisible_by,
             sizes_from_checkpoint=args.sizes_from_checkpoint,
         )
@@ -190,7 +201,8 @@ def main() -> None:
         difference = (logits - expected).abs().max().item()
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             how = "sizes from the checkpoint" if args.sizes_from_checkpoint else "sizes told"
-            proved(f"TP {args.tp} × PP {args.pp}, {how}: logits differ from transformers' by {difference:.1g} at most")
+            where = f"TP {args.tp} × PP {args.pp}" + (f", layers {args.stage_layers}" if args.stage_layers else "")
+            proved(f"{where}, {how}: logits differ from transformers' by {difference:.1g} at most")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -24,7 +24,7 @@ class BlockState(Enum):
     """What has become of an added block."""
 
     IDENTITY = "identity, as when added"
-    RANDOM = "identity by its zeros; of its other values only norms and shapes are proven, they are random"
+    RANDOM = "identity by its zeros; of its other values only norms and shapes are proven: no seed of them was noted"
     TRAINED = "trained"
     WRONG = "wrong"
 
@@ -46,7 +46,7 @@ class _Beginning:
     name: str
     is_zeroed: bool
     rows: tuple[Rows, ...]
-    """What it may have been, by whether a cast came before or after; empty: random."""
+    """What it may have been, by whether a cast came before or after; empty: drawn with a seed that nobody noted."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class AddedBlocks:
 
     def _problem(self, layer: int, name: str, parent: int) -> str:
         text = f"{name} is not what init {self._init(layer).value} makes of block {parent}"
-        if self._is_next_round(layer):
+        if self._is_next_round(layer) or self._init(layer) is Init.RANDOM:
             return text
         return f"{text} as it is now: compare with the model that round {self._round(layer)} expanded"
 
@@ -104,6 +104,10 @@ class AddedBlocks:
         assert self.expanded.manifest is not None
         return Init(self.expanded.manifest.inits[self._round(layer) - 1])
 
+    def _seed(self, layer: int) -> int | None:
+        assert self.expanded.manifest is not None
+        return self.expanded.manifest.init_seeds[self._round(layer) - 1]
+
     def _parent(self, layer: int) -> int:
         """Where the block that it was made of stands now."""
         plan, number = self.expanded.plan, self._round(layer)
@@ -111,12 +115,12 @@ class AddedBlocks:
         return plan.layers_after(number - 1)[then.parent_layer]
 
     def _beginnings(self, layer: int) -> Iterator[_Beginning]:
-        plan, number, init = self.expanded.plan, self._round(layer), self._init(layer)
+        plan, number, init, seed = self.expanded.plan, self._round(layer), self._init(layer), self._seed(layer)
         before = self.original if self._is_next_round(layer) else after_rounds(self.expanded, number - 1)
         there = plan.layers_after(number)
         weights = weights_of(self.expanded.shape.with_layers(there))
         origins = {
-            dtype: Origins(before, self.files, plan.after(number), dtype, init)
+            dtype: Origins(before, self.files, plan.after(number), dtype, init, seed or 0)
             for dtype in (self.expanded.dtype, before.dtype)
         }
         for weight, name, _ in iter_hf([weight for weight in weights if weight.layer == there.index(layer)]):
@@ -127,7 +131,7 @@ class AddedBlocks:
                 tuple(
                     cast(made, source=dtype, target=self.expanded.dtype, name=name)
                     for dtype, made in rows.items()
-                    if not isinstance(made, NormalRows)
+                    if seed is not None or not isinstance(made, NormalRows)
                 ),
             )
 

@@ -21,7 +21,7 @@ from blake3 import blake3
 
 import megatron_llamapro
 from megatron_llamapro.checkpoint.folder import carry_files, clear, draft_of, staged
-from megatron_llamapro.checkpoint.hf_reader import open_hf
+from megatron_llamapro.checkpoint.hf_reader import check_stored_head, open_hf
 from megatron_llamapro.checkpoint.hf_writer import config_text, hf_layout
 from megatron_llamapro.checkpoint.layout import DEFAULT_MAX_SHARD_BYTES, TargetLayout
 from megatron_llamapro.checkpoint.legacy_grid import LayerSpec
@@ -31,6 +31,7 @@ from megatron_llamapro.checkpoint.megatron_dist import torch_dist_layout
 from megatron_llamapro.checkpoint.megatron_legacy import LegacyTarget, legacy_layout
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
 from megatron_llamapro.checkpoint.origins import Origins
+from megatron_llamapro.checkpoint.report import size_text
 from megatron_llamapro.checkpoint.sources import open_megatron_checkpoint
 from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles, nothing, stored_hash
 from megatron_llamapro.checkpoint.transfer import Job, Journal, are_complete, transfer
@@ -192,15 +193,16 @@ def _convert(
     model = _target_model(opened, expansion or Expansion(lambda plan: plan), dtype)
     layout = kind.layout(draft_of(target), model.shape, model.dtype)
     options.on_total(model.num_bytes)
-    with (
-        SourceFiles(opened.states) as files,
-        staged(target, overwrite=options.overwrite, resume=options.resume, sources=(opened.folder,)) as draft,
-    ):
+    staging = staged(
+        target, overwrite=options.overwrite, resume=options.resume, sources=(opened.folder,), journal=JOURNAL
+    )
+    with SourceFiles(opened.states) as files, staging as draft:
+        check_stored_head(opened, files)
         if model.dtype != opened.dtype:
             check_base(opened, lambda name: stored_hash(opened.tensors[name], files, opened.itemsize))
         check_provable(opened, dtype=model.dtype, files=files)
-        init, seed = model.expansion.init, model.expansion.seed
-        jobs = _jobs(Origins(opened, files, model.plan, model.dtype, init, seed), layout, model)
+        origins = Origins(opened, files, model.plan, model.dtype, model.expansion.init, model.expansion.seed)
+        jobs = _jobs(origins, layout, model)
         journal = _journal(draft, _fingerprint(opened, model, layout), layout)
         _check_space(target, draft, jobs, journal)
         carry_files(opened.folder, draft)
@@ -216,9 +218,8 @@ def _convert(
         hashes = {job.name: journal.hashes[job.name] for job in jobs}
         if model.dtype == opened.dtype:
             check_base(opened, lambda name: hashes[name_now(name, model.plan, opened.plan.num_rounds)])
-        manifest = target_manifest(opened, model.plan, dtype=model.dtype, init=init, hashes=hashes)
+        manifest = target_manifest(opened, model.plan, dtype=model.dtype, expansion=model.expansion, hashes=hashes)
         _write_small_files(draft, layout, kind, model, manifest)
-        (draft / JOURNAL).unlink()
     return Conversion(
         target=Path(target),
         plan=model.plan,
@@ -298,7 +299,7 @@ def _check_space(target: Path, draft: Path, jobs: Sequence[Job], journal: Journa
     needed = sum(job.num_bytes * len(job.copies) for job in todo)
     free = shutil.disk_usage(draft).free
     if needed > free:
-        raise CheckpointError(f"{target} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free: make room")
+        raise CheckpointError(f"{target} needs {size_text(needed)}, its disk has {size_text(free)} free: make room")
 
 
 def _write_small_files(draft: Path, layout: TargetLayout, kind: TargetKind, model: _Model, manifest: Manifest) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_llamapro.checkpoint.pickles import NEW_OBJECT, Call, Global, Pairs, Record, dumps, instance, load
 from megatron_llamapro.checkpoint.weight_map import Shape
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside
+from megatron_llamapro.config.files import file_inside, read_small
 from megatron_llamapro.model.families import ITEMSIZES
 
 INDEX_NAME = ".metadata"
@@ -24,6 +24,7 @@ _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 _DTYPES = ("float64", "int64", "int32", "int16", "int8", "uint8", "bool", "float8_e4m3fn", "float8_e5m2", *ITEMSIZES)
 
+_LARGEST_INDEX = 2 * 2**30  # bytes; thousands of ranks with optimizer states write hundreds of megabytes
 _LONGEST_KEY = 1000  # characters; keys are shown in errors
 
 # What an index is made of.
@@ -107,7 +108,7 @@ def _unpickle(folder: Path) -> Record:
     if path is None:
         raise CheckpointError(f"{folder} has no {INDEX_NAME}: it is not a complete checkpoint")
     try:
-        index = load(path.read_bytes(), admitted=_ADMITTED)
+        index = load(read_small(path, largest=_LARGEST_INDEX), admitted=_ADMITTED)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is not the index of a checkpoint, and was not loaded: {error}") from None
     if not isinstance(index, Record) or not index.path.endswith("Metadata"):

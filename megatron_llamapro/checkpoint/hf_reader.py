@@ -9,14 +9,15 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from megatron_llamapro.checkpoint.folder import LATEST, TORCH_DIST_MARK
 from megatron_llamapro.checkpoint.layout import StoredTensor, whole
 from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME, Manifest
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
-from megatron_llamapro.checkpoint.streaming import state_of
-from megatron_llamapro.checkpoint.weight_map import Shape, hf_shapes, is_known_extra
+from megatron_llamapro.checkpoint.streaming import SourceFiles, state_of, stored_hash
+from megatron_llamapro.checkpoint.weight_map import EMBEDDING, OUTPUT_LAYER, Shape, hf_shapes, is_known_extra
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside
-from megatron_llamapro.model.families import MANIFEST_KEY, model_shape, read_hf_config
+from megatron_llamapro.config.files import file_inside, read_small
+from megatron_llamapro.model.families import MANIFEST_KEY, read_hf_model
 from megatron_llamapro.model.shape import ModelShape
 
 SINGLE_FILE = "model.safetensors"
@@ -24,6 +25,8 @@ INDEX_FILE = "model.safetensors.index.json"
 
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _DTYPES = {theirs: ours for ours, theirs in SAFETENSORS_DTYPES.items()}
+
+_HEAD, _EMBEDDING = (row.hugging_face[0][0] for row in (OUTPUT_LAYER, EMBEDDING))
 
 _Entry = tuple[str, Shape, Path, int]
 """Their dtype, shape, file, offset of the bytes in it."""
@@ -37,8 +40,8 @@ def open_hf(folder: Path) -> Checkpoint:
             shape or of an unsupported or mixed type, a model that is not supported.
     """
     folder = Path(folder)
-    config = read_hf_config(folder)
-    shape = model_shape(config)
+    model = read_hf_model(folder)
+    config, shape = model.config, model.shape
     manifest = _read_manifest(folder, config, shape)
     entries: dict[str, _Entry] = {}
     states = {path: state_of(path) for path in _shards(folder)}
@@ -52,7 +55,34 @@ def open_hf(folder: Path) -> Checkpoint:
             f"{folder}: its tensors are {dtype}, its manifest is of {manifest.dtype} ones: other software has saved it "
             "in another type, so what it was made from can't be proven any more; take the checkpoint it was made from"
         )
-    return Checkpoint(folder, Format.HUGGING_FACE, config, shape, manifest, dtype, tensors, states)
+    head = _stored_head(folder, entries) if shape.tie_word_embeddings else None
+    return Checkpoint(folder, Format.HUGGING_FACE, config, shape, manifest, dtype, tensors, states, stored_head=head)
+
+
+def check_stored_head(checkpoint: Checkpoint, files: SourceFiles) -> None:
+    """Raise `CheckpointError` where a tied head is stored, and is not the embedding: transformers 5 takes it then, and
+    older ones the embedding."""
+    head = checkpoint.stored_head
+    if head is None:
+        return
+    ours, theirs = (stored_hash(held, files, checkpoint.itemsize) for held in (checkpoint.tensors[_EMBEDDING], head))
+    if ours != theirs:
+        raise _another_head(checkpoint.folder)
+
+
+def _another_head(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: {_HEAD} is not {_EMBEDDING}, though tie_word_embeddings in config.json says so: make that false to "
+        "keep it, or remove the tensor"
+    )
+
+
+def _stored_head(folder: Path, entries: Mapping[str, _Entry]) -> StoredTensor | None:
+    if _HEAD not in entries:
+        return None
+    if entries[_HEAD][:2] != entries[_EMBEDDING][:2]:  # type and shape
+        raise _another_head(folder)
+    return _stored(entries[_HEAD])
 
 
 def _stored(entry: _Entry) -> StoredTensor:
@@ -78,9 +108,7 @@ def _shards(folder: Path) -> list[Path]:
         return [single]
     index = file_inside(folder, INDEX_FILE)
     if index is None:
-        hint = "it has only pytorch_model*.bin, which runs code when read: save it as safetensors first"
-        none = f"no {SINGLE_FILE} and no {INDEX_FILE}: give the folder of a Hugging Face checkpoint"
-        raise CheckpointError(f"{folder}: {hint if any(folder.glob('pytorch_model*.bin')) else none}")
+        raise CheckpointError(f"{folder}: {_what_is_there(folder)}")
     shards = []
     for name in sorted(set(_weight_map(index).values())):
         shard = file_inside(folder, name)
@@ -90,10 +118,19 @@ def _shards(folder: Path) -> list[Path]:
     return shards
 
 
+def _what_is_there(folder: Path) -> str:
+    """In a folder without safetensors files."""
+    if any(folder.glob("pytorch_model*.bin")):
+        return "it has only pytorch_model*.bin, which runs code when read: save it as safetensors first"
+    if any((folder / name).is_file() for name in (TORCH_DIST_MARK, LATEST)):
+        return "it is a Megatron checkpoint: megatron-to-hf and megatron-to-megatron read it"
+    return f"no {SINGLE_FILE} and no {INDEX_FILE}: give the folder of a Hugging Face checkpoint"
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name → file name, out of the index."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_small(index).decode("utf-8"))["weight_map"]
         names = {**weight_map}
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} is not an index of safetensors shards: {error!r}") from None

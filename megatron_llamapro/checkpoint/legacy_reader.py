@@ -7,16 +7,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.folder import LATEST, iteration_folder
+from megatron_llamapro.checkpoint.folder import LATEST, RELEASE, iteration_folder
 from megatron_llamapro.checkpoint.legacy_grid import Entry, Grid, LayerSpec, check_grid, chunk_entries
-from megatron_llamapro.checkpoint.megatron_legacy import RANK_FILE, RELEASE, Copies, copy_of, pieces_of
+from megatron_llamapro.checkpoint.megatron_legacy import RANK_FILE, Copies, copy_of, pieces_of
 from megatron_llamapro.checkpoint.megatron_model import MegatronTensor, open_megatron
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
+from megatron_llamapro.checkpoint.streaming import state_of
 from megatron_llamapro.checkpoint.torch_archive import TORCH_GLOBALS, ArchivedTensor, DamagedArchiveError, read_archive
 from megatron_llamapro.checkpoint.weight_map import EMBEDDING, weights_of
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside
-from megatron_llamapro.model.families import ITEMSIZES, model_shape, read_hf_config
+from megatron_llamapro.config.files import file_inside, read_small
+from megatron_llamapro.model.families import ITEMSIZES, read_hf_model
 from megatron_llamapro.model.shape import ModelShape
 
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
@@ -60,7 +61,7 @@ def _ranks_folder(folder: Path) -> Path | None:
     candidates = [folder]
     tracker = file_inside(folder, LATEST) if folder.is_dir() else None
     if tracker is not None:
-        text = tracker.read_text(errors="replace").strip()
+        text = read_small(tracker).decode(errors="replace").strip()
         candidates.append(folder / RELEASE if text == RELEASE else folder)
         if text.isascii() and text.isdigit() and len(text) < 20:
             candidates.append(iteration_folder(folder, int(text)))
@@ -78,10 +79,12 @@ def open_legacy(folder: Path) -> Checkpoint:
     ranks = _ranks_folder(folder)
     if ranks is None:
         raise CheckpointError(f"{folder} has no mp_rank_… folders: it is no legacy checkpoint")
-    files = {_rank(path): _read(path) for path in sorted(ranks.glob("mp_rank_*")) if path.is_dir()}
-    shape = model_shape(read_hf_config(folder))
-    opened = _Opened(ranks, files, shape)
-    checkpoint = open_megatron(folder, Format.LEGACY, opened.tensors())
+    model = read_hf_model(folder)
+    paths = {_rank(path): _file_of(path) for path in sorted(ranks.glob("mp_rank_*")) if path.is_dir()}
+    states = {path: state_of(path) for path in paths.values()}
+    files = {rank: (path, _chunks(path)) for rank, path in paths.items()}
+    opened = _Opened(ranks, files, model.shape)
+    checkpoint = open_megatron(folder, Format.LEGACY, model, opened.tensors(), states=states)
     return replace(checkpoint, division=str(opened.grid), stage_layers=opened.grid.stage_layers)
 
 
@@ -93,11 +96,16 @@ def _rank(path: Path) -> tuple[int, int]:
     return int(match[1]), int(match[2] or 0)
 
 
-def _read(folder: Path) -> tuple[Path, list[dict]]:
-    """A rank's file and the state of each of its chunks."""
+def _file_of(folder: Path) -> Path:
+    """A rank's file."""
     path = file_inside(folder.parent, f"{folder.name}/{RANK_FILE}")
     if path is None:
         raise CheckpointError(f"{folder} has no {RANK_FILE}: the checkpoint is not complete")
+    return path
+
+
+def _chunks(path: Path) -> list[dict]:
+    """The state of each chunk in a rank's file."""
     try:
         with path.open("rb") as file:
             state = read_archive(file, admitted=_LegacyGlobals())
@@ -109,7 +117,7 @@ def _read(folder: Path) -> tuple[Path, list[dict]]:
     chunks = [state[key] for key in keys]
     if not chunks or not all(map(_is_state_dict, chunks)):
         raise CheckpointError(f"{path} holds no model")
-    return path, chunks
+    return chunks
 
 
 def _is_state_dict(value: object) -> bool:

@@ -10,7 +10,7 @@ from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.streaming import SourceFiles, stored_hash
 from megatron_llamapro.checkpoint.weight_map import hf_name_in_layer, hf_shapes, layer_of
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.inits import Init
+from megatron_llamapro.expansion.inits import Expansion, Init
 from megatron_llamapro.expansion.plan import ExpansionPlan
 
 
@@ -33,18 +33,25 @@ def after_rounds(checkpoint: Checkpoint, num_rounds: int) -> Checkpoint:
     """The part of an expanded checkpoint that was there after so many rounds, under the names of then."""
     known, plan = checkpoint.manifest, checkpoint.plan
     shape = checkpoint.shape.with_layers(plan.layers_after(num_rounds))
+    manifest = known and dataclasses.replace(
+        known,
+        plan=plan.after(num_rounds),
+        inits=known.inits[:num_rounds],
+        init_seeds=known.init_seeds[:num_rounds],
+    )
     return dataclasses.replace(
         checkpoint,
         shape=shape,
-        manifest=known and dataclasses.replace(known, plan=plan.after(num_rounds), inits=known.inits[:num_rounds]),
+        manifest=manifest,
         tensors={name: checkpoint.tensors[name_now(name, plan, num_rounds)] for name in hf_shapes(shape)},
     )
 
 
 def target_manifest(
-    source: Checkpoint, plan: ExpansionPlan, *, dtype: str, init: Init, hashes: Mapping[str, str]
+    source: Checkpoint, plan: ExpansionPlan, *, dtype: str, expansion: Expansion, hashes: Mapping[str, str]
 ) -> Manifest:
-    """The manifest of what was made of `source`, whose tensors have `hashes`.
+    """The manifest of what was made of `source`, by `expansion` where `plan` has a round more; its tensors have
+    `hashes`.
 
     What an expanded source's manifest says of the original tensors is kept, not made anew from tensors that may have
     been trained since; a source that was never expanded is its own original.
@@ -52,15 +59,18 @@ def target_manifest(
     known, is_new_round = source.manifest, plan.num_rounds > source.plan.num_rounds
     if known and not is_new_round and known.dtype == dtype:
         return known
-    inits = (*(known.inits if known else ()), *([init.value] if is_new_round else []))
+    rounds = {"inits": known.inits if known else (), "init_seeds": known.init_seeds if known else ()}
+    if is_new_round:
+        seed = expansion.seed if expansion.init is Init.RANDOM else None
+        rounds = {"inits": (*rounds["inits"], expansion.init.value), "init_seeds": (*rounds["init_seeds"], seed)}
     if known and known.plan.num_rounds and known.dtype == dtype:
-        return dataclasses.replace(known, plan=plan, inits=inits, tool_versions=tool_versions())
+        return dataclasses.replace(known, plan=plan, tool_versions=tool_versions(), **rounds)
     names = {name: original_name(name, plan) for name in hashes}
     return Manifest(
         family=source.config["model_type"],
         dtype=dtype,
         plan=plan,
-        inits=inits,
+        **rounds,
         source=known.source if known and known.plan.num_rounds else _source_of(source),
         original_hashes={first: hashes[name] for name, first in names.items() if first is not None},
         tool_versions=tool_versions(),

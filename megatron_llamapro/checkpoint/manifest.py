@@ -14,7 +14,7 @@ from pathlib import Path
 
 import megatron_llamapro
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
-from megatron_llamapro.config.files import file_inside
+from megatron_llamapro.config.files import file_inside, read_small
 from megatron_llamapro.expansion.inits import Init
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.families import WEIGHT_DTYPES
@@ -51,6 +51,8 @@ class Manifest:
     """BLAKE3 of every original tensor's bytes in `dtype`, by its Hugging Face name in the first source model."""
     inits: tuple[str, ...] = ()
     """What the added blocks of each round began as (`expansion.inits.Init`)."""
+    init_seeds: tuple[int | None, ...] = ()
+    """The seed that each round's were drawn with; None: they were not drawn, or it was not noted yet."""
     tool_versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict:
@@ -61,6 +63,7 @@ class Manifest:
             "dtype": self.dtype,
             "plan": self.plan.to_json(),
             "inits": list(self.inits),
+            "init_seeds": list(self.init_seeds),
             "source": vars(self.source),
             "hash_function": HASH_FUNCTION,
             "original_hashes": dict(self.original_hashes),
@@ -88,6 +91,7 @@ class Manifest:
                 dtype=_dtype(data["dtype"]),
                 plan=plan,
                 inits=_inits(data["inits"], plan),
+                init_seeds=_init_seeds(data.get("init_seeds"), plan),
                 source=_source(data["source"]),
                 original_hashes={_text(k): _text(v) for k, v in data["original_hashes"].items()},
                 tool_versions={_text(k): _text(v) for k, v in data["tool_versions"].items()},
@@ -144,6 +148,16 @@ def _inits(names: object, plan: ExpansionPlan) -> tuple[str, ...]:
     return inits
 
 
+def _init_seeds(seeds: object, plan: ExpansionPlan) -> tuple[int | None, ...]:
+    if seeds is None:
+        return (None,) * plan.num_rounds
+    if not isinstance(seeds, list) or not all(seed is None or type(seed) is int for seed in seeds):
+        raise ValueError(f"seeds {str(seeds)[:40]}")
+    if len(seeds) != plan.num_rounds:
+        raise ValueError(f"{len(seeds)} seeds for {plan.num_rounds} rounds")
+    return tuple(seeds)
+
+
 def _source(data: Mapping) -> Source:
     source = Source(**data)
     if type(source.weight_bytes) is not int:
@@ -153,7 +167,7 @@ def _source(data: Mapping) -> Source:
 
 def _read_json(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_small(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
 
@@ -165,4 +179,5 @@ def config_sha256(config: Mapping) -> str:
 
 def tool_versions() -> dict[str, str]:
     """Versions of what writes checkpoints here."""
-    return {"megatron_llamapro": megatron_llamapro.__version__, "torch": metadata.version("torch")}
+    others = {name: metadata.version(name) for name in ("torch", "numpy")}
+    return {"megatron_llamapro": megatron_llamapro.__version__, **others}

@@ -22,6 +22,7 @@ from megatron_llamapro.checkpoint.folder import TORCH_DIST_MARK
 from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, TargetFile, TargetLayout, parts_of
 from megatron_llamapro.checkpoint.megatron_model import MegatronTensor, matrix, open_megatron
 from megatron_llamapro.checkpoint.opened import BasePart, Checkpoint, Format
+from megatron_llamapro.checkpoint.streaming import allow_many_open_files, state_of
 from megatron_llamapro.checkpoint.torch_archive import (
     TORCH_GLOBALS,
     ArchivedTensor,
@@ -34,7 +35,7 @@ from megatron_llamapro.checkpoint.torch_archive import (
 from megatron_llamapro.checkpoint.weight_map import Weight, frozen_names, weights_of
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside
-from megatron_llamapro.model.families import ITEMSIZES, model_shape, read_hf_config
+from megatron_llamapro.model.families import ITEMSIZES, read_hf_model
 from megatron_llamapro.model.shape import ModelShape
 
 DEFAULT_MAX_FILE_BYTES = 2 * 10**9
@@ -63,6 +64,8 @@ _BACKENDS = {
     "common_backend_version": 1,
 }
 
+_CONVERT = "convert it with tools/convert_checkpoint.py megatron-to-megatron"
+
 # Parts of a training checkpoint that are no weights: their keys start so, or contain it.
 _OTHER_STATE = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
 _EXTRA_STATE = "_extra_state"
@@ -86,17 +89,18 @@ def open_torch_dist(folder: Path) -> Checkpoint:
         CheckpointError: no such checkpoint, damaged, not whole, not of the model that its config.json describes, or
             one whose pickles would run code; a delta whose base is not there.
     """
+    folder, model = Path(folder), read_hf_model(folder)
     indexed = _indexed_weights(folder)
     delta = Delta.read(folder)
     base = delta.base_of(folder) if delta else None
-    shape = model_shape(read_hf_config(folder))
     if delta and base:
-        indexed = {**_taken_from(base, delta, shape), **_held_by(folder, indexed, delta)}
+        indexed = {**_taken_from(base, delta, model.shape), **_held_by(folder, indexed, delta)}
+    states = {path: state_of(path) for path in {part.path for held in indexed.values() for part in held.sections}}
     with _SectionFiles() as files:
         located = {name: _located(name, tensor, files) for name, tensor in indexed.items()}
-    divided = unstacked(located, num_layers=shape.num_layers, where=folder)
+    divided = unstacked(located, num_layers=model.shape.num_layers, where=folder)
     tensors = {name: MegatronTensor(held.shape, held.dtype, tuple(held.pieces())) for name, held in divided.items()}
-    opened = open_megatron(Path(folder), Format.TORCH_DIST, tensors)
+    opened = open_megatron(folder, Format.TORCH_DIST, model, tensors, states=states)
     return replace(opened, base=_base_part(opened, base, delta)) if delta and base else opened
 
 
@@ -132,15 +136,23 @@ def _base_part(opened: Checkpoint, base: Path, delta: Delta) -> BasePart:
 
 
 def check_loadable(folder: Path) -> None:
-    """Raise `CheckpointError` where training cannot load a torch_dist checkpoint: its layers are stacked, or
-    megatron.core, which unpickles index and common state as they are, would run code."""
-    if any(map(is_stacked, read_index(folder))):
-        raise CheckpointError(
-            f"{folder} has its layers stacked, and training asks for one key a layer: convert it with "
-            "tools/convert_checkpoint.py megatron-to-megatron"
-        )
+    """Raise `CheckpointError` where training cannot load a torch_dist checkpoint: a weight is missing, or lies under a
+    key that training does not ask for; or megatron.core, which unpickles index and common state as they are, would run
+    code."""
+    index = set(read_index(folder))
     if (delta := Delta.read(folder)) is not None:
-        check_loadable(delta.base_of(folder))
+        base = delta.base_of(folder)
+        check_loadable(base)
+        index |= set(read_index(base))
+    if any(map(is_stacked, index)):
+        raise CheckpointError(f"{folder} has its layers stacked, and training asks for one key a layer: {_CONVERT}")
+    for weight in weights_of(read_hf_model(folder).shape):
+        if weight.megatron_name in index:
+            continue
+        other = next((name for name in weight.megatron_names if name in index), None)
+        if other is None:
+            raise CheckpointError(f"{folder} lacks the tensor {weight.megatron_name}: take a complete checkpoint")
+        raise CheckpointError(f"{folder} has {other} where training asks for {weight.megatron_name}: {_CONVERT}")
     path = file_inside(folder, COMMON_STATE)
     if path is None:
         return
@@ -173,6 +185,7 @@ class _SectionFiles:
     """Opens each file once, and finds a section's tensor in it."""
 
     def __init__(self) -> None:
+        allow_many_open_files()
         self._open: dict[Path, BinaryIO] = {}
 
     def __enter__(self) -> _SectionFiles:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.folder import LATEST
+from megatron_llamapro.checkpoint.folder import LATEST, RELEASE
 from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, TargetFile, TargetLayout, parts_of
 from megatron_llamapro.checkpoint.legacy_grid import Entry, Grid, LayerSpec, check_grid, chunk_entries
 from megatron_llamapro.checkpoint.pickles import instance
@@ -24,7 +24,6 @@ from megatron_llamapro.model.families import ITEMSIZES
 from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.pipeline.layout import even_stage_layers
 
-RELEASE = "release"
 RANK_FILE = "model_optim_rng.pt"
 
 
@@ -46,8 +45,18 @@ class LegacyTarget:
         Raises:
             CheckpointError: it cannot be divided so.
         """
-        virtual = self.virtual_pipeline_model_parallel_size
-        num_stages = self.pipeline_model_parallel_size * (virtual or 1)
+        stages, virtual = self.pipeline_model_parallel_size, self.virtual_pipeline_model_parallel_size
+        if virtual is not None and min(virtual, stages) < 2:
+            raise CheckpointError(
+                f"virtual_pipeline_model_parallel_size is {virtual} with {stages} pipeline stages: the interleaved "
+                "schedule needs at least 2 of each"
+            )
+        num_stages = stages * (virtual or 1)
+        if self.pipeline_stage_layers is None and shape.num_layers < num_stages:
+            raise CheckpointError(
+                f"the model has {shape.num_layers} layers, fewer than the {num_stages} (virtual) stages: say with "
+                "pipeline_stage_layers which have none"
+            )
         counts = self.pipeline_stage_layers or even_stage_layers(shape.num_layers, num_stages)
         if len(counts) != num_stages:
             raise CheckpointError(

@@ -11,10 +11,10 @@ from pathlib import Path
 from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, is_whole, parts_of
 from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME, Manifest
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
-from megatron_llamapro.checkpoint.streaming import state_of
+from megatron_llamapro.checkpoint.streaming import FileState
 from megatron_llamapro.checkpoint.weight_map import VOCABULARY_ROWS, Shape, Weight, weights_of
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.model.families import ITEMSIZES, model_shape, read_hf_config
+from megatron_llamapro.model.families import ITEMSIZES, HfModel
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,22 @@ def matrix(shape: Shape) -> tuple[int, int]:
     return (shape[0], 1) if len(shape) == 1 else (math.prod(shape[:-1]), shape[-1])
 
 
-def open_megatron(folder: Path, format: Format, tensors: Mapping[str, MegatronTensor]) -> Checkpoint:
-    """A Megatron checkpoint out of its weights; config.json lies beside them, and so does the manifest of one of ours.
+def open_megatron(
+    folder: Path,
+    format: Format,
+    model: HfModel,
+    tensors: Mapping[str, MegatronTensor],
+    *,
+    states: Mapping[Path, FileState],
+) -> Checkpoint:
+    """A Megatron checkpoint out of its weights; the manifest of one of ours lies beside them. `states` are those of
+    their files before it was looked where in them the tensors begin.
 
     Raises:
         CheckpointError: a tensor that is missing, unknown, of the wrong shape or type, or not whole; a manifest that
             does not fit.
     """
-    config = read_hf_config(folder)
-    shape = model_shape(config)
-    manifest = None
+    shape, manifest = model.shape, None
     if (Path(folder) / MANIFEST_NAME).exists():
         manifest = Manifest.read(folder)
         manifest.check_fits(shape, where=folder)
@@ -59,8 +65,8 @@ def open_megatron(folder: Path, format: Format, tensors: Mapping[str, MegatronTe
     unknown = sorted(tensors.keys() - {name for weight in weights for name in weight.megatron_names})
     if unknown:
         raise CheckpointError(f"{folder} has the tensor {unknown[0][:200]}, which this model family does not have")
-    states = {piece.file: state_of(piece.file) for tensor in found.values() for piece in tensor.pieces}
-    return Checkpoint(folder, format, config, shape, manifest, dtype, found, states)
+    used = {piece.file: states[piece.file] for tensor in found.values() for piece in tensor.pieces}
+    return Checkpoint(folder, format, model.config, shape, manifest, dtype, found, used)
 
 
 def _one_dtype(folder: Path, tensors: Mapping[str, MegatronTensor]) -> str:

@@ -52,6 +52,8 @@ class Checkpoint:
     """Under Hugging Face's names, in the order of the forward pass."""
     states: Mapping[Path, FileState] = field(default_factory=dict)
     """What the tensors' files were when their headers were read."""
+    stored_head: StoredTensor | None = None
+    """The output layer of a model whose head is tied, where it is stored all the same."""
     division: str | None = None
     """How it is divided over ranks, where the format fixes that; e.g. TP 2 x PP 2."""
     stage_layers: tuple[int, ...] | None = None

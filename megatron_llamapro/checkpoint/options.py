@@ -38,17 +38,20 @@ def add_workers_option(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def writing_options(description: str, args: argparse.Namespace) -> Iterator[Options]:
-    """What `add_writing_options` added, with a bar."""
+    """What `add_writing_options` added, with a bar. An interrupt says how to go on."""
     from megatron_llamapro.checkpoint.convert import Options
 
-    with byte_bar(description) as bar:
-        yield Options(
-            overwrite=args.overwrite,
-            resume=args.resume,
-            num_workers=args.num_workers,
-            progress=bar.progress,
-            on_total=bar.on_total,
-        )
+    try:
+        with byte_bar(description) as bar:
+            yield Options(
+                overwrite=args.overwrite,
+                resume=args.resume,
+                num_workers=args.num_workers,
+                progress=bar.progress,
+                on_total=bar.on_total,
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command with --resume goes on") from None
 
 
 def add_change_options(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +78,7 @@ def add_shard_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _num_workers(text: str) -> int:
-    if not text.isdigit() or int(text) > 1000:
+    if not re.fullmatch("[0-9]{1,4}", text) or int(text) > 1000:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of threads")
     return int(text)
 

@@ -41,15 +41,17 @@ def byte_bar(description: str) -> Iterator[ByteBar]:
 
 
 def summary(conversion: Conversion) -> str:
-    """Layers before and after, the added blocks, bytes and speed."""
+    """Layers before and after, the blocks that were added now and before, bytes and speed."""
     plan = conversion.plan
     lines = [f"{conversion.target}: {layers_text(conversion.num_source_layers, plan.num_layers)}"]
-    if plan.added_layers:
-        lines.append(f"added blocks: {', '.join(map(str, plan.added_layers))}")
+    added = plan.newest_layers if plan.num_layers > conversion.num_source_layers else ()
+    for text, layers in (("added blocks", added), ("added before", sorted({*plan.added_layers} - {*added}))):
+        if layers:
+            lines.append(f"{text}: {', '.join(map(str, layers))}")
     seconds = max(conversion.seconds, 1e-9)
     lines.append(
         f"{size_text(conversion.num_bytes)} of {conversion.dtype} weights in {conversion.seconds:.1f} s "
-        f"({conversion.num_bytes / seconds / 1e9:.2f} GB/s), read back and compared"
+        f"({size_text(conversion.num_bytes / seconds)}/s), read back and compared"
     )
     if conversion.is_foreign:
         lines.append("the source has no llamapro.json: it was taken as a model that was never expanded")
@@ -66,7 +68,7 @@ def layers_text(before: int, after: int) -> str:
 def size_text(num_bytes: float) -> str:
     """1234567 → 1.23 MB."""
     for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
+        if num_bytes < 999.5:  # above, three digits would be 1e+03
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.3g} TB"

@@ -6,6 +6,7 @@ Nothing here needs torch or as much memory as a tensor. Reading and hashing leav
 from __future__ import annotations
 
 import os
+import resource
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -59,10 +60,17 @@ def _state(status: os.stat_result) -> FileState:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def allow_many_open_files() -> None:
+    """As many as the system lets this process have: the largest models have more files than the usual limit."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 class SourceFiles:
     """Files that are read, opened once, and held against what they were when their headers were read."""
 
     def __init__(self, states: Mapping[Path, FileState] | None = None) -> None:
+        allow_many_open_files()
         self._expected = dict(states or {})
         self._open: dict[Path, int] = {}
         self._lock = threading.Lock()

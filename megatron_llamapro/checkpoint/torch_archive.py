@@ -174,7 +174,7 @@ def _records(file: BinaryIO) -> dict[str, tuple[int, int]]:
     file.seek(0)
     if file.read(4) != b"PK\3\4":  # zipfile would take what comes before an archive, which torch reads as another file
         raise ValueError("no torch archive")
-    with zipfile.ZipFile(file) as directory:
+    with zipfile.ZipFile(_Cautious(file)) as directory:
         entries = directory.infolist()
     for entry in entries:
         file.seek(entry.header_offset)
@@ -184,6 +184,23 @@ def _records(file: BinaryIO) -> dict[str, tuple[int, int]]:
             raise ValueError(f"record {entry.filename}")
         places[entry.filename] = (start, entry.file_size)
     return places
+
+
+class _Cautious:
+    """A file for `zipfile`, which gives memory to a directory of whatever size the file's end claims."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MAX_PICKLE_BYTES:
+            position = self.tell()
+            size = self.seek(0, 2) - position
+            self.seek(position)
+            if size > _MAX_PICKLE_BYTES:
+                raise ValueError("a directory of absurd size")
+        return self._file.read(size)
 
 
 class _Tensors:

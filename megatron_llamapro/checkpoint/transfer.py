@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -24,6 +23,7 @@ from megatron_llamapro.checkpoint.layout import StoredTensor, TargetFile
 from megatron_llamapro.checkpoint.streaming import (
     Progress,
     Rows,
+    allow_many_open_files,
     hash_rows,
     nothing,
     overlaps,
@@ -31,6 +31,7 @@ from megatron_llamapro.checkpoint.streaming import (
     stored_hash,
 )
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.config.files import naming
 
 BATCH_BYTES = 128 * 2**20
 
@@ -57,7 +58,7 @@ class Journal:
         if not lines or lines[0].get("plan") != plan:
             lines = [{"plan": plan}]
         for line in lines[1:]:
-            self.hashes.update(line["hashes"])
+            self.hashes.update(line["hashes"])  # type: ignore[arg-type]
         draft = path.with_name(f"{path.name}.tmp")
         draft.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         draft.replace(path)
@@ -69,22 +70,27 @@ class Journal:
 
     def note(self, hashes: Mapping[str, str]) -> None:
         """These tensors are written."""
+        if not hashes:
+            return
         with self._lock, self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"hashes": dict(hashes)}) + "\n")
             self.hashes.update(hashes)
 
-    def _whole_lines(self) -> list[dict]:
-        """All but a last one that a kill has cut."""
+    def _whole_lines(self) -> list[dict[str, object]]:
+        """All before the first that a kill or a power cut has damaged."""
         try:
-            text = self._path.read_text(encoding="utf-8")
+            text = self._path.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return []
-        lines = []
-        for line in text.split("\n")[:-1]:
+        lines: list[dict[str, object]] = []
+        for text_line in text.split("\n")[:-1]:
             try:
-                lines.append(json.loads(line))
+                line = json.loads(text_line)
             except ValueError:
                 break
+            if not isinstance(line, dict) or (lines and not isinstance(line.get("hashes"), dict)):
+                break
+            lines.append(line)
         return lines
 
 
@@ -93,12 +99,13 @@ class TargetFiles:
 
     def __init__(self, files: Iterable[TargetFile]) -> None:
         self._open: dict[Path, int] = {}
-        _allow_many_open_files()
+        allow_many_open_files()
         for file in files:
             file.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file.path, os.O_RDWR | os.O_CREAT, 0o666)
             self._open[file.path] = descriptor
-            os.ftruncate(descriptor, file.num_bytes)
+            with naming(file.path):
+                os.ftruncate(descriptor, file.num_bytes)
             for offset, data in file.fixed:
                 self._write(descriptor, file.path, memoryview(data), offset)
 
@@ -129,16 +136,8 @@ class TargetFiles:
     def _write(descriptor: int, path: Path, data: memoryview, offset: int) -> None:
         done = 0
         while done < len(data):
-            try:
+            with naming(path):
                 done += os.pwrite(descriptor, data[done:], offset + done)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def _allow_many_open_files() -> None:
-    """As many as the system lets this process have: the largest models have more files than the usual limit."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def are_complete(files: Iterable[TargetFile]) -> bool:
@@ -170,11 +169,13 @@ def transfer(
 def _batches(jobs: Iterable[Job]) -> Iterator[list[Job]]:
     """Neighbours, about `BATCH_BYTES` together."""
     batch: list[Job] = []
+    held = 0
     for job in jobs:
         batch.append(job)
-        if sum(other.num_bytes for other in batch) >= BATCH_BYTES:
+        held += job.num_bytes
+        if held >= BATCH_BYTES:
             yield batch
-            batch = []
+            batch, held = [], 0
     if batch:
         yield batch
 

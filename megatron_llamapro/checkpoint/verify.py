@@ -1,7 +1,7 @@
 """Proof that an expanded model is what it should be: identical in function before training, untouched originals after.
 
 Every claim is a `Check`. Both checkpoints are read a few megabytes at a time; what a manifest says of the lineage is
-held against the tensors, as far as they can tell (of blocks that began as random ones: zeros, norms and shapes).
+held against the tensors: every added block is computed again from what the manifest says it was made of.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from megatron_llamapro.checkpoint.added_blocks import AddedBlocks, BlockReport, BlockState
 from megatron_llamapro.checkpoint.casting import cast
 from megatron_llamapro.checkpoint.convert import default_workers
+from megatron_llamapro.checkpoint.hf_reader import check_stored_head
 from megatron_llamapro.checkpoint.lineage import name_now, original_name
 from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.sources import OpenTensors, open_checkpoint
@@ -74,6 +75,8 @@ def verify(
         SourceFiles({**source.states, **result.states}) as files,
         ThreadPoolExecutor(num_workers or default_workers()) as pool,
     ):
+        for checkpoint in (source, result):
+            check_stored_head(checkpoint, files)
         hashes = _hashes(result, result.dtype, files, pool, progress)
         kept = _Kept(source, result, _hashes(source, result.dtype, files, pool, progress), hashes)
         yield from _check_originals(kept)

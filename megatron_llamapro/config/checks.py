@@ -7,7 +7,7 @@ the model's shape. All are called before anything is built or written.
 from __future__ import annotations
 
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.schema import CheckpointConfig, ParallelConfig, RunConfig
+from megatron_llamapro.config.schema import CheckpointConfig, ParallelConfig, RecomputeConfig, RunConfig
 
 _AT_LEAST_ONE = (
     ("parallel", "tensor_model_parallel_size"),
@@ -23,6 +23,7 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = (
     ("training", "eval_interval"),
     ("checkpoint", "save_interval"),
+    ("logging", "diagnostics_interval"),
     ("optimizer", "lr"),
     ("optimizer", "min_lr"),
     ("optimizer", "weight_decay"),
@@ -43,6 +44,7 @@ def check_run_config(config: RunConfig) -> None:
     _check_data(config)
     _check_parallel(config.parallel)
     _check_retention(config.checkpoint)
+    _check_recompute(config.recompute)
     if config.training.exit_interval is not None and config.training.exit_interval < 1:
         raise ConfigError("training.exit_interval must be at least 1: leave it out to run to the end")
     if not config.model.trainable:
@@ -107,6 +109,24 @@ def _check_parallel(parallel: ParallelConfig) -> None:
         raise ConfigError("parallel.overlap_param_gather needs parallel.overlap_grad_reduce")
 
 
+def _check_recompute(recompute: RecomputeConfig) -> None:
+    full, selective = recompute.granularity == "full", recompute.granularity == "selective"
+    if full and (recompute.method is None or recompute.num_layers is None):
+        raise ConfigError(
+            "recompute.granularity is full: it needs recompute.method (uniform or block) and recompute.num_layers"
+        )
+    if selective and not recompute.modules:
+        raise ConfigError("recompute.granularity is selective: name recompute.modules, e.g. [mlp]")
+    if recompute.num_layers is not None and recompute.num_layers < 1:
+        raise ConfigError(f"recompute.num_layers is {recompute.num_layers}: it must be at least 1")
+    for name, belongs in (("method", full), ("num_layers", full), ("modules", selective)):
+        if getattr(recompute, name) and not belongs:
+            raise ConfigError(
+                f"recompute.{name} is set, but recompute.granularity is {recompute.granularity}: it is read with "
+                f"{'selective' if name == 'modules' else 'full'} only"
+            )
+
+
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
     """Replicas that `world_size` ranks make.
 
@@ -159,6 +179,12 @@ def check_model(
         if count % tensor_ranks:
             raise ConfigError(
                 f"the model's {count} {name} cannot be divided by parallel.tensor_model_parallel_size {tensor_ranks}"
+            )
+    for part, there in (("moe", has_experts), ("mlp", not has_experts)):
+        if part in config.recompute.modules and not there:
+            raise ConfigError(
+                f"recompute.modules names '{part}', but the model has {'' if has_experts else 'no '}experts: name "
+                f"{'moe' if has_experts else 'mlp'}"
             )
     if has_experts and tensor_ranks > 1 and not parallel.sequence_parallel:
         raise ConfigError(

@@ -6,10 +6,11 @@ Exit codes: 0 done, 1 a check said no (verify), 2 the user's input (one `error: 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_llamapro.config.errors import LlamaProError
@@ -27,6 +28,23 @@ class CommandParser(argparse.ArgumentParser):
         # On a command and on its sub-commands; these must not reset what was given before them.
         default = argparse.SUPPRESS if " " in kwargs.get("prog", "") else False
         self.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        """What is not known is an error here already, so that a sub-command says which options it has."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._nearest_option(unknown)}")
+        return namespace, unknown
+
+    def parse_own_args(self) -> tuple[argparse.Namespace, list[str]]:
+        """The command line's options that are this parser's, and the others, which another one reads."""
+        return super().parse_known_args()
+
+    def _nearest_option(self, unknown: Sequence[str]) -> str:
+        known = [name for action in self._actions for name in action.option_strings]
+        options = [argument.partition("=")[0] for argument in unknown if argument.startswith("--")]
+        nearest = difflib.get_close_matches(options[0], known, n=1) if options else []
+        return f": did you mean {nearest[0]}?" if nearest else ""
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
@@ -46,8 +64,8 @@ def one_line_error(error: BaseException) -> str:
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` as a program: user errors become one line and exit code 2.
 
-    Errors that are not the user's (bugs) keep their traceback. `--debug` on the command line, or
-    `LLAMAPRO_DEBUG=1`, keeps all of them.
+    What a `KeyboardInterrupt` carries is printed with it. Errors that are not the user's (bugs) keep their traceback.
+    `--debug` on the command line, or `LLAMAPRO_DEBUG=1`, keeps all of them.
     """
     debug = "--debug" in sys.argv[1:] or os.environ.get("LLAMAPRO_DEBUG") == "1"
     try:
@@ -57,6 +75,6 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             traceback.print_exc()
         print(one_line_error(error), file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from None
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(": ".join(("error: interrupted", *map(str, interrupt.args))), file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None

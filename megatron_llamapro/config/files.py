@@ -1,8 +1,11 @@
-"""Files of a checkpoint folder, looked up without being led astray. Imports neither torch nor megatron."""
+"""Files read without being led astray and written whole or not at all; errors that name the file. Imports no torch."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError
@@ -38,3 +41,40 @@ def file_inside(folder: Path, name: str) -> Path | None:
     if not any(allowed in real.parents for allowed in homes):
         raise CheckpointError(f"{path} is a link out of its folder, to {real}: copy the file there, then try again")
     return path
+
+
+LARGEST_SMALL_FILE = 256 * 2**20
+"""Bytes: configurations, manifests, tokenizers and indices are far below it. A hole of a terabyte takes no disk."""
+
+
+def read_small(path: Path, *, largest: int = LARGEST_SMALL_FILE) -> bytes:
+    """All of a file, which is not given memory if it is larger than any of its kind.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    with Path(path).open("rb") as file:
+        check_small(path, os.fstat(file.fileno()).st_size, largest=largest)
+        return file.read()
+
+
+def check_small(path: Path, num_bytes: int, *, largest: int = LARGEST_SMALL_FILE) -> None:
+    """Raise `CheckpointError` for a size that no small file has."""
+    if num_bytes > largest:
+        raise CheckpointError(f"{path} has {num_bytes} bytes, more than any such file: it is damaged")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file under another name first, so that a kill leaves the old one, or none."""
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An `OSError` of what is done through an open descriptor names the file, as one of opening it does."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None

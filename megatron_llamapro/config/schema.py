@@ -11,7 +11,11 @@ from typing import Literal
 
 Precision = Literal["bf16", "fp32"]
 LRDecayStyle = Literal["cosine", "linear", "constant"]
+RecomputeGranularity = Literal["full", "selective"]
+RecomputeMethod = Literal["uniform", "block"]
+RecomputeModule = Literal["core_attn", "mlp", "moe"]
 TransformerImpl = Literal["auto", "local", "transformer_engine"]
+CrossEntropy = Literal["chunked", "liger", "plain"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class ModelConfig:
     experts."""
     transformer_impl: TransformerImpl = "auto"
     """auto takes Transformer Engine's layers where it is installed and a GPU is there, else local."""
+    cross_entropy: CrossEntropy = "chunked"
+    """How the loss is computed. chunked: output layer and cross-entropy as one, some tokens at a time, so that the
+    logits are never held whole. liger: the same with the liger-kernel package's kernel, on a GPU, without tensor
+    parallelism. plain: megatron.core's, whole logits and their softmax in float32."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times tensor_model_parallel_size; padding never gets loss."""
 
@@ -54,6 +62,22 @@ class ParallelConfig:
     """Gather updated parameters while the next forward pass already runs."""
     distributed_timeout_minutes: float = 10.0
     """Minutes that a collective waits for a missing rank."""
+
+
+@dataclass(frozen=True)
+class RecomputeConfig:
+    """Which activations are computed again in the backward pass instead of being kept: less memory, more work.
+    Layers below the first trainable one keep none and are never computed again. (megatron.core's recompute_….)"""
+
+    granularity: RecomputeGranularity | None = None
+    """full: whole layers; selective: the parts named in modules. Without it nothing is computed again."""
+    method: RecomputeMethod | None = None
+    """Of full. uniform: all layers, num_layers at a time, keeping each group's input; block: the first num_layers
+    of every (virtual) stage, each by itself; both count from the first trainable layer."""
+    num_layers: int | None = None
+    """Of full: see method."""
+    modules: tuple[RecomputeModule, ...] = ()
+    """Of selective: core_attn, mlp, or moe (the layer of experts)."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +200,9 @@ class LoggingConfig:
 
     log_interval: int = 1
     """Steps between lines."""
+    diagnostics_interval: int = 0
+    """Steps between figures of every added block: its contribution to the residual stream, gradient norm, and distance
+    from the block it was copied from. 0: never. Takes host memory as large as the added blocks, on one replica."""
     metrics_file: str | None = None
     """JSONL record of every logged step and evaluation; without it, metrics.jsonl in checkpoint.save or here."""
     tensorboard_dir: str | None = None
@@ -192,6 +219,7 @@ class RunConfig:
     data: DataConfig
     training: TrainingConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -10,7 +10,7 @@ from megatron_llamapro.expansion.plan import ExpansionPlan, Placement, placed_po
 
 
 def add_expansion_options(parser: argparse.ArgumentParser) -> None:
-    """Add --num_added_blocks, --placement, --blocks_per_group and --positions."""
+    """Add --num_added_blocks, --placement, --blocks_per_group, --init, --init_seed, --force and --positions."""
     group = parser.add_argument_group("added blocks")
     group.add_argument(
         "--num_added_blocks",
@@ -60,6 +60,8 @@ def read_expansion_options(parser: CommandParser, args: argparse.Namespace) -> E
             parser.error(f"--{given[0]} needs --num_added_blocks or --positions")
         return None
     init = Init(args.init or Init.COPY.value)
+    if args.init_seed is not None and init is not Init.RANDOM:
+        parser.error(f"--init_seed is for --init random: {init.value} draws nothing")
     check_init(init, force=args.force)
     return Expansion(expand, init, args.init_seed or 0)
 

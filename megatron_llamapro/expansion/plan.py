@@ -90,6 +90,12 @@ class ExpansionPlan:
         """Layers that were there after so many rounds, in the order of then."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.added_in_round <= num_rounds)
 
+    def copied_from(self, layer: int) -> int:
+        """The layer, of this model, that the added block `layer` was copied from."""
+        number = self.layers[layer].added_in_round
+        parent = self.after(number).layers[self.layers_after(number).index(layer)].parent_layer
+        return self.layers_after(number - 1)[parent]
+
     def after(self, num_rounds: int) -> ExpansionPlan:
         """The plan as it was after so many rounds, made again from the positions of their blocks.
 

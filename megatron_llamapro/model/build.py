@@ -13,7 +13,9 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
-from megatron_llamapro.config.schema import ModelConfig, ParallelConfig, Precision
+from megatron_llamapro.config.schema import CrossEntropy, ModelConfig, ParallelConfig, Precision, RecomputeConfig
+from megatron_llamapro.model.attention import RotaryTables
+from megatron_llamapro.model.loss import give_loss
 from megatron_llamapro.model.rotary import inverse_frequencies
 from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.model.spec import block_spec, uses_transformer_engine
@@ -60,12 +62,26 @@ _EXPERTS = {
 }
 
 
-class LlamaModel(GPTModel):
-    """GPTModel whose padded vocabulary entries never get any probability."""
+_KEEP_ALL = RecomputeConfig()
 
-    def __init__(self, *args, true_vocab_size: int, **kwargs) -> None:
+
+class LlamaModel(GPTModel):
+    """GPTModel whose padded vocabulary entries never get any probability, and whose output layer gives the loss."""
+
+    def __init__(self, *args, true_vocab_size: int, cross_entropy: CrossEntropy, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.true_vocab_size = true_vocab_size
+        self.loss_in_output_layer = cross_entropy != "plain"
+        if self.post_process and self.loss_in_output_layer:
+            give_loss(self.output_layer, vocab_size=true_vocab_size, cross_entropy=cross_entropy)
+
+    def _postprocess(self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        """hidden_states [s, b, h] → loss of every token [b, s], logits [b, s, vocabulary] without labels, or, on all
+        stages but the last, themselves"""
+        if labels is None or not self.post_process or not self.loss_in_output_layer:
+            return super()._postprocess(hidden_states, labels=labels, **kwargs)
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_states, weight=tied, labels=labels)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """labels [b, s], logits [s, b, padded vocabulary / tensor ranks] → loss of every token, [b, s]"""
@@ -77,7 +93,12 @@ class LlamaModel(GPTModel):
 
 
 def transformer_config(
-    shape: ModelShape, *, parallel: ParallelConfig, precision: Precision, transformer_impl: str
+    shape: ModelShape,
+    *,
+    parallel: ParallelConfig,
+    precision: Precision,
+    transformer_impl: str,
+    recompute: RecomputeConfig = _KEEP_ALL,
 ) -> TransformerConfig:
     """megatron.core's configuration of the model and of how it is divided."""
     dtype = PARAMS_DTYPE[precision]
@@ -94,6 +115,10 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         pipeline_model_parallel_layout=to_megatron_layout(counts) if pipelined else None,
         sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=recompute.granularity,
+        recompute_method=recompute.method,
+        recompute_num_layers=recompute.num_layers,
+        recompute_modules=list(recompute.modules),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
@@ -105,6 +130,7 @@ def transformer_config(
         overlap_p2p_comm=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=on_gpu,
+        use_te_activation_func=not on_gpu,  # their name for: the activation is the layer spec's
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -133,14 +159,21 @@ def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_model_parall
 
 
 def build_model(
-    shape: ModelShape, *, model: ModelConfig, parallel: ParallelConfig, precision: Precision
+    shape: ModelShape,
+    *,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+    recompute: RecomputeConfig = _KEEP_ALL,
 ) -> list[LlamaModel]:
     """This rank's part of the model: one chunk, or one a virtual stage. Weights are not initialised.
 
     Model-parallel groups must be there (`runtime.distributed.start_model_parallel`).
     """
     impl = "transformer_engine" if uses_transformer_engine(model.transformer_impl) else "local"
-    config = transformer_config(shape, parallel=parallel, precision=precision, transformer_impl=impl)
+    config = transformer_config(
+        shape, parallel=parallel, precision=precision, transformer_impl=impl, recompute=recompute
+    )
     virtual_stages = range(parallel.virtual_pipeline_model_parallel_size or 1)
     is_virtual = parallel.virtual_pipeline_model_parallel_size is not None
     return [
@@ -170,8 +203,12 @@ def _build_chunk(
         rotary_base=shape.rotary_base,
         vp_stage=vp_stage,
         true_vocab_size=shape.vocab_size,
+        cross_entropy=model.cross_entropy,
     )
     chunk.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(chunk.rotary_pos_emb.inv_freq.device)
+    if config.transformer_impl == "local":
+        chunk.rotary_pos_emb.__class__ = RotaryTables
+        chunk.rotary_pos_emb.dtype = config.params_dtype
     _mark_tensor_parallel(chunk)
     return chunk
 

@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside
+from megatron_llamapro.config.files import file_inside, read_small
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.hf_fields import count, flag, number, rope_parameters, rope_scaling
 from megatron_llamapro.model.refused import REFUSED
@@ -141,6 +141,28 @@ _COUNTS = (
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
+@dataclass(frozen=True)
+class HfModel:
+    """A model as the `config.json` of its folder describes it."""
+
+    config: dict
+    """With its manifest, if it has one, left in."""
+    shape: ModelShape
+
+
+def read_hf_model(folder: Path) -> HfModel:
+    """What `config.json` of a checkpoint folder describes.
+
+    Raises:
+        CheckpointError: what `read_hf_config` and `model_shape` raise; it names the folder.
+    """
+    config = read_hf_config(folder)
+    try:
+        return HfModel(config, model_shape(config))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+
+
 def read_hf_config(folder: Path) -> dict:
     """`config.json` of a checkpoint folder, with its manifest (if it has one) left in.
 
@@ -149,10 +171,14 @@ def read_hf_config(folder: Path) -> dict:
     """
     path = file_inside(folder, CONFIG_NAME)
     if path is None:
-        what = "has no config.json" if Path(folder).is_dir() else "is not a folder"
-        raise CheckpointError(f"{folder} {what}: give the folder of a checkpoint")
+        if not Path(folder).is_dir():
+            raise CheckpointError(f"{folder} is not a folder: give the folder of a checkpoint")
+        raise CheckpointError(
+            f"{folder} has no config.json: give the folder of a checkpoint; to Megatron-LM's own, copy the model's "
+            "config.json first"
+        )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_small(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):

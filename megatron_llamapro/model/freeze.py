@@ -18,6 +18,7 @@ from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.names import NamedParameter, named_parameters
 from megatron_llamapro.model.shape import ModelShape
+from megatron_llamapro.pipeline.cost import Trains
 
 ADDED_BLOCKS = "added_blocks"
 NEWEST_BLOCKS = "newest_blocks"
@@ -142,6 +143,21 @@ def trainable_layers(trainable: Sequence[str], plan: ExpansionPlan) -> frozenset
     return trainable_blocks(trainable, plan)
 
 
+def what_trains(trainable: Sequence[str], plan: ExpansionPlan, *, tie_word_embeddings: bool) -> Trains:
+    """The same for the arithmetic of pipeline/cost.py: layers with anything in them that trains, and the two ends."""
+    embedding = EVERYTHING in trainable or "embedding" in trainable
+    output_layer = EVERYTHING in trainable or "output_layer" in trainable or (embedding and tie_word_embeddings)
+    return Trains(trainable_layers(trainable, plan), embedding, output_layer)
+
+
+def first_trainable_layer(trainable: Sequence[str], plan: ExpansionPlan) -> int:
+    """The first layer that a backward pass must reach: -1 where it must reach the embedding, `plan.num_layers` where
+    only the final norm or the head trains."""
+    if EVERYTHING in trainable or "embedding" in trainable:
+        return -1
+    return min(trainable_layers(trainable, plan), default=plan.num_layers)
+
+
 def freeze(
     chunks: Iterable[torch.nn.Module],
     plan: ExpansionPlan,
@@ -186,7 +202,7 @@ def stage_report(parameters: Sequence[NamedParameter], *, tensor_size: int = 1) 
 
     def on_stage(some: Sequence[NamedParameter]) -> int:
         counted = (x.parameter for x in some if not _is_copy(x.parameter))
-        return sum(parameter.numel() * (tensor_size if _is_divided(parameter) else 1) for parameter in counted)
+        return sum(parameter.numel() * (tensor_size if is_divided(parameter) else 1) for parameter in counted)
 
     training = [named for named in parameters if named.parameter.requires_grad]
     num_trainable = sum(named.parameter.numel() for named in training)
@@ -204,7 +220,7 @@ def stage_report(parameters: Sequence[NamedParameter], *, tensor_size: int = 1) 
     )
 
 
-def _is_divided(parameter: torch.nn.Parameter) -> bool:
+def is_divided(parameter: torch.nn.Parameter) -> bool:
     """Whether tensor-parallel ranks hold different parts of it, by megatron.core's mark."""
     return getattr(parameter, "tensor_model_parallel", False)
 

@@ -49,6 +49,38 @@ def block_attention_flops(shape: ModelShape, seq_length: int, layer: int = 0) ->
     return 4.0 * keys * shape.num_attention_heads * shape.kv_channels
 
 
+@dataclass(frozen=True)
+class Trains:
+    """What trains, as far as its cost goes."""
+
+    layers: frozenset[int]
+    embedding: bool = False
+    output_layer: bool = False
+
+    def first_layer(self, num_layers: int) -> int:
+        """The first layer that a backward pass must reach: -1 with the embedding, `num_layers` without any layer."""
+        return -1 if self.embedding else min(self.layers, default=num_layers)
+
+
+def layer_work(shape: ModelShape, layer: int, *, seq_length: int, trains: Trains) -> Work:
+    """FLOP a token of one block: below the first that trains forward only, above it the input gradient too, and where
+    it trains the weight gradient."""
+    matrices, attention = block_matrix_flops(shape), block_attention_flops(shape, seq_length, layer)
+    has_backward = layer >= trains.first_layer(shape.num_layers)
+    return Work(
+        forward=matrices + attention,
+        input_gradient=matrices + 2 * attention if has_backward else 0.0,
+        weight_gradient=matrices if layer in trains.layers else 0.0,
+    )
+
+
+def head_work(shape: ModelShape, *, trains: Trains) -> Work:
+    """FLOP a token of the output layer."""
+    head = 2.0 * shape.hidden_size * shape.vocab_size
+    has_backward = trains.first_layer(shape.num_layers) < shape.num_layers
+    return Work(head, head if has_backward else 0.0, head if trains.output_layer else 0.0)
+
+
 def step_work(
     shape: ModelShape,
     *,
@@ -58,17 +90,6 @@ def step_work(
     output_layer_trains: bool = False,
 ) -> Work:
     """FLOP a token of a training step of the whole model, with what trains as given."""
-    matrices = block_matrix_flops(shape)
-    first = -1 if embedding_trains else min(trainable_layers, default=shape.num_layers)
-    work = Work(0.0, 0.0, 0.0)
-    for layer in range(shape.num_layers):
-        attention = block_attention_flops(shape, seq_length, layer)
-        backward = layer >= first
-        work += Work(
-            forward=matrices + attention,
-            input_gradient=(matrices + 2 * attention) if backward else 0.0,
-            weight_gradient=matrices if layer in trainable_layers else 0.0,
-        )
-    head = 2.0 * shape.hidden_size * shape.vocab_size
-    backward = first < shape.num_layers
-    return work + Work(head, head if backward else 0.0, head if output_layer_trains else 0.0)
+    trains = Trains(frozenset(trainable_layers), embedding_trains, output_layer_trains)
+    layers = (layer_work(shape, layer, seq_length=seq_length, trains=trains) for layer in range(shape.num_layers))
+    return sum(layers, start=head_work(shape, trains=trains))

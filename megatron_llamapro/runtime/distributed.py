@@ -85,6 +85,13 @@ def start_model_parallel(parallel: ParallelConfig, *, seed: int) -> ParallelLayo
     )
 
 
+def process_groups():
+    """megatron.core's `ProcessGroupCollection` of this rank, for its schedules."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
 def stop_world() -> None:
     """Take down all process groups."""
     from megatron.core import parallel_state

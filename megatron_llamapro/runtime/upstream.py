@@ -26,6 +26,7 @@ UPSTREAM_WARNINGS = (
         r"The .grad attribute of a Tensor that is not a leaf",
         UserWarning,
     ),  # its optimizer asks views of parameters
+    (r"WARNING: there is no optimizer on RANK", UserWarning),  # where nothing trains: its stage report says so
     (r"`load_state_dict` is deprecated", FutureWarning),  # its checkpoint loader
     (r"torch.distributed.(_all_gather_base|_reduce_scatter_base) is a private function", FutureWarning),
 )

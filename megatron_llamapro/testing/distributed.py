@@ -26,40 +26,57 @@ def run_distributed(worker: Callable, world_size: int, *args: object) -> list[An
 
     A rank that hangs dumps its stack and ends; a rank that raises fails the call with its traceback.
     """
+    return _run(_in_world, world_size, worker, args)
+
+
+def run_apart(worker: Callable, *args: object) -> Any:
+    """What `worker(*args)` returns in a process of its own, with the CPU standing in for CUDA and no world started."""
+    return _run(_call, 1, worker, args)[0]
+
+
+def _run(runner: Callable, num_processes: int, worker: Callable, args: tuple) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_llamapro.testing.preload"])
     with tempfile.TemporaryDirectory(prefix="llamapro-ranks-") as folder:
         processes = torch.multiprocessing.start_processes(
-            _rank_main,
-            args=(world_size, folder, worker, args),
-            nprocs=world_size,
+            _process_main,
+            args=(num_processes, folder, runner, worker, args),
+            nprocs=num_processes,
             join=False,
             start_method="forkserver",
         )
         while not processes.join():
             pass
-        return [torch.load(Path(folder) / f"result-{rank}.pt", weights_only=False) for rank in range(world_size)]
+        return [torch.load(Path(folder) / f"result-{rank}.pt", weights_only=False) for rank in range(num_processes)]
 
 
-def _rank_main(rank: int, world_size: int, folder: str, worker: Callable, args: tuple) -> None:
+def _process_main(rank: int, world_size: int, folder: str, runner: Callable, worker: Callable, args: tuple) -> None:
     faulthandler.dump_traceback_later(TIMEOUT_SECONDS, exit=True)
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     from megatron_llamapro.runtime import cpu
-    from megatron_llamapro.runtime.distributed import stop_world
     from megatron_llamapro.runtime.upstream import import_megatron
 
     import_megatron()
     cpu.install()
+    runner(rank, world_size, Path(folder), worker, args)
+    faulthandler.cancel_dump_traceback_later()
+
+
+def _call(rank: int, world_size: int, folder: Path, worker: Callable, args: tuple) -> None:
+    torch.save(worker(*args), folder / f"result-{rank}.pt")
+
+
+def _in_world(rank: int, world_size: int, folder: Path, worker: Callable, args: tuple) -> None:
+    from megatron_llamapro.runtime.distributed import stop_world
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.distributed.init_process_group(
         "gloo",
-        init_method=(Path(folder) / "rendezvous").as_uri(),
+        init_method=(folder / "rendezvous").as_uri(),
         rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS / 2),
     )
-    result = worker(*args)
-    torch.save(result, Path(folder) / f"result-{rank}.pt")
+    _call(rank, world_size, folder, worker, args)
     torch.distributed.barrier()
     stop_world()
-    faulthandler.cancel_dump_traceback_later()

@@ -70,6 +70,11 @@ def load_model(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
     _apply_model(chunks, _load(model_state(chunks), {}, folder))
 
 
+def load_values(sharded: dict, folder: Path) -> dict:
+    """The values of some of a model's sharded tensors in a checkpoint. All ranks call it. Errors as above."""
+    return _load({"values": sharded}, {}, folder).get("values", {})
+
+
 def load_checkpoint(
     folder: Path,
     *,
@@ -113,7 +118,10 @@ def _load(model: dict, others: dict, folder: Path) -> dict:
 
 def _apply_model(chunks: Sequence[torch.nn.Module], loaded: Mapping) -> None:
     for index, chunk in enumerate(chunks):
-        missing, unexpected = unwrapped(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+        missing, unexpected = unwrapped(chunk).load_state_dict(
+            loaded.get(f"model{index}", {}),  # of a chunk without layers nothing is stored
+            strict=False,
+        )
         missing = [key for key in missing if not key.endswith("_extra_state")]
         if missing or unexpected:
             raise CheckpointError(f"the checkpoint does not fit the model: {[*missing, *unexpected][:3]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
@@ -11,9 +12,10 @@ from types import FrameType
 from megatron_llamapro.config.errors import LlamaProError
 from megatron_llamapro.data.sampling import train_batches
 from megatron_llamapro.runtime.distributed import for_all_ranks
+from megatron_llamapro.training.diagnostics import BlockDiagnostics
 from megatron_llamapro.training.evaluation import evaluate
 from megatron_llamapro.training.metrics import MetricsWriter
-from megatron_llamapro.training.report import peak_memory_gib, tflops_per_token
+from megatron_llamapro.training.report import peak_memory_gib, work_per_token
 from megatron_llamapro.training.saver import Saver
 from megatron_llamapro.training.setup import Run
 from megatron_llamapro.training.step import StepResult, train_step
@@ -52,14 +54,20 @@ def _loop(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, saver: 
     batches = [_batches(run) for _ in run.chunks]
     if state.iteration == 0:
         _evaluate(run, writers)
+    diagnostics = _diagnostics(run)
     timer = StepTimer(run)
     saved_at = state.iteration if state.iteration else None
     while state.iteration < total:
-        result = _step(run, batches, stop)
+        watched = diagnostics if _due(config.logging.diagnostics_interval, state.iteration + 1) else None
+        result = _step(run, batches, stop, watched)
         _check_healthy(result, state.iteration)
         last = state.iteration == total
         if last or state.iteration % config.logging.log_interval == 0:
             _write(writers, timer.record(result))
+        if watched is not None:
+            for figures in watched.figures():
+                _write(writers, {"kind": "block", "iteration": state.iteration, **figures})
+            timer.restart()
         if _due(config.training.eval_interval, state.iteration, last):
             _evaluate(run, writers)
             timer.restart()
@@ -77,19 +85,33 @@ def _loop(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, saver: 
     _say(run, f"finished {total} steps" + _where_saved(run, saved_at))
 
 
-def _step(run: Run, batches: Sequence, stop: StopRequest) -> StepResult:
-    training = run.config.training
-    result = train_step(
+def _diagnostics(run: Run) -> BlockDiagnostics | None:
+    if not run.config.logging.diagnostics_interval:
+        return None
+    return BlockDiagnostics(
         run.chunks,
         run.optimizer,
-        run.scheduler,
-        batches,
+        plan=run.source.manifest.plan,
+        base=run.source.folder,
         layout=run.layout,
-        num_microbatches=run.num_microbatches,
-        micro_batch_size=training.micro_batch_size,
-        seq_length=run.config.data.seq_length,
-        stop_requested=stop.requested,
     )
+
+
+def _step(run: Run, batches: Sequence, stop: StopRequest, watched: BlockDiagnostics | None) -> StepResult:
+    training = run.config.training
+    with watched.watching() if watched else contextlib.nullcontext():
+        result = train_step(
+            run.chunks,
+            run.optimizer,
+            run.scheduler,
+            batches,
+            layout=run.layout,
+            num_microbatches=run.num_microbatches,
+            micro_batch_size=training.micro_batch_size,
+            seq_length=run.config.data.seq_length,
+            stop_requested=stop.requested,
+            before_update=watched.note_gradients if watched else None,
+        )
     run.state.iteration += 1
     run.state.consumed_samples += training.global_batch_size
     return result
@@ -147,7 +169,8 @@ class StepTimer:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.flops = tflops_per_token(run)
+        work = work_per_token(run.config, run.source.shape, run.source.manifest.plan)
+        self.tflops = work.total / 1e12
         self.restart()
 
     def restart(self) -> None:
@@ -168,7 +191,7 @@ class StepTimer:
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
             "tokens_per_second": tokens,
-            "tflops_per_second": tokens * self.flops / run.layout.world_size,
+            "tflops_per_second": tokens * self.tflops / run.layout.world_size,
             "memory_gib": peak_memory_gib(),
             "step_seconds": seconds,
             "consumed_samples": run.state.consumed_samples,

@@ -1,7 +1,7 @@
 """Where a run's figures go: the console, a JSONL file, TensorBoard, Weights & Biases. Each is one method, `write`.
 
-A record is a flat dict with its `kind`: `run` (once a start), `train` (a logged step), `eval` (a held-out set),
-`save` (a complete checkpoint).
+A record is a flat dict with its `kind`: `run` (once a start), `train` (a logged step), `eval` (a held-out set), `block`
+(an added block's diagnostics), `save` (a complete checkpoint).
 """
 
 from __future__ import annotations
@@ -16,6 +16,14 @@ from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import LoggingConfig
 
 Record = Mapping[str, object]
+
+# Figures of a `block` record, with their axis' name in pictures.
+BLOCK_FIGURES = {
+    "contribution": "what a block adds, of the stream",
+    "grad_norm": "gradient norm of a block",
+    "distance": "distance from the copied block",
+    "output_norm": "norm of output projections",
+}
 
 
 class MetricsWriter(Protocol):
@@ -37,6 +45,8 @@ class ConsoleWriter:
         elif record["kind"] == "eval":
             step = f"step {record['iteration']:>{self.width}}/{self.train_iters}"
             print(f"{step} │ held-out {record['name']}: loss {record['loss']:.4f}", flush=True)
+        elif record["kind"] == "block":
+            print(self._block_line(record), flush=True)
         elif record["kind"] == "save":
             print(self._save_line(record), flush=True)
 
@@ -45,6 +55,13 @@ class ConsoleWriter:
         if record["asynchronous"]:
             line += f"{record['seconds']:.1f} s in all, "
         return line + size_text(record["num_bytes"])
+
+    def _block_line(self, record: Record) -> str:
+        return (
+            f"step {record['iteration']:>{self.width}}/{self.train_iters} │ block {record['layer']:>3} │ "
+            f"adds {record['contribution']:.2e} of the stream │ grad norm {record['grad_norm']:.2e} │ "
+            f"distance {record['distance']:.2e} │ output norm {record['output_norm']:.2e}"
+        )
 
     def _train_line(self, record: Record) -> str:
         return (
@@ -120,6 +137,8 @@ class WandbWriter:
 def _scalars(record: Record) -> dict[str, float]:
     if record["kind"] == "eval":
         return {f"eval/{record['name']}": record["loss"]}
+    if record["kind"] == "block":
+        return {f"block {record['layer']}/{name}": record[name] for name in BLOCK_FIGURES}
     if record["kind"] == "train":
         return {f"train/{name}": value for name, value in record.items() if name not in ("kind", "iteration")}
     return {}

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 from megatron_llamapro.config.errors import ConfigError, DataError
+from megatron_llamapro.training.metrics import BLOCK_FIGURES
 
 Series = list[tuple[int, float]]
+Panels = dict[tuple[str, str], Series]
+"""Points by panel and line. A panel of one line has no name for it."""
+
+LINE_STYLES = ("-", "--", ":", "-.")  # of runs, in panels where every run has several lines
 
 # Fields of a `train` record that get a panel, with their axis' name.
 TRAIN_PANELS = {
@@ -19,15 +25,15 @@ TRAIN_PANELS = {
 }
 
 
-def read_series(path: Path) -> dict[str, Series]:
-    """Every panel's points, by name; held-out sets under `held-out <name>`.
+def read_series(path: Path) -> Panels:
+    """Every panel's points; held-out sets under `held-out <name>`, a line for every added block in those of blocks.
 
     Raises:
         DataError: the file is missing, or holds no records.
     """
     if not path.is_file():
         raise DataError(f"{path} is not there: give the metrics.jsonl of a run")
-    series: dict[str, Series] = {}
+    series: Panels = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             record = json.loads(line)
@@ -40,16 +46,18 @@ def read_series(path: Path) -> dict[str, Series]:
     return series
 
 
-def _values(record: Mapping) -> dict[str, float]:
+def _values(record: Mapping) -> dict[tuple[str, str], float]:
     if record["kind"] == "eval":
-        return {f"held-out {record['name']}": record["loss"]}
+        return {(f"held-out {record['name']}", ""): record["loss"]}
     if record["kind"] == "train":
-        return {TRAIN_PANELS[name]: record[name] for name in TRAIN_PANELS}
+        return {(TRAIN_PANELS[name], ""): record[name] for name in TRAIN_PANELS}
+    if record["kind"] == "block":
+        return {(panel, f"block {record['layer']}"): record[name] for name, panel in BLOCK_FIGURES.items()}
     return {}
 
 
-def plot(runs: Mapping[str, dict[str, Series]], output: Path) -> None:
-    """Draw one panel a series, the runs (by label) over each other, into `output` (its ending says the format).
+def plot(runs: Mapping[str, Panels], output: Path) -> None:
+    """Draw the panels, the runs (by label) over each other, into `output` (its ending says the format).
 
     Raises:
         ConfigError: matplotlib is not installed, or does not know the format.
@@ -61,7 +69,7 @@ def plot(runs: Mapping[str, dict[str, Series]], output: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = list(dict.fromkeys(name for series in runs.values() for name in series))
+    panels = list(dict.fromkeys(panel for series in runs.values() for panel, _ in series))
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, grid = pyplot.subplots(
@@ -70,9 +78,13 @@ def plot(runs: Mapping[str, dict[str, Series]], output: Path) -> None:
     for axis in grid.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, panel in zip(grid.flat, panels, strict=False):
-        for label, series in runs.items():
-            if panel in series:
-                axis.plot(*zip(*series[panel], strict=True), label=label, linewidth=1.5)
+        for style, (label, series) in zip(cycle(LINE_STYLES), runs.items(), strict=False):
+            lines = {line: points for (name, line), points in series.items() if name == panel}
+            for line, points in lines.items():
+                name = " ".join(filter(None, (label if len(runs) > 1 else "", line)))
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=1.5, linestyle=style if line else "-")
+            if any(lines):
+                axis.legend(frameon=False, fontsize="x-small")
         axis.set(title=panel, xlabel="step")
         axis.grid(color="0.92")
         axis.spines[["top", "right"]].set_visible(False)

@@ -7,8 +7,11 @@ import resource
 import torch
 import torch.distributed as dist
 
-from megatron_llamapro.model.freeze import EVERYTHING, StageReport, trainable_layers
-from megatron_llamapro.pipeline.cost import step_work
+from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.model.freeze import StageReport, what_trains
+from megatron_llamapro.model.shape import ModelShape
+from megatron_llamapro.pipeline.cost import Work, step_work
 from megatron_llamapro.pipeline.layout import draw, stage_layers
 from megatron_llamapro.training.setup import Run
 
@@ -76,23 +79,16 @@ def _run_record(run: Run, *, parameters: int, trainable: int) -> dict[str, objec
     }
 
 
-def tflops_per_token(run: Run) -> float:
-    """TFLOP that a token's training needs, by arithmetic (pipeline/cost.py), with what is frozen left out."""
-    trainable = run.config.model.trainable
-    everything = EVERYTHING in trainable
-    shape = run.source.shape
-    work = step_work(
+def work_per_token(config: RunConfig, shape: ModelShape, plan: ExpansionPlan) -> Work:
+    """FLOP that a token's training needs, by arithmetic (pipeline/cost.py), with what is frozen left out."""
+    trains = what_trains(config.model.trainable, plan, tie_word_embeddings=shape.tie_word_embeddings)
+    return step_work(
         shape,
-        seq_length=run.config.data.seq_length,
-        trainable_layers=trainable_layers(trainable, run.source.manifest.plan),
-        embedding_trains=everything or "embedding" in trainable,
-        output_layer_trains=everything or "output_layer" in trainable or _trains_tied_head(run),
+        seq_length=config.data.seq_length,
+        trainable_layers=trains.layers,
+        embedding_trains=trains.embedding,
+        output_layer_trains=trains.output_layer,
     )
-    return work.total / 1e12
-
-
-def _trains_tied_head(run: Run) -> bool:
-    return run.source.shape.tie_word_embeddings and "embedding" in run.config.model.trainable
 
 
 def peak_memory_gib() -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +19,17 @@ from megatron_llamapro.config.errors import ConfigError, LlamaProError
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
 from megatron_llamapro.data.dataset import build_train_dataset, build_valid_datasets, check_train_files
 from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.build import LlamaModel, build_model
 from megatron_llamapro.model.families import model_shape, read_hf_config
-from megatron_llamapro.model.freeze import StageReport, check_trainable, freeze
+from megatron_llamapro.model.freeze import StageReport, check_trainable, first_trainable_layer, freeze
+from megatron_llamapro.model.frozen import skip_frozen_work
 from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler, check_apex
 from megatron_llamapro.runtime.distributed import ParallelLayout, raise_together, start_model_parallel
 from megatron_llamapro.training.checkpointing import load_checkpoint, load_model
 from megatron_llamapro.training.metrics import metrics_path
+from megatron_llamapro.training.replicas import skip_collectives_of_one
 from megatron_llamapro.training.resume import RunIdentity, checkpoint_to_resume, run_identity, starting_checkpoint
 from megatron_llamapro.training.state import TrainingState
 from megatron_llamapro.training.step import connect
@@ -46,6 +49,17 @@ class Source:
     identity: RunIdentity
     resume_from: Path | None
     """The run's own newest checkpoint, where it was started before."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What computes on this rank: its part of the model, the optimizer and its schedule."""
+
+    layout: ParallelLayout
+    chunks: Sequence[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    report: StageReport
 
 
 @dataclass(frozen=True)
@@ -76,19 +90,59 @@ def set_up(config: RunConfig) -> Run:
         LlamaProError: anything in the configuration, the checkpoint or the data that cannot be trained with.
     """
     source = _checked_source(config)
+
+    def load(models: Sequence[LlamaModel]) -> None:
+        if source.resume_from is None:
+            load_model(models, source.folder)
+
+    machine = build_machine(config, source.shape, source.manifest.plan, load=load)
+    state = TrainingState()
+    if source.resume_from is not None:
+        state = load_checkpoint(
+            source.resume_from,
+            chunks=machine.chunks,
+            optimizer=machine.optimizer,
+            scheduler=machine.scheduler,
+        )
+    return Run(
+        config=config,
+        layout=machine.layout,
+        source=source,
+        chunks=machine.chunks,
+        optimizer=machine.optimizer,
+        scheduler=machine.scheduler,
+        train_set=_train_set(config, source),
+        report=machine.report,
+        state=state,
+    )
+
+
+def build_machine(
+    config: RunConfig, shape: ModelShape, plan: ExpansionPlan, *, load: Callable[[Sequence[LlamaModel]], None]
+) -> Machine:
+    """Build what computes, on every rank of the started world. `load` fills the weights before the optimizer makes its
+    copies of them.
+
+    Raises:
+        ConfigError: what trains, or a parameter-group rule, is nothing in this model.
+    """
     layout = start_model_parallel(config.parallel, seed=config.training.seed)
     models = build_model(
-        source.shape, model=config.model, parallel=config.parallel, precision=config.training.precision
+        shape,
+        model=config.model,
+        parallel=config.parallel,
+        precision=config.training.precision,
+        recompute=config.recompute,
     )
     report = freeze(
         models,
-        source.manifest.plan,
+        plan,
         config.model.trainable,
-        tie_word_embeddings=source.shape.tie_word_embeddings,
+        tie_word_embeddings=shape.tie_word_embeddings,
         tensor_size=layout.tensor_size,
     )
-    if source.resume_from is None:
-        load_model(models, source.folder)
+    skip_frozen_work(models, first_trainable_layer(config.model.trainable, plan))
+    load(models)
     chunks = [wrapped(model, config.parallel) for model in models]
     optimizer = build_optimizer(chunks, config.optimizer, precision=config.training.precision)
     scheduler = build_scheduler(optimizer, config.optimizer, train_iters=config.training.train_iters)
@@ -99,20 +153,7 @@ def set_up(config: RunConfig) -> Run:
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    state = TrainingState()
-    if source.resume_from is not None:
-        state = load_checkpoint(source.resume_from, chunks=chunks, optimizer=optimizer, scheduler=scheduler)
-    return Run(
-        config=config,
-        layout=layout,
-        source=source,
-        chunks=chunks,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        train_set=_train_set(config, source),
-        report=report,
-        state=state,
-    )
+    return Machine(layout=layout, chunks=chunks, optimizer=optimizer, scheduler=scheduler, report=report)
 
 
 def _checked_source(config: RunConfig) -> Source:
@@ -135,6 +176,20 @@ def _read_source(config: RunConfig) -> Source:
     shape = model_shape(read_hf_config(folder))
     manifest = Manifest.read(folder)
     manifest.check_fits(shape)
+    check_fits(config, shape, manifest.plan)
+    _check_precision(config, manifest, folder)
+    if config.logging.diagnostics_interval and not manifest.plan.added_layers:
+        raise ConfigError("logging.diagnostics_interval is set, but the checkpoint has no added blocks: leave it out")
+    tokenizer = load_tokenizer(Path(config.data.tokenizer or folder))
+    check_train_files(config.data, vocab_size=shape.vocab_size)
+    held_out = build_valid_datasets(config.data, vocab_size=shape.vocab_size, eod=tokenizer.eod)
+    identity = run_identity(config)
+    resume_from = checkpoint_to_resume(config, manifest, identity)
+    return Source(folder, manifest, shape, tokenizer, held_out, identity, resume_from)
+
+
+def check_fits(config: RunConfig, shape: ModelShape, plan: ExpansionPlan) -> None:
+    """Raise `ConfigError` where a model of this shape and plan cannot be trained as configured."""
     check_model(
         config,
         num_layers=shape.num_layers,
@@ -143,19 +198,12 @@ def _read_source(config: RunConfig) -> Source:
         ffn_hidden_size=shape.ffn_hidden_size,
         has_experts=shape.is_moe,
     )
-    check_trainable(config.model.trainable, manifest.plan, tie_word_embeddings=shape.tie_word_embeddings, shape=shape)
-    _check_precision(config, manifest, folder)
+    check_trainable(config.model.trainable, plan, tie_word_embeddings=shape.tie_word_embeddings, shape=shape)
     if config.data.seq_length > shape.max_position_embeddings:
         raise ConfigError(
             f"data.seq_length is {config.data.seq_length}, but the model was made for at most "
             f"{shape.max_position_embeddings} positions"
         )
-    tokenizer = load_tokenizer(Path(config.data.tokenizer or folder))
-    check_train_files(config.data, vocab_size=shape.vocab_size)
-    held_out = build_valid_datasets(config.data, vocab_size=shape.vocab_size, eod=tokenizer.eod)
-    identity = run_identity(config)
-    resume_from = checkpoint_to_resume(config, manifest, identity)
-    return Source(folder, manifest, shape, tokenizer, held_out, identity, resume_from)
 
 
 def _check_precision(config: RunConfig, manifest: Manifest, folder: Path) -> None:
@@ -170,7 +218,7 @@ def _check_precision(config: RunConfig, manifest: Manifest, folder: Path) -> Non
 
 def wrapped(model: LlamaModel, parallel: ParallelConfig) -> DistributedDataParallel:
     """The model in megatron.core's DDP: gradient buffers in float32, for what trains only."""
-    return DistributedDataParallel(
+    ddp = DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(
             use_distributed_optimizer=True,
@@ -180,6 +228,8 @@ def wrapped(model: LlamaModel, parallel: ParallelConfig) -> DistributedDataParal
         ),
         model,
     )
+    skip_collectives_of_one(ddp)
+    return ddp
 
 
 def _train_set(config: RunConfig, source: Source) -> Dataset:

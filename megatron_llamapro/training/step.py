@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llamapro.runtime.distributed import ParallelLayout
+from megatron_llamapro.training.communication import communication
 
 Batch = dict[str, torch.Tensor]
 """tokens, labels, loss_mask, position_ids: [b, s] each."""
@@ -76,8 +77,10 @@ def train_step(
     micro_batch_size: int,
     seq_length: int,
     stop_requested: bool = False,
+    before_update: Callable[[], None] | None = None,
 ) -> StepResult:
-    """Forward, backward, clip, update. `batches` holds one iterator a model chunk, all over the same micro-batches."""
+    """Forward, backward, clip, update. `batches` holds one iterator a model chunk, all over the same micro-batches;
+    `before_update` is called when all gradients are there."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -89,6 +92,8 @@ def train_step(
         seq_length=seq_length,
         forward_only=False,
     )
+    if before_update is not None:
+        before_update()
     learning_rate = get_canonical_lr_for_logging(optimizer.param_groups) or 0.0
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)
@@ -114,6 +119,7 @@ def run_microbatches(
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
+        **communication(chunks, num_microbatches),
     )
 
 

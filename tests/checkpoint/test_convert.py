@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from megatron_llamapro.checkpoint.convert import Options, expand_hf, hf_to_megatron, megatron_to_hf
 from megatron_llamapro.checkpoint.hf_reader import open_hf
 from megatron_llamapro.checkpoint.manifest import Manifest
+from megatron_llamapro.checkpoint.verify import verify
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.testing.checkpoints import read_with_torch
@@ -269,6 +270,33 @@ def test_known_extras_are_dropped(damaged: Tiny, tmp_path: Path) -> None:
     hf_to_megatron(source, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert stored_tensors(tmp_path / "back").keys() == tensors.keys()
+
+
+OTHER_HEADS = {
+    "other values": lambda embedding: embedding + 1,
+    "another shape": lambda embedding: embedding[:130],
+    "another type": lambda embedding: embedding.to(torch.bfloat16),
+    "a number": lambda embedding: embedding[0, 0],
+}
+
+
+@pytest.mark.parametrize("other", OTHER_HEADS.values(), ids=OTHER_HEADS.keys())
+def test_a_tied_head_that_is_stored_and_is_another(
+    other: Callable, damaged: Tiny, tiny_llama: Tiny, tmp_path: Path
+) -> None:
+    """transformers 5 takes it for the head, older ones do not. Left out, it would be lost."""
+    source = damaged(tie_word_embeddings=True)
+    tensors = stored_tensors(source)
+    tensors["lm_head.weight"] = other(tensors["model.embed_tokens.weight"]).clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.weight is not model\.embed_tokens\.weight, though tie_word_emb"
+    ):
+        hf_to_megatron(source, tmp_path / "megatron")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
+    expand_hf(tiny_llama(tie_word_embeddings=True), tmp_path / "it", expansion=ADDED)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is not model\.embed_tokens\.weight"):
+        list(verify(source, tmp_path / "it"))
 
 
 def test_progress_counts_every_byte(tiny_llama: Tiny, tmp_path: Path) -> None:

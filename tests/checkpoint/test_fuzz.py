@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_llamapro.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megatron_llamapro.checkpoint.convert import hf_to_megatron, legacy, megatron_to_hf, megatron_to_megatron
 from megatron_llamapro.config.errors import LlamaProError
 from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.testing.checkpoints import stack_layers
@@ -140,13 +140,28 @@ def stacked(megatron: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stack_layers(megatron, tmp_path_factory.mktemp("fuzz") / "stacked")
 
 
-@pytest.mark.parametrize("layers", ["megatron", "stacked"])
+@pytest.fixture(scope="module")
+def shards(megatron: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fuzz") / "shards"
+    megatron_to_megatron(megatron, folder, kind=legacy(tensor_model_parallel_size=2))
+    return folder
+
+
+TORCH_DIST_FILES = (".metadata", "__0_0.distcp", "common.pt")
+FILES = {
+    "megatron": TORCH_DIST_FILES,
+    "stacked": TORCH_DIST_FILES,
+    "shards": ("release/mp_rank_01/model_optim_rng.pt", "latest_checkpointed_iteration.txt"),
+}
+
+
+@pytest.mark.parametrize("layers", FILES)
 @SEEDED
 @given(data=st.data())
 def test_bytes_of_index_and_tensor_files(data: st.DataObject, layers: str, request: pytest.FixtureRequest) -> None:
     """Bits of the index and of the archives' directories turned, tails cut."""
     megatron = request.getfixturevalue(layers)
-    path = megatron / data.draw(st.sampled_from([".metadata", "__0_0.distcp", "common.pt"]))
+    path = megatron / data.draw(st.sampled_from(FILES[layers]))
     damaged = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(0, 3))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_llamapro.checkpoint.convert import hf_to_megatron
+from megatron_llamapro.checkpoint.convert import TORCH_DIST, TargetKind, hf_to_megatron, legacy
 from megatron_llamapro.checkpoint.hf_reader import open_hf
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.testing.checkpoints import read_tensors
@@ -152,6 +152,13 @@ def test_several_files_read_as_one(tiny_llama: Callable[..., Path]) -> None:
     assert len(shard_names(several.folder)) > 3
     assert one.weight_bytes == several.weight_bytes
     assert torch.equal(read_tensors(one.folder)[UP], read_tensors(several.folder)[UP])
+
+
+@pytest.mark.parametrize("kind", [TORCH_DIST, legacy()], ids=["torch_dist", "legacy"])
+def test_a_megatron_checkpoint_is_recognised(kind: TargetKind, tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    hf_to_megatron(tiny_llama(), tmp_path / "it", kind=kind)
+    with pytest.raises(CheckpointError, match="it is a Megatron checkpoint: megatron-to-hf and megatron-to-megatron"):
+        hf_to_megatron(tmp_path / "it", tmp_path / "target")
 
 
 def test_a_manifest_that_does_not_fit(damaged: Callable[..., Path], tmp_path: Path) -> None:

@@ -79,8 +79,9 @@ def test_random_blocks_depend_on_the_seed_alone(tiny_llama: Tiny, tmp_path: Path
 
 def test_rounds_keep_what_they_began_with(tiny_llama: Tiny, tmp_path: Path) -> None:
     expand_hf(tiny_llama(), tmp_path / "1", expansion=Expansion.at(2, 5, init=Init.MEAN))
-    expand_hf(tmp_path / "1", tmp_path / "2", expansion=Expansion.at(0, init=Init.RANDOM))
+    expand_hf(tmp_path / "1", tmp_path / "2", expansion=Expansion.at(0, init=Init.RANDOM, seed=9))
     assert Manifest.read(tmp_path / "2").inits == ("mean", "random")
+    assert Manifest.read(tmp_path / "2").init_seeds == (None, 9)
     assert all(check.ok for check in verify(tiny_llama(), tmp_path / "2"))
 
 

@@ -17,7 +17,8 @@ MANIFEST = Manifest(
     dtype="bfloat16",
     plan=ExpansionPlan.unexpanded(4).expand((2, 5)).expand((0,)),
     source=Source(name="tiny", config_sha256="0" * 64, weight_bytes=1000),
-    inits=("copy", "mean"),
+    inits=("copy", "random"),
+    init_seeds=(None, 7),
     original_hashes={"model.norm.weight": "1" * 64},
     tool_versions={"torch": "2.13.0"},
 )
@@ -27,6 +28,13 @@ def test_written_and_read_it_is_the_same(tmp_path: Path) -> None:
     MANIFEST.write(tmp_path)
     assert Manifest.read(tmp_path) == MANIFEST
     assert [path.name for path in tmp_path.iterdir()] == ["llamapro.json"]
+
+
+def test_one_of_a_time_before_seeds_were_noted(tmp_path: Path) -> None:
+    content = MANIFEST.to_json()
+    del content["init_seeds"]
+    (tmp_path / "llamapro.json").write_text(json.dumps(content))
+    assert Manifest.read(tmp_path) == dataclasses.replace(MANIFEST, init_seeds=(None, None))
 
 
 def test_hash_of_a_config_does_not_depend_on_its_order() -> None:
@@ -56,6 +64,9 @@ DAMAGED = {
     "a source with another field": ({**GOOD, "source": {**GOOD["source"], "extra": 1}}, "damaged manifest"),
     "an init too few": ({**GOOD, "inits": ["copy"]}, "damaged manifest .*1 inits for 2 rounds"),
     "an init that is none": ({**GOOD, "inits": ["copy", "magic"]}, "damaged manifest"),
+    "a seed too few": ({**GOOD, "init_seeds": [7]}, "damaged manifest .*1 seeds for 2 rounds"),
+    "a seed that is no number": ({**GOOD, "init_seeds": [None, True]}, "damaged manifest"),
+    "seeds that are none": ({**GOOD, "init_seeds": 7}, "damaged manifest"),
     "hashes that are a list": ({**GOOD, "original_hashes": []}, "damaged manifest"),
 }
 

@@ -153,6 +153,12 @@ REFUSED = {
         {"pipeline_model_parallel_size": 3, "pipeline_stage_layers": (4, 2)},
         "2 counts of layers for 3",
     ),
+    "more stages than layers": ({"pipeline_model_parallel_size": 7}, "6 layers, fewer than the 7"),
+    "chunks of one stage": ({"virtual_pipeline_model_parallel_size": 2}, "interleaved schedule needs at least 2"),
+    "one chunk a stage": (
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 1},
+        "interleaved schedule needs at least 2",
+    ),
     "heads that do not divide": ({"tensor_model_parallel_size": 4}, "2 query groups cannot be divided"),
 }
 

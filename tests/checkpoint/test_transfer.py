@@ -17,11 +17,13 @@ import numpy
 import pytest
 
 from megatron_llamapro.checkpoint.convert import JOURNAL, Options, expand_hf, hf_to_megatron, legacy
+from megatron_llamapro.checkpoint.hf_writer import hf_layout
 from megatron_llamapro.checkpoint.layout import StoredTensor
 from megatron_llamapro.checkpoint.transfer import Journal, TargetFiles
 from megatron_llamapro.checkpoint.verify import verify
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.model.families import model_shape
 
 Tiny = Callable[..., Path]
 
@@ -189,6 +191,52 @@ def test_a_journal_whose_last_line_was_cut(tmp_path: Path) -> None:
     assert Journal(tmp_path / "j", "another plan").is_new
 
 
+DAMAGED = {
+    "zeros in the place of a block": b"\0" * 4096 + b"\n",
+    "no text": b"\xff\xfe\n",
+    "a number": b"5\n",
+    "a list": b"[]\n",
+    "no hashes": b'{"plan": "plan"}\n',
+    "hashes that are none": b'{"hashes": ["a"]}\n',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_journal_with_damage_in_the_middle(damage: bytes, tmp_path: Path) -> None:
+    """What comes before it counts."""
+    Journal(tmp_path / "j", "plan").note({"a": "1"})
+    with (tmp_path / "j").open("ab") as file:
+        file.write(damage + b'{"hashes": {"b": "2"}}\n')
+    assert Journal(tmp_path / "j", "plan").hashes == {"a": "1"}
+    (tmp_path / "j").write_bytes(damage)
+    assert Journal(tmp_path / "j", "plan").is_new
+
+
+def test_a_batch_that_was_all_there_adds_nothing_to_the_journal(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j", "plan")
+    journal.note({"a": "1"})
+    before = (tmp_path / "j").read_bytes()
+    journal.note({})
+    assert (tmp_path / "j").read_bytes() == before
+
+
+def test_cut_while_the_disk_catches_up_nothing_is_done_again(
+    tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything is written then; to sync a large checkpoint takes minutes."""
+
+    def interrupt(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("megatron_llamapro.checkpoint.folder._sync_tree", interrupt)
+        hf_to_megatron(tiny_llama(), tmp_path / "it")
+    done = hf_to_megatron(tiny_llama(), tmp_path / "it", options=Options(resume=True))
+    assert done.num_resumed_bytes == done.num_bytes
+    hf_to_megatron(tiny_llama(), tmp_path / "fresh")
+    assert contents(tmp_path / "it") == contents(tmp_path / "fresh")
+
+
 def test_a_shard_that_changes_while_it_is_read(damaged: Tiny, tmp_path: Path) -> None:
     source = damaged()
 
@@ -237,7 +285,7 @@ def test_a_disk_that_is_too_small_is_noticed_first(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("megatron_llamapro.checkpoint.convert.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match=r"needs 0\.0 GB, its disk has 0\.0 GB free: make room"):
+    with pytest.raises(CheckpointError, match=r"needs 561 kB, its disk has 1 kB free: make room"):
         hf_to_megatron(tiny_llama(), tmp_path / "it")
     assert list(tmp_path.iterdir()) == []
 
@@ -325,3 +373,36 @@ def test_a_shard_that_is_replaced_before_it_is_read(tiny_llama: Tiny, tmp_path: 
     with pytest.raises(CheckpointError, match=f"{last} changed while it was being read"):
         hf_to_megatron(source, tmp_path / "it", options=Options(num_workers=1, progress=replace))
     assert not (tmp_path / "it").exists()
+
+
+CONVERT_AND_MEASURE = """
+import sys
+from pathlib import Path
+from megatron_llamapro.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf
+from megatron_llamapro.expansion.inits import Expansion
+hf_to_megatron(Path(sys.argv[1]), Path(sys.argv[2]), expansion=Expansion.at(1), options=Options(num_workers=2))
+megatron_to_hf(Path(sys.argv[2]), Path(sys.argv[3]), options=Options(num_workers=2))
+print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_model(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """A model of 340 MB, in tensors of 67 MB, takes hardly more than one of 200 kB. (It is all zeros, in a hole.)"""
+    large = tmp_path / "large"
+    shutil.copytree(tiny_llama(num_hidden_layers=1), large)
+    config = json.loads((large / "config.json").read_text())
+    config |= {"vocab_size": 32768, "hidden_size": 512, "intermediate_size": 32768, "head_dim": 16}
+    (large / "config.json").write_text(json.dumps(config))
+    (file,) = hf_layout(large, model_shape(config), "float32").files
+    with file.path.open("wb") as written:
+        written.truncate(file.num_bytes)
+        for offset, content in file.fixed:
+            written.seek(offset)
+            written.write(content)
+    peaks = []
+    for source in (tiny_llama(num_hidden_layers=1), large):
+        targets = (tmp_path / f"{source.name}-megatron", tmp_path / f"{source.name}-hf")
+        command = [sys.executable, "-c", CONVERT_AND_MEASURE, str(source), *map(str, targets)]
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) * 1024)
+    assert file.num_bytes > 300 * 2**20
+    assert peaks[1] - peaks[0] < 30 * 2**20

@@ -55,6 +55,12 @@ def flip(folder: Path, name: str, *, mask: int = 1) -> None:
         file.write(bytes([byte ^ mask]))
 
 
+def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
+    manifest = json.loads((folder / "llamapro.json").read_text())
+    change(manifest)
+    (folder / "llamapro.json").write_text(json.dumps(manifest))
+
+
 def train(tensors: dict[str, torch.Tensor], *layers: int) -> None:
     """What training does to blocks: every weight moves."""
     for name, tensor in tensors.items():
@@ -152,11 +158,11 @@ def test_an_identity_that_is_no_copy_is_found(expanded: Path, tiny_llama: Tiny) 
 
 
 def test_hashes_are_held_against_the_manifest(expanded: Path, tiny_llama: Tiny) -> None:
-    path = expanded / "llamapro.json"
-    manifest = json.loads(path.read_text())
-    manifest["original_hashes"]["model.norm.weight"] = "0" * 64
-    del manifest["original_hashes"]["lm_head.weight"]
-    path.write_text(json.dumps(manifest))
+    def change(manifest: dict) -> None:
+        manifest["original_hashes"]["model.norm.weight"] = "0" * 64
+        del manifest["original_hashes"]["lm_head.weight"]
+
+    edit_manifest(expanded, change)
     assert failures(tiny_llama(), expanded) == {
         "manifest": "model.norm.weight, lm_head.weight of 39 original tensors do not have their hash"
     }
@@ -185,13 +191,46 @@ def test_means_that_were_cast_later(tiny_llama: Tiny, tmp_path: Path) -> None:
     assert failures(tiny_llama(), tmp_path / "cast", trained=Trained.NOTHING) == {}
 
 
-def test_of_random_blocks_zeros_norms_and_shapes_are_proven(tiny_llama: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("convert", [expand_hf, hf_to_megatron])
+def test_random_blocks_are_drawn_again(convert: Callable, dtype: str | None, tiny_llama: Tiny, tmp_path: Path) -> None:
+    convert(tiny_llama(), tmp_path / "it", expansion=Expansion.at(2, 5, init=Init.RANDOM, seed=7), dtype=dtype)
+    found = checked(tiny_llama(), tmp_path / "it", trained=Trained.NOTHING)
+    assert all(check.ok for check in found.values()), found
+    assert found["added blocks"].text == "2, 5: identity, as when added"
+    edit_manifest(tmp_path / "it", lambda manifest: manifest.update(init_seeds=[8]))
+    assert failures(tiny_llama(), tmp_path / "it", quick=True)["added blocks"].startswith(
+        "block 2: model.layers.2.self_attn.q_proj.weight is not what init random makes of block 1; block 5: "
+    )
+
+
+def test_random_blocks_of_every_round_are_drawn_again(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """Under the names that they had then, and in the type that they had before a cast."""
+    first, second = (Expansion.at(*at, init=Init.RANDOM, seed=seed) for at, seed in (((2, 5), 3), ((0, 7), 4)))
+    hf_to_megatron(tiny_llama(), tmp_path / "1", expansion=first)
+    megatron_to_megatron(tmp_path / "1", tmp_path / "2", expansion=second)
+    megatron_to_megatron(tmp_path / "2", tmp_path / "cast", dtype="bfloat16")
+    for folder in ("2", "cast"):
+        found = checked(tiny_llama(), tmp_path / folder, quick=True, trained=Trained.NOTHING)
+        assert all(check.ok for check in found.values()), found
+        assert found["added blocks"].text == "0, 3, 6, 7: identity, as when added"
+    flip(tmp_path / "2", "model.layers.3.mlp.up_proj.weight")
+    assert failures(tmp_path / "1", tmp_path / "2", quick=True).keys() == {"earlier rounds"}
+    flip(tmp_path / "2", "model.layers.7.mlp.gate_proj.weight")
+    assert failures(tiny_llama(), tmp_path / "2", quick=True) == {
+        "added blocks": "block 3: model.layers.3.mlp.up_proj.weight is not what init random makes of block 2; "
+        "block 7: model.layers.7.mlp.gate_proj.weight is not what init random makes of block 6"
+    }
+
+
+def test_of_random_blocks_without_a_seed_zeros_norms_and_shapes_are_proven(tiny_llama: Tiny, tmp_path: Path) -> None:
     expand_hf(tiny_llama(), tmp_path / "it", expansion=Expansion.at(2, 5, init=Init.RANDOM))
+    edit_manifest(tmp_path / "it", lambda manifest: manifest.pop("init_seeds"))
     flip(tmp_path / "it", "model.layers.2.mlp.up_proj.weight")
     found = checked(tiny_llama(), tmp_path / "it", trained=Trained.NOTHING)
     assert all(check.ok for check in found.values()), found
     assert found["added blocks"].text == (
-        "2, 5: identity by its zeros; of its other values only norms and shapes are proven, they are random"
+        "2, 5: identity by its zeros; of its other values only norms and shapes are proven: no seed of them was noted"
     )
 
 
@@ -201,6 +240,7 @@ FLIPS = {
     "a zero of a mean": (Init.MEAN, "2.mlp.down_proj", 1, "is not zero"),
     "a zero's sign": (Init.MEAN, "5.self_attn.o_proj", 0x80, "holds -0.0, which is not the +0.0 it was given"),
     "a norm of a random block": (Init.RANDOM, "2.input_layernorm", 1, "is not what init random makes of block 1"),
+    "a value of a random block": (Init.RANDOM, "5.mlp.up_proj", 1, "is not what init random makes of block 4"),
     "a zero of a random block": (Init.RANDOM, "5.mlp.down_proj", 1, "is not zero"),
     "a zeroed norm": (Init.ZERO_NORM, "2.input_layernorm", 1, "is not zero"),
     "an output projection under it": (Init.ZERO_NORM, "2.mlp.down_proj", 1, "is not what init zero_norm makes of"),
@@ -274,10 +314,7 @@ def test_an_earlier_round_that_was_trained_alone(second: Path, expanded: Path, t
 
 
 def test_a_plan_that_no_rounds_make(second: Path, tiny_llama: Tiny) -> None:
-    path = second / "llamapro.json"
-    manifest = json.loads(path.read_text())
-    manifest["plan"]["layers"][7]["parent_layer"] = 3
-    path.write_text(json.dumps(manifest))
+    edit_manifest(second, lambda manifest: manifest["plan"]["layers"][7].update(parent_layer=3))
     assert failures(tiny_llama(), second) == {"lineage": "its plan is not what its rounds make"}
 
 

@@ -45,6 +45,10 @@ def test_the_base_is_fine() -> None:
         ({"parallel__pipeline_stage_layers": (3, 3)}, "needs one count"),
         ({"parallel__sequence_parallel": True}, "tensor_model_parallel_size above 1"),
         ({"parallel__overlap_param_gather": True}, "overlap_grad_reduce"),
+        ({"recompute__granularity": "full", "recompute__num_layers": 1}, r"needs recompute\.method"),
+        ({"recompute__granularity": "selective"}, r"name recompute\.modules"),
+        ({"recompute__num_layers": 2}, r"recompute\.num_layers is set, but recompute\.granularity is None"),
+        ({"recompute__modules": ("mlp",)}, "read with selective only"),
         ({"training__exit_interval": 0}, "at least 1"),
         ({"model__trainable": ()}, "trainable is empty"),
     ],
@@ -76,6 +80,12 @@ def test_refused_for_the_world(fields: dict, world_size: int, message: str) -> N
 
 
 MODEL = {"num_layers": 6, "num_attention_heads": 8, "num_query_groups": 2, "ffn_hidden_size": 16}
+
+
+@pytest.mark.parametrize(("part", "has_experts"), [("moe", False), ("mlp", True)])
+def test_a_part_that_is_not_there_is_not_recomputed(part: str, has_experts: bool) -> None:
+    with pytest.raises(ConfigError, match=f"names '{part}', but the model has"):
+        check_model(changed(recompute__modules=(part,)), **MODEL, has_experts=has_experts)
 
 
 def test_experts_need_sequence_parallelism_on_several_tensor_ranks() -> None:

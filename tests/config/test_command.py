@@ -27,6 +27,7 @@ def raising(error: BaseException):
             "error: /x/y: No space left on device\n",
         ),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (KeyboardInterrupt("go on"), 130, "error: interrupted: go on\n"),
     ],
 )
 def test_one_line_and_exit_code(error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture) -> None:
@@ -54,6 +55,22 @@ def test_usage_error_is_one_line(capsys: pytest.CaptureFixture) -> None:
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_an_option_that_a_command_does_not_have(capsys: pytest.CaptureFixture) -> None:
+    """The command says its own name, and its nearest option."""
+    parser = CommandParser(prog="tool")
+    command = parser.add_subparsers(required=True).add_parser("make")
+    command.add_argument("--num_added_blocks")
+    for argument, text in (
+        ("--num_added_block=2", "--num_added_block=2: did you mean --num_added_blocks? (see tool make --help)"),
+        ("--frobnicate", "--frobnicate (see tool make --help)"),
+        ("extra", "extra (see tool make --help)"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            parser.parse_args(["make", argument])
+        assert end.value.code == 2
+        assert capsys.readouterr().err == f"error: unrecognized arguments: {text}\n"
 
 
 def test_one_line_error_without_errno() -> None:

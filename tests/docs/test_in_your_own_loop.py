@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_llamapro.model.names import named_parameters
 from megatron_llamapro.testing.distributed import run_distributed
 
 PAGE = Path(__file__).parents[2] / "docs" / "in_your_own_loop.md"
@@ -20,7 +21,7 @@ def page_code() -> dict:
     return names
 
 
-def loop_worker(folder: Path) -> tuple[torch.Tensor | None, list[int], float, set[float]]:
+def loop_worker(folder: Path) -> tuple[torch.Tensor | None, list[int], float, set[float], list[str]]:
     """A user's loop: megatron.core's GPTModel with megatron.core's own local layers, over two stages."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -65,11 +66,31 @@ def loop_worker(folder: Path) -> tuple[torch.Tensor | None, list[int], float, se
     tokens = torch.arange(3, 35)[None]
     logits = whole_logits([model], tokens, vocab_size=131)
     report = page["freeze_originals"]([model], folder)
+    page["skip"]([model], folder)
     ddp = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
     optimizer = page["optimizer_for"]([ddp], lr=1e-3)
     sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]
     rates = {group["max_lr"] for group in optimizer.param_groups}
-    return logits, list(report.trainable_layers), sum(sizes) / report.num_trainable, rates
+    ddp.zero_grad_buffer()
+    page["forward_backward"](
+        [ddp],
+        num_microbatches=2,
+        forward_step_func=lambda _, chunk: (chunk(tokens, tokens - 3, None, labels=tokens), mean_loss),
+        data_iterator=[None],
+        seq_length=32,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    moving = sorted(named.name for named in named_parameters([ddp]) if with_gradient(named.parameter))
+    return logits, list(report.trainable_layers), sum(sizes) / report.num_trainable, rates, moving
+
+
+def mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    return losses.mean(), {}
+
+
+def with_gradient(parameter: torch.nn.Parameter) -> bool:
+    return parameter.requires_grad and bool(parameter.main_grad.any())
 
 
 def test_the_page_works(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
@@ -84,3 +105,6 @@ def test_the_page_works(tiny_llama: Callable[..., Path], tmp_path: Path) -> None
     assert (first[1], last[1]) == ([2], [5])
     assert first[2] == last[2] == 1.0  # the optimizer holds what trains and nothing else
     assert first[3] == {1e-3, 5e-4}
+    for layer, moving in ((2, first[4]), (5, last[4])):
+        block = f"decoder.layers.{layer}"
+        assert moving == [f"{block}.mlp.linear_fc2.weight", f"{block}.self_attention.linear_proj.weight"]

@@ -25,7 +25,7 @@ def test_attention_equals_the_formula(tokens_before: int | None) -> None:
     """softmax(q kᵀ / √d, causal, of the window) v, with every key head serving its group of query heads."""
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megatron_llamapro.model.spec import SDPACoreAttention
+    from megatron_llamapro.model.attention import SDPACoreAttention
 
     window = None if tokens_before is None else (tokens_before, 0)
     config = types.SimpleNamespace(attention_dropout=0.0, window_size=window, window_attn_skip_freq=None)
@@ -43,7 +43,7 @@ def test_attention_equals_the_formula(tokens_before: int | None) -> None:
 def test_each_layer_has_its_own_window() -> None:
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megatron_llamapro.model.spec import SDPACoreAttention
+    from megatron_llamapro.model.attention import SDPACoreAttention
 
     config = types.SimpleNamespace(attention_dropout=0.0, window_size=(7, 0), window_attn_skip_freq=[0, 1, 1])
     layers = [SDPACoreAttention(config, number, AttnMaskType.causal, "self") for number in (1, 2, 3)]
@@ -80,3 +80,32 @@ def test_padding_gets_no_probability(divisible_by: int, world_size: int) -> None
     torch.testing.assert_close(ranks[0][0], expected)
     torch.testing.assert_close(whole[..., :131], gradient)
     assert not whole[..., 131:].any()
+
+
+def attention_worker(queries_a_group: int) -> list[bool]:
+    """Whether each parameter's gradient is the same with the core attention recomputed."""
+    from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
+    from megatron_llamapro.model.build import build_model
+    from megatron_llamapro.runtime.distributed import start_model_parallel
+    from megatron_llamapro.testing.shapes import tiny_shape
+
+    start_model_parallel(ParallelConfig(), seed=1)
+    shape = tiny_shape(num_query_groups=4 // queries_a_group)
+    [model] = build_model(shape, model=ModelConfig(checkpoint=""), parallel=ParallelConfig(), precision="fp32")
+    for number, parameter in enumerate(model.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(number))
+    stream = torch.randint(0, 131, (2, 9), generator=torch.Generator().manual_seed(0))
+    found = []
+    for recomputed in (False, True):
+        for layer in model.decoder.layers:
+            layer.self_attention.checkpoint_core_attention = recomputed
+        model.zero_grad()
+        model(stream[:, :-1], torch.arange(8)[None], None, labels=stream[:, 1:]).sum().backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    return [torch.equal(a, b) and bool(a.any()) for a, b in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("queries_a_group", [1, 2])
+def test_recomputed_core_attention_has_the_same_gradients(queries_a_group: int) -> None:
+    [same] = run_distributed(attention_worker, 1, queries_a_group)
+    assert same and all(same)

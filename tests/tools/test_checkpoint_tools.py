@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
+import re
 import runpy
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +69,26 @@ def run_as_a_program(tool: str, *arguments: object) -> Ended:
     return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
+def lines_on_a_terminal(tool: str, *arguments: object) -> list[str]:
+    """What stands on a terminal of 100 columns once a tool has ended: of every line what was written last."""
+    ours, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    command = [sys.executable, str(TOOLS / f"{tool}_checkpoint.py"), *map(str, arguments)]
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    written = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # the last one to hold the terminal's other end is gone
+            break
+        written += part
+    os.close(ours)
+    assert process.wait() == 0, written
+    assert re.search(rb"\[\d\d:\d\d(<.*)?, .*B/s\]", written), "no bar was shown"  # it has the time, and the rate
+    return [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in written.decode().split("\n")]
+
+
 @pytest.fixture(scope="module")
 def megatron(tiny_llama: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, converted by the tool, with blocks 2 and 5 added."""
@@ -86,6 +112,15 @@ def test_there_and_back_and_verified(
         lines = run_well("verify", "--original", tiny_llama(), "--expanded", expanded).splitlines()
         assert len(lines) == 5
         assert all(line.startswith("ok ") for line in lines)
+
+
+def test_the_bar_is_gone_when_the_summary_comes(megatron: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
+    expand = ("--source", tiny_llama(), "--target", tmp_path / "hf", "--positions", "2,5")
+    convert = ("megatron-to-hf", "--source", megatron, "--target", tmp_path / "back")
+    assert lines_on_a_terminal("expand", *expand)[:2] == [f"{tmp_path}/hf: 4 → 6 layers", "added blocks: 2, 5"]
+    assert lines_on_a_terminal("convert", *convert)[:2] == [f"{tmp_path}/back: 6 layers", "added before: 2, 5"]
+    lines = lines_on_a_terminal("verify", "--original", tiny_llama(), "--expanded", megatron)
+    assert [line[:5] for line in lines if line] == ["ok   "] * 5
 
 
 def test_verification_that_fails_is_exit_code_1_and_names_the_tensor(
@@ -114,6 +149,12 @@ def test_a_bit_of_a_zeroed_weight_that_was_not_trained(
     ended = run("verify", *models, "--quick", "--trained", "nothing")
     assert (ended.returncode, ended.stderr) == (1, "")
     assert "FAIL added blocks: block 2: model.layers.2.mlp.down_proj.weight is not zero\n" in ended.stdout
+
+
+def test_another_round(run_well: Callable[..., str], megatron: Path, tmp_path: Path) -> None:
+    options = ("--source", megatron, "--target", tmp_path / "it", "--num_added_blocks", 2)
+    said = run_well("convert", "megatron-to-megatron", *options)
+    assert said.startswith(f"{tmp_path}/it: 6 → 8 layers\nadded blocks: 3, 7\nadded before: 2, 6\n")
 
 
 def test_inspect(run_well: Callable[..., str], megatron: Path) -> None:
@@ -157,6 +198,9 @@ USAGE = {
     "positions that are no numbers": ("expand", ("--positions", "2,x"), "'2,x' is not a list of layer indices"),
     "an unknown placement": ("expand", ("--placement", "middle"), "invalid choice: 'middle'"),
     "an unknown option": ("expand", ("--num_layers", 2), "unrecognized arguments: --num_layers 2"),
+    "an option misspelt": ("expand", ("--num_added_block", 2), "did you mean --num_added_blocks? (see "),
+    "a seed of nothing": ("expand", ("--num_added_blocks", 2, "--init_seed", 1), "--init_seed is for --init random"),
+    "threads in another script": ("expand", ("--num_workers", "²"), "'²' is not a number of threads"),
     "an unknown dtype": ("expand", ("--dtype", "int8"), "invalid choice: 'int8'"),
     "positions out of range": ("expand", ("--positions", "2,9"), "position 9 is out of range"),
     "positions twice": ("expand", ("--positions", "2,2"), "position 2 is given twice"),
@@ -175,6 +219,21 @@ def test_one_line_for_every_mistake(
     assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1, ended.stderr
     assert message in ended.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_says_how_to_go_on(
+    run: Run, tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    command = ("convert", "hf-to-megatron", "--source", tiny_llama(), "--target", tmp_path / "it")
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_llamapro.checkpoint.convert.transfer", interrupted)
+        ended = run(*command)
+    assert ended == Ended(130, "", "error: interrupted: the same command with --resume goes on\n")
+    assert [path.name for path in tmp_path.iterdir()] == [".it.partial"]
+    assert run(*command, "--resume").returncode == 0
 
 
 NOWHERE = {

@@ -21,6 +21,9 @@ def record(step: int) -> str:
 @pytest.fixture
 def metrics(tmp_path: Path) -> Path:
     lines = [json.dumps({"kind": "run", "iteration": 0}), record(1), record(2)]
+    for layer in (2, 5):
+        figures = {"contribution": 0.1, "grad_norm": 1.0, "distance": 0.0, "output_norm": 0.2}
+        lines.append(json.dumps({"kind": "block", "iteration": 2, "layer": layer, **figures}))
     lines.append(json.dumps({"kind": "eval", "iteration": 2, "name": "cpp", "loss": 1.5, "tokens": 9}))
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(lines) + "\n")
@@ -29,8 +32,9 @@ def metrics(tmp_path: Path) -> Path:
 
 def test_series(metrics: Path) -> None:
     series = read_series(metrics)
-    assert series["training loss, nats a token"] == [(1, 2.0), (2, 1.0)]
-    assert series["held-out cpp"] == [(2, 1.5)]
+    assert series["training loss, nats a token", ""] == [(1, 2.0), (2, 1.0)]
+    assert series["held-out cpp", ""] == [(2, 1.5)]
+    assert series["what a block adds, of the stream", "block 5"] == [(2, 0.1)]
 
 
 def test_labels() -> None:

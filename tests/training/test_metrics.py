@@ -20,6 +20,15 @@ STEP = {
     "tflops_per_second": 1.25,
     "memory_gib": 3.5,
 }
+BLOCK = {
+    "kind": "block",
+    "iteration": 7,
+    "layer": 4,
+    "contribution": 0.0123,
+    "grad_norm": 0.5,
+    "distance": 1e-4,
+    "output_norm": 0.02,
+}
 HELD_OUT = {"kind": "eval", "iteration": 7, "name": "cpp", "loss": 1.75, "tokens": 10}
 
 
@@ -28,10 +37,12 @@ def test_console_lines_are_aligned(capsys: pytest.CaptureFixture) -> None:
     writer.write(STEP)
     writer.write({**STEP, "iteration": 100, "tokens_per_second": 5.0})
     writer.write(HELD_OUT)
-    first, second, third = capsys.readouterr().out.splitlines()
+    writer.write(BLOCK)
+    first, second, third, fourth = capsys.readouterr().out.splitlines()
     assert [i for i, c in enumerate(first) if c == "│"] == [i for i, c in enumerate(second) if c == "│"]
     assert first.startswith("step   7/100 │ loss  1.5000") and "12,346 tokens/s" in first
     assert third == "step   7/100 │ held-out cpp: loss 1.7500"
+    assert fourth.startswith("step   7/100 │ block   4 │ adds 1.23e-02 of the stream")
 
 
 def steps(path: Path) -> list[int]:
@@ -58,8 +69,10 @@ def test_tensorboard(tmp_path: Path) -> None:
     writer.write({"kind": "run", "iteration": 0})
     writer.write(STEP)
     writer.write(HELD_OUT)
+    writer.write(BLOCK)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
+    assert events.Scalars("block 4/output_norm")[0].value == pytest.approx(0.02)
     assert events.Scalars("train/loss")[0].value == 1.5 and events.Scalars("eval/cpp")[0].step == 7
 
 

@@ -11,22 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from gradients import batch, gradients_worker, load_chunks, parallel
 
-from megatron_llamapro.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_llamapro.config.schema import ParallelConfig
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
-SEQ_LENGTH, BATCH = 32, 4
 ADDED = ("model.layers.2.", "model.layers.5.")
-
-
-def parallel(tp: int = 1, pp: int = 1, vp: int | None = None, sp: bool = False) -> ParallelConfig:
-    return ParallelConfig(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vp,
-        sequence_parallel=sp,
-    )
 
 
 LAYOUTS = {
@@ -38,31 +29,6 @@ LAYOUTS = {
     "tp2 pp2 sequence parallel": (4, parallel(tp=2, pp=2, sp=True)),
     "dp2": (2, parallel()),
 }
-
-
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels, [BATCH, SEQ_LENGTH]."""
-    stream = torch.randint(3, 131, (BATCH, SEQ_LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
-
-
-def load_chunks(folder: Path, config: ParallelConfig, trainable: tuple[str, ...] = ("added_blocks",)):
-    """This rank's chunks of a Megatron checkpoint, frozen but for what is named."""
-    from megatron_llamapro.checkpoint.manifest import Manifest
-    from megatron_llamapro.model.build import build_model
-    from megatron_llamapro.model.families import model_shape, read_hf_config
-    from megatron_llamapro.model.freeze import freeze
-    from megatron_llamapro.runtime.distributed import start_model_parallel
-    from megatron_llamapro.training.checkpointing import load_model
-
-    layout = start_model_parallel(config, seed=1)
-    shape = model_shape(read_hf_config(folder))
-    chunks = build_model(shape, model=ModelConfig(checkpoint=str(folder)), parallel=config, precision="fp32")
-    plan = Manifest.read(folder).plan
-    if plan.added_layers:
-        freeze(chunks, plan, trainable, tie_word_embeddings=shape.tie_word_embeddings)
-    load_model(chunks, folder)
-    return layout, shape, chunks
 
 
 def logits_worker(folders: list[Path], config: ParallelConfig) -> list[torch.Tensor | None]:
@@ -115,60 +81,6 @@ def check_logits(made, original: torch.Tensor, expanded: torch.Tensor) -> None:
         assert torch.equal(reference, hf_model(made.expanded_hf)(batch()[0]).logits)
     assert reference.std() > 0.1
     torch.testing.assert_close(expanded, reference, rtol=1e-4, atol=1e-4)
-
-
-def gradients_worker(
-    folder: Path, config: ParallelConfig, num_steps: int = 1, trainable: tuple[str, ...] = ("added_blocks",)
-):
-    """Loss, gradient norm and gradients of each of some steps."""
-    from megatron.core import parallel_state
-
-    from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler
-    from megatron_llamapro.testing.gather import gradient_pieces
-    from megatron_llamapro.training.setup import wrapped
-    from megatron_llamapro.training.step import connect, reduce_loss, run_microbatches
-
-    layout, _, models = load_chunks(folder, config, trainable)
-    chunks = [wrapped(model, config) for model in models]
-    settings = OptimizerConfig(lr=1e-2, lr_warmup_fraction=0.0)
-    optimizer = build_optimizer(chunks, settings, precision="fp32")
-    scheduler = build_scheduler(optimizer, settings, train_iters=10)
-    connect(models[0].config, chunks, optimizer, overlap_grad_reduce=False, overlap_param_gather=False)
-    steps = []
-    for _ in range(num_steps):
-        for chunk in chunks:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        sums = run_microbatches(
-            chunks,
-            [micro_batches(layout) for _ in chunks],
-            num_microbatches=BATCH // layout.data_size,
-            micro_batch_size=1,
-            seq_length=SEQ_LENGTH,
-            forward_only=False,
-        )
-        loss = reduce_loss(sums, layout=layout).loss
-        # A copy: the whole gradients replace what the optimizer would clip.
-        saved = [buffer.grad_data.clone() for chunk in chunks for buffer in chunk.buffers]
-        pieces = gradient_pieces(chunks, data_group=parallel_state.get_data_parallel_group())
-        for buffer, data in zip([b for chunk in chunks for b in chunk.buffers], saved, strict=True):
-            buffer.grad_data.copy_(data)
-        _, norm, _ = optimizer.step()
-        scheduler.step(1)
-        steps.append((loss, norm, pieces))
-    return steps
-
-
-def micro_batches(layout):
-    tokens, labels = batch()
-    for number in range(BATCH // layout.data_size):
-        row = slice(number * layout.data_size + layout.data_rank, number * layout.data_size + layout.data_rank + 1)
-        yield {
-            "tokens": tokens[row],
-            "labels": labels[row],
-            "loss_mask": torch.ones(1, SEQ_LENGTH),
-            "position_ids": torch.arange(SEQ_LENGTH)[None],
-        }
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import workers
 
+from megatron_llamapro.checkpoint.convert import legacy, megatron_to_megatron
 from megatron_llamapro.config.io import dump_yaml
 from megatron_llamapro.config.schema import BlendEntry, ParallelConfig
 from megatron_llamapro.testing.distributed import run_distributed
@@ -33,6 +34,8 @@ def test_every_refusal(run_config: Callable, models: Callable, token_files: tupl
     plan = json.loads((short / "llamapro.json").read_text())
     plan["plan"]["layers"].pop()
     (short / "llamapro.json").write_text(json.dumps(plan))
+    shards = tmp_path / "shards"
+    megatron_to_megatron(Path(base.model.checkpoint), shards, kind=legacy())
     cut_bin = tmp_path / "cut"
     for ending in (".bin", ".idx"):
         shutil.copyfile(f"{token_files[0]}{ending}", f"{cut_bin}{ending}")
@@ -42,6 +45,7 @@ def test_every_refusal(run_config: Callable, models: Callable, token_files: tupl
         "common.pt was not loaded: it asks for": with_model(base, checkpoint=str(hostile_copy(base, tmp_path))),
         "is not a folder": with_model(base, checkpoint=str(tmp_path / "nowhere")),
         "is not a Megatron checkpoint": with_model(base, checkpoint=str(models().original_hf)),
+        "is a legacy checkpoint, for one division of ranks: convert it with": with_model(base, checkpoint=str(shards)),
         "its manifest is for 5 layers": with_model(base, checkpoint=str(short)),
         "convert it with --dtype bfloat16": dataclasses.replace(
             base, training=dataclasses.replace(base.training, precision="bf16")

@@ -43,6 +43,7 @@ class Records:
 class Result:
     figures: list
     held_out: list
+    blocks: list
     optimizer_bytes: int
     num_trainable: int
     saves: list
@@ -70,6 +71,7 @@ def train(config: RunConfig, sigterm_at: int | None = None) -> Result:
     return Result(
         figures=writer.figures(),
         held_out=writer.held_out(),
+        blocks=[record for record in writer.records if record["kind"] == "block"],
         optimizer_bytes=sum(value.nbytes for value in state),
         num_trainable=run.report.num_trainable,
         saves=writer.saves(),

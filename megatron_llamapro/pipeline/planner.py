@@ -1,0 +1,233 @@
+"""The split of layers over stages, and virtual stages, with the least step time that fits into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_llamapro.config.errors import PipelinePlanError
+from megatron_llamapro.model.shape import ModelShape
+from megatron_llamapro.pipeline.cost import Trains
+from megatron_llamapro.pipeline.layout import even_stage_layers
+from megatron_llamapro.pipeline.memory import ChunkBytes, Division, chunk_bytes
+from megatron_llamapro.pipeline.simulate import ChunkTime, simulate, step_seconds
+
+_MOST_SPLITS = 20_000  # that are looked at before the best so far is taken
+
+
+@dataclass(frozen=True)
+class ModelTime:
+    """Seconds of one micro-batch on one rank, part by part."""
+
+    layers: tuple[ChunkTime, ...]
+    embedding: ChunkTime
+    head: ChunkTime
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be laid out."""
+
+    shape: ModelShape
+    trains: Trains
+    division: Division
+    time: ModelTime
+    num_stages: int
+    num_chunks: int
+    """Virtual stages a stage; 1: none."""
+    num_microbatches: int
+    memory_bytes: float = float("inf")
+    message: float = 0.0
+    """Seconds of a message between stages."""
+
+    @property
+    def num_positions(self) -> int:
+        return self.num_stages * self.num_chunks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A split and what it costs."""
+
+    counts: tuple[int, ...]
+    """Layers by position, as `parallel.pipeline_stage_layers` takes them."""
+    seconds: float
+    """Of a step, without the optimizer."""
+    bubble: float
+    stage_forward: tuple[float, ...]
+    """Seconds a micro-batch, by stage."""
+    stage_backward: tuple[float, ...]
+    stage_bytes: tuple[float, ...]
+    is_proven: bool = True
+    """Whether no better split can exist in this model of costs."""
+
+
+def chunk_times(job: Job, counts: Sequence[int]) -> tuple[ChunkTime, ...]:
+    """Seconds of every position under a split."""
+    times, first = [], 0
+    for position, count in enumerate(counts):
+        parts = [*job.time.layers[first : first + count]]
+        parts += [job.time.embedding] * (position == 0) + [job.time.head] * (position == len(counts) - 1)
+        times.append(ChunkTime(sum(part.forward for part in parts), sum(part.backward for part in parts)))
+        first += count
+    return tuple(times)
+
+
+def evaluate(job: Job, counts: Sequence[int], *, is_proven: bool = True) -> Plan:
+    """What a split costs."""
+    times = chunk_times(job, counts)
+    seconds = step_seconds(times, num_stages=job.num_stages, num_microbatches=job.num_microbatches, message=job.message)
+
+    def by_stage(value: Callable[[ChunkTime], float]) -> tuple[float, ...]:
+        return tuple(
+            sum(value(times[position]) for position in range(stage, len(times), job.num_stages))
+            for stage in range(job.num_stages)
+        )
+
+    forward, backward = by_stage(lambda time: time.forward), by_stage(lambda time: time.backward)
+    busy = job.num_microbatches * (sum(forward) + sum(backward))
+    return Plan(
+        counts=tuple(counts),
+        seconds=seconds,
+        bubble=1 - busy / (job.num_stages * seconds),
+        stage_forward=forward,
+        stage_backward=backward,
+        stage_bytes=stage_bytes(job, counts),
+        is_proven=is_proven,
+    )
+
+
+def stage_bytes(job: Job, counts: Sequence[int]) -> tuple[float, ...]:
+    """Bytes that each stage holds at its peak: its state, and the activations of what is in flight."""
+    chunks, first = [], 0
+    for position, count in enumerate(counts):
+        is_first, is_last = position == 0, position == len(counts) - 1
+        layers = range(first, first + count)
+        chunks.append(
+            chunk_bytes(job.shape, layers, is_first=is_first, is_last=is_last, trains=job.trains, division=job.division)
+        )
+        first += count
+    return tuple(_held(chunks[stage :: job.num_stages], in_flight) for stage, in_flight in enumerate(_in_flight(job)))
+
+
+def _in_flight(job: Job) -> tuple[tuple[int, ...], ...]:
+    """Micro-batches by stage and chunk; what is held depends on the schedule alone, and no longer on the number of
+    micro-batches once the pipeline is full."""
+    enough = min(job.num_microbatches, 2 * job.num_stages)
+    times = [ChunkTime(1.0, 1.0)] * job.num_positions
+    return simulate(times, num_stages=job.num_stages, num_microbatches=enough).in_flight
+
+
+def _held(chunks: Sequence[ChunkBytes], in_flight: Sequence[int]) -> float:
+    return sum(chunk.state + number * chunk.activations for chunk, number in zip(chunks, in_flight, strict=True))
+
+
+def even_plan(job: Job) -> Plan:
+    """The split as even as it can be, which is what runs without a plan."""
+    return evaluate(job, even_stage_layers(len(job.time.layers), job.num_positions), is_proven=False)
+
+
+def best_plan(job: Job) -> Plan:
+    """The split with the least step time that fits.
+
+    Splits are looked through with a bound: a step takes at least as long as its slowest stage works. It starts from the
+    even split, mended by moving single layers over boundaries while that helps.
+
+    Raises:
+        PipelinePlanError: no split fits into memory.
+    """
+    if len(job.time.layers) < job.num_positions:
+        raise PipelinePlanError(
+            f"{len(job.time.layers)} layers cannot be laid on {job.num_positions} (virtual) stages: take fewer"
+        )
+    in_flight = _in_flight(job)
+    even = even_plan(job)
+    best = _mended(job, even.counts)
+    limit, tried = [best.seconds if best else float("inf")], 0
+    for counts in _splits(job, limit, in_flight):
+        tried += 1
+        if tried > _MOST_SPLITS:
+            break
+        plan = evaluate(job, counts)
+        if plan.seconds < limit[0]:
+            best, limit[0] = plan, plan.seconds
+    if best is None:
+        needed, there = max(even.stage_bytes) / 2**30, job.memory_bytes / 2**30
+        raise PipelinePlanError(
+            f"no split fits: the even one needs {needed:.1f} GiB on its largest stage, and there are {there:.1f}: take "
+            "more tensor-parallel ranks or stages, or a smaller micro-batch"
+        )
+    return evaluate(job, best.counts, is_proven=tried <= _MOST_SPLITS)
+
+
+def _mended(job: Job, counts: Sequence[int]) -> Plan | None:
+    """The best of its neighbourhood: single layers move over boundaries while the step gets faster."""
+    best = evaluate(job, counts)
+    improved = True
+    while improved:
+        improved = False
+        for moved in _neighbours(best.counts):
+            plan = evaluate(job, moved)
+            if _fits(job, plan) and (plan.seconds < best.seconds or not _fits(job, best)):
+                best, improved = plan, True
+    return best if _fits(job, best) else None
+
+
+def _fits(job: Job, plan: Plan) -> bool:
+    return max(plan.stage_bytes) <= job.memory_bytes
+
+
+def _neighbours(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """One layer from a position to any other, through those between."""
+    for source in range(len(counts)):
+        for target in range(len(counts)):
+            if source != target and counts[source] > 1:
+                moved = list(counts)
+                moved[source] -= 1
+                moved[target] += 1
+                yield tuple(moved)
+
+
+def _splits(job: Job, limit: Sequence[float], in_flight: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:
+    """Splits whose stages all fit and whose slowest stage alone takes less than `limit[0]`, which may sink."""
+    num_layers, positions = len(job.time.layers), job.num_positions
+    work = [0.0] * job.num_stages
+    held = [0.0] * job.num_stages
+    counts: list[int] = []
+
+    def extend(first: int) -> Iterator[tuple[int, ...]]:
+        position = len(counts)
+        if position == positions:
+            yield tuple(counts)
+            return
+        left = positions - position - 1
+        sizes = [num_layers - first] if left == 0 else range(1, num_layers - first - left + 1)
+        stage, chunk = position % job.num_stages, position // job.num_stages
+        for count in sizes:
+            is_first, is_last = position == 0, left == 0
+            parts = [*job.time.layers[first : first + count]]
+            parts += [job.time.embedding] * is_first + [job.time.head] * is_last
+            seconds = sum(part.total for part in parts)
+            size = chunk_bytes(
+                job.shape,
+                range(first, first + count),
+                is_first=is_first,
+                is_last=is_last,
+                trains=job.trains,
+                division=job.division,
+            )
+            num_bytes = size.state + in_flight[stage][chunk] * size.activations
+            too_slow = (work[stage] + seconds) * job.num_microbatches >= limit[0]
+            if too_slow or held[stage] + num_bytes > job.memory_bytes:
+                if left:
+                    return  # more layers are slower and larger still
+                continue
+            work[stage] += seconds
+            held[stage] += num_bytes
+            counts.append(count)
+            yield from extend(first + count)
+            counts.pop()
+            work[stage] -= seconds
+            held[stage] -= num_bytes
+
+    yield from extend(0)

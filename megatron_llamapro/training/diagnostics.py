@@ -1,0 +1,144 @@
+"""What every added block does, on chosen steps: how much it adds to the residual stream, its gradient, and how far it
+has moved from the block that it was copied from."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.model.freeze import is_divided
+from megatron_llamapro.model.names import NamedParameter, global_layer_index, named_parameters, unwrapped
+from megatron_llamapro.runtime.distributed import ParallelLayout
+from megatron_llamapro.training.checkpointing import load_values, model_state
+
+# Sums of squares that are gathered of each block, over all ranks. The figures are roots of quotients of two of them.
+_SUMS = ("added", "stream", "gradient", "moved", "copied", "output", "source_output")
+_OUTPUTS = (".linear_proj.weight", ".linear_fc2.weight")
+
+
+class BlockDiagnostics:
+    """Figures of the added blocks of one run. Every rank has one, and calls the same methods on the same steps."""
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        *,
+        plan: ExpansionPlan,
+        base: Path,
+        layout: ParallelLayout,
+    ) -> None:
+        """`chunks` are this rank's, in DDP or not; `base` is the checkpoint that the run started from. Its blocks that
+        were copied are read into host memory, by the ranks of the first replica."""
+        self.plan, self.layout, self.optimizer = plan, layout, optimizer
+        self.layers = [
+            layer
+            for chunk in chunks
+            for layer in unwrapped(chunk).decoder.layers
+            if global_layer_index(layer) in plan.added_layers
+        ]
+        self.parameters = [named for named in named_parameters(chunks) if named.layer in plan.added_layers]
+        self.sources = self._read_sources(chunks, base)
+        self.sums = torch.zeros(0)
+        self._restart()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around a step's forward and backward passes."""
+        self._restart()
+        hooks = [layer.register_forward_hook(self._note_activations, with_kwargs=True) for layer in self.layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def note_gradients(self) -> None:
+        """Between the backward pass and the update. Each replica holds its share of the whole gradients."""
+        layers = {id(named.parameter): named.layer for named in self.parameters}
+        for part in self.optimizer.chained_optimizers:
+            for parameter in getattr(part, "model_param_gbuf_map", {}):
+                if id(parameter) in layers and self._counts(parameter):
+                    share = part._get_model_param_range_map(parameter)["param"]
+                    self._add(layers[id(parameter)], "gradient", parameter.main_grad.view(-1)[share.start : share.end])
+
+    def figures(self) -> list[dict[str, object]]:
+        """One record a block, after the update. All ranks call it and get the same.
+
+        layer: the block's global index; contribution: root mean square of what it adds to the residual stream, over
+        that of the stream; grad_norm: before clipping; distance: from the block it was copied from, over that block's
+        norm, in all weights that it did not begin with as zeros; output_norm: of its two output projections, which
+        began as zeros, over that block's.
+        """
+        self._note_weights()
+        dist.all_reduce(self.sums)
+        return [
+            {"layer": layer, **_figures(dict(zip(_SUMS, sums, strict=True)))}
+            for layer, sums in zip(self.plan.added_layers, self.sums.tolist(), strict=True)
+        ]
+
+    def _restart(self) -> None:
+        shape = (len(self.plan.added_layers), len(_SUMS))
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
+
+    def _add(self, layer: int | None, name: str, values: torch.Tensor) -> None:
+        place = self.plan.added_layers.index(layer), _SUMS.index(name)
+        self.sums[place] += values.detach().float().square().sum()
+
+    def _note_activations(self, layer: torch.nn.Module, _: tuple, given: Mapping, output: tuple) -> None:
+        """Input and output [s, b, h]; tensor-parallel ranks hold the same ones, or with sequence parallelism parts."""
+        if self.layout.tensor_rank == 0 or layer.config.sequence_parallel:
+            before, after = given["hidden_states"], output[0]
+            with torch.no_grad():
+                self._add(global_layer_index(layer), "added", after - before)
+                self._add(global_layer_index(layer), "stream", before)
+
+    def _note_weights(self) -> None:
+        for named in self.parameters:
+            source = self.sources.get(named.name)
+            if source is None or not self._counts(named.parameter):
+                continue
+            source, now = source.to(named.parameter.device), named.parameter.detach()
+            is_output = named.name.endswith(_OUTPUTS)
+            self._add(named.layer, "output" if is_output else "moved", now if is_output else now - source)
+            self._add(named.layer, "source_output" if is_output else "copied", source)
+
+    def _counts(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether this tensor-parallel rank's part of it is to be summed: a copy is, once."""
+        return self.layout.tensor_rank == 0 or is_divided(parameter)
+
+    def _read_sources(self, chunks: Sequence[torch.nn.Module], base: Path) -> dict[str, torch.Tensor]:
+        """This rank's part of the block that each added one was copied from, under the added one's names."""
+        wanted = {}
+        if self.layout.data_rank == 0:
+            sharded = {id(value.data): value for state in model_state(chunks).values() for value in state.values()}
+            wanted = {named.name: self._of_source(named, sharded[id(named.parameter)]) for named in self.parameters}
+        return load_values(wanted, base)
+
+    def _of_source(self, named: NamedParameter, sharded: ShardedTensor | ShardedTensorFactory):
+        assert named.layer is not None  # it is of an added block
+        source = self.plan.copied_from(named.layer)
+        key = sharded.key.replace(f"layers.{named.layer}.", f"layers.{source}.", 1)
+        return replace(sharded, key=key, data=torch.empty_like(named.parameter, device="cpu", requires_grad=False))
+
+
+def _figures(sums: Mapping[str, float]) -> dict[str, float]:
+    return {
+        "contribution": _root(sums["added"], sums["stream"]),
+        "grad_norm": math.sqrt(sums["gradient"]),
+        "distance": _root(sums["moved"], sums["copied"]),
+        "output_norm": _root(sums["output"], sums["source_output"]),
+    }
+
+
+def _root(part: float, whole: float) -> float:
+    return math.sqrt(part / whole) if whole else math.nan

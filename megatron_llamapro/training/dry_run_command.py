@@ -1,0 +1,45 @@
+"""What tools/dry_run.py does once its options are read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from megatron_llamapro.checkpoint.described import describe_model
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.runtime import cpu
+from megatron_llamapro.runtime.upstream import import_megatron
+
+
+def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None) -> int:
+    """Run the ranks, printing each when it is done (as JSON all at the end). Returns the exit code."""
+    import_megatron()
+    cpu.install()
+    from megatron_llamapro.training.dry_run import check, distinct_ranks, dry_run
+    from megatron_llamapro.training.dry_run_report import describe, heading, to_json, too_large, total_line
+
+    model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
+    check(config, model, args.world_size)
+    ranks = args.ranks or distinct_ranks(config, args.world_size)
+    if not all(0 <= rank < args.world_size for rank in ranks):
+        raise ConfigError(f"--ranks names a rank that a job of {args.world_size} does not have")
+    if not args.json:
+        print(heading(config, model, world_size=args.world_size), flush=True)
+    reports = []
+    for rank in ranks:
+        report = dry_run(config, model, world_size=args.world_size, rank=rank, num_largest=args.largest)
+        reports.append(report)
+        if not args.json:
+            print(describe(config, report, world_size=args.world_size), flush=True)
+    if args.json:
+        print(json.dumps(to_json(config, model, reports, world_size=args.world_size), indent=2))
+    else:
+        print(total_line(config, model, reports))
+    lines = too_large(reports, args.memory_gib) if args.memory_gib else []
+    for line in lines:
+        print(line, file=sys.stderr)
+    return 1 if lines else 0

@@ -1,0 +1,155 @@
+"""What tools/plan_pipeline.py does once its options are read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from megatron_llamapro.checkpoint.described import DescribedModel, describe_model
+from megatron_llamapro.config.checks import check_model, data_parallel_size
+from megatron_llamapro.config.errors import ConfigError, PipelinePlanError
+from megatron_llamapro.config.files import write_atomically
+from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.model.freeze import check_trainable, what_trains
+from megatron_llamapro.pipeline.cost import step_work
+from megatron_llamapro.pipeline.layout import draw
+from megatron_llamapro.pipeline.memory import Division
+from megatron_llamapro.pipeline.planner import Job, Plan, best_plan, even_plan
+from megatron_llamapro.pipeline.timing import time_from_calibration, time_from_flops
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A split, and what it means for the whole run."""
+
+    plan: Plan
+    tokens_per_second: float
+    """Of all ranks."""
+    model_flops_utilization: float
+    """FLOPs that the training needs, of the ranks' peak."""
+    gpu_hours: float
+    """For the wanted tokens."""
+
+
+def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None) -> int:
+    """Plan, print the even split and the best one, write the layout where asked."""
+    model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
+    job = _job(config, model, args)
+    even, best = (_outcome(config, model, job, plan, args) for plan in (even_plan(job), best_plan(job)))
+    if args.json:
+        print(json.dumps({"even": _as_json(even), "best": _as_json(best)}, indent=2))
+    else:
+        print("\n".join(_lines(model, job, even, best, args)))
+    if args.output:
+        layout = {
+            "pipeline_model_parallel_size": job.num_stages,
+            **({"virtual_pipeline_model_parallel_size": job.num_chunks} if job.num_chunks > 1 else {}),
+            "pipeline_stage_layers": list(best.plan.counts),
+        }
+        write_atomically(args.output, yaml.safe_dump({"parallel": layout}, sort_keys=False))
+        if not args.json:
+            print(f"{args.output}: give it to pretrain as a further --config")
+    return 0
+
+
+def _job(config: RunConfig, model: DescribedModel, args: argparse.Namespace) -> Job:
+    shape, parallel, training = model.shape, config.parallel, config.training
+    data_size = data_parallel_size(config, args.world_size)
+    check_model(
+        config,
+        num_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        has_experts=shape.is_moe,
+    )
+    check_trainable(config.model.trainable, model.plan, tie_word_embeddings=shape.tie_word_embeddings, shape=shape)
+    if parallel.pipeline_model_parallel_size < 2:
+        raise ConfigError("there is one stage, so nothing to split: set --parallel.pipeline_model_parallel_size")
+    trains = what_trains(config.model.trainable, model.plan, tie_word_embeddings=shape.tie_word_embeddings)
+    division = Division(
+        tensor_size=parallel.tensor_model_parallel_size,
+        data_size=data_size,
+        sequence_parallel=parallel.sequence_parallel,
+        micro_batch_size=training.micro_batch_size,
+        seq_length=config.data.seq_length,
+        itemsize=2 if training.precision == "bf16" else 4,
+    )
+    if args.calibration:
+        time = time_from_calibration(shape, trains, _read_calibration(args.calibration))
+    else:
+        time = time_from_flops(shape, trains, division, flops_per_second=args.peak_tflops * 1e12 * args.efficiency)
+    return Job(
+        shape=shape,
+        trains=trains,
+        division=division,
+        time=time,
+        num_stages=parallel.pipeline_model_parallel_size,
+        num_chunks=parallel.virtual_pipeline_model_parallel_size or 1,
+        num_microbatches=training.global_batch_size // (training.micro_batch_size * data_size),
+        memory_bytes=args.memory_gib * GIB if args.memory_gib else float("inf"),
+    )
+
+
+def _read_calibration(path: Path) -> dict:
+    try:
+        measured = json.loads(path.read_text())
+    except ValueError as error:
+        raise PipelinePlanError(f"{path} is not JSON: {error}") from None
+    if not isinstance(measured, dict):
+        raise PipelinePlanError(f"{path} holds no calibration: write it with --calibrate")
+    return measured
+
+
+def _outcome(config: RunConfig, model: DescribedModel, job: Job, plan: Plan, args: argparse.Namespace) -> Outcome:
+    tokens = config.training.global_batch_size * config.data.seq_length
+    work = step_work(
+        model.shape,
+        seq_length=config.data.seq_length,
+        trainable_layers=job.trains.layers,
+        embedding_trains=job.trains.embedding,
+        output_layer_trains=job.trains.output_layer,
+    )
+    speed = tokens / plan.seconds
+    peak = args.world_size * args.peak_tflops * 1e12
+    return Outcome(plan, speed, work.total * speed / peak, args.tokens / speed / 3600 * args.world_size)
+
+
+def _as_json(outcome: Outcome) -> dict[str, object]:
+    return {**vars(outcome.plan), **{name: value for name, value in vars(outcome).items() if name != "plan"}}
+
+
+def _lines(model: DescribedModel, job: Job, even: Outcome, best: Outcome, args: argparse.Namespace) -> list[str]:
+    source = args.calibration or f"{args.peak_tflops:g} TFLOP/s x {args.efficiency:g}"
+    division = job.division
+    lines = [
+        f"{args.world_size:,} ranks: TP {division.tensor_size} x PP {job.num_stages} x DP {division.data_size}, "
+        f"{job.num_microbatches} micro-batches of {division.micro_batch_size} x {division.seq_length} tokens a step; "
+        f"times from {source}"
+    ]
+    for name, outcome in (("even split", even), ("best split", best)):
+        plan = outcome.plan
+        lines += [
+            "",
+            f"{name}: {', '.join(map(str, plan.counts))}",
+            draw(plan.counts, set(model.plan.added_layers)),
+            "stage   forward  backward  ms a micro-batch   memory a rank",
+        ]
+        rows = zip(plan.stage_forward, plan.stage_backward, plan.stage_bytes, strict=True)
+        for stage, (forward, backward, num_bytes) in enumerate(rows):
+            lines.append(f"{stage:>5} {1e3 * forward:>9.2f} {1e3 * backward:>9.2f} {num_bytes / GIB:>28.1f} GiB")
+        lines.append(
+            f"step {plan.seconds:.2f} s, bubble {plan.bubble:.1%}; {outcome.tokens_per_second:,.0f} tokens/s "
+            f"({outcome.tokens_per_second / args.world_size:,.0f} a rank), MFU {outcome.model_flops_utilization:.1%}; "
+            f"{outcome.gpu_hours:,.0f} GPU-hours for {args.tokens / 1e9:g} B tokens"
+        )
+    gain = even.plan.seconds / best.plan.seconds
+    proof = "no split is faster" if best.plan.is_proven else "the best of those that were tried"
+    return [*lines, "", f"the best split is {gain:.3f} x as fast as the even one ({proof})"]

@@ -1,0 +1,32 @@
+"""A replica that is alone has nothing to reduce and nothing to gather."""
+
+from __future__ import annotations
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+
+
+class BucketGroupOfOne(_ParamAndGradBucketGroup):
+    """Gradients and parameters of a single replica. Set as the class of one that DDP made.
+
+    megatron.core calls the collectives for a group of one rank too; gloo answers with three copies of all gradients
+    and one of all parameters.
+    """
+
+    def start_grad_sync(self, force_all_reduce: bool | None = False) -> None:
+        """Only what upstream does besides the reduction."""
+        for bucket in self.buckets:
+            if bucket.gradient_scaling_factor != 1.0:
+                bucket.grad_data *= bucket.gradient_scaling_factor
+
+    def start_param_sync(self, force_sync: bool = False) -> None:
+        self.param_gather_dispatched = True
+
+
+def skip_collectives_of_one(ddp: DistributedDataParallel) -> None:
+    """Leave out the data-parallel collectives of groups that have one rank. What overlaps is left as it is: there
+    upstream waits for their handles."""
+    overlaps = ddp.ddp_config.overlap_grad_reduce or ddp.ddp_config.overlap_param_gather
+    for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
+        if group.intra_distributed_optimizer_instance_size == 1 and not overlaps:
+            group.__class__ = BucketGroupOfOne

@@ -1,0 +1,83 @@
+"""Every example's configuration is run dry for its world: it starts, it fits, and does the arithmetic's work."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LLAMA = {"model_type": "llama", "hidden_act": "silu", "rope_theta": 10000.0, "rms_norm_eps": 1e-5}
+SMOLLM2_135M = {
+    **LLAMA,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+LLAMA_2_7B = {
+    **LLAMA,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+
+
+TINY = {
+    **LLAMA,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+
+
+def readme_yaml(folder: Path) -> Path:
+    [text] = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (folder / "readme.yaml").write_text(text)
+    return folder / "readme.yaml"
+
+
+# Configuration, model, blocks that are added, ranks, memory of each in GiB.
+EXAMPLES = {
+    "the README's": (readme_yaml, LLAMA_2_7B, 8, 16, 80),
+    "smoke": (lambda _: ROOT / "examples/smoke/run.yaml", TINY, 2, 2, 1),
+    "demo": (lambda _: ROOT / "examples/smollm2_pro/llamapro.yaml", SMOLLM2_135M, 6, 2, 8),
+    "demo, all weights": (lambda _: ROOT / "examples/smollm2_pro/all_weights.yaml", SMOLLM2_135M, 0, 2, 8),
+}
+
+
+def test_no_example_is_left_out() -> None:
+    named = {make(Path()).name for name, (make, *_) in EXAMPLES.items() if name != "the README's"}
+    assert named == {path.name for path in ROOT.glob("examples/**/*.yaml")}
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_dry_run(example: str, tmp_path: Path) -> None:
+    make, hf_config, num_added, world_size, memory_gib = EXAMPLES[example]
+    (tmp_path / "config.json").write_text(json.dumps(hf_config))
+    added = ["--num_added_blocks", str(num_added)] if num_added else []
+    command = [sys.executable, "tools/dry_run.py", "--config", str(make(tmp_path)), "--world_size", str(world_size)]
+    command += ["--memory_gib", str(memory_gib), "--hf_config", str(tmp_path), "--json", *added]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    executed = sum(sum(rank["flops_per_token"].values()) for rank in found["ranks"])
+    assert executed == pytest.approx(found["arithmetic_flops_per_token"], rel=1e-6)

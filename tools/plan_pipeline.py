@@ -1,0 +1,50 @@
+"""The split of layers over pipeline stages with the least step time, beside the even one.
+
+python tools/plan_pipeline.py --config run.yaml --world_size 16 --parallel.pipeline_model_parallel_size 4
+    [--memory_gib 80] [--output parallel.yaml] [--json]
+python tools/plan_pipeline.py --config run.yaml --world_size 1 --calibrate times.json     measure the blocks here first
+
+The model need not be converted yet: --hf_config DIR --num_added_blocks N. Any field of the configuration can be
+overridden by its dotted name, as for pretrain. docs/planning.md says what is assumed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_llamapro.config.command import CommandParser, run_command
+from megatron_llamapro.expansion.options import add_expansion_options, read_expansion_options
+
+
+def main() -> int:
+    """Read the options, plan."""
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--world_size", type=int, required=True, metavar="N", help="ranks of the job")
+    parser.add_argument("--memory_gib", type=float, metavar="GIB", help="that a rank may hold (default: no limit)")
+    parser.add_argument(
+        "--tokens", type=float, default=80e9, metavar="N", help="to train on (default: the paper's 80e9)"
+    )
+    parser.add_argument("--peak_tflops", type=float, default=989, metavar="N", help="of a rank (default: H100, bf16)")
+    parser.add_argument(
+        "--efficiency", type=float, default=0.4, metavar="PART", help="of the peak that a block reaches"
+    )
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="block times that --calibrate measured")
+    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="measure block times, write them, end")
+    parser.add_argument("--output", type=Path, metavar="FILE.yaml", help="write the layout, for pretrain's --config")
+    parser.add_argument("--hf_config", type=Path, metavar="DIR", help="a model that is not converted yet: config.json")
+    parser.add_argument("--json", action="store_true", help="print JSON, in seconds and bytes")
+    add_expansion_options(parser)
+    args, run_args = parser.parse_own_args()
+
+    from megatron_llamapro.config.io import parse_run_config
+
+    config, expansion = parse_run_config(run_args), read_expansion_options(parser, args)
+    if args.calibrate:
+        from megatron_llamapro.training.calibration_command import run
+    else:
+        from megatron_llamapro.training.plan_command import run
+    return run(config, args, expansion)
+
+
+if __name__ == "__main__":
+    run_command(main)
