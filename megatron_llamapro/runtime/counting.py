@@ -201,7 +201,8 @@ class CountingMode(TorchDispatchMode):
 
 
 class Saved:
-    """Counts what autograd keeps for a backward pass while `hooks` are on: every piece of memory once, weights not."""
+    """Counts what autograd keeps from a forward pass to the backward pass while `hooks` are on: every piece of memory
+    once, weights not, nor what is recomputed."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         self.num_bytes = 0
@@ -210,7 +211,7 @@ class Saved:
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         address, storage = _address(tensor), tensor.untyped_storage()
-        if address not in self._known:
+        if address not in self._known and not _in_backward():
             self.num_bytes += storage.nbytes()
             self._known.add(address)
             weakref.finalize(storage, self._known.discard, address)

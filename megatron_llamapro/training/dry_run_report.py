@@ -105,13 +105,17 @@ def total_line(config: RunConfig, model: DescribedModel, reports: Sequence[RankR
     """What all stages execute, beside the arithmetic; says what is missing where not every stage was run."""
     if len(first_of_stages(reports)) < config.parallel.pipeline_model_parallel_size:
         return "not every stage was run: --ranks all shows the whole model's work"
-    counted = sum(report.counts.flops.total() / report.tokens for report in first_of_stages(reports))
+    counted = sum(_without_recomputed(report) / report.tokens for report in first_of_stages(reports))
     arithmetic = work_per_token(config, model.shape, model.plan).total
     counted *= config.parallel.tensor_model_parallel_size
     return (
-        f"all stages execute {counted / 1e9:.2f} GFLOP a token; the arithmetic says "
-        f"{arithmetic / 1e9:.2f} (without what is recomputed, and without padding of the vocabulary)"
+        f"all stages execute {counted / 1e9:.2f} GFLOP a token, what is recomputed left out; the arithmetic says "
+        f"{arithmetic / 1e9:.2f}"
     )
+
+
+def _without_recomputed(report: RankReport) -> int:
+    return sum(count for product, count in report.counts.flops.items() if "recomputed" not in product.value)
 
 
 def too_large(reports: Sequence[RankReport], memory_gib: float) -> list[str]:

@@ -40,6 +40,7 @@ class Outcome:
 
 def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None) -> int:
     """Plan, print the even split and the best one, write the layout where asked."""
+    _check_positive(args)
     model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
     job = _job(config, model, args)
     even, best = (_outcome(config, model, job, plan, args) for plan in (even_plan(job), best_plan(job)))
@@ -57,6 +58,15 @@ def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None
         if not args.json:
             print(f"{args.output}: give it to pretrain as a further --config")
     return 0
+
+
+def _check_positive(args: argparse.Namespace) -> None:
+    for name in ("peak_tflops", "efficiency", "tokens", "memory_gib"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name} is {value:g}: it must be above 0")
+    if args.efficiency > 1:
+        raise ConfigError(f"--efficiency is {args.efficiency:g}: it is a part of 1, e.g. 0.4")
 
 
 def _job(config: RunConfig, model: DescribedModel, args: argparse.Namespace) -> Job:

@@ -105,6 +105,7 @@ def test_full_recomputation_runs_once_more_what_has_a_backward_pass(config: Call
     assert after.counts.flops[Product.ATTENTION_RECOMPUTED] * 6 == before.counts.flops[Product.ATTENTION_FORWARD] * 4
     assert {p: n for p, n in after.counts.flops.items() if "recomputed" not in p.value} == dict(before.counts.flops)
     assert after.counts.peak_bytes < before.counts.peak_bytes
+    assert after.saved_bytes < 0.3 * before.saved_bytes
 
 
 def head_flops(report) -> int:
