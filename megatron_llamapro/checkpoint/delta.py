@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_llamapro.checkpoint.folder import is_torch_dist
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside
+from megatron_llamapro.config.files import file_inside, read_small
 
 DELTA_NAME = "llamapro_delta.json"
 BASE = "base"
@@ -45,7 +45,7 @@ class Delta:
         if path is None:
             return None
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(read_small(path))
             if data["format_version"] != FORMAT_VERSION:
                 raise CheckpointError(
                     f"{path} has format {data['format_version']!r}, this version reads {FORMAT_VERSION}: use the "
