@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_llamapro.model.shape import ModelShape
-from megatron_llamapro.pipeline.cost import step_work
+from megatron_llamapro.pipeline.cost import Trains, step_work
 from step_models import StepModel
 
 
@@ -45,14 +45,9 @@ def model_shape(model: StepModel) -> ModelShape:
 def flop_ratio(model: StepModel) -> float:
     """Work of the step that trains the added blocks over that of the one that trains everything."""
     shape = model_shape(model)
-    added = step_work(shape, seq_length=model.seq_length, trainable_layers=model.added_layers)
-    everything = step_work(
-        shape,
-        seq_length=model.seq_length,
-        trainable_layers=range(shape.num_layers),
-        embedding_trains=True,
-        output_layer_trains=True,
-    )
+    added = step_work(shape, seq_length=model.seq_length, trains=Trains(frozenset(model.added_layers)))
+    whole = Trains(frozenset(range(shape.num_layers)), embedding=True, output_layer=True)
+    everything = step_work(shape, seq_length=model.seq_length, trains=whole)
     return added.total / everything.total
 
 

@@ -40,8 +40,9 @@ def ours(model: StepModel, folder: Path, *, trainable: str = "added_blocks") -> 
     from megatron_llamapro.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
     from megatron_llamapro.model.build import build_model
     from megatron_llamapro.model.families import model_shape, read_hf_config
-    from megatron_llamapro.model.freeze import first_trainable_layer, freeze
+    from megatron_llamapro.model.freeze import freeze
     from megatron_llamapro.model.frozen import skip_frozen_work
+    from megatron_llamapro.model.trainable import first_trainable_layer
     from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler
     from megatron_llamapro.training.checkpointing import load_model
     from megatron_llamapro.training.setup import wrapped

@@ -19,6 +19,7 @@ ALLOWED = {
     "model.hf_fields": {"config", "model.shape"},
     "model.families": {"config", "expansion", "model.hf_fields", "model.refused", "model.shape"},
     "model.rotary": {"model.shape"},
+    "model.trainable": {"config", "expansion", "model.shape", "pipeline.cost"},
     "pipeline.cost": {"model.shape"},
     "pipeline": {"config", "model.shape", "pipeline.cost"},
     "checkpoint": {
@@ -31,7 +32,7 @@ ALLOWED = {
         "pipeline",
     },
     "runtime": {"config"},
-    "model": {"config", "expansion", "model.rotary", "model.shape", "pipeline", "pipeline.cost"},
+    "model": {"config", "expansion", "model.rotary", "model.shape", "model.trainable", "pipeline", "pipeline.cost"},
     "optimizer": {"config", "model"},
     "data": {"config", "checkpoint"},
     "training": {
@@ -39,6 +40,7 @@ ALLOWED = {
         "expansion",
         "model.families",
         "model.shape",
+        "model.trainable",
         "pipeline.cost",
         "pipeline",
         "checkpoint",
@@ -57,6 +59,7 @@ WITHOUT_TORCH = (
     "model.shape",
     "model.hf_fields",
     "model.families",
+    "model.trainable",
     "pipeline",
     "pipeline.cost",
 )

@@ -11,11 +11,12 @@ from enum import Enum
 
 import numpy
 
+from megatron_llamapro.checkpoint.adapters import rows_of
 from megatron_llamapro.checkpoint.casting import NormalRows, cast
 from megatron_llamapro.checkpoint.lineage import after_rounds
 from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.origins import Origins, is_zeroed
-from megatron_llamapro.checkpoint.streaming import Progress, Rows, SourceFiles, StoredRows, hash_rows, nothing
+from megatron_llamapro.checkpoint.streaming import Progress, Rows, SourceFiles, hash_rows, nothing
 from megatron_llamapro.checkpoint.weight_map import hf_name_in_layer, iter_hf, weights_of
 from megatron_llamapro.expansion.inits import Init
 
@@ -153,5 +154,5 @@ class AddedBlocks:
         def look(start: int, rows: numpy.ndarray) -> None:
             found[0] |= bool((rows.view(unsigned) & magnitude).any())
 
-        hash_rows(StoredRows(tensor, self.files, itemsize), tensor, itemsize, each=look)
+        hash_rows(rows_of(self.expanded, name, self.files), tensor, itemsize, each=look)
         return found[0]

@@ -37,7 +37,7 @@ def make_base(source: Path, base: Path) -> None:
         CheckpointError: it cannot be written, or is there already.
     """
     if Delta.read(source) is not None or any(map(is_training_state, read_index(source))):
-        megatron_to_megatron(source, base)  # the weights alone
+        megatron_to_megatron(source, base, merge_adapters=False)  # the weights alone
         return
     with staged(base, overwrite=False, sources=(source,)) as draft:
         carry_files(source, draft)

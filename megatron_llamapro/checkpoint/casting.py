@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy
@@ -55,6 +56,32 @@ class MeanRows:
         itemsize = ITEMSIZES[self._dtype]
         one, other = (_values(rows, start, out, self._dtype, itemsize).float() for rows in self._pair)
         out[:] = _raw(((one + other) / 2).to(_dtype(self._dtype)))
+
+
+class MergedRows:
+    """Rows of W + scaling * B A, computed in float32; W's own, bit for bit, where the adapter adds nothing."""
+
+    is_zero = False
+
+    def __init__(
+        self, weight: Rows, *, read_a: Callable[[], numpy.ndarray], b: Rows, scaling: float, dtype: str
+    ) -> None:
+        """`read_a` gives all of A [rank, columns of W] as uint8; `b` are the rows of B [rows of W, rank]. All are of
+        type `dtype`."""
+        self._weight, self._read_a, self._b = weight, read_a, b
+        self._scaling, self._dtype = scaling, dtype
+
+    @functools.cached_property
+    def _a(self) -> torch.Tensor:
+        return _torch().from_numpy(self._read_a()).view(_dtype(self._dtype)).float()
+
+    def fill(self, start: int, out: numpy.ndarray) -> None:
+        itemsize = ITEMSIZES[self._dtype]
+        weight = _values(self._weight, start, out, self._dtype, itemsize)
+        narrow = numpy.empty((len(out), len(self._a) * itemsize), numpy.uint8)
+        added = self._scaling * (_values(self._b, start, narrow, self._dtype, itemsize).float() @ self._a)
+        merged = (weight.float() + added).to(weight.dtype)
+        out[:] = _raw(_torch().where(added == 0, weight, merged))
 
 
 class NormalRows:

@@ -6,6 +6,7 @@ the target's place; a run that was cut goes on where it stopped.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from typing import Any
 from blake3 import blake3
 
 import megatron_llamapro
+from megatron_llamapro.checkpoint.adapters import unmerged_hash
 from megatron_llamapro.checkpoint.folder import carry_files, clear, draft_of, staged
 from megatron_llamapro.checkpoint.hf_reader import check_stored_head, open_hf
 from megatron_llamapro.checkpoint.hf_writer import config_text, hf_layout
@@ -65,6 +67,8 @@ class Conversion:
     is_foreign: bool
     """Whether the source was a Megatron checkpoint without our manifest, taken as a model that was never expanded."""
     seconds: float
+    num_merged: int = 0
+    """Adapters that became part of their weights."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +150,14 @@ def megatron_to_megatron(
     expansion: Expansion | None = None,
     dtype: str | None = None,
     kind: TargetKind = TORCH_DIST,
+    merge_adapters: bool = True,
     options: Options = Options(),
 ) -> Conversion:
     """Write a Megatron checkpoint's weights in another format or division of ranks, or with another round of added
-    blocks. Arguments and errors as above."""
+    blocks. Without `merge_adapters` low-rank adapters are left out. Other arguments and errors as above."""
     opened = open_megatron_checkpoint(source)
+    if not merge_adapters:
+        opened = dataclasses.replace(opened, adapters={})
     return _convert(opened, target, kind, expansion=expansion, dtype=dtype, options=options)
 
 
@@ -217,7 +224,8 @@ def _convert(
         files.check_unchanged()
         hashes = {job.name: journal.hashes[job.name] for job in jobs}
         if model.dtype == opened.dtype:
-            check_base(opened, lambda name: hashes[name_now(name, model.plan, opened.plan.num_rounds)])
+            kept = {name: hashes[name_now(name, model.plan, opened.plan.num_rounds)] for name in opened.tensors}
+            check_base(opened, lambda name: unmerged_hash(opened, name, kept, files))
         manifest = target_manifest(opened, model.plan, dtype=model.dtype, expansion=model.expansion, hashes=hashes)
         _write_small_files(draft, layout, kind, model, manifest)
     return Conversion(
@@ -229,6 +237,7 @@ def _convert(
         num_resumed_bytes=done_before,
         is_foreign=opened.manifest is None and opened.format is not Format.HUGGING_FACE,
         seconds=time.monotonic() - started,
+        num_merged=len({adapter.a for adapter in opened.adapters.values()}),
     )
 
 

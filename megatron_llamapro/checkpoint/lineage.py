@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
+from megatron_llamapro.checkpoint.adapters import rows_of
 from megatron_llamapro.checkpoint.manifest import Manifest, Source, config_sha256, tool_versions
 from megatron_llamapro.checkpoint.opened import Checkpoint
-from megatron_llamapro.checkpoint.streaming import SourceFiles, stored_hash
+from megatron_llamapro.checkpoint.streaming import SourceFiles, hash_rows
 from megatron_llamapro.checkpoint.weight_map import hf_name_in_layer, hf_shapes, layer_of
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.inits import Expansion, Init
@@ -33,6 +34,8 @@ def after_rounds(checkpoint: Checkpoint, num_rounds: int) -> Checkpoint:
     """The part of an expanded checkpoint that was there after so many rounds, under the names of then."""
     known, plan = checkpoint.manifest, checkpoint.plan
     shape = checkpoint.shape.with_layers(plan.layers_after(num_rounds))
+    names = {name: name_now(name, plan, num_rounds) for name in hf_shapes(shape)}
+    adapters = checkpoint.adapters
     manifest = known and dataclasses.replace(
         known,
         plan=plan.after(num_rounds),
@@ -43,7 +46,8 @@ def after_rounds(checkpoint: Checkpoint, num_rounds: int) -> Checkpoint:
         checkpoint,
         shape=shape,
         manifest=manifest,
-        tensors={name: checkpoint.tensors[name_now(name, plan, num_rounds)] for name in hf_shapes(shape)},
+        tensors={name: checkpoint.tensors[now] for name, now in names.items()},
+        adapters={name: adapters[now] for name, now in names.items() if now in adapters},
     )
 
 
@@ -84,7 +88,9 @@ def check_provable(source: Checkpoint, *, dtype: str, files: SourceFiles) -> Non
         return
     for name, tensor in source.tensors.items():
         first = original_name(name, known.plan)
-        if first is not None and stored_hash(tensor, files, source.itemsize) != known.original_hashes.get(first):
+        if first is None:
+            continue
+        if hash_rows(rows_of(source, name, files), tensor, source.itemsize) != known.original_hashes.get(first):
             raise CheckpointError(
                 f"{source.folder}: {name} is not the original tensor any more, so a cast would lose the proof of which "
                 "ones are: convert without --dtype"

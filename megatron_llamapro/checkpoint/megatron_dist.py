@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_llamapro.checkpoint.adapters import is_adapter, with_adapters
 from megatron_llamapro.checkpoint.delta import DELTA_NAME, Delta
 from megatron_llamapro.checkpoint.dist_index import INDEX_NAME, IndexedTensor, Section, index_bytes, read_index
 from megatron_llamapro.checkpoint.divided import DividedTensor, Part, is_stacked, unstacked
@@ -83,7 +84,7 @@ def is_training_state(name: str) -> bool:
 
 def open_torch_dist(folder: Path) -> Checkpoint:
     """A checkpoint in torch_dist format, saved by whatever layout of ranks, its layers stacked or each by itself. A
-    delta checkpoint is opened with its base, as the whole model.
+    delta checkpoint is opened with its base, as the whole model; adapters are noted beside their weights.
 
     Raises:
         CheckpointError: no such checkpoint, damaged, not whole, not of the model that its config.json describes, or
@@ -100,7 +101,9 @@ def open_torch_dist(folder: Path) -> Checkpoint:
         located = {name: _located(name, tensor, files) for name, tensor in indexed.items()}
     divided = unstacked(located, num_layers=model.shape.num_layers, where=folder)
     tensors = {name: MegatronTensor(held.shape, held.dtype, tuple(held.pieces())) for name, held in divided.items()}
+    matrices = {name: tensors.pop(name) for name in [*tensors] if is_adapter(name)}
     opened = open_megatron(folder, Format.TORCH_DIST, model, tensors, states=states)
+    opened = with_adapters(opened, matrices, states)
     return replace(opened, base=_base_part(opened, base, delta)) if delta and base else opened
 
 

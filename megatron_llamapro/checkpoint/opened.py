@@ -37,6 +37,17 @@ class BasePart:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """Of a tensor W, which is W + scaling * B A in truth."""
+
+    a: StoredTensor
+    """[rank, columns of W]"""
+    b: StoredTensor
+    """[rows of W, rank]"""
+    scaling: float
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint. Every name, shape and type was checked; no tensor was read."""
 
@@ -60,6 +71,8 @@ class Checkpoint:
     """Layers of every (virtual) stage, where the format fixes that."""
     base: BasePart | None = None
     """Where the weights lie that did not train, if this is a delta checkpoint."""
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    """Of some tensors, by the same names; `checkpoint.adapters.rows_of` merges them."""
 
     @property
     def plan(self) -> ExpansionPlan:

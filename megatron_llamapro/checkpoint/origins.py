@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_llamapro.checkpoint.adapters import rows_of
 from megatron_llamapro.checkpoint.casting import MeanRows, NormalRows, OneRows, ZeroRows, cast
 from megatron_llamapro.checkpoint.opened import Checkpoint
-from megatron_llamapro.checkpoint.streaming import Rows, SourceFiles, StoredRows
+from megatron_llamapro.checkpoint.streaming import Rows, SourceFiles
 from megatron_llamapro.checkpoint.weight_map import Weight, hf_name_in_layer, is_block_norm, is_norm
 from megatron_llamapro.expansion.inits import Init
 from megatron_llamapro.expansion.plan import ExpansionPlan, Layer
@@ -44,8 +45,7 @@ class Origins:
 
     def _own(self, name: str) -> Rows:
         """The source's tensor."""
-        rows = StoredRows(self.source.tensors[name], self.files, self.source.itemsize)
-        return cast(rows, source=self.source.dtype, target=self.dtype, name=name)
+        return cast(rows_of(self.source, name, self.files), source=self.source.dtype, target=self.dtype, name=name)
 
     def _copy(self, layer: Layer, name: str) -> Rows:
         return self._own(hf_name_in_layer(name, layer.parent_layer))

@@ -53,6 +53,8 @@ def summary(conversion: Conversion) -> str:
         f"{size_text(conversion.num_bytes)} of {conversion.dtype} weights in {conversion.seconds:.1f} s "
         f"({size_text(conversion.num_bytes / seconds)}/s), read back and compared"
     )
+    if conversion.num_merged:
+        lines.append(f"{conversion.num_merged} low-rank adapters were merged into their weights")
     if conversion.is_foreign:
         lines.append("the source has no llamapro.json: it was taken as a model that was never expanded")
     if conversion.num_resumed_bytes:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy
+
+from megatron_llamapro.checkpoint.adapters import rows_of
 from megatron_llamapro.checkpoint.folder import LATEST, is_torch_dist, resolve_megatron_checkpoint
 from megatron_llamapro.checkpoint.hf_reader import open_hf
 from megatron_llamapro.checkpoint.legacy_reader import is_legacy, open_legacy
 from megatron_llamapro.checkpoint.megatron_dist import open_torch_dist
 from megatron_llamapro.checkpoint.opened import Checkpoint
-from megatron_llamapro.checkpoint.streaming import SourceFiles, read_whole
+from megatron_llamapro.checkpoint.streaming import SourceFiles
 from megatron_llamapro.model.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -51,7 +54,7 @@ class OpenTensors:
         self.shape, self.dtype = checkpoint.shape, checkpoint.dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor, as it is stored.
+        """The whole tensor, as it is stored; with its adapter, where it has one.
 
         Raises:
             CheckpointError: its file vanished or changed since it was opened.
@@ -59,5 +62,6 @@ class OpenTensors:
         import torch
 
         stored = self.checkpoint.tensors[name]
-        values = read_whole(stored, self._files, self.checkpoint.itemsize)
+        values = numpy.empty((stored.num_rows, stored.num_columns * self.checkpoint.itemsize), numpy.uint8)
+        rows_of(self.checkpoint, name, self._files).fill(0, values)
         return torch.from_numpy(values).view(getattr(torch, self.dtype)).reshape(stored.shape)

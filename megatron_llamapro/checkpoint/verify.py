@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_llamapro.checkpoint.adapters import rows_of, unmerged_hash
 from megatron_llamapro.checkpoint.added_blocks import AddedBlocks, BlockReport, BlockState
 from megatron_llamapro.checkpoint.casting import cast
 from megatron_llamapro.checkpoint.convert import default_workers
@@ -21,7 +22,7 @@ from megatron_llamapro.checkpoint.hf_reader import check_stored_head
 from megatron_llamapro.checkpoint.lineage import name_now, original_name
 from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.sources import OpenTensors, open_checkpoint
-from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles, StoredRows, hash_rows, nothing
+from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles, hash_rows, nothing
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.plan import Trained
 from megatron_llamapro.model.families import ITEMSIZES
@@ -81,7 +82,7 @@ def verify(
         kept = _Kept(source, result, _hashes(source, result.dtype, files, pool, progress), hashes)
         yield from _check_originals(kept)
         if result.base is not None:
-            yield _check_base(result, hashes)
+            yield _check_base(result, hashes, files)
         if kept.earlier:
             yield _check_earlier(kept, trained)
         added = AddedBlocks(source, result, files, hashes, progress)
@@ -100,7 +101,7 @@ def _hashes(
 
     def hash_of(name: str) -> str:
         tensor = checkpoint.tensors[name]
-        rows = cast(StoredRows(tensor, files, checkpoint.itemsize), source=checkpoint.dtype, target=dtype, name=name)
+        rows = cast(rows_of(checkpoint, name, files), source=checkpoint.dtype, target=dtype, name=name)
         return hash_rows(rows, tensor, ITEMSIZES[dtype], progress=progress)
 
     return dict(zip(checkpoint.tensors, pool.map(hash_of, checkpoint.tensors), strict=True))
@@ -189,11 +190,11 @@ def _check_originals(kept: _Kept) -> Iterator[Check]:
     yield _check_none(differing, "manifest", problem, f"{number} original tensors have their hash")
 
 
-def _check_base(result: Checkpoint, hashes: Mapping[str, str]) -> Check:
+def _check_base(result: Checkpoint, hashes: Mapping[str, str], files: SourceFiles) -> Check:
     """What a delta checkpoint takes from its base is what it was trained with."""
     assert result.base is not None
     expected = result.base.delta.base_hashes
-    differing = [name for name, value in expected.items() if hashes[name] != value]
+    differing = [name for name, value in expected.items() if unmerged_hash(result, name, hashes, files) != value]
     where = f"tensors of {result.base.folder}"
     problem = f"of {len(expected)} {where} are not those that were trained with"
     return _check_none(differing, "base", problem, f"{len(expected)} {where} are those that were trained with")

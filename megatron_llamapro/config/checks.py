@@ -7,7 +7,7 @@ the model's shape. All are called before anything is built or written.
 from __future__ import annotations
 
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.schema import CheckpointConfig, ParallelConfig, RecomputeConfig, RunConfig
+from megatron_llamapro.config.schema import CheckpointConfig, LoraConfig, ParallelConfig, RecomputeConfig, RunConfig
 
 _AT_LEAST_ONE = (
     ("parallel", "tensor_model_parallel_size"),
@@ -45,6 +45,7 @@ def check_run_config(config: RunConfig) -> None:
     _check_parallel(config.parallel)
     _check_retention(config.checkpoint)
     _check_recompute(config.recompute)
+    _check_lora(config)
     if config.training.exit_interval is not None and config.training.exit_interval < 1:
         raise ConfigError("training.exit_interval must be at least 1: leave it out to run to the end")
     if not config.model.trainable:
@@ -125,6 +126,22 @@ def _check_recompute(recompute: RecomputeConfig) -> None:
                 f"recompute.{name} is set, but recompute.granularity is {recompute.granularity}: it is read with "
                 f"{'selective' if name == 'modules' else 'full'} only"
             )
+
+
+def _check_lora(config: RunConfig) -> None:
+    lora, trainable = config.lora, config.model.trainable
+    if lora.rank is not None and lora.rank < 1:
+        raise ConfigError(f"lora.rank is {lora.rank}: it must be at least 1; leave it out to have no adapters")
+    if lora.alpha is not None and lora.alpha <= 0:
+        raise ConfigError(f"lora.alpha is {lora.alpha}: it must be above 0")
+    if not lora.targets:
+        raise ConfigError("lora.targets is empty: name at least one linear, e.g. linear_qkv")
+    if "lora" in trainable and lora.rank is None:
+        raise ConfigError("model.trainable names lora, but there are no adapters: set lora.rank, e.g. 16")
+    if "lora" not in trainable and lora != LoraConfig():
+        raise ConfigError("lora is set, but its adapters do not train: have model.trainable name lora, or leave it out")
+    if "lora" in trainable and "everything" in trainable:
+        raise ConfigError("model.trainable names everything and lora: name one of them")
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:

@@ -16,6 +16,8 @@ RecomputeMethod = Literal["uniform", "block"]
 RecomputeModule = Literal["core_attn", "mlp", "moe"]
 TransformerImpl = Literal["auto", "local", "transformer_engine"]
 CrossEntropy = Literal["chunked", "liger", "plain"]
+LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+LoraBlocks = Literal["originals", "added_blocks", "all"]
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,9 @@ class ModelConfig:
     which blocks were added, its config.json the model's shape."""
     trainable: tuple[str, ...] = ("added_blocks",)
     """What trains: added_blocks (of all rounds), newest_blocks (of the latest), round_1, round_2, …, embedding,
-    final_norm, output_layer, everything, or parts of all added blocks: linear_qkv, linear_proj, linear_fc1,
-    linear_fc2, input_layernorm, pre_mlp_layernorm, and where the model has them q_layernorm, k_layernorm, router,
-    experts."""
+    final_norm, output_layer, everything, lora (the adapters of the section lora), or parts of all added blocks:
+    linear_qkv, linear_proj, linear_fc1, linear_fc2, input_layernorm, pre_mlp_layernorm, and where the model has them
+    q_layernorm, k_layernorm, router, experts."""
     transformer_impl: TransformerImpl = "auto"
     """auto takes Transformer Engine's layers where it is installed and a GPU is there, else local."""
     cross_entropy: CrossEntropy = "chunked"
@@ -78,6 +80,26 @@ class RecomputeConfig:
     """Of full: see method."""
     modules: tuple[RecomputeModule, ...] = ()
     """Of selective: core_attn, mlp, or moe (the layer of experts)."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685), a baseline: a linear's weight W becomes W + alpha / rank * B A. They
+    train where model.trainable names lora."""
+
+    rank: int | None = None
+    """Rows of A and columns of B. Without it there are no adapters."""
+    alpha: float | None = None
+    """Without it the rank, which makes the factor alpha / rank 1."""
+    targets: tuple[LoraTarget, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    """Linears that get one; linear_qkv is queries, keys and values, linear_fc1 gate and up."""
+    blocks: LoraBlocks = "originals"
+    """Blocks that get them: originals (LoRA as it is known), added_blocks (these are then low-rank), or all."""
+
+    @property
+    def scaling(self) -> float:
+        """The factor before B A."""
+        return 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -220,6 +242,7 @@ class RunConfig:
     training: TrainingConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -7,58 +7,23 @@ frozen parameter. Usable with any megatron.core GPTModel; see docs/in_your_own_l
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.names import NamedParameter, named_parameters
-from megatron_llamapro.model.shape import ModelShape
-from megatron_llamapro.pipeline.cost import Trains
-
-ADDED_BLOCKS = "added_blocks"
-NEWEST_BLOCKS = "newest_blocks"
-EVERYTHING = "everything"
-
-# Parts outside the blocks: what a user names -> the start of its parameters' names.
-OUTSIDE_PARTS = {
-    "embedding": "embedding.",
-    "final_norm": "decoder.final_layernorm.",
-    "output_layer": "output_layer.",
-}
-
-_ROUND = re.compile(r"round_([1-9]\d*)")
-
-
-@dataclass(frozen=True)
-class BlockPart:
-    """A part of the added blocks that can be named by itself."""
-
-    patterns: tuple[str, ...]
-    """Parts of its parameters' names, ours and Transformer Engine's."""
-    needs: str | None = None
-    """The field (or property) of ModelShape without which a model has no such part."""
-
-
-BLOCK_PARTS = {
-    "linear_qkv": BlockPart((".linear_qkv.weight", ".linear_qkv.bias")),
-    "linear_proj": BlockPart((".linear_proj.weight", ".linear_proj.bias")),
-    "linear_fc1": BlockPart((".linear_fc1.weight", ".linear_fc1.bias")),
-    "linear_fc2": BlockPart((".linear_fc2.weight", ".linear_fc2.bias")),
-    "input_layernorm": BlockPart((".input_layernorm.", ".linear_qkv.layer_norm_weight")),
-    "pre_mlp_layernorm": BlockPart((".pre_mlp_layernorm.", ".linear_fc1.layer_norm_weight")),
-    "q_layernorm": BlockPart((".q_layernorm.",), needs="qk_layernorm"),
-    "k_layernorm": BlockPart((".k_layernorm.",), needs="qk_layernorm"),
-    "router": BlockPart((".mlp.router.",), needs="is_moe"),
-    "experts": BlockPart((".mlp.experts.",), needs="is_moe"),
-}
-
-TRAINABLE_CHOICES = (ADDED_BLOCKS, NEWEST_BLOCKS, EVERYTHING, *OUTSIDE_PARTS, *BLOCK_PARTS)
-"""Beside these, round_1, round_2, …: the blocks that one round added."""
+from megatron_llamapro.model.trainable import (
+    ADDED_BLOCKS,
+    BLOCK_PARTS,
+    EVERYTHING,
+    LORA,
+    OUTSIDE_PARTS,
+    check_trainable,
+    is_adapter,
+    trainable_blocks,
+)
 
 
 @dataclass(frozen=True)
@@ -83,79 +48,6 @@ class StageReport:
     optimizer_bytes: int
     """float32 moments, and float32 master weights where the weights are not float32; before any division over
     data-parallel ranks."""
-
-
-def check_trainable(
-    trainable: Sequence[str],
-    plan: ExpansionPlan,
-    *,
-    tie_word_embeddings: bool,
-    shape: ModelShape | None = None,
-) -> None:
-    """Raise `ConfigError` where `trainable` names what is not there; parts of blocks are looked for in `shape`."""
-    for choice in trainable:
-        chosen_round = _ROUND.fullmatch(choice)
-        if choice not in TRAINABLE_CHOICES and chosen_round is None:
-            nearest = difflib.get_close_matches(choice, (*TRAINABLE_CHOICES, *_rounds(plan)), n=1)
-            choices = ", ".join((*TRAINABLE_CHOICES, "round_1, round_2, …"))
-            hint = f": did you mean '{nearest[0]}'?" if nearest else f": it is one of {choices}"
-            raise ConfigError(f"model.trainable names '{choice}', which is nothing that can train{hint}")
-        is_outside = choice == EVERYTHING or choice in OUTSIDE_PARTS
-        if not is_outside and not plan.added_layers:
-            raise ConfigError(
-                f"model.trainable names '{choice}', but the checkpoint has no added blocks: expand it first "
-                "(tools/convert_checkpoint.py --num_added_blocks N), or set model.trainable to [everything]"
-            )
-        if chosen_round is not None and choice not in _rounds(plan):
-            raise ConfigError(
-                f"model.trainable names '{choice}', but the checkpoint was expanded in {plan.num_rounds} "
-                f"round{'s' * (plan.num_rounds > 1)}: it has {', '.join(_rounds(plan))}"
-            )
-        if choice == "output_layer" and tie_word_embeddings:
-            raise ConfigError(
-                "model.trainable names 'output_layer', which this model ties to its embedding: name 'embedding'"
-            )
-        needs = BLOCK_PARTS[choice].needs if choice in BLOCK_PARTS else None
-        if shape is not None and needs is not None and not getattr(shape, needs):
-            raise ConfigError(f"model.trainable names '{choice}', which the blocks of this model do not have")
-
-
-def _rounds(plan: ExpansionPlan) -> list[str]:
-    return [f"round_{number}" for number in range(1, plan.num_rounds + 1)]
-
-
-def trainable_blocks(trainable: Sequence[str], plan: ExpansionPlan) -> frozenset[int]:
-    """Layers that `trainable` names as whole blocks: those added in any of its rounds."""
-    rounds = {int(found.group(1)) for found in map(_ROUND.fullmatch, trainable) if found}
-    if NEWEST_BLOCKS in trainable:
-        rounds.add(plan.num_rounds)
-    if ADDED_BLOCKS in trainable:
-        rounds.update(range(1, plan.num_rounds + 1))
-    return frozenset(i for i, layer in enumerate(plan.layers) if layer.added_in_round in rounds - {0})
-
-
-def trainable_layers(trainable: Sequence[str], plan: ExpansionPlan) -> frozenset[int]:
-    """Layers in which anything trains."""
-    if EVERYTHING in trainable:
-        return frozenset(range(plan.num_layers))
-    if any(choice in BLOCK_PARTS for choice in trainable):
-        return frozenset(plan.added_layers)
-    return trainable_blocks(trainable, plan)
-
-
-def what_trains(trainable: Sequence[str], plan: ExpansionPlan, *, tie_word_embeddings: bool) -> Trains:
-    """The same for the arithmetic of pipeline/cost.py: layers with anything in them that trains, and the two ends."""
-    embedding = EVERYTHING in trainable or "embedding" in trainable
-    output_layer = EVERYTHING in trainable or "output_layer" in trainable or (embedding and tie_word_embeddings)
-    return Trains(trainable_layers(trainable, plan), embedding, output_layer)
-
-
-def first_trainable_layer(trainable: Sequence[str], plan: ExpansionPlan) -> int:
-    """The first layer that a backward pass must reach: -1 where it must reach the embedding, `plan.num_layers` where
-    only the final norm or the head trains."""
-    if EVERYTHING in trainable or "embedding" in trainable:
-        return -1
-    return min(trainable_layers(trainable, plan), default=plan.num_layers)
 
 
 def freeze(
@@ -184,7 +76,7 @@ def freeze(
 
 
 def _trains_by_name(named: NamedParameter, trainable: Sequence[str], added: Collection[int], tied: bool) -> bool:
-    if EVERYTHING in trainable:
+    if EVERYTHING in trainable or (LORA in trainable and is_adapter(named.name)):
         return True
     if named.layer is None:
         parts = [OUTSIDE_PARTS[choice] for choice in trainable if choice in OUTSIDE_PARTS]

@@ -6,8 +6,8 @@ trains also its weight gradient. A multiply-add is 2 FLOP; causal attention is c
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from megatron_llamapro.model.shape import ModelShape
 
@@ -32,14 +32,70 @@ class Work:
         )
 
 
-def block_matrix_flops(shape: ModelShape) -> float:
-    """Forward FLOP a token of one block's weight matrices; of experts, those that the router chooses for it."""
+@dataclass(frozen=True)
+class Linear:
+    """The matrix, or the experts' matrices, of one linear of a block."""
+
+    name: str
+    num_inputs: int
+    num_outputs: int
+    num_matrices: int = 1
+    """Experts, or 1."""
+    num_used: int = 1
+    """Of those, that a token goes through."""
+
+    @property
+    def is_row_parallel(self) -> bool:
+        """Whether tensor-parallel ranks divide its inputs, and not its outputs."""
+        return self.name in ("linear_proj", "linear_fc2")
+
+    @property
+    def num_parameters(self) -> int:
+        """Of all its matrices."""
+        return self.num_inputs * self.num_outputs * self.num_matrices
+
+    @property
+    def forward_flops(self) -> float:
+        """A token's."""
+        return 2.0 * self.num_inputs * self.num_outputs * self.num_used
+
+
+# Where in a block's forward pass its parts come; a backward pass ends at the first of them that trains.
+_POSITIONS = {
+    "input_layernorm": 0,
+    "linear_qkv": 1,
+    "q_layernorm": 2,
+    "k_layernorm": 2,
+    "attention": 3,
+    "linear_proj": 4,
+    "pre_mlp_layernorm": 5,
+    "router": 6,
+    "experts": 7,
+    "linear_fc1": 7,
+    "linear_fc2": 8,
+}
+WHOLE = frozenset(_POSITIONS)
+"""All parts of a block."""
+
+
+def linears(shape: ModelShape) -> Iterator[Linear]:
+    """Of one block, in the order of the forward pass."""
     query = shape.num_attention_heads * shape.kv_channels
     key_value = shape.num_query_groups * shape.kv_channels
-    attention = shape.hidden_size * (2 * query + 2 * key_value)
-    feed_forward = 3 * shape.hidden_size * shape.ffn_hidden_size
-    router = shape.hidden_size * (shape.num_moe_experts or 0)
-    return 2.0 * (attention + router + (shape.moe_router_topk or 1) * feed_forward)
+    hidden, experts = shape.hidden_size, {}
+    if shape.num_moe_experts is not None:
+        experts = {"num_matrices": shape.num_moe_experts, "num_used": shape.moe_router_topk or 1}
+    yield Linear("linear_qkv", hidden, query + 2 * key_value)
+    yield Linear("linear_proj", query, hidden)
+    if shape.num_moe_experts is not None:
+        yield Linear("router", hidden, shape.num_moe_experts)
+    yield Linear("linear_fc1", hidden, 2 * shape.ffn_hidden_size, **experts)
+    yield Linear("linear_fc2", shape.ffn_hidden_size, hidden, **experts)
+
+
+def block_matrix_flops(shape: ModelShape) -> float:
+    """Forward FLOP a token of one block's weight matrices; of experts, those that the router chooses for it."""
+    return sum(linear.forward_flops for linear in linears(shape))
 
 
 def block_attention_flops(shape: ModelShape, seq_length: int, layer: int = 0) -> float:
@@ -50,46 +106,98 @@ def block_attention_flops(shape: ModelShape, seq_length: int, layer: int = 0) ->
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters, all of which train."""
+
+    layers: frozenset[int]
+    rank: int
+    targets: frozenset[str]
+    """Names of linears."""
+
+    def parameters(self, shape: ModelShape, layer: int, tensor_size: int = 1) -> int:
+        """Of one layer, on so many tensor-parallel ranks together: one of an adapter's matrices is on all of them."""
+        here = [each for each in linears(shape) if layer in self.layers and each.name in self.targets]
+        divided = sum(each.num_inputs if each.is_row_parallel else each.num_outputs for each in here)
+        copied = sum(each.num_outputs if each.is_row_parallel else each.num_inputs for each in here)
+        return self.rank * (divided + copied * tensor_size)
+
+
+@dataclass(frozen=True)
 class Trains:
     """What trains, as far as its cost goes."""
 
     layers: frozenset[int]
+    """In which anything trains."""
     embedding: bool = False
     output_layer: bool = False
+    final_norm: bool = False
+    parts: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    """Of layers that do not train whole: the parts that do, beside adapters."""
+    adapters: Adapters | None = None
 
     def first_layer(self, num_layers: int) -> int:
         """The first layer that a backward pass must reach: -1 with the embedding, `num_layers` without any layer."""
         return -1 if self.embedding else min(self.layers, default=num_layers)
 
+    def parts_of(self, layer: int) -> frozenset[str]:
+        """Names of the parts of a layer whose own weights train."""
+        return self.parts.get(layer, WHOLE if layer in self.layers else frozenset())
+
+    def trains_weight(self, layer: int, linear: str) -> bool:
+        """Whether the weights of one linear of a layer train."""
+        parts = self.parts_of(layer)
+        return linear in parts or ("experts" in parts and linear in ("linear_fc1", "linear_fc2"))
+
+    def has_adapter(self, layer: int, linear: str) -> bool:
+        """Whether one linear of a layer has an adapter."""
+        return self.adapters is not None and layer in self.adapters.layers and linear in self.adapters.targets
+
+    def trainable_parameters(self, shape: ModelShape, layer: int) -> int:
+        """Of one layer, without its adapters; biases and norms of queries and keys are left out (thousandths)."""
+        own = sum(each.num_parameters for each in linears(shape) if self.trains_weight(layer, each.name))
+        return own + shape.hidden_size * len(self.parts_of(layer) & {"input_layernorm", "pre_mlp_layernorm"})
+
+    def start(self, layer: int, num_layers: int) -> float:
+        """Where in a layer's forward pass a backward pass ends: before its beginning where anything below trains,
+        behind its end where nothing in it does."""
+        first = self.first_layer(num_layers)
+        if layer != first:
+            return float("-inf") if layer > first else float("inf")
+        parts = set(self.parts_of(layer))
+        if self.adapters is not None and layer in self.adapters.layers:
+            parts |= self.adapters.targets
+        return min(_POSITIONS[part] for part in parts)
+
 
 def layer_work(shape: ModelShape, layer: int, *, seq_length: int, trains: Trains) -> Work:
     """FLOP a token of one block: below the first that trains forward only, above it the input gradient too, and where
     it trains the weight gradient."""
-    matrices, attention = block_matrix_flops(shape), block_attention_flops(shape, seq_length, layer)
-    has_backward = layer >= trains.first_layer(shape.num_layers)
-    return Work(
-        forward=matrices + attention,
-        input_gradient=matrices + 2 * attention if has_backward else 0.0,
-        weight_gradient=matrices if layer in trains.layers else 0.0,
-    )
+    attention = block_attention_flops(shape, seq_length, layer)
+    start = trains.start(layer, shape.num_layers)
+    work = Work(attention, 2 * attention if start < _POSITIONS["attention"] else 0.0, 0.0)
+    for linear in linears(shape):
+        flops, is_reached = linear.forward_flops, start < _POSITIONS[linear.name]
+        trains_itself = trains.trains_weight(layer, linear.name)
+        # megatron.core has no weight gradient without the input gradient.
+        work += Work(flops, flops if is_reached or trains_itself else 0.0, flops if trains_itself else 0.0)
+        if trains.has_adapter(layer, linear.name):
+            work += _adapter_work(linear, trains.adapters.rank, is_reached=is_reached)
+    return work
+
+
+def _adapter_work(linear: Linear, rank: int, *, is_reached: bool) -> Work:
+    down, up = 2.0 * rank * linear.num_inputs, 2.0 * rank * linear.num_outputs
+    return Work(down + up, up + (down if is_reached else 0.0), down + up)
 
 
 def head_work(shape: ModelShape, *, trains: Trains) -> Work:
     """FLOP a token of the output layer."""
     head = 2.0 * shape.hidden_size * shape.vocab_size
-    has_backward = trains.first_layer(shape.num_layers) < shape.num_layers
+    has_backward = trains.final_norm or trains.first_layer(shape.num_layers) < shape.num_layers
     return Work(head, head if has_backward else 0.0, head if trains.output_layer else 0.0)
 
 
-def step_work(
-    shape: ModelShape,
-    *,
-    seq_length: int,
-    trainable_layers: Collection[int],
-    embedding_trains: bool = False,
-    output_layer_trains: bool = False,
-) -> Work:
-    """FLOP a token of a training step of the whole model, with what trains as given."""
-    trains = Trains(frozenset(trainable_layers), embedding_trains, output_layer_trains)
+def step_work(shape: ModelShape, *, seq_length: int, trains: Trains) -> Work:
+    """FLOP a token of a training step of the whole model."""
     layers = (layer_work(shape, layer, seq_length=seq_length, trains=trains) for layer in range(shape.num_layers))
     return sum(layers, start=head_work(shape, trains=trains))

@@ -16,7 +16,9 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.freeze import is_divided
+from megatron_llamapro.model.lora import merged_weight
 from megatron_llamapro.model.names import NamedParameter, global_layer_index, named_parameters, unwrapped
+from megatron_llamapro.model.trainable import is_adapter
 from megatron_llamapro.runtime.distributed import ParallelLayout
 from megatron_llamapro.training.checkpointing import load_values, model_state
 
@@ -47,6 +49,8 @@ class BlockDiagnostics:
             if global_layer_index(layer) in plan.added_layers
         ]
         self.parameters = [named for named in named_parameters(chunks) if named.layer in plan.added_layers]
+        linears = [module for layer in self.layers for module in layer.modules() if hasattr(module, "lora_a")]
+        self.adapted = {id(linear.weight): linear for linear in linears}
         self.sources = self._read_sources(chunks, base)
         self.sums = torch.zeros(0)
         self._restart()
@@ -107,7 +111,11 @@ class BlockDiagnostics:
             source = self.sources.get(named.name)
             if source is None or not self._counts(named.parameter):
                 continue
+            linear = self.adapted.get(id(named.parameter))
             source, now = source.to(named.parameter.device), named.parameter.detach()
+            if linear is not None:
+                with torch.no_grad():
+                    now = merged_weight(now, linear)
             is_output = named.name.endswith(_OUTPUTS)
             self._add(named.layer, "output" if is_output else "moved", now if is_output else now - source)
             self._add(named.layer, "source_output" if is_output else "copied", source)
@@ -121,7 +129,8 @@ class BlockDiagnostics:
         wanted = {}
         if self.layout.data_rank == 0:
             sharded = {id(value.data): value for state in model_state(chunks).values() for value in state.values()}
-            wanted = {named.name: self._of_source(named, sharded[id(named.parameter)]) for named in self.parameters}
+            own = [named for named in self.parameters if not is_adapter(named.name)]
+            wanted = {named.name: self._of_source(named, sharded[id(named.parameter)]) for named in own}
         return load_values(wanted, base)
 
     def _of_source(self, named: NamedParameter, sharded: ShardedTensor | ShardedTensorFactory):

@@ -15,7 +15,7 @@ from megatron_llamapro.config.errors import ConfigError, PipelinePlanError
 from megatron_llamapro.config.files import write_atomically
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.inits import Expansion
-from megatron_llamapro.model.freeze import check_trainable, what_trains
+from megatron_llamapro.model.trainable import check_lora, check_trainable, what_trains
 from megatron_llamapro.pipeline.cost import step_work
 from megatron_llamapro.pipeline.layout import draw
 from megatron_llamapro.pipeline.memory import Division
@@ -81,9 +81,13 @@ def _job(config: RunConfig, model: DescribedModel, args: argparse.Namespace) -> 
         has_experts=shape.is_moe,
     )
     check_trainable(config.model.trainable, model.plan, tie_word_embeddings=shape.tie_word_embeddings, shape=shape)
+    check_lora(config.lora, model.plan, shape)
+    if args.calibration and config.lora.rank is not None:
+        raise ConfigError("a calibration times whole blocks, not adapters: with lora, leave out --calibration")
     if parallel.pipeline_model_parallel_size < 2:
         raise ConfigError("there is one stage, so nothing to split: set --parallel.pipeline_model_parallel_size")
-    trains = what_trains(config.model.trainable, model.plan, tie_word_embeddings=shape.tie_word_embeddings)
+    tied = shape.tie_word_embeddings
+    trains = what_trains(config.model.trainable, model.plan, tie_word_embeddings=tied, lora=config.lora)
     division = Division(
         tensor_size=parallel.tensor_model_parallel_size,
         data_size=data_size,
@@ -120,13 +124,7 @@ def _read_calibration(path: Path) -> dict:
 
 def _outcome(config: RunConfig, model: DescribedModel, job: Job, plan: Plan, args: argparse.Namespace) -> Outcome:
     tokens = config.training.global_batch_size * config.data.seq_length
-    work = step_work(
-        model.shape,
-        seq_length=config.data.seq_length,
-        trainable_layers=job.trains.layers,
-        embedding_trains=job.trains.embedding,
-        output_layer_trains=job.trains.output_layer,
-    )
+    work = step_work(model.shape, seq_length=config.data.seq_length, trains=job.trains)
     speed = tokens / plan.seconds
     peak = args.world_size * args.peak_tflops * 1e12
     return Outcome(plan, speed, work.total * speed / peak, args.tokens / speed / 3600 * args.world_size)

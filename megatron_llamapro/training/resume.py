@@ -18,7 +18,7 @@ from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.megatron_dist import COMMON_STATE, check_loadable
 from megatron_llamapro.config.errors import CheckpointError, ConfigError
 from megatron_llamapro.config.io import to_plain
-from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.config.schema import LoraConfig, RunConfig
 from megatron_llamapro.data.sampling import check_same_order, data_order_fingerprint
 
 PROGRESS = "progress"
@@ -33,6 +33,7 @@ class RunIdentity:
     data_order: Mapping[str, object]
     trainable: list[str]
     param_groups: list[dict]
+    lora: dict
 
 
 def run_identity(config: RunConfig) -> RunIdentity:
@@ -43,6 +44,7 @@ def run_identity(config: RunConfig) -> RunIdentity:
         ),
         trainable=sorted(config.model.trainable),
         param_groups=[to_plain(rule) for rule in config.optimizer.param_groups],
+        lora=to_plain(config.lora),
     )
 
 
@@ -77,11 +79,12 @@ def checkpoint_to_resume(config: RunConfig, manifest: Manifest, identity: RunIde
     check_loadable(folder)
     stored = read_progress(folder)
     check_same_order(stored["data_order"], identity.data_order)
-    for name, section in (("trainable", "model"), ("param_groups", "optimizer")):
+    stored.setdefault("lora", to_plain(LoraConfig()))  # earlier versions had none
+    for called in ("model.trainable", "optimizer.param_groups", "lora"):
+        name = called.rpartition(".")[2]
         if stored[name] != getattr(identity, name):
             raise ConfigError(
-                f"the run in checkpoint.save began with {section}.{name} {stored[name]}, now "
-                f"{getattr(identity, name)}: "
+                f"the run in checkpoint.save began with {called} {stored[name]}, now {getattr(identity, name)}: "
                 f"its optimizer state would not fit; {_START_ANEW}"
             )
     return folder

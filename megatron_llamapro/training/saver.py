@@ -16,6 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
+from megatron_llamapro.checkpoint.adapters import AdapterRecord
 from megatron_llamapro.checkpoint.folder import LATEST, carry_files, iteration_folder, sync
 from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME
 from megatron_llamapro.config.errors import LlamaProError
@@ -170,6 +171,9 @@ class Saver:
             shutil.copyfile(self._origin / name, draft / name)
         if self._delta is not None:
             self._delta.write(draft)
+        lora = self._run.config.lora
+        if lora.rank is not None:
+            AdapterRecord(lora.rank, lora.scaling * lora.rank).write(draft)
         (draft / "run.yaml").write_text(dump_yaml(self._run.config))
 
     def _complete(self) -> dict:

@@ -12,19 +12,22 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.utils.data import Dataset
 
+from megatron_llamapro.checkpoint.adapters import AdapterRecord
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.megatron_dist import check_loadable
 from megatron_llamapro.config.checks import check_model, data_parallel_size
-from megatron_llamapro.config.errors import ConfigError, LlamaProError
+from megatron_llamapro.config.errors import CheckpointError, ConfigError, LlamaProError
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
 from megatron_llamapro.data.dataset import build_train_dataset, build_valid_datasets, check_train_files
 from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.build import LlamaModel, build_model
 from megatron_llamapro.model.families import model_shape, read_hf_config
-from megatron_llamapro.model.freeze import StageReport, check_trainable, first_trainable_layer, freeze
+from megatron_llamapro.model.freeze import StageReport, freeze
 from megatron_llamapro.model.frozen import skip_frozen_work
+from megatron_llamapro.model.lora import add_adapters
 from megatron_llamapro.model.shape import ModelShape
+from megatron_llamapro.model.trainable import check_lora, check_trainable, first_trainable_layer
 from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler, check_apex
 from megatron_llamapro.runtime.distributed import ParallelLayout, raise_together, start_model_parallel
 from megatron_llamapro.training.checkpointing import load_checkpoint, load_model
@@ -134,6 +137,8 @@ def build_machine(
         precision=config.training.precision,
         recompute=config.recompute,
     )
+    load(models)
+    add_adapters(models, plan, config.lora, seed=config.training.seed)
     report = freeze(
         models,
         plan,
@@ -141,8 +146,7 @@ def build_machine(
         tie_word_embeddings=shape.tie_word_embeddings,
         tensor_size=layout.tensor_size,
     )
-    skip_frozen_work(models, first_trainable_layer(config.model.trainable, plan))
-    load(models)
+    skip_frozen_work(models, first_trainable_layer(config.model.trainable, plan, lora=config.lora))
     chunks = [wrapped(model, config.parallel) for model in models]
     optimizer = build_optimizer(chunks, config.optimizer, precision=config.training.precision)
     scheduler = build_scheduler(optimizer, config.optimizer, train_iters=config.training.train_iters)
@@ -185,6 +189,11 @@ def _read_source(config: RunConfig) -> Source:
     held_out = build_valid_datasets(config.data, vocab_size=shape.vocab_size, eod=tokenizer.eod)
     identity = run_identity(config)
     resume_from = checkpoint_to_resume(config, manifest, identity)
+    if resume_from is None and AdapterRecord.read(folder):
+        raise CheckpointError(
+            f"{folder} has low-rank adapters beside its weights, and a new run would leave them out: merge them first "
+            f"(tools/convert_checkpoint.py megatron-to-megatron --source {folder} --target MERGED)"
+        )
     return Source(folder, manifest, shape, tokenizer, held_out, identity, resume_from)
 
 
@@ -199,6 +208,7 @@ def check_fits(config: RunConfig, shape: ModelShape, plan: ExpansionPlan) -> Non
         has_experts=shape.is_moe,
     )
     check_trainable(config.model.trainable, plan, tie_word_embeddings=shape.tie_word_embeddings, shape=shape)
+    check_lora(config.lora, plan, shape)
     if config.data.seq_length > shape.max_position_embeddings:
         raise ConfigError(
             f"data.seq_length is {config.data.seq_length}, but the model was made for at most "

@@ -71,7 +71,7 @@ def count_worker(folder: Path) -> tuple[int, Counter, int, Counter]:
 
 def test_the_floor_does_what_our_step_does(tmp_path: Path) -> None:
     """Not one product more, not one less; all of them together are what the cost model says."""
-    from megatron_llamapro.pipeline.cost import block_attention_flops, step_work
+    from megatron_llamapro.pipeline.cost import Trains, block_attention_flops, step_work
     from step_models import MODELS
     from step_table import model_shape
 
@@ -79,7 +79,7 @@ def test_the_floor_does_what_our_step_does(tmp_path: Path) -> None:
     assert attention == floor_attention and sum(attention.values()) > 0
     model = MODELS["tiny"]
     shape = model_shape(model)
-    work = step_work(shape, seq_length=model.seq_length, trainable_layers=model.added_layers)
+    work = step_work(shape, seq_length=model.seq_length, trains=Trains(frozenset(model.added_layers)))
     backward = shape.num_layers - min(model.added_layers)
     attention_flops = block_attention_flops(shape, model.seq_length) * (shape.num_layers + 2 * backward)
     tokens = model.batch_size * model.seq_length

@@ -51,6 +51,13 @@ def test_the_base_is_fine() -> None:
         ({"recompute__modules": ("mlp",)}, "read with selective only"),
         ({"training__exit_interval": 0}, "at least 1"),
         ({"model__trainable": ()}, "trainable is empty"),
+        ({"model__trainable": ("lora",)}, r"set lora\.rank, e\.g\. 16"),
+        ({"lora__rank": 4}, r"have model\.trainable name lora"),
+        ({"lora__blocks": "all"}, r"have model\.trainable name lora"),
+        ({"lora__rank": 0, "model__trainable": ("lora",)}, r"lora\.rank is 0: it must be at least 1"),
+        ({"lora__rank": 4, "lora__alpha": 0.0, "model__trainable": ("lora",)}, r"lora\.alpha is 0\.0"),
+        ({"lora__rank": 4, "lora__targets": (), "model__trainable": ("lora",)}, r"lora\.targets is empty"),
+        ({"lora__rank": 4, "model__trainable": ("lora", "everything")}, "everything and lora: name one of them"),
     ],
 )
 def test_refused_alone(fields: dict, message: str) -> None:

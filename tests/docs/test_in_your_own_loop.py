@@ -21,7 +21,7 @@ def page_code() -> dict:
     return names
 
 
-def loop_worker(folder: Path) -> tuple[torch.Tensor | None, list[int], float, set[float], list[str]]:
+def loop_worker(folder: Path) -> tuple[torch.Tensor | None, tuple[list[int], ...], float, set[float], list[str]]:
     """A user's loop: megatron.core's GPTModel with megatron.core's own local layers, over two stages."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -82,7 +82,9 @@ def loop_worker(folder: Path) -> tuple[torch.Tensor | None, list[int], float, se
         forward_only=False,
     )
     moving = sorted(named.name for named in named_parameters([ddp]) if with_gradient(named.parameter))
-    return logits, list(report.trainable_layers), sum(sizes) / report.num_trainable, rates, moving
+    adapted = page["adapt_originals"]([model], folder, rank=2)
+    layers = list(report.trainable_layers), list(adapted.trainable_layers)
+    return logits, layers, sum(sizes) / report.num_trainable, rates, moving
 
 
 def mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict]:
@@ -102,7 +104,7 @@ def test_the_page_works(tiny_llama: Callable[..., Path], tmp_path: Path) -> None
     with torch.no_grad():
         expected = LlamaForCausalLM.from_pretrained(source)(torch.arange(3, 35)[None]).logits
     torch.testing.assert_close(last[0], expected, rtol=1e-4, atol=1e-4)
-    assert (first[1], last[1]) == ([2], [5])
+    assert (first[1], last[1]) == (([2], [0, 1]), ([5], [3, 4]))
     assert first[2] == last[2] == 1.0  # the optimizer holds what trains and nothing else
     assert first[3] == {1e-3, 5e-4}
     for layer, moving in ((2, first[4]), (5, last[4])):

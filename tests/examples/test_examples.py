@@ -11,7 +11,8 @@ import pytest
 from megatron_llamapro.config.io import parse_run_config
 
 ROOT = Path(__file__).parents[2]
-YAMLS = sorted(ROOT.glob("examples/**/*.yaml"))
+OVERLAYS = sorted(ROOT.glob("examples/baselines/*.yaml"))
+YAMLS = sorted({*ROOT.glob("examples/**/*.yaml")} - {*OVERLAYS})
 SCRIPTS = sorted([*ROOT.glob("examples/**/*.sh"), ROOT / ".ci" / "run"])
 
 
@@ -20,6 +21,13 @@ def test_configurations_parse(path: Path) -> None:
     config = parse_run_config(["--config", str(path)])
     stages = config.parallel.pipeline_stage_layers
     assert stages is None or len(stages) == config.parallel.pipeline_model_parallel_size
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.name)
+def test_files_that_go_with_another_parse(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(readme_yaml())
+    config = parse_run_config(["--config", str(tmp_path / "run.yaml"), "--config", str(path)])
+    assert config.model.checkpoint == "llama-2-7b-pro" and config.training.global_batch_size == 1024
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -31,9 +39,13 @@ def test_scripts_are_shell_and_name_files_that_are_there(path: Path) -> None:
 
 
 def test_the_readmes_configuration_parses(tmp_path: Path) -> None:
-    [text] = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "run.yaml").write_text(text)
+    (tmp_path / "run.yaml").write_text(readme_yaml())
     assert parse_run_config(["--config", str(tmp_path / "run.yaml")]).training.global_batch_size == 1024
+
+
+def readme_yaml() -> str:
+    [text] = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return text
 
 
 def test_every_tool_of_the_readme_is_there() -> None:

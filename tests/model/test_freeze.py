@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
+from megatron_llamapro.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.testing.shapes import tiny_shape
@@ -87,7 +87,7 @@ def test_one_round_trains_alone() -> None:
 
 
 def test_layers_that_train() -> None:
-    from megatron_llamapro.model.freeze import trainable_layers
+    from megatron_llamapro.model.trainable import trainable_layers
 
     for trainable, layers in (
         (("added_blocks",), {1, 2, 4}),
@@ -98,6 +98,35 @@ def test_layers_that_train() -> None:
         (("everything",), {0, 1, 2, 3, 4}),
     ):
         assert trainable_layers(trainable, TWO_ROUNDS) == layers
+
+
+def test_layers_with_adapters_train() -> None:
+    from megatron_llamapro.model.trainable import first_trainable_layer, trainable_layers
+
+    for blocks, trainable, layers in (
+        ("originals", ("lora",), {0, 3}),
+        ("added_blocks", ("lora",), {1, 2, 4}),
+        ("all", ("lora", "embedding"), {0, 1, 2, 3, 4}),
+        ("originals", ("lora", "round_1"), {0, 2, 3}),
+        ("originals", ("added_blocks",), {1, 2, 4}),
+    ):
+        lora = LoraConfig(rank=2, blocks=blocks)
+        assert trainable_layers(trainable, TWO_ROUNDS, lora=lora) == layers
+        first = -1 if "embedding" in trainable else min(layers)
+        assert first_trainable_layer(trainable, TWO_ROUNDS, lora=lora) == first
+
+
+def test_adapters_that_cannot_be() -> None:
+    from megatron_llamapro.model.trainable import check_lora
+
+    dense, experts = tiny_shape(), tiny_shape(num_moe_experts=4, moe_router_topk=2)
+    unexpanded = ExpansionPlan.unexpanded(2)
+    with pytest.raises(ConfigError, match="has no added blocks: expand it first"):
+        check_lora(LoraConfig(rank=2, blocks="added_blocks"), unexpanded, dense)
+    with pytest.raises(ConfigError, match="'linear_fc1', which lies in this model's experts"):
+        check_lora(LoraConfig(rank=2), unexpanded, experts)
+    check_lora(LoraConfig(rank=2, targets=("linear_qkv", "linear_proj")), unexpanded, experts)
+    check_lora(LoraConfig(rank=2), unexpanded, dense)
 
 
 def test_parts_of_the_families() -> None:
@@ -123,7 +152,7 @@ def test_parts_of_the_families() -> None:
 
 def test_transformer_engines_names_are_matched_too() -> None:
     """Its norms lie with the linear behind them, its experts in one module with numbered weights."""
-    from megatron_llamapro.model.freeze import BLOCK_PARTS
+    from megatron_llamapro.model.trainable import BLOCK_PARTS
 
     def parts_of(name: str) -> set[str]:
         return {
@@ -157,7 +186,7 @@ def test_report_counts_every_parameter_once() -> None:
 
 
 def test_refusals() -> None:
-    from megatron_llamapro.model.freeze import check_trainable
+    from megatron_llamapro.model.trainable import check_trainable
 
     unexpanded = ExpansionPlan.unexpanded(2)
     for trainable, plan, tied, message in (

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_llamapro.model.shape import ModelShape
-from megatron_llamapro.pipeline.cost import block_attention_flops, block_matrix_flops, step_work
+from megatron_llamapro.pipeline.cost import Trains, block_attention_flops, block_matrix_flops, step_work
 
 LLAMA2_7B = ModelShape(
     num_layers=40,
@@ -26,7 +26,7 @@ ADDED = (4, 9, 14, 19, 24, 29, 34, 39)
 
 def test_llama_pro_8b() -> None:
     """32 + 8 blocks at 4,096 tokens. Block 4 and everything above it run backward; the head's weights do not train."""
-    work = step_work(LLAMA2_7B, seq_length=4096, trainable_layers=ADDED)
+    work = step_work(LLAMA2_7B, seq_length=4096, trains=Trains(frozenset(ADDED)))
     assert work.forward / 1e9 == pytest.approx(17.79, abs=0.01)
     assert work.input_gradient / 1e9 == pytest.approx(17.25, abs=0.01)
     assert work.weight_gradient / 1e9 == pytest.approx(3.24, abs=0.01)
@@ -36,9 +36,7 @@ def test_everything_trainable() -> None:
     work = step_work(
         LLAMA2_7B,
         seq_length=4096,
-        trainable_layers=range(40),
-        embedding_trains=True,
-        output_layer_trains=True,
+        trains=Trains(frozenset(range(40)), embedding=True, output_layer=True),
     )
     assert work.total / 1e9 == pytest.approx(53.38, abs=0.02)
 
@@ -64,6 +62,6 @@ def test_attention_counts_the_keys_in_the_window(window: int, seq_length: int) -
     assert block_attention_flops(shape, seq_length, layer=0) == pytest.approx(4 * keys * 4096)
     full = block_attention_flops(LLAMA2_7B, seq_length)
     assert block_attention_flops(shape, seq_length, layer=1) == full == 2 * seq_length * 4096
-    work = step_work(dataclasses.replace(shape, num_layers=2), seq_length=seq_length, trainable_layers=())
+    work = step_work(dataclasses.replace(shape, num_layers=2), seq_length=seq_length, trains=Trains(frozenset()))
     head = 2 * 4096 * 32000
     assert work.forward == pytest.approx(2 * block_matrix_flops(shape) + 4 * keys * 4096 + full + head)

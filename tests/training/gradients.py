@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_llamapro.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RecomputeConfig
+from megatron_llamapro.config.schema import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig, RecomputeConfig
 
 SEQ_LENGTH, BATCH = 32, 4
 KEEP_ALL = RecomputeConfig()
+NO_ADAPTERS = LoraConfig()
 
 
 def parallel(
@@ -38,6 +39,8 @@ def load_chunks(
     trainable: tuple[str, ...] = ("added_blocks",),
     *,
     recompute: RecomputeConfig = KEEP_ALL,
+    lora: LoraConfig = NO_ADAPTERS,
+    after_loading: Callable[[list], None] = lambda chunks: None,
     skip: bool = True,
 ):
     """This rank's chunks of a Megatron checkpoint, frozen but for what is named; without `skip` all of megatron.core's
@@ -45,8 +48,10 @@ def load_chunks(
     from megatron_llamapro.checkpoint.manifest import Manifest
     from megatron_llamapro.model.build import build_model
     from megatron_llamapro.model.families import model_shape, read_hf_config
-    from megatron_llamapro.model.freeze import first_trainable_layer, freeze
+    from megatron_llamapro.model.freeze import freeze
     from megatron_llamapro.model.frozen import skip_frozen_work
+    from megatron_llamapro.model.lora import add_adapters
+    from megatron_llamapro.model.trainable import first_trainable_layer
     from megatron_llamapro.runtime.distributed import start_model_parallel
     from megatron_llamapro.training.checkpointing import load_model
 
@@ -56,11 +61,13 @@ def load_chunks(
         shape, model=ModelConfig(checkpoint=str(folder)), parallel=config, precision="fp32", recompute=recompute
     )
     plan = Manifest.read(folder).plan
+    load_model(chunks, folder)
+    add_adapters(chunks, plan, lora, seed=1)
+    after_loading(chunks)
     if plan.added_layers:
         freeze(chunks, plan, trainable, tie_word_embeddings=shape.tie_word_embeddings)
         if skip:
-            skip_frozen_work(chunks, first_trainable_layer(trainable, plan))
-    load_model(chunks, folder)
+            skip_frozen_work(chunks, first_trainable_layer(trainable, plan, lora=lora))
     return layout, shape, chunks
 
 

@@ -15,7 +15,7 @@ from gradients import parallel
 from megatron_llamapro.checkpoint.described import describe_model
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.io import dump_yaml
-from megatron_llamapro.config.schema import ParallelConfig, RecomputeConfig, RunConfig
+from megatron_llamapro.config.schema import LoraConfig, ParallelConfig, RecomputeConfig, RunConfig
 from megatron_llamapro.runtime.counting import Kind, Product
 from megatron_llamapro.testing.distributed import run_apart, run_distributed
 
@@ -74,12 +74,36 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("trainable", [("added_blocks",), ("everything",)])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_work_is_what_the_arithmetic_says(layout: str, trainable: tuple[str, ...], config: Callable) -> None:
+# Every baseline of docs/baselines.md, and mixtures.
+BASELINES = {
+    "everything": (("everything",), LoraConfig()),
+    "added blocks": (("added_blocks",), LoraConfig()),
+    "zero-initialised projections": (("linear_proj", "linear_fc2"), LoraConfig()),
+    "low-rank added blocks": (("lora",), LoraConfig(rank=4, blocks="added_blocks")),
+    "LoRA": (("lora",), LoraConfig(rank=4)),
+    "LoRA beside added blocks": (("added_blocks", "lora"), LoraConfig(rank=4, targets=("linear_fc1",))),
+    "parts and both ends": (("linear_fc1", "embedding", "output_layer"), LoraConfig()),
+    "LoRA and the final norm": (("lora", "final_norm"), LoraConfig(rank=2, targets=("linear_proj",), blocks="all")),
+}
+_WHOLE_BLOCKS = ("everything", "added blocks")
+
+
+def baseline(config: RunConfig, name: str) -> RunConfig:
+    trainable, lora = BASELINES[name]
+    return replace(config, model=replace(config.model, trainable=trainable), lora=lora)
+
+
+@pytest.mark.parametrize(
+    ("layout", "what"),
+    [
+        *((layout, what) for layout in LAYOUTS for what in _WHOLE_BLOCKS),
+        *(("pp2 virtual 2", what) for what in BASELINES if what not in _WHOLE_BLOCKS),
+    ],
+)
+def test_work_is_what_the_arithmetic_says(layout: str, what: str, config: Callable) -> None:
     """Not one product more, whole-model."""
     world_size, division = LAYOUTS[layout]
-    settings = config(division, trainable=trainable)
+    settings = baseline(config(division), what)
     reports = run_apart(dry_worker, settings, world_size, None)
     counted = {
         product: division.tensor_model_parallel_size
@@ -152,18 +176,24 @@ def test_no_gradient_goes_below_the_first_trainable_block(config: Callable, mode
     assert first.held_bytes.get(Kind.GRADIENTS, 0) == first.held_bytes.get(Kind.MOMENTS, 0) == 0
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_planner_knows_what_is_held(layout: str, config: Callable) -> None:
+@pytest.mark.parametrize(
+    ("layout", "what"),
+    [
+        *((layout, "added blocks") for layout in LAYOUTS),
+        *((layout, "LoRA") for layout in ("one process", "tp2 pp2 sequence parallel")),
+    ],
+)
+def test_the_planner_knows_what_is_held(layout: str, what: str, config: Callable) -> None:
     """State and kept activations of every stage, to the byte but for vectors, padding and the labels."""
-    from megatron_llamapro.model.freeze import what_trains
+    from megatron_llamapro.model.trainable import what_trains
     from megatron_llamapro.pipeline.layout import stage_layers
     from megatron_llamapro.pipeline.memory import Division, chunk_bytes
 
     world_size, division = LAYOUTS[layout]
-    settings = config(division)
+    settings = baseline(config(division), what)
     model = describe_model(Path(settings.model.checkpoint), hf_config=None, expansion=None)
     counts = stage_layers(division, model.shape.num_layers)
-    trains = what_trains(settings.model.trainable, model.plan, tie_word_embeddings=False)
+    trains = what_trains(settings.model.trainable, model.plan, tie_word_embeddings=False, lora=settings.lora)
     divided = Division(
         tensor_size=division.tensor_model_parallel_size,
         data_size=world_size // division.tensor_model_parallel_size // division.pipeline_model_parallel_size,

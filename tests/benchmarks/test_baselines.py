@@ -1,0 +1,19 @@
+"""The table of docs/baselines.md is what the baselines cost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from baselines import FOLDER, ROWS
+
+
+def test_the_page_has_the_table() -> None:
+    result = subprocess.run([sys.executable, "benchmarks/baselines.py"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\n") == len(ROWS) + 2 and result.stdout in Path("docs/baselines.md").read_text()
+
+
+def test_every_file_has_a_row() -> None:
+    assert {path.name for path in FOLDER.iterdir()} == {row.file for row in ROWS}
