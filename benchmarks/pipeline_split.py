@@ -31,8 +31,9 @@ from megatron_llamapro.config.schema import (
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.families import model_shape
 from megatron_llamapro.pipeline.cost import Trains
+from megatron_llamapro.pipeline.job import Job
 from megatron_llamapro.pipeline.memory import Division
-from megatron_llamapro.pipeline.planner import Job, best_plan, even_plan
+from megatron_llamapro.pipeline.planner import best_plan, even_plan
 from megatron_llamapro.pipeline.timing import time_from_calibration
 from megatron_llamapro.testing.distributed import run_distributed
 from random_llama import LlamaShape, hf_config

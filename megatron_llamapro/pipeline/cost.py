@@ -45,11 +45,6 @@ class Linear:
     """Of those, that a token goes through."""
 
     @property
-    def is_row_parallel(self) -> bool:
-        """Whether tensor-parallel ranks divide its inputs, and not its outputs."""
-        return self.name in ("linear_proj", "linear_fc2")
-
-    @property
     def num_parameters(self) -> int:
         """Of all its matrices."""
         return self.num_inputs * self.num_outputs * self.num_matrices
@@ -93,6 +88,11 @@ def linears(shape: ModelShape) -> Iterator[Linear]:
     yield Linear("linear_fc2", shape.ffn_hidden_size, hidden, **experts)
 
 
+def is_row_parallel(linear: str) -> bool:
+    """Whether tensor-parallel ranks divide a linear's inputs, and not its outputs."""
+    return linear in ("linear_proj", "linear_fc2")
+
+
 def block_matrix_flops(shape: ModelShape) -> float:
     """Forward FLOP a token of one block's weight matrices; of experts, those that the router chooses for it."""
     return sum(linear.forward_flops for linear in linears(shape))
@@ -117,8 +117,8 @@ class Adapters:
     def parameters(self, shape: ModelShape, layer: int, tensor_size: int = 1) -> int:
         """Of one layer, on so many tensor-parallel ranks together: one of an adapter's matrices is on all of them."""
         here = [each for each in linears(shape) if layer in self.layers and each.name in self.targets]
-        divided = sum(each.num_inputs if each.is_row_parallel else each.num_outputs for each in here)
-        copied = sum(each.num_outputs if each.is_row_parallel else each.num_inputs for each in here)
+        divided = sum(each.num_inputs if is_row_parallel(each.name) else each.num_outputs for each in here)
+        copied = sum(each.num_outputs if is_row_parallel(each.name) else each.num_inputs for each in here)
         return self.rank * (divided + copied * tensor_size)
 
 
@@ -167,6 +167,12 @@ class Trains:
         if self.adapters is not None and layer in self.adapters.layers:
             parts |= self.adapters.targets
         return min(_POSITIONS[part] for part in parts)
+
+
+def linear_flops(linear: Linear, layer: int, *, trains: Trains) -> float:
+    """Forward FLOP a token of a linear of one layer, with its adapter."""
+    rank = trains.adapters.rank if trains.adapters and trains.has_adapter(layer, linear.name) else 0
+    return linear.forward_flops + 2.0 * rank * (linear.num_inputs + linear.num_outputs)
 
 
 def layer_work(shape: ModelShape, layer: int, *, seq_length: int, trains: Trains) -> Work:

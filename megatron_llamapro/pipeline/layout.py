@@ -32,16 +32,17 @@ def to_megatron_layout(counts: Sequence[int]) -> list[list[str]]:
     return layout
 
 
-def draw(counts: Sequence[int], added_layers: Collection[int]) -> str:
-    """One line: `stage 0 │ E o o A │ 1 │ o o A H`, added blocks as A, originals as o, embedding E, head H."""
+def draw(counts: Sequence[int], added_layers: Collection[int], *, num_stages: int | None = None) -> str:
+    """One line: `stage 0 │ E o o A │ 1 │ o o A H`, added blocks as A, originals as o, embedding E, head H. With more
+    counts than `num_stages` they are those of virtual stages, and every stage comes again: `… │ 0 │ …`."""
     parts: list[str] = []
     first = 0
-    for stage, count in enumerate(counts):
+    for position, count in enumerate(counts):
         letters = ["A" if layer in added_layers else "o" for layer in range(first, first + count)]
-        if stage == 0:
+        if position == 0:
             letters.insert(0, "E")
-        if stage == len(counts) - 1:
+        if position == len(counts) - 1:
             letters.append("H")
-        parts.append(f"{stage} │ {' '.join(letters)}")
+        parts.append(" ".join([f"{position % (num_stages or len(counts))} │", *letters]))
         first += count
     return "stage " + " │ ".join(parts)

@@ -5,12 +5,15 @@ The activations are those of this project's layers (`model/`), which keep the le
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from megatron_llamapro.config.schema import RecomputeConfig
 from megatron_llamapro.model.shape import ModelShape
-from megatron_llamapro.pipeline.cost import Trains, linears
+from megatron_llamapro.pipeline.cost import Trains, is_row_parallel, linears
+from megatron_llamapro.pipeline.recompute import KEEP_ALL, recomputed_groups
 
+_FLOAT32 = 4  # bytes
 _GRADIENT, _MASTER, _MOMENTS = 4, 4, 8  # bytes a trainable parameter: float32, and two moments
 
 
@@ -45,30 +48,38 @@ def state_bytes(parameters: float, trainable: float, division: Division) -> floa
     return each / division.tensor_size
 
 
-def block_activations(shape: ModelShape, division: Division, *, trains: Trains, layer: int) -> float:
-    """Bytes that one block with a backward pass keeps of a micro-batch.
+def block_activations(
+    shape: ModelShape, division: Division, *, trains: Trains, layer: int, recompute: RecomputeConfig = KEEP_ALL
+) -> float:
+    """Bytes that one block with a backward pass keeps of a micro-batch, if it is not recomputed whole.
 
     Residual stream twice, joint queries, keys and values, attention's output with the logarithm of each row's sum,
     both halves of the feed-forward's first product; two numbers for the norms. What trains also keeps the inputs of
-    its linears, and an adapter what lies between its two products.
+    its linears, and an adapter what lies between its two products. Of a part that is recomputed, only its input.
     """
-    hidden = shape.hidden_size / (division.tensor_size if division.sequence_parallel else 1)
-    query = shape.num_attention_heads * shape.kv_channels / division.tensor_size
-    key_value = shape.num_query_groups * shape.kv_channels / division.tensor_size
+    along = division.tensor_size if division.sequence_parallel else 1  # ranks that share the sequence
+    hidden, heads = shape.hidden_size / along, shape.num_attention_heads / division.tensor_size
+    query, key_value = heads * shape.kv_channels, shape.num_query_groups * shape.kv_channels / division.tensor_size
     feed_forward = shape.ffn_hidden_size / division.tensor_size * (shape.moe_router_topk or 1)
-    kept = 2 * hidden + query + 2 * key_value + query + 2 * feed_forward
-    inputs = {"linear_qkv": hidden, "linear_fc1": hidden, "linear_fc2": feed_forward}
-    for linear in linears(shape):
-        has_adapter = trains.has_adapter(layer, linear.name)
-        if has_adapter or trains.trains_weight(layer, linear.name):
-            kept += inputs.get(linear.name, 0)
-        if has_adapter and trains.adapters:
-            is_divided = linear.is_row_parallel and division.sequence_parallel
-            kept += trains.adapters.rank / (division.tensor_size if is_divided else 1)
-    float32 = shape.num_attention_heads / division.tensor_size + 2 / (
-        division.tensor_size if division.sequence_parallel else 1
-    )
-    return division.tokens * (kept * division.itemsize + 4 * float32)
+
+    def extra(linear: str, its_input: float) -> float:
+        """What a linear keeps for the gradients of its own weight and of its adapter."""
+        if trains.adapters is None or not trains.has_adapter(layer, linear):
+            return its_input if trains.trains_weight(layer, linear) else 0.0
+        return its_input + trains.adapters.rank / (along if is_row_parallel(linear) else 1)
+
+    modules = frozenset(recompute.modules)
+    kept = 2 * hidden + query + 2 * key_value + extra("linear_qkv", hidden)
+    if "core_attn" in modules:
+        kept += extra("linear_proj", query)
+    else:
+        kept += query + extra("linear_proj", 0) + heads * _FLOAT32 / division.itemsize
+    if modules & {"mlp", "moe"}:
+        kept += hidden
+    else:
+        kept += 2 * feed_forward + extra("linear_fc1", hidden) + extra("linear_fc2", feed_forward)
+    norms = 2 / along * _FLOAT32
+    return division.tokens * (kept * division.itemsize + norms)
 
 
 @dataclass(frozen=True)
@@ -79,10 +90,19 @@ class ChunkBytes:
     """Always."""
     activations: float
     """Of every micro-batch between its forward and its backward pass."""
+    recomputed: float = 0.0
+    """During a backward pass, besides."""
 
 
 def chunk_bytes(
-    shape: ModelShape, layers: Sequence[int], *, is_first: bool, is_last: bool, trains: Trains, division: Division
+    shape: ModelShape,
+    layers: Sequence[int],
+    *,
+    is_first: bool,
+    is_last: bool,
+    trains: Trains,
+    division: Division,
+    recompute: RecomputeConfig = KEEP_ALL,
 ) -> ChunkBytes:
     """Bytes of the chunk of these layers, with the embedding where it is the first, the head where it is the last."""
     block, table = block_parameters(shape), shape.hidden_size * shape.vocab_size
@@ -92,7 +112,18 @@ def chunk_bytes(
     parameters, trainable = parameters + sum(adapters), trainable + sum(adapters)
     trainable += table * (is_first * trains.embedding + is_last * trains.output_layer)
     first = trains.first_layer(shape.num_layers)
-    kept = sum(block_activations(shape, division, trains=trains, layer=layer) for layer in layers if layer >= first)
+
+    def activations(of: Iterable[int]) -> float:
+        parts = (block_activations(shape, division, trains=trains, layer=each, recompute=recompute) for each in of)
+        return sum(parts)
+
+    hidden = division.tokens * shape.hidden_size * division.itemsize
+    backward = [layer for layer in layers if layer >= first]
+    groups = recomputed_groups(backward, recompute)
+    whole = {layer for group in groups for layer in group}
+    along = division.tensor_size if division.sequence_parallel else 1
+    kept = activations(layer for layer in backward if layer not in whole) + len(groups) * hidden / along
     if is_last and first <= shape.num_layers:  # the final norm's input, and the loss's gradient by the hidden states
-        kept += 2 * division.tokens * shape.hidden_size * division.itemsize
-    return ChunkBytes(state_bytes(parameters, trainable, division), kept)
+        kept += hidden / along + hidden
+    again = max(map(activations, groups), default=0.0)
+    return ChunkBytes(state_bytes(parameters, trainable, division), kept, again)

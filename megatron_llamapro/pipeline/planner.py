@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_llamapro.config.errors import PipelinePlanError
-from megatron_llamapro.model.shape import ModelShape
-from megatron_llamapro.pipeline.cost import Trains
+from megatron_llamapro.pipeline.job import Chunk, Job
 from megatron_llamapro.pipeline.layout import even_stage_layers
-from megatron_llamapro.pipeline.memory import ChunkBytes, Division, chunk_bytes
+from megatron_llamapro.pipeline.memory import ChunkBytes
 from megatron_llamapro.pipeline.simulate import ChunkTime, simulate, step_seconds
 
 _MOST_SPLITS = 20_000  # that are looked at before the best so far is taken
-
-
-@dataclass(frozen=True)
-class ModelTime:
-    """Seconds of one micro-batch on one rank, part by part."""
-
-    layers: tuple[ChunkTime, ...]
-    embedding: ChunkTime
-    head: ChunkTime
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be laid out."""
-
-    shape: ModelShape
-    trains: Trains
-    division: Division
-    time: ModelTime
-    num_stages: int
-    num_chunks: int
-    """Virtual stages a stage; 1: none."""
-    num_microbatches: int
-    memory_bytes: float = float("inf")
-    message: float = 0.0
-    """Seconds of a message between stages."""
-
-    @property
-    def num_positions(self) -> int:
-        return self.num_stages * self.num_chunks
 
 
 @dataclass(frozen=True)
@@ -62,20 +32,10 @@ class Plan:
     """Whether no better split can exist in this model of costs."""
 
 
-def chunk_times(job: Job, counts: Sequence[int]) -> tuple[ChunkTime, ...]:
-    """Seconds of every position under a split."""
-    times, first = [], 0
-    for position, count in enumerate(counts):
-        parts = [*job.time.layers[first : first + count]]
-        parts += [job.time.embedding] * (position == 0) + [job.time.head] * (position == len(counts) - 1)
-        times.append(ChunkTime(sum(part.forward for part in parts), sum(part.backward for part in parts)))
-        first += count
-    return tuple(times)
-
-
 def evaluate(job: Job, counts: Sequence[int], *, is_proven: bool = True) -> Plan:
     """What a split costs."""
-    times = chunk_times(job, counts)
+    chunks = job.chunks(counts)
+    times = [chunk.time for chunk in chunks]
     seconds = step_seconds(times, num_stages=job.num_stages, num_microbatches=job.num_microbatches, message=job.message)
 
     def by_stage(value: Callable[[ChunkTime], float]) -> tuple[float, ...]:
@@ -92,34 +52,32 @@ def evaluate(job: Job, counts: Sequence[int], *, is_proven: bool = True) -> Plan
         bubble=1 - busy / (job.num_stages * seconds),
         stage_forward=forward,
         stage_backward=backward,
-        stage_bytes=stage_bytes(job, counts),
+        stage_bytes=_stage_bytes(job, chunks),
         is_proven=is_proven,
     )
 
 
-def stage_bytes(job: Job, counts: Sequence[int]) -> tuple[float, ...]:
+def _stage_bytes(job: Job, chunks: Sequence[Chunk]) -> tuple[float, ...]:
     """Bytes that each stage holds at its peak: its state, and the activations of what is in flight."""
-    chunks, first = [], 0
-    for position, count in enumerate(counts):
-        is_first, is_last = position == 0, position == len(counts) - 1
-        layers = range(first, first + count)
-        chunks.append(
-            chunk_bytes(job.shape, layers, is_first=is_first, is_last=is_last, trains=job.trains, division=job.division)
-        )
-        first += count
-    return tuple(_held(chunks[stage :: job.num_stages], in_flight) for stage, in_flight in enumerate(_in_flight(job)))
+    held = [chunk.held for chunk in chunks]
+    return tuple(_held(held[stage :: job.num_stages], in_flight) for stage, in_flight in enumerate(_in_flight(job)))
 
 
 def _in_flight(job: Job) -> tuple[tuple[int, ...], ...]:
     """Micro-batches by stage and chunk; what is held depends on the schedule alone, and no longer on the number of
     micro-batches once the pipeline is full."""
-    enough = min(job.num_microbatches, 2 * job.num_stages)
-    times = [ChunkTime(1.0, 1.0)] * job.num_positions
-    return simulate(times, num_stages=job.num_stages, num_microbatches=enough).in_flight
+    return _scheduled(job.num_stages, job.num_positions, min(job.num_microbatches, 2 * job.num_stages))
+
+
+@functools.cache
+def _scheduled(num_stages: int, num_positions: int, num_microbatches: int) -> tuple[tuple[int, ...], ...]:
+    times = [ChunkTime(1.0, 1.0)] * num_positions
+    return simulate(times, num_stages=num_stages, num_microbatches=num_microbatches).in_flight
 
 
 def _held(chunks: Sequence[ChunkBytes], in_flight: Sequence[int]) -> float:
-    return sum(chunk.state + number * chunk.activations for chunk, number in zip(chunks, in_flight, strict=True))
+    always = sum(chunk.state + number * chunk.activations for chunk, number in zip(chunks, in_flight, strict=True))
+    return always + max(chunk.recomputed for chunk in chunks)
 
 
 def even_plan(job: Job) -> Plan:
@@ -149,7 +107,7 @@ def best_plan(job: Job) -> Plan:
         if tried > _MOST_SPLITS:
             break
         plan = evaluate(job, counts)
-        if plan.seconds < limit[0]:
+        if plan.seconds < limit[0] and _fits(job, plan):
             best, limit[0] = plan, plan.seconds
     if best is None:
         needed, there = max(even.stage_bytes) / 2**30, job.memory_bytes / 2**30
@@ -204,19 +162,8 @@ def _splits(job: Job, limit: Sequence[float], in_flight: Sequence[Sequence[int]]
         sizes = [num_layers - first] if left == 0 else range(1, num_layers - first - left + 1)
         stage, chunk = position % job.num_stages, position // job.num_stages
         for count in sizes:
-            is_first, is_last = position == 0, left == 0
-            parts = [*job.time.layers[first : first + count]]
-            parts += [job.time.embedding] * is_first + [job.time.head] * is_last
-            seconds = sum(part.total for part in parts)
-            size = chunk_bytes(
-                job.shape,
-                range(first, first + count),
-                is_first=is_first,
-                is_last=is_last,
-                trains=job.trains,
-                division=job.division,
-            )
-            num_bytes = size.state + in_flight[stage][chunk] * size.activations
+            new = job.chunk(position, first, count)
+            seconds, num_bytes = new.time.total, new.held.state + in_flight[stage][chunk] * new.held.activations
             too_slow = (work[stage] + seconds) * job.num_microbatches >= limit[0]
             if too_slow or held[stage] + num_bytes > job.memory_bytes:
                 if left:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from megatron_llamapro.config.errors import PipelinePlanError
 from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.pipeline.cost import Trains, Work, head_work, layer_work
+from megatron_llamapro.pipeline.job import ModelTime
 from megatron_llamapro.pipeline.memory import Division
-from megatron_llamapro.pipeline.planner import ModelTime
 from megatron_llamapro.pipeline.simulate import ChunkTime
 
 # What a calibration measures, in seconds a micro-batch.

@@ -57,7 +57,7 @@ def heading(config: RunConfig, model: DescribedModel, *, world_size: int) -> str
     parallel = config.parallel
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     return (
-        f"{draw(stage_layers(parallel, model.shape.num_layers), set(model.plan.added_layers))}\n"
+        f"{draw(stage_layers(parallel, model.shape.num_layers), set(model.plan.added_layers), num_stages=stages)}\n"
         f"{world_size:,} ranks: TP {tensor} x PP {stages} x DP {world_size // (tensor * stages)}; micro-batch "
         f"{config.training.micro_batch_size} x {config.data.seq_length} tokens; {config.training.precision}"
     )

@@ -17,9 +17,10 @@ from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.model.trainable import check_lora, check_trainable, what_trains
 from megatron_llamapro.pipeline.cost import step_work
+from megatron_llamapro.pipeline.job import Job
 from megatron_llamapro.pipeline.layout import draw
 from megatron_llamapro.pipeline.memory import Division
-from megatron_llamapro.pipeline.planner import Job, Plan, best_plan, even_plan
+from megatron_llamapro.pipeline.planner import Plan, best_plan, even_plan
 from megatron_llamapro.pipeline.timing import time_from_calibration, time_from_flops
 
 GIB = 2**30
@@ -108,6 +109,7 @@ def _job(config: RunConfig, model: DescribedModel, args: argparse.Namespace) -> 
         num_stages=parallel.pipeline_model_parallel_size,
         num_chunks=parallel.virtual_pipeline_model_parallel_size or 1,
         num_microbatches=training.global_batch_size // (training.micro_batch_size * data_size),
+        recompute=config.recompute,
         memory_bytes=args.memory_gib * GIB if args.memory_gib else float("inf"),
     )
 
@@ -147,7 +149,7 @@ def _lines(model: DescribedModel, job: Job, even: Outcome, best: Outcome, args: 
         lines += [
             "",
             f"{name}: {', '.join(map(str, plan.counts))}",
-            draw(plan.counts, set(model.plan.added_layers)),
+            draw(plan.counts, set(model.plan.added_layers), num_stages=job.num_stages),
             "stage   forward  backward  ms a micro-batch   memory a rank",
         ]
         rows = zip(plan.stage_forward, plan.stage_backward, plan.stage_bytes, strict=True)

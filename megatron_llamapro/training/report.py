@@ -27,7 +27,8 @@ def print_report(run: Run) -> dict[str, object]:
     record = _run_record(run, parameters=parameters, trainable=trainable)
     if run.layout.rank == 0:
         plan = run.source.manifest.plan
-        print(draw(stage_layers(run.config.parallel, run.source.shape.num_layers), set(plan.added_layers)))
+        counts = stage_layers(run.config.parallel, run.source.shape.num_layers)
+        print(draw(counts, set(plan.added_layers), num_stages=run.layout.pipeline_size))
         print("E embedding, o original block, A added block, H head; per rank of each stage:")
         for number, stage in enumerate(stages):
             print(_stage_line(number, stage, run.layout.data_size))

@@ -28,3 +28,5 @@ def test_megatron_layout() -> None:
 
 def test_draw() -> None:
     assert draw((3, 2), {2, 4}) == "stage 0 │ E o o A │ 1 │ o A H"
+    virtual = draw((1, 2, 0, 2), {2, 4}, num_stages=2)
+    assert virtual == "stage 0 │ E o │ 1 │ o A │ 0 │ │ 1 │ o A H"

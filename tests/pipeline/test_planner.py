@@ -12,8 +12,9 @@ from test_cost import ADDED, LLAMA2_7B
 
 from megatron_llamapro.config.errors import PipelinePlanError
 from megatron_llamapro.pipeline.cost import Trains
+from megatron_llamapro.pipeline.job import Job, ModelTime
 from megatron_llamapro.pipeline.memory import Division, block_activations, chunk_bytes
-from megatron_llamapro.pipeline.planner import Job, ModelTime, best_plan, evaluate, even_plan
+from megatron_llamapro.pipeline.planner import best_plan, evaluate, even_plan
 from megatron_llamapro.pipeline.simulate import ChunkTime
 from megatron_llamapro.pipeline.timing import KINDS, time_from_calibration, time_from_flops
 

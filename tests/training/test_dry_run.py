@@ -176,23 +176,37 @@ def test_no_gradient_goes_below_the_first_trainable_block(config: Callable, mode
     assert first.held_bytes.get(Kind.GRADIENTS, 0) == first.held_bytes.get(Kind.MOMENTS, 0) == 0
 
 
+RECOMPUTED = {
+    "nothing": RecomputeConfig(),
+    "uniform": RecomputeConfig("full", "uniform", 2),
+    "block": RecomputeConfig("full", "block", 1),
+    "mlp": RecomputeConfig("selective", modules=("mlp",)),
+    "attention": RecomputeConfig("selective", modules=("core_attn",)),
+}
+
+
 @pytest.mark.parametrize(
-    ("layout", "what"),
+    ("layout", "what", "recomputed"),
     [
-        *((layout, "added blocks") for layout in LAYOUTS),
-        *((layout, "LoRA") for layout in ("one process", "tp2 pp2 sequence parallel")),
+        *((layout, "added blocks", "nothing") for layout in LAYOUTS),
+        *((layout, "LoRA", "nothing") for layout in ("one process", "tp2 pp2 sequence parallel")),
+        *(("tp2 pp2 sequence parallel", "added blocks", recomputed) for recomputed in ("uniform", "mlp", "attention")),
+        *(("pp2 virtual 2", "LoRA", recomputed) for recomputed in ("uniform", "block", "mlp", "attention")),
     ],
 )
-def test_the_planner_knows_what_is_held(layout: str, what: str, config: Callable) -> None:
-    """State and kept activations of every stage, to the byte but for vectors, padding and the labels."""
+def test_the_planner_knows_what_is_held_and_done(layout: str, what: str, recomputed: str, config: Callable) -> None:
+    """State and kept activations of every stage, to the byte but for vectors, padding and the labels; work exactly, but
+    for the input gradients that recomputation makes necessary in the first layer with adapters, and for the matrices
+    of adapters that every tensor-parallel rank has a copy of."""
     from megatron_llamapro.model.trainable import what_trains
+    from megatron_llamapro.pipeline.job import Job
     from megatron_llamapro.pipeline.layout import stage_layers
-    from megatron_llamapro.pipeline.memory import Division, chunk_bytes
+    from megatron_llamapro.pipeline.memory import Division
+    from megatron_llamapro.pipeline.timing import time_from_flops
 
     world_size, division = LAYOUTS[layout]
-    settings = baseline(config(division), what)
+    settings = replace(baseline(config(division), what), recompute=RECOMPUTED[recomputed])
     model = describe_model(Path(settings.model.checkpoint), hf_config=None, expansion=None)
-    counts = stage_layers(division, model.shape.num_layers)
     trains = what_trains(settings.model.trainable, model.plan, tie_word_embeddings=False, lora=settings.lora)
     divided = Division(
         tensor_size=division.tensor_model_parallel_size,
@@ -201,21 +215,25 @@ def test_the_planner_knows_what_is_held(layout: str, what: str, config: Callable
         seq_length=settings.data.seq_length,
         itemsize=4,
     )
+    job = Job(
+        shape=model.shape,
+        trains=trains,
+        division=divided,
+        time=time_from_flops(model.shape, trains, divided, flops_per_second=divided.tokens),  # in FLOP a token
+        num_stages=division.pipeline_model_parallel_size,
+        num_chunks=division.virtual_pipeline_model_parallel_size or 1,
+        num_microbatches=4,
+        recompute=settings.recompute,
+    )
+    counts = stage_layers(division, model.shape.num_layers)
+    chunks = job.chunks(counts)
     for report in run_apart(dry_worker, settings, world_size, None):
-        positions = range(report.stage, len(counts), division.pipeline_model_parallel_size)
-        chunks = [
-            chunk_bytes(
-                model.shape,
-                range(sum(counts[:position]), sum(counts[: position + 1])),
-                is_first=position == 0,
-                is_last=position == len(counts) - 1,
-                trains=trains,
-                division=divided,
-            )
-            for position in positions
-        ]
-        assert sum(chunk.state for chunk in chunks) == pytest.approx(sum(report.held_bytes.values()), rel=0.03)
-        assert sum(chunk.activations for chunk in chunks) == pytest.approx(report.saved_bytes, rel=0.05)
+        mine = chunks[report.stage :: job.num_stages]
+        assert sum(chunk.held.state for chunk in mine) == pytest.approx(sum(report.held_bytes.values()), rel=0.03)
+        assert sum(chunk.held.activations for chunk in mine) == pytest.approx(report.saved_bytes, rel=0.05)
+        executed = report.counts.flops.total() / report.tokens
+        rel = 0.03 if what == "LoRA" and (recomputed != "nothing" or divided.tensor_size > 1) else 1e-9
+        assert sum(chunk.time.total for chunk in mine) == pytest.approx(executed, rel=rel)
 
 
 def test_the_largest_job(config: Callable) -> None:
