@@ -20,7 +20,14 @@ def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None
     import_megatron()
     cpu.install()
     from megatron_llamapro.training.dry_run import check, distinct_ranks, dry_run
-    from megatron_llamapro.training.dry_run_report import describe, heading, to_json, too_large, total_line
+    from megatron_llamapro.training.dry_run_report import (
+        arithmetic_of,
+        describe,
+        heading,
+        to_json,
+        too_large,
+        total_line,
+    )
 
     model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
     check(config, model, args.world_size)
@@ -29,12 +36,13 @@ def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None
         raise ConfigError(f"--ranks names a rank that a job of {args.world_size} does not have")
     if not args.json:
         print(heading(config, model, world_size=args.world_size), flush=True)
+    arithmetic = arithmetic_of(config, model, world_size=args.world_size)
     reports = []
     for rank in ranks:
         report = dry_run(config, model, world_size=args.world_size, rank=rank, num_largest=args.largest)
         reports.append(report)
         if not args.json:
-            print(describe(config, report, world_size=args.world_size), flush=True)
+            print(describe(config, report, arithmetic[report.stage], world_size=args.world_size), flush=True)
     if args.json:
         print(json.dumps(to_json(config, model, reports, world_size=args.world_size), indent=2))
     else:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 from megatron_llamapro.checkpoint.described import DescribedModel
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.pipeline.layout import draw, stage_layers
 from megatron_llamapro.runtime.counting import Kind, Product
 from megatron_llamapro.training.dry_run import RankReport
+from megatron_llamapro.training.fitting import job_of
 from megatron_llamapro.training.report import GIB, human, work_per_token
 
 _SCALARS = 4096  # bytes: norms, losses and counts that ranks agree on; not worth a line
@@ -18,16 +20,17 @@ def to_json(
     config: RunConfig, model: DescribedModel, reports: Sequence[RankReport], *, world_size: int
 ) -> dict[str, object]:
     """Bytes and FLOPs as they were counted; FLOPs are of a token, messages of a micro-batch, the rest of a step."""
+    arithmetic = arithmetic_of(config, model, world_size=world_size)
     return {
         "world_size": world_size,
         "parameters": sum(report.stage_report.num_stage_parameters for report in first_of_stages(reports)),
         "trainable_parameters": sum(report.stage_report.num_stage_trainable for report in first_of_stages(reports)),
         "arithmetic_flops_per_token": work_per_token(config, model.shape, model.plan).total,
-        "ranks": [rank_json(report) for report in reports],
+        "ranks": [rank_json(report, arithmetic[report.stage]) for report in reports],
     }
 
 
-def rank_json(report: RankReport) -> dict[str, object]:
+def rank_json(report: RankReport, arithmetic: Arithmetic) -> dict[str, object]:
     """One rank's figures."""
     counts = report.counts
     return {
@@ -48,6 +51,7 @@ def rank_json(report: RankReport) -> dict[str, object]:
             {"number": number, "bytes": size, "kind": held.kind.value, "what": held.label}
             for number, size, held in report.largest
         ],
+        "cost_model": asdict(arithmetic),
         "seconds": report.seconds,
     }
 
@@ -63,7 +67,34 @@ def heading(config: RunConfig, model: DescribedModel, *, world_size: int) -> str
     )
 
 
-def describe(config: RunConfig, report: RankReport, *, world_size: int) -> str:
+@dataclass(frozen=True)
+class Arithmetic:
+    """What the cost model says of one rank."""
+
+    held_bytes: float
+    """Weights, gradients, master weights and moments."""
+    saved_bytes: float
+    """Activations that a micro-batch keeps for its backward pass."""
+    flops_per_token: float
+    """What is recomputed, too."""
+
+
+def arithmetic_of(config: RunConfig, model: DescribedModel, *, world_size: int) -> list[Arithmetic]:
+    """By stage, for any of its ranks (pipeline/job.py)."""
+    tokens = config.training.micro_batch_size * config.data.seq_length  # so that a second is a FLOP a token
+    job = job_of(config, model.shape, model.plan, world_size=world_size, flops_per_second=tokens)
+    chunks = job.chunks(stage_layers(config.parallel, model.shape.num_layers))
+    return [
+        Arithmetic(
+            held_bytes=sum(chunk.held.state for chunk in mine),
+            saved_bytes=sum(chunk.held.activations for chunk in mine),
+            flops_per_token=sum(chunk.time.total for chunk in mine),
+        )
+        for mine in (chunks[stage :: job.num_stages] for stage in range(job.num_stages))
+    ]
+
+
+def describe(config: RunConfig, report: RankReport, arithmetic: Arithmetic, *, world_size: int) -> str:
     """One rank's figures as text."""
     alike = world_size // config.parallel.pipeline_model_parallel_size
     stage, counts, held = report.stage_report, report.counts, report.held_bytes
@@ -82,6 +113,10 @@ def describe(config: RunConfig, report: RankReport, *, world_size: int) -> str:
     if config.parallel.pipeline_model_parallel_size > 1:
         sizes = [f"{what} {human(size)}" for what, size in messages(report).items()]
         lines.append(f"  messages  a micro-batch: {', '.join(sizes)}")
+    lines.append(
+        f"  the cost model: holds {human(arithmetic.held_bytes)}, keeps {human(arithmetic.saved_bytes)}, executes "
+        f"{arithmetic.flops_per_token / 1e9:.2f} GFLOP a token"
+    )
     for number, size, held in report.largest:
         lines.append(f"  {number:>7} x {held.label} ({held.kind.value}): {human(size)}")
     return "\n".join(lines)

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
 from megatron_llamapro.checkpoint.described import DescribedModel, describe_model
-from megatron_llamapro.config.checks import check_model, data_parallel_size
 from megatron_llamapro.config.errors import ConfigError, PipelinePlanError
 from megatron_llamapro.config.files import write_atomically
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.inits import Expansion
-from megatron_llamapro.model.trainable import check_lora, check_trainable, what_trains
 from megatron_llamapro.pipeline.cost import step_work
 from megatron_llamapro.pipeline.job import Job
 from megatron_llamapro.pipeline.layout import draw
-from megatron_llamapro.pipeline.memory import Division
 from megatron_llamapro.pipeline.planner import Plan, best_plan, even_plan
-from megatron_llamapro.pipeline.timing import time_from_calibration, time_from_flops
+from megatron_llamapro.pipeline.timing import time_from_calibration
+from megatron_llamapro.training.fitting import check_fits, job_of
 
 GIB = 2**30
 
@@ -71,47 +69,23 @@ def _check_positive(args: argparse.Namespace) -> None:
 
 
 def _job(config: RunConfig, model: DescribedModel, args: argparse.Namespace) -> Job:
-    shape, parallel, training = model.shape, config.parallel, config.training
-    data_size = data_parallel_size(config, args.world_size)
-    check_model(
-        config,
-        num_layers=shape.num_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_query_groups=shape.num_query_groups,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        has_experts=shape.is_moe,
-    )
-    check_trainable(config.model.trainable, model.plan, tie_word_embeddings=shape.tie_word_embeddings, shape=shape)
-    check_lora(config.lora, model.plan, shape)
+    check_fits(config, model.shape, model.plan)
     if args.calibration and config.lora.rank is not None:
         raise ConfigError("a calibration times whole blocks, not adapters: with lora, leave out --calibration")
-    if parallel.pipeline_model_parallel_size < 2:
+    if config.parallel.pipeline_model_parallel_size < 2:
         raise ConfigError("there is one stage, so nothing to split: set --parallel.pipeline_model_parallel_size")
-    tied = shape.tie_word_embeddings
-    trains = what_trains(config.model.trainable, model.plan, tie_word_embeddings=tied, lora=config.lora)
-    division = Division(
-        tensor_size=parallel.tensor_model_parallel_size,
-        data_size=data_size,
-        sequence_parallel=parallel.sequence_parallel,
-        micro_batch_size=training.micro_batch_size,
-        seq_length=config.data.seq_length,
-        itemsize=2 if training.precision == "bf16" else 4,
-    )
-    if args.calibration:
-        time = time_from_calibration(shape, trains, _read_calibration(args.calibration))
-    else:
-        time = time_from_flops(shape, trains, division, flops_per_second=args.peak_tflops * 1e12 * args.efficiency)
-    return Job(
-        shape=shape,
-        trains=trains,
-        division=division,
-        time=time,
-        num_stages=parallel.pipeline_model_parallel_size,
-        num_chunks=parallel.virtual_pipeline_model_parallel_size or 1,
-        num_microbatches=training.global_batch_size // (training.micro_batch_size * data_size),
-        recompute=config.recompute,
+    job = job_of(
+        config,
+        model.shape,
+        model.plan,
+        world_size=args.world_size,
+        flops_per_second=args.peak_tflops * 1e12 * args.efficiency,
         memory_bytes=args.memory_gib * GIB if args.memory_gib else float("inf"),
     )
+    if not args.calibration:
+        return job
+    measured = time_from_calibration(model.shape, job.trains, _read_calibration(args.calibration))
+    return replace(job, time=measured)
 
 
 def _read_calibration(path: Path) -> dict:

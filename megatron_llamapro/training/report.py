@@ -11,9 +11,9 @@ from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.freeze import StageReport
 from megatron_llamapro.model.shape import ModelShape
-from megatron_llamapro.model.trainable import what_trains
 from megatron_llamapro.pipeline.cost import Work, step_work
 from megatron_llamapro.pipeline.layout import draw, stage_layers
+from megatron_llamapro.training.fitting import trains_of
 from megatron_llamapro.training.setup import Run
 
 GIB = 2**30
@@ -83,8 +83,7 @@ def _run_record(run: Run, *, parameters: int, trainable: int) -> dict[str, objec
 
 def work_per_token(config: RunConfig, shape: ModelShape, plan: ExpansionPlan) -> Work:
     """FLOP that a token's training needs, by arithmetic (pipeline/cost.py), with what is frozen left out."""
-    trains = what_trains(config.model.trainable, plan, tie_word_embeddings=shape.tie_word_embeddings, lora=config.lora)
-    return step_work(shape, seq_length=config.data.seq_length, trains=trains)
+    return step_work(shape, seq_length=config.data.seq_length, trains=trains_of(config, shape, plan))
 
 
 def peak_memory_gib() -> float:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from megatron_llamapro.checkpoint.adapters import AdapterRecord
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.megatron_dist import check_loadable
-from megatron_llamapro.config.checks import check_model, data_parallel_size
+from megatron_llamapro.config.checks import data_parallel_size
 from megatron_llamapro.config.errors import CheckpointError, ConfigError, LlamaProError
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
 from megatron_llamapro.data.dataset import build_train_dataset, build_valid_datasets, check_train_files
@@ -27,10 +27,11 @@ from megatron_llamapro.model.freeze import StageReport, freeze
 from megatron_llamapro.model.frozen import skip_frozen_work
 from megatron_llamapro.model.lora import add_adapters
 from megatron_llamapro.model.shape import ModelShape
-from megatron_llamapro.model.trainable import check_lora, check_trainable, first_trainable_layer
+from megatron_llamapro.model.trainable import first_trainable_layer
 from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler, check_apex
 from megatron_llamapro.runtime.distributed import ParallelLayout, raise_together, start_model_parallel
 from megatron_llamapro.training.checkpointing import load_checkpoint, load_model
+from megatron_llamapro.training.fitting import check_fits
 from megatron_llamapro.training.metrics import metrics_path
 from megatron_llamapro.training.replicas import skip_collectives_of_one
 from megatron_llamapro.training.resume import RunIdentity, checkpoint_to_resume, run_identity, starting_checkpoint
@@ -195,25 +196,6 @@ def _read_source(config: RunConfig) -> Source:
             f"(tools/convert_checkpoint.py megatron-to-megatron --source {folder} --target MERGED)"
         )
     return Source(folder, manifest, shape, tokenizer, held_out, identity, resume_from)
-
-
-def check_fits(config: RunConfig, shape: ModelShape, plan: ExpansionPlan) -> None:
-    """Raise `ConfigError` where a model of this shape and plan cannot be trained as configured."""
-    check_model(
-        config,
-        num_layers=shape.num_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_query_groups=shape.num_query_groups,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        has_experts=shape.is_moe,
-    )
-    check_trainable(config.model.trainable, plan, tie_word_embeddings=shape.tie_word_embeddings, shape=shape)
-    check_lora(config.lora, plan, shape)
-    if config.data.seq_length > shape.max_position_embeddings:
-        raise ConfigError(
-            f"data.seq_length is {config.data.seq_length}, but the model was made for at most "
-            f"{shape.max_position_embeddings} positions"
-        )
 
 
 def _check_precision(config: RunConfig, manifest: Manifest, folder: Path) -> None:

@@ -269,6 +269,10 @@ def test_the_tool(run_yaml: Path, models: Callable) -> None:
     report = json.loads(found.stdout)
     executed = sum(sum(rank["flops_per_token"].values()) for rank in report["ranks"])
     assert executed == report["arithmetic_flops_per_token"] and len(report["ranks"]) == 2
+    for rank in report["ranks"]:
+        assert rank["cost_model"]["flops_per_token"] == pytest.approx(sum(rank["flops_per_token"].values()))
+        assert rank["cost_model"]["saved_bytes"] == pytest.approx(rank["saved_bytes_per_microbatch"], rel=0.05)
+    assert text.stdout.count("the cost model: holds") == 2
 
 
 @pytest.mark.parametrize(
