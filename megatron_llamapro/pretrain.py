@@ -13,10 +13,12 @@ from megatron_llamapro.config.command import USAGE_ERROR, run_command
 from megatron_llamapro.config.errors import LlamaProError
 from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.runtime.stop import StopRequest
 
 
 def main() -> int:
     """Parse, set up, train, close."""
+    stop = StopRequest()  # before the imports, which take seconds
     config, error = _parse()
     from megatron_llamapro.runtime import cpu
     from megatron_llamapro.runtime.distributed import raise_together, start_world, stop_world
@@ -28,7 +30,7 @@ def main() -> int:
     try:
         raise_together(error)
         assert config is not None  # raise_together raised otherwise
-        _train(config)
+        _train(config, stop)
     except LlamaProError as raised:
         if raised.on_all_ranks and os.environ.get("RANK", "0") != "0":
             return USAGE_ERROR  # rank 0 says it
@@ -47,13 +49,13 @@ def _parse() -> tuple[RunConfig | None, LlamaProError | None]:
         return None, error
 
 
-def _train(config: RunConfig) -> None:
-    from megatron_llamapro.training.loop import StopRequest, train
+def _train(config: RunConfig, stop: StopRequest) -> None:
+    from megatron_llamapro.runtime.watchdog import Watchdog
+    from megatron_llamapro.training.loop import train
     from megatron_llamapro.training.metrics import open_writers
     from megatron_llamapro.training.report import print_report
     from megatron_llamapro.training.setup import set_up
 
-    stop = StopRequest()
     run = set_up(config)
     record = print_report(run)
     writers = []
@@ -66,7 +68,8 @@ def _train(config: RunConfig) -> None:
         )
     for writer in writers:
         writer.write(record)
-    train(run, writers, stop)
+    hang_minutes = config.training.hang_timeout_minutes
+    train(run, writers, stop, Watchdog(60 * hang_minutes) if hang_minutes else None)
 
 
 if __name__ == "__main__":

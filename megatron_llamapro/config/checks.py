@@ -22,6 +22,7 @@ _AT_LEAST_ONE = (
 )
 _NOT_NEGATIVE = (
     ("training", "eval_interval"),
+    ("training", "hang_timeout_minutes"),
     ("checkpoint", "save_interval"),
     ("logging", "diagnostics_interval"),
     ("optimizer", "lr"),

@@ -194,6 +194,9 @@ class TrainingConfig:
     """Samples of each held-out set that an evaluation reads, evenly spaced; all where it has fewer."""
     exit_interval: int | None = None
     """Save and stop when the step is a multiple of this."""
+    hang_timeout_minutes: float = 8.0
+    """End the run when no step ends for so long, with the stack of every rank and the name of the one that the others
+    wait for; 0: never. parallel.distributed_timeout_minutes, if it is shorter, ends it without saying who."""
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
 from collections.abc import Sequence
-from types import FrameType
 
 from megatron_llamapro.config.errors import LlamaProError
 from megatron_llamapro.data.sampling import train_batches
 from megatron_llamapro.runtime.distributed import for_all_ranks
+from megatron_llamapro.runtime.stop import StopRequest
+from megatron_llamapro.runtime.watchdog import Watchdog
 from megatron_llamapro.training.diagnostics import BlockDiagnostics
 from megatron_llamapro.training.evaluation import evaluate
 from megatron_llamapro.training.metrics import MetricsWriter
@@ -21,19 +21,9 @@ from megatron_llamapro.training.setup import Run
 from megatron_llamapro.training.step import StepResult, train_step
 
 
-class StopRequest:
-    """Set by SIGTERM (a scheduler's, or Ctrl-C's twin): the run saves after the step and ends."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.requested = True
-
-
-def train(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest) -> None:
-    """Train to the configured end, or until a stop is asked for. All ranks call it; `writers` are the reporter's.
+def train(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, watchdog: Watchdog | None = None) -> None:
+    """Train to the configured end, or until a stop is asked for. All ranks call it; `writers` are the reporter's, and
+    a `watchdog` is told of every step.
 
     Raises:
         LlamaProError: the loss or the gradient norm is not a number, no gradient arrives at all, or a checkpoint cannot
@@ -41,14 +31,19 @@ def train(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest) -> None
     """
     saver = Saver(run) if run.config.checkpoint.save else None
     try:
-        _loop(run, writers, stop, saver)
+        _loop(run, writers, stop, saver, watchdog)
     except LlamaProError as error:
         if saver and error.on_all_ranks:  # else the other ranks are elsewhere
             _write(writers, *saver.finish())
         raise
+    finally:
+        if watchdog:
+            watchdog.stop()
 
 
-def _loop(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, saver: Saver | None) -> None:
+def _loop(
+    run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, saver: Saver | None, watchdog: Watchdog | None
+) -> None:
     config, state = run.config, run.state
     total = config.training.train_iters
     batches = [_batches(run) for _ in run.chunks]
@@ -57,7 +52,10 @@ def _loop(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, saver: 
     diagnostics = _diagnostics(run)
     timer = StepTimer(run)
     saved_at = state.iteration if state.iteration else None
+    unwatched = watchdog.paused if watchdog else contextlib.nullcontext
     while state.iteration < total:
+        if watchdog:
+            watchdog.beat()
         watched = diagnostics if _due(config.logging.diagnostics_interval, state.iteration + 1) else None
         result = _step(run, batches, stop, watched)
         _check_healthy(result, state.iteration)
@@ -69,14 +67,17 @@ def _loop(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, saver: 
                 _write(writers, {"kind": "block", "iteration": state.iteration, **figures})
             timer.restart()
         if _due(config.training.eval_interval, state.iteration, last):
-            _evaluate(run, writers)
+            with unwatched():
+                _evaluate(run, writers)
             timer.restart()
         if saver:
             _write(writers, *saver.poll())
         stopping = result.loss.stop_requested or _exits(config.training.exit_interval, state.iteration)
         if saver and (stopping or last or _due(config.checkpoint.save_interval, state.iteration)):
-            records = saver.save()
-            _write(writers, *records, *(saver.finish() if stopping or last else []))
+            with unwatched():
+                records = saver.save()
+                records += saver.finish() if stopping or last else []
+            _write(writers, *records)
             saved_at = state.iteration
             timer.restart()
         if stopping and not last:

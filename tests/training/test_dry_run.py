@@ -34,8 +34,9 @@ def dry_worker(config: RunConfig, world_size: int, ranks: list[int] | None) -> l
 def real_worker(config: RunConfig) -> dict[str, int]:
     """What one rank of a real run holds after two steps, and what it sent in the second."""
     from megatron_llamapro.runtime.counting import CountingMode, Kind
+    from megatron_llamapro.runtime.stop import StopRequest
     from megatron_llamapro.training.dry_run import counting
-    from megatron_llamapro.training.loop import StopRequest, _batches, _step
+    from megatron_llamapro.training.loop import _batches, _step
     from megatron_llamapro.training.setup import set_up
 
     run = set_up(config)
