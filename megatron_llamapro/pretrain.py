@@ -36,6 +36,7 @@ def main() -> int:
             return USAGE_ERROR  # rank 0 says it
         raise
     finally:
+        stop.close()
         stop_world()
     return 0
 

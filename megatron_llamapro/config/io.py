@@ -7,6 +7,7 @@ import difflib
 import re
 import sys
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jsonargparse
 import yaml
@@ -18,6 +19,7 @@ from megatron_llamapro.config.schema import RunConfig
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 PROG = "torchrun --nproc-per-node N -m megatron_llamapro.pretrain"
+Config = TypeVar("Config")
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option|unrecognized arguments:) '?-*([\w.]+)")
 
 
@@ -28,16 +30,21 @@ def parse_run_config(args: Sequence[str] | None = None) -> RunConfig:
         ConfigError: a file that is not there, a key that does not exist (with the nearest that does), a value of
             the wrong type, a required field that is missing, or values that cannot go together.
     """
-    parser = _parser()
-    try:
-        namespace = parser.parse_args(sys.argv[1:] if args is None else list(args))
-    except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError) as error:
-        raise ConfigError(_with_nearest_key(" ".join(str(error).split()))) from None
-    config = parser.instantiate(namespace)
-    sections = {f.name: config[f.name] for f in dataclasses.fields(RunConfig)}
-    run_config = RunConfig(**sections)
+    run_config = parse_sections(RunConfig, sys.argv[1:] if args is None else list(args))
     check_run_config(run_config)
     return run_config
+
+
+def parse_sections(kind: type[Config], args: Sequence[str]) -> Config:
+    """Any configuration of this shape (a dataclass of sections and fields), as `parse_run_config` reads its own; values
+    are not checked against each other. Errors as above."""
+    parser = _parser(kind)
+    try:
+        namespace = parser.parse_args(list(args))
+    except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError) as error:
+        raise ConfigError(_with_nearest_key(" ".join(str(error).split()), kind)) from None
+    config = parser.instantiate(namespace)
+    return kind(**{f.name: config[f.name] for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
 
 def to_plain(value: object) -> object:
@@ -56,7 +63,7 @@ def dump_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(to_plain(config), sort_keys=False)
 
 
-def _parser() -> jsonargparse.ArgumentParser:
+def _parser(kind: type) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog=PROG,
         description="Post-pretrain an expanded LLaMA: one YAML file, every field overridable by its dotted name.",
@@ -65,22 +72,22 @@ def _parser() -> jsonargparse.ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file with the fields below; may be given again")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_class_arguments(RunConfig, as_group=True)
+    parser.add_class_arguments(kind, as_group=True)
     return parser
 
 
-def _with_nearest_key(message: str) -> str:
+def _with_nearest_key(message: str, kind: type) -> str:
     """`message`, and the nearest existing key where it names one that does not exist."""
     unknown = _UNKNOWN_OPTION.search(message)
     if not unknown:
         return message
-    names = {f.name for section in _sections() for f in dataclasses.fields(section)}
-    names |= {f.name for f in dataclasses.fields(RunConfig)}
-    nearest = difflib.get_close_matches(unknown.group(1).split(".")[-1], sorted(names), n=1)
+    names = sorted(_field_names(kind))
+    nearest = difflib.get_close_matches(unknown.group(1).split(".")[-1], names, n=1)
     return f"{message}: did you mean '{nearest[0]}'?" if nearest else message
 
 
-def _sections() -> list[type]:
-    from megatron_llamapro.config import schema
-
-    return [x for x in vars(schema).values() if dataclasses.is_dataclass(x) and isinstance(x, type)]
+def _field_names(kind: type) -> set[str]:
+    """Of a configuration, its sections, and what is in their lists."""
+    module = vars(sys.modules[kind.__module__]).values()
+    sections = [x for x in module if isinstance(x, type) and x.__module__ == kind.__module__]
+    return {f.name for section in sections if dataclasses.is_dataclass(section) for f in dataclasses.fields(section)}

@@ -17,5 +17,10 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
+    def close(self) -> None:
+        """The run is over: a signal that still comes is not to kill the process while it ends (Python gives it back its
+        default meaning then)."""
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -1,0 +1,70 @@
+# What every life of the job does. It goes on from the last complete checkpoint, whatever ended the life before.
+
+say() { echo "$(date '+%F %T') job $SLURM_JOB_ID, life $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
+
+saved_step() {
+    local step
+    step=$(cat "$SAVE/latest_checkpointed_iteration.txt" 2>/dev/null) || step=0
+    echo "${step:-0}"
+}
+
+is_finished() { [ "$(saved_step)" -ge "$TRAIN_ITERS" ]; }
+
+# Ranks save and stop after their step. Sent again and again: a rank that still imports torch does not hear it yet.
+stopping=0
+trap 'stopping=1' USR1 TERM
+run_ranks() {
+    local srun_pid
+    srun --kill-on-bad-exit=1 "${CONTAINER[@]}" bash -c "$(declare -f setup ranks); ranks" &
+    srun_pid=$!
+    while kill -0 "$srun_pid" 2>/dev/null; do
+        if [ "$stopping" = 1 ]; then
+            say "told to stop: every rank saves after its step"
+            stopping=2
+        fi
+        [ "$stopping" = 2 ] && scancel --signal=USR1 "$SLURM_JOB_ID"
+        sleep 2 &
+        wait $! # which a signal interrupts at once
+    done
+    wait "$srun_pid"
+}
+
+if is_finished; then
+    say "nothing is left to do: step $(saved_step) of $TRAIN_ITERS is saved"
+    exit 0
+fi
+started_at=$(saved_step)
+HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+PORT=${PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+LIFE="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+LIFE_LOGS="$LOG_DIR/$LIFE"
+export HEAD_NODE PORT LIFE LIFE_LOGS
+mkdir -p "$LIFE_LOGS"
+say "from step $started_at of $TRAIN_ITERS on $SLURM_JOB_NODELIST; logs of every rank in $LIFE_LOGS"
+
+run_ranks
+code=$?
+say "ended with code $code at step $(saved_step) of $TRAIN_ITERS"
+is_finished && exit 0
+
+refused=0
+if [ "$code" != 0 ]; then
+    setup
+    python3 -m megatron_llamapro.launch.postmortem "$LIFE_LOGS" || refused=$?
+    [ "$refused" = 2 ] && exit 1 # what is wrong with the input stays wrong
+fi
+[ -n "${SLURM_ARRAY_TASK_ID:-}" ] && exit "$code" # the array's next job goes on
+
+lives=0
+if [ "$(saved_step)" -le "$started_at" ]; then
+    lives=$(($(cat "$LOG_DIR/lives_without_progress" 2>/dev/null || echo 0) + 1))
+fi
+echo "$lives" >"$LOG_DIR/lives_without_progress"
+if [ "$lives" -ge "$MAX_LIVES_WITHOUT_PROGRESS" ]; then
+    say "gives up: $lives lives in a row saved nothing new"
+    exit 1
+fi
+say "requeued"
+scontrol requeue "$SLURM_JOB_ID"
+sleep 60 # SLURM ends this life meanwhile
+exit 1

@@ -1,0 +1,91 @@
+"""Which rank of a job died first, and of what, in one line; read from what torchrun wrote on every node.
+
+python -m megatron_llamapro.launch.postmortem LOGS      LOGS holds NODE.log of every node
+
+Exit code 2 where the program refused its input: starting it again would change nothing. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_llamapro.config.command import USAGE_ERROR
+
+_MOST_BYTES = 4 * 2**20  # of a log, from its end
+
+# torchrun's report of each failed rank (torch.distributed.elastic.multiprocessing.errors).
+_FAILURE = re.compile(
+    r"time +: (?P<time>\S+)\s+host +: (?P<host>\S+)\s+rank +: (?P<rank>\d+) \(local_rank: (?P<local_rank>\d+)\)\s+"
+    r"exitcode +: (?P<code>-?\d+) "
+)
+_OWN_WORDS = re.compile(r"^\[\w+?(?P<local_rank>\d+)\]:(?P<text>error: .*|hang: .*)$", re.MULTILINE)
+_ENDED_BY_TORCHRUN = -signal.SIGTERM
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One rank's end."""
+
+    time: str
+    host: str
+    rank: int
+    code: int
+
+    @property
+    def how(self) -> str:
+        """Its exit code in words."""
+        if self.code >= 0:
+            return f"exit code {self.code}"
+        name = signal.Signals(-self.code).name
+        hint = " (out of memory? see the node's kernel log)" if name == "SIGKILL" else ""
+        return f"killed by {name}{hint}"
+
+
+def failures(log: str) -> Iterator[Failure]:
+    """Every failure that a node's torchrun reported."""
+    for found in _FAILURE.finditer(log):
+        yield Failure(found["time"], found["host"].split(".")[0], int(found["rank"]), int(found["code"]))
+
+
+def first_failure(found: Iterable[Failure]) -> Failure | None:
+    """The one that the others followed: a rank that was killed before one that lost its peers, then by time."""
+    candidates = [failure for failure in found if failure.code != _ENDED_BY_TORCHRUN]
+    return min(candidates, key=lambda failure: (failure.code > 0, failure.time, failure.rank), default=None)
+
+
+def describe(logs: Iterable[str]) -> tuple[str, int]:
+    """The line, and the exit code."""
+    logs = list(logs)
+    first = first_failure(failure for log in logs for failure in failures(log))
+    words = [match["text"] for log in logs for match in _OWN_WORDS.finditer(log)]
+    hang = next((text for text in words if text.startswith("hang: ")), None)
+    error = next((text for text in words if text.startswith("error: ")), None)
+    if first is None:
+        return "no node says that a rank died: a node was lost, or the job was stopped from outside", 0
+    if first.code == USAGE_ERROR and error is not None:
+        return f"the run was refused: {error.removeprefix('error: ')}", USAGE_ERROR
+    said = f": {hang or error}" if (hang or error) and first.code > 0 else ""
+    return f"rank {first.rank} on {first.host} died first, at {first.time.replace('_', ' ')}: {first.how}{said}", 0
+
+
+def main() -> int:
+    """Read the folder that is named, print the line."""
+    folder = Path(sys.argv[1])
+    line, code = describe(_end_of(path) for path in sorted(folder.glob("*.log")))
+    print(line)
+    return code
+
+
+def _end_of(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _MOST_BYTES))
+        return file.read().decode(errors="replace")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

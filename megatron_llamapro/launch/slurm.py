@@ -1,0 +1,96 @@
+"""The text of an sbatch job that trains to the end, through time limits, preemption and lost nodes. Pure.
+
+The options and variables are written here from the configuration; what a job does with them is `job.sh`, as it stands.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_llamapro.launch.config import LaunchConfig, environment_of
+from megatron_llamapro.launch.torchrun import torchrun_arguments
+
+_BODY = Path(__file__).with_name("job.sh")
+
+
+def sbatch_script(launch: LaunchConfig, run_args: Sequence[str], *, save: str, train_iters: int) -> str:
+    """The whole script. `run_args` are pretrain's arguments, `save` is checkpoint.save, and `train_iters` the step at
+    which the run is finished."""
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *(f"#SBATCH {option}" for option in _options(launch)),
+            "",
+            "set -uo pipefail",
+            *([f"cd {shlex.quote(launch.working_dir)} || exit 1"] if launch.working_dir else []),
+            *(f"export {name}={shlex.quote(value)}" for name, value in environment_of(launch).items()),
+            f"LOG_DIR={shlex.quote(launch.log_dir)}",
+            f"SAVE={shlex.quote(save)}",
+            f"TRAIN_ITERS={train_iters}",
+            f"MAX_LIVES_WITHOUT_PROGRESS={launch.slurm.max_lives_without_progress}",
+            *([f"PORT={launch.rendezvous_port}"] if launch.rendezvous_port else []),
+            f"CONTAINER=({' '.join(map(shlex.quote, _container(launch)))})",
+            "",
+            "# On every node, before its ranks.",
+            *_function("setup", launch.setup or (":",)),
+            "",
+            "# What runs on every node.",
+            *_function("ranks", _ranks(launch, run_args)),
+            "",
+            _BODY.read_text(encoding="utf-8"),
+        ]
+    )
+
+
+def _options(launch: LaunchConfig) -> Iterator[str]:
+    nodes, slurm = launch.nodes, launch.slurm
+    yield f"--job-name={slurm.job_name}"
+    yield f"--nodes={nodes.num_nodes}"
+    yield "--ntasks-per-node=1"
+    for name, value in (
+        ("gpus-per-node", nodes.gpus_per_node),
+        ("cpus-per-task", nodes.cpus_per_node),
+        ("mem", nodes.memory_per_node),
+        ("partition", slurm.partition),
+        ("account", slurm.account),
+    ):
+        if value is not None:
+            yield f"--{name}={value}"
+    yield f"--time={slurm.time}"
+    yield f"--signal=B:USR1@{slurm.signal_seconds}"
+    if slurm.max_lives is None:
+        yield "--requeue"
+    else:
+        yield f"--array=1-{slurm.max_lives}%1"
+    yield "--open-mode=append"
+    yield f"--output={launch.log_dir}/%x-%j.out"
+    yield from slurm.options
+
+
+def _container(launch: LaunchConfig) -> list[str]:
+    """What stands between srun and the ranks' shell."""
+    if launch.container_image is None:
+        return []
+    mounts = ",".join(launch.container_mounts)
+    if launch.container_runtime == "pyxis":
+        return [f"--container-image={launch.container_image}", *([f"--container-mounts={mounts}"] if mounts else [])]
+    return ["apptainer", "exec", "--nv", *(["--bind", mounts] if mounts else []), launch.container_image]
+
+
+def _ranks(launch: LaunchConfig, run_args: Sequence[str]) -> list[str]:
+    """Lines of shell; variables are filled in on the node."""
+    endpoint = '"$HEAD_NODE:$PORT"' if launch.nodes.num_nodes > 1 else None
+    words = torchrun_arguments(launch, endpoint=endpoint, run_id='"$LIFE"', log_dir='"$LIFE_LOGS/$node"')
+    return [
+        "trap '' USR1 # torchrun would die of it; the ranks set a handler of their own",
+        "setup",
+        "node=$(hostname -s)",
+        'exec > >(tee -a "$LIFE_LOGS/$node.log") 2>&1',
+        " ".join(["exec", *words, *map(shlex.quote, run_args)]),
+    ]
+
+
+def _function(name: str, lines: Sequence[str]) -> list[str]:
+    return [f"{name}() {{", *(f"    {line}" for line in lines), "}"]

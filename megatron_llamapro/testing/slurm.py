@@ -1,0 +1,179 @@
+"""A real SLURM cluster on one machine: every node has a host name, an address and processes of its own.
+
+A node is a network namespace on a bridge, and a process namespace whose end ends all that runs in it: killing it is the
+loss of a node. Needs root, Debian's `slurm-wlm` and `munge`, and iproute2. The file system is shared by all nodes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_NETWORK, _BRIDGE = "10.77.0", "llamapro0"
+_PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "unshare", "nsenter")
+_CONTROLLER = 254  # its address' last number
+
+_CONFIGURATION = """\
+ClusterName=test
+SlurmctldHost={host}({network}.254)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=cred_expire=3
+StateSaveLocation={state}/controller
+SlurmdSpoolDir={state}/spool/%n
+SlurmctldPidFile={state}/slurmctld.pid
+SlurmdPidFile={state}/slurmd-%n.pid
+SlurmctldLogFile={state}/slurmctld.log
+SlurmdLogFile={state}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+MpiDefault=none
+ReturnToService=2
+SlurmdTimeout=10
+KillWait=10
+JobRequeue=1
+MailProg=/bin/true
+NodeName=n[1-{nodes}] CPUs=4 RealMemory=4000 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def why_not() -> str | None:
+    """Why no cluster can be started here; None where one can."""
+    missing = [name for name in _PROGRAMS if _program(name) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed (Debian: slurm-wlm, munge, iproute2)"
+    if os.geteuid() != 0:
+        return "starting nodes in namespaces needs root"
+    probe = subprocess.run(["unshare", "--net", "--pid", "--fork", "true"], capture_output=True, text=True)
+    return f"no namespaces here: {probe.stderr.strip()}" if probe.returncode else None
+
+
+def _program(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+class Cluster:
+    """A cluster that is up inside its `with` block, its state and logs in `state`."""
+
+    def __init__(self, state: Path, *, num_nodes: int) -> None:
+        self.state, self.num_nodes = Path(state).absolute(), num_nodes
+        self.environment = {
+            **os.environ,
+            "SLURM_CONF": str(self.state / "slurm.conf"),
+            "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin",
+        }
+        self._nodes: dict[str, subprocess.Popen] = {}
+        self._hosts = Path("/etc/hosts").read_text()
+
+    def __enter__(self) -> Cluster:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for node in list(self._nodes):
+            self.kill_node(node)
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int((self.state / "slurmctld.pid").read_text()), 15)
+        subprocess.run(["ip", "link", "del", _BRIDGE], env=self.environment, capture_output=True)
+        Path("/etc/hosts").write_text(self._hosts)
+        time.sleep(1.5)  # until the controller has let go of its port
+
+    def _start(self) -> None:
+        for name in ("controller", "spool"):
+            (self.state / name).mkdir(parents=True, exist_ok=True)
+        self.state.chmod(0o755)
+        settings = {"host": socket.gethostname().split(".")[0], "network": _NETWORK, "state": self.state}
+        (self.state / "slurm.conf").write_text(_CONFIGURATION.format(nodes=self.num_nodes, **settings))
+        (self.state / "cgroup.conf").write_text("CgroupPlugin=autodetect\nIgnoreSystemd=yes\n")
+        names = "".join(f"{_NETWORK}.{number} n{number}\n" for number in range(1, self.num_nodes + 1))
+        (self.state / "hosts").write_text(f"127.0.0.1 localhost\n{_NETWORK}.{_CONTROLLER} controller\n{names}")
+        Path("/etc/hosts").write_text(self._hosts.rstrip("\n") + "\n" + names)
+        self._start_munge()
+        self.run("ip", "link", "add", _BRIDGE, "type", "bridge")
+        self.run("ip", "addr", "add", f"{_NETWORK}.{_CONTROLLER}/24", "dev", _BRIDGE)
+        self.run("ip", "link", "set", _BRIDGE, "up")
+        self.run("slurmctld", "-c")
+        for number in range(1, self.num_nodes + 1):
+            self.boot_node(f"n{number}")
+        self.wait(lambda: self.run("sinfo", "-h", "-N", "-o", "%t").split() == ["idle"] * self.num_nodes, seconds=60)
+
+    def _start_munge(self) -> None:
+        if subprocess.run(["munge", "-n"], capture_output=True).returncode == 0:
+            return
+        for folder in ("/run/munge", "/var/log/munge", "/var/lib/munge"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            shutil.chown(folder, "munge", "munge")
+        Path("/run/munge").chmod(0o755)
+        self.run("runuser", "-u", "munge", "--", "/usr/sbin/munged", "--pid-file=/run/munge/munged.pid")
+
+    def boot_node(self, node: str) -> None:
+        """Start a node: n1, n2, …"""
+        number = node.removeprefix("n")
+        (self.state / "spool" / node).mkdir(exist_ok=True)
+        space = f"llamapro-{node}"
+        self.run("ip", "netns", "add", space)
+        self.run("ip", "link", "add", space[:15], "type", "veth", "peer", "name", "eth0", "netns", space)
+        self.run("ip", "link", "set", space[:15], "master", _BRIDGE, "up")
+        for command in ("link set lo up", "link set eth0 up", f"addr add {_NETWORK}.{number}/24 dev eth0"):
+            self.run("ip", "-n", space, *command.split())
+        inside = f"hostname {node}; mount --bind {self.state}/hosts /etc/hosts; slurmd -D -N {node}"
+        spaces = ["unshare", "--fork", "--pid", "--kill-child", "--uts", "--mount", "--mount-proc"]
+        with (self.state / f"boot-{node}.log").open("a") as log:
+            self._nodes[node] = subprocess.Popen(
+                [*spaces, "nsenter", f"--net=/run/netns/{space}", "bash", "-c", inside],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def kill_node(self, node: str) -> None:
+        """Lose a node, with all that runs on it, at once."""
+        process = self._nodes.pop(node)
+        process.kill()
+        process.wait()
+        for command in (["ip", "link", "del", f"llamapro-{node}"[:15]], ["ip", "netns", "del", f"llamapro-{node}"]):
+            subprocess.run(command, env=self.environment, capture_output=True)
+
+    def run(self, *command: str) -> str:
+        """Run a command on the controller's node; its output."""
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+        return done.stdout
+
+    def job(self, number: int) -> dict[str, str]:
+        """What the scheduler says of a job: JobState, Restarts, NodeList, …"""
+        text = self.run("scontrol", "show", "job", str(number), "--oneliner")
+        return dict(field.partition("=")[::2] for field in text.split() if "=" in field)
+
+    def start_now(self, number: int) -> None:
+        """Do not make a requeued job wait."""
+        with contextlib.suppress(RuntimeError):
+            self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
+
+    def wait(self, until: Callable[[], bool], *, seconds: float, every: float = 0.25) -> None:
+        """Wait for something, for so long at the most."""
+        end = time.monotonic() + seconds
+        while not until():
+            if time.monotonic() > end:
+                raise TimeoutError(f"it did not happen within {seconds:g} s")
+            time.sleep(every)
