@@ -31,6 +31,7 @@ ALLOWED = {
         "model.shape",
         "pipeline",
     },
+    "launch": {"config"},
     "runtime": {"config"},
     "model": {"config", "expansion", "model.rotary", "model.shape", "model.trainable", "pipeline", "pipeline.cost"},
     "optimizer": {"config", "model"},
@@ -55,6 +56,7 @@ ALLOWED = {
 WITHOUT_TORCH = (
     "config",
     "expansion",
+    "launch",
     "model.refused",
     "model.shape",
     "model.hf_fields",

@@ -20,7 +20,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 PROG = "torchrun --nproc-per-node N -m megatron_llamapro.pretrain"
 Config = TypeVar("Config")
-_UNKNOWN_OPTION = re.compile(r"(?:does not accept option|unrecognized arguments:) '?-*([\w.]+)")
+_UNKNOWN_OPTION = re.compile(r"(?:does not accept option|unrecognized arguments:|Option) '?-*([\w.]+)")
 
 
 def parse_run_config(args: Sequence[str] | None = None) -> RunConfig:

@@ -65,6 +65,7 @@ if [ "$lives" -ge "$MAX_LIVES_WITHOUT_PROGRESS" ]; then
     exit 1
 fi
 say "requeued"
+trap - USR1 TERM # SLURM ends this life now; had it ended by itself, the job would count as failed
 scontrol requeue "$SLURM_JOB_ID"
-sleep 60 # SLURM ends this life meanwhile
+sleep 300
 exit 1

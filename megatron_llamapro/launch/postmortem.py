@@ -64,11 +64,11 @@ def describe(logs: Iterable[str]) -> tuple[str, int]:
     first = first_failure(failure for log in logs for failure in failures(log))
     words = [match["text"] for log in logs for match in _OWN_WORDS.finditer(log)]
     hang = next((text for text in words if text.startswith("hang: ")), None)
-    error = next((text for text in words if text.startswith("error: ")), None)
+    error = next((text.removeprefix("error: ") for text in words if text.startswith("error: ")), None)
     if first is None:
         return "no node says that a rank died: a node was lost, or the job was stopped from outside", 0
     if first.code == USAGE_ERROR and error is not None:
-        return f"the run was refused: {error.removeprefix('error: ')}", USAGE_ERROR
+        return f"the run was refused: {error}", USAGE_ERROR
     said = f": {hang or error}" if (hang or error) and first.code > 0 else ""
     return f"rank {first.rank} on {first.host} died first, at {first.time.replace('_', ' ')}: {first.how}{said}", 0
 

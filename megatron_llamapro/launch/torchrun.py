@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from megatron_llamapro.launch.config import LaunchConfig
@@ -35,4 +36,4 @@ def commands_by_hand(launch: LaunchConfig, run_args: Sequence[str], *, head: str
     """What to type on every node where no scheduler is; `head` is the first node's name."""
     endpoint = f"{head}:{launch.rendezvous_port or 29400}" if launch.nodes.num_nodes > 1 else None
     arguments = torchrun_arguments(launch, endpoint=endpoint, run_id=launch.slurm.job_name, log_dir=launch.log_dir)
-    return " ".join([*arguments, *run_args])
+    return shlex.join([*arguments, *run_args])

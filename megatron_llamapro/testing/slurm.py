@@ -7,6 +7,7 @@ loss of a node. Needs root, Debian's `slurm-wlm` and `munge`, and iproute2. The 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 
 _NETWORK, _BRIDGE = "10.77.0", "llamapro0"
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "unshare", "nsenter")
+_LOCK = Path("/run/llamapro-test-cluster.lock")
 _CONTROLLER = 254  # its address' last number
 
 _CONFIGURATION = """\
@@ -25,7 +27,6 @@ SlurmctldHost={host}({network}.254)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=cred_expire=3
 StateSaveLocation={state}/controller
 SlurmdSpoolDir={state}/spool/%n
 SlurmctldPidFile={state}/slurmctld.pid
@@ -76,9 +77,11 @@ class Cluster:
             "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin",
         }
         self._nodes: dict[str, subprocess.Popen] = {}
-        self._hosts = Path("/etc/hosts").read_text()
 
     def __enter__(self) -> Cluster:
+        self._lock = _LOCK.open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)  # addresses and names are this machine's: one cluster at a time
+        self._clear()
         try:
             self._start()
         except BaseException:
@@ -89,11 +92,23 @@ class Cluster:
     def __exit__(self, *exc_info: object) -> None:
         for node in list(self._nodes):
             self.kill_node(node)
-        with contextlib.suppress(OSError, ValueError):
-            os.kill(int((self.state / "slurmctld.pid").read_text()), 15)
+        self._clear()
+        self._lock.close()
+
+    def _clear(self) -> None:
+        """Take away what is there of a cluster, also of one whose process was killed."""
+        for program in ("slurmctld", "slurmd", "slurmstepd"):
+            subprocess.run(["pkill", "-9", "-x", program], capture_output=True)
+        for number in range(1, 10):
+            self._remove_network(f"n{number}")
         subprocess.run(["ip", "link", "del", _BRIDGE], env=self.environment, capture_output=True)
-        Path("/etc/hosts").write_text(self._hosts)
-        time.sleep(1.5)  # until the controller has let go of its port
+        lines = Path("/etc/hosts").read_text().splitlines(keepends=True)
+        Path("/etc/hosts").write_text("".join(line for line in lines if not line.startswith(f"{_NETWORK}.")))
+        time.sleep(1.5)  # until the controller's port is free
+
+    def _remove_network(self, node: str) -> None:
+        for command in (["ip", "link", "del", f"llamapro-{node}"], ["ip", "netns", "del", f"llamapro-{node}"]):
+            subprocess.run(command, env=self.environment, capture_output=True)
 
     def _start(self) -> None:
         for name in ("controller", "spool"):
@@ -104,7 +119,8 @@ class Cluster:
         (self.state / "cgroup.conf").write_text("CgroupPlugin=autodetect\nIgnoreSystemd=yes\n")
         names = "".join(f"{_NETWORK}.{number} n{number}\n" for number in range(1, self.num_nodes + 1))
         (self.state / "hosts").write_text(f"127.0.0.1 localhost\n{_NETWORK}.{_CONTROLLER} controller\n{names}")
-        Path("/etc/hosts").write_text(self._hosts.rstrip("\n") + "\n" + names)
+        with Path("/etc/hosts").open("a") as hosts:
+            hosts.write(names)
         self._start_munge()
         self.run("ip", "link", "add", _BRIDGE, "type", "bridge")
         self.run("ip", "addr", "add", f"{_NETWORK}.{_CONTROLLER}/24", "dev", _BRIDGE)
@@ -129,8 +145,8 @@ class Cluster:
         (self.state / "spool" / node).mkdir(exist_ok=True)
         space = f"llamapro-{node}"
         self.run("ip", "netns", "add", space)
-        self.run("ip", "link", "add", space[:15], "type", "veth", "peer", "name", "eth0", "netns", space)
-        self.run("ip", "link", "set", space[:15], "master", _BRIDGE, "up")
+        self.run("ip", "link", "add", space, "type", "veth", "peer", "name", "eth0", "netns", space)
+        self.run("ip", "link", "set", space, "master", _BRIDGE, "up")
         for command in ("link set lo up", "link set eth0 up", f"addr add {_NETWORK}.{number}/24 dev eth0"):
             self.run("ip", "-n", space, *command.split())
         inside = f"hostname {node}; mount --bind {self.state}/hosts /etc/hosts; slurmd -D -N {node}"
@@ -150,8 +166,7 @@ class Cluster:
         process = self._nodes.pop(node)
         process.kill()
         process.wait()
-        for command in (["ip", "link", "del", f"llamapro-{node}"[:15]], ["ip", "netns", "del", f"llamapro-{node}"]):
-            subprocess.run(command, env=self.environment, capture_output=True)
+        self._remove_network(node)
 
     def run(self, *command: str) -> str:
         """Run a command on the controller's node; its output."""
@@ -166,7 +181,7 @@ class Cluster:
         return dict(field.partition("=")[::2] for field in text.split() if "=" in field)
 
     def start_now(self, number: int) -> None:
-        """Do not make a requeued job wait."""
+        """Do not make a pending job wait."""
         with contextlib.suppress(RuntimeError):
             self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
 

@@ -69,8 +69,14 @@ class Job:
         self.cluster.wait(lambda: step in self.losses(), seconds=120, every=0.05)
 
     def wait_for_restart(self) -> None:
-        self.cluster.wait(lambda: self.cluster.job(self.number)["Restarts"] != "0", seconds=120)
-        self.cluster.start_now(self.number)
+        self.cluster.wait(lambda: self._restarts_now(), seconds=120)
+
+    def _restarts_now(self) -> bool:
+        """SLURM makes a requeued job wait for two minutes; it can be told not to once it is pending again."""
+        job = self.cluster.job(self.number)
+        if job["Restarts"] != "0" and job["JobState"] == "PENDING":
+            self.cluster.start_now(self.number)
+        return job["Restarts"] != "0" and job["JobState"] == "RUNNING"
 
     def wait_for_end(self) -> str:
         ended = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL"}
@@ -88,7 +94,7 @@ def run_arguments(inputs: Path, save: Path) -> list[str]:
         "--data.seq_length=64",
         f"--training.train_iters={STEPS}",
         "--training.micro_batch_size=1",
-        "--training.global_batch_size=16",
+        "--training.global_batch_size=48",  # a fifth of a second a step, so that there is time to disturb it
         "--training.precision=fp32",
         "--optimizer.lr=1e-3",
         f"--checkpoint.save={save}",

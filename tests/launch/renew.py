@@ -1,0 +1,5 @@
+"""Write two_nodes.sbatch anew: python tests/launch/renew.py"""
+
+from test_slurm import GOLDEN, ROOT, script
+
+GOLDEN.write_text(script(ROOT / "examples/slurm/two_nodes.yaml"))

