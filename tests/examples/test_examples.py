@@ -12,7 +12,8 @@ from megatron_llamapro.config.io import parse_run_config
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted(ROOT.glob("examples/baselines/*.yaml"))
-YAMLS = sorted({*ROOT.glob("examples/**/*.yaml")} - {*OVERLAYS})
+LAUNCHES = sorted(ROOT.glob("examples/slurm/*.yaml"))  # tests/launch reads these
+YAMLS = sorted({*ROOT.glob("examples/**/*.yaml")} - {*OVERLAYS, *LAUNCHES})
 SCRIPTS = sorted([*ROOT.glob("examples/**/*.sh"), ROOT / ".ci" / "run"])
 
 
