@@ -237,7 +237,7 @@ def _convert(
         num_resumed_bytes=done_before,
         is_foreign=opened.manifest is None and opened.format is not Format.HUGGING_FACE,
         seconds=time.monotonic() - started,
-        num_merged=len({adapter.a for adapter in opened.adapters.values()}),
+        num_merged=opened.num_adapters,
     )
 
 

@@ -45,6 +45,8 @@ class Inspection:
     base: Path | None = None
     """Where the frozen weights of a delta checkpoint lie."""
     num_base_tensors: int = 0
+    num_adapters: int = 0
+    """Low-rank ones beside the weights, which every reader merges."""
 
     @property
     def trains(self) -> str:
@@ -73,12 +75,14 @@ class Inspection:
             "division": self.division,
             "stage_layers": self.stage_layers,
             "base": str(self.base) if self.base else None,
+            "adapters": self.num_adapters,
         }
 
     def __str__(self) -> str:
         size = self.shape
         rows = [
             ("folder", f"{self.folder} ({self.format})"),
+            *([("adapters", f"{self.num_adapters}, low-rank; merged by every tool")] if self.num_adapters else []),
             *([("delta of", f"{self.base}, for {self.num_base_tensors} tensors")] if self.base else []),
             (
                 "family",
@@ -147,6 +151,7 @@ def inspect(folder: Path) -> Inspection:
         division=opened.division,
         stage_layers=opened.stage_layers,
         base=opened.base.folder if opened.base else None,
+        num_adapters=opened.num_adapters,
         num_base_tensors=len(opened.base.delta.base_hashes) if opened.base else 0,
         parts=tuple(_part(name, belongs, opened.shape, plan, opened.dtype) for name, belongs in _PARTS.items()),
     )

@@ -80,6 +80,11 @@ class Checkpoint:
         return self.manifest.plan if self.manifest else ExpansionPlan.unexpanded(self.shape.num_layers)
 
     @property
+    def num_adapters(self) -> int:
+        """A linear's counts once, also where it is several of Hugging Face's tensors."""
+        return len({adapter.a for adapter in self.adapters.values()})
+
+    @property
     def itemsize(self) -> int:
         """Bytes of a weight."""
         return ITEMSIZES[self.dtype]

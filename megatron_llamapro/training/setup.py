@@ -27,6 +27,7 @@ from megatron_llamapro.model.freeze import StageReport, freeze
 from megatron_llamapro.model.frozen import skip_frozen_work
 from megatron_llamapro.model.lora import add_adapters
 from megatron_llamapro.model.shape import ModelShape
+from megatron_llamapro.model.spec import uses_transformer_engine
 from megatron_llamapro.model.trainable import first_trainable_layer
 from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler, check_apex
 from megatron_llamapro.runtime.distributed import ParallelLayout, raise_together, start_model_parallel
@@ -183,6 +184,8 @@ def _read_source(config: RunConfig) -> Source:
     manifest.check_fits(shape)
     check_fits(config, shape, manifest.plan)
     _check_precision(config, manifest, folder)
+    if config.lora.rank is not None and uses_transformer_engine(config.model.transformer_impl):
+        raise ConfigError("lora needs megatron.core's own linears: set model.transformer_impl to local")
     if config.logging.diagnostics_interval and not manifest.plan.added_layers:
         raise ConfigError("logging.diagnostics_interval is set, but the checkpoint has no added blocks: leave it out")
     tokenizer = load_tokenizer(Path(config.data.tokenizer or folder))

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,14 +70,16 @@ class Job:
         self.cluster.wait(lambda: step in self.losses(), seconds=120, every=0.05)
 
     def wait_for_restart(self) -> None:
-        self.cluster.wait(lambda: self._restarts_now(), seconds=120)
+        """SLURM makes a requeued job wait for two minutes, so that what is left of its last life is gone when the next
+        one begins. Here some seconds do."""
+        self.cluster.wait(lambda: self._is_again("PENDING"), seconds=120)
+        time.sleep(4)
+        self.cluster.start_now(self.number)
+        self.cluster.wait(lambda: self._is_again("RUNNING"), seconds=60)
 
-    def _restarts_now(self) -> bool:
-        """SLURM makes a requeued job wait for two minutes; it can be told not to once it is pending again."""
+    def _is_again(self, state: str) -> bool:
         job = self.cluster.job(self.number)
-        if job["Restarts"] != "0" and job["JobState"] == "PENDING":
-            self.cluster.start_now(self.number)
-        return job["Restarts"] != "0" and job["JobState"] == "RUNNING"
+        return job["JobState"] == state and job["Restarts"] != "0"
 
     def wait_for_end(self) -> str:
         ended = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL"}

@@ -18,6 +18,7 @@ import workers
 from gradients import batch, gradients_worker, load_chunks, parallel
 
 from megatron_llamapro.checkpoint.convert import megatron_to_hf, megatron_to_megatron
+from megatron_llamapro.checkpoint.inspection import inspect
 from megatron_llamapro.checkpoint.verify import verify
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.schema import LoraConfig, ParallelConfig, RunConfig
@@ -196,6 +197,7 @@ def test_an_export_is_merged(delta: bool, trained: Callable, tmp_path: Path, mod
 
     start = models().expanded_megatron
     config = trained(SOME, 4, parallel=TP2_PP2, delta=delta)
+    assert "adapters        8, low-rank" in str(inspect(last_of(config)))
     done = megatron_to_hf(last_of(config), tmp_path / "hf")
     assert done.num_merged == 2 * 4  # of two linears in each of four original blocks
     expected = merged_by_hand(last_of(config), start, model_shape(read_hf_config(start)), SOME.scaling)
