@@ -55,7 +55,7 @@ def test_every_tool_of_the_readme_is_there() -> None:
 
 
 def test_links_of_the_documents_lead_somewhere() -> None:
-    folders = ("docs/*.md", "examples/*/*.md", "benchmarks/*.md")
+    folders = ("docs/*.md", "examples/*/*.md", "benchmarks/*.md", "docker/*.md")
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(path for glob in folders for path in ROOT.glob(glob))]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
