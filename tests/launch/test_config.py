@@ -37,7 +37,7 @@ def launch_file(tmp_path: Path):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_the_examples_fit_a_run(path: Path) -> None:
-    launch = read_launch_config(path)
+    launch = read_launch_config(path, ["--working_dir=/shared"])
     check_run(launch, parse_run_config(RUN))
     assert launch.world_size == launch.nodes.num_nodes * 8
 

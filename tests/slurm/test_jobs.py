@@ -195,6 +195,17 @@ def test_a_rank_is_killed(restarts: int, submit: Callable[..., Job], undisturbed
     assert job.cluster.job(job.number)["Restarts"] == str(1 - restarts)
 
 
+def test_a_rank_hangs(submit: Callable[..., Job], undisturbed: Job) -> None:
+    """It is frozen, which no error tells: the watchdogs of the others end the life and name it."""
+    job = submit("--training.hang_timeout_minutes=0.1")
+    job.wait_for_step(SAVE_INTERVAL + 2)
+    os.kill(rank_on("n2", job), signal.SIGSTOP)
+    job.wait_for_restart()
+    assert re.search(r"died first, at .*: exit code 70: hang: .*(gave no sign of life|does not answer)", job.log())
+    assert job.wait_for_end() == "COMPLETED", job.log()
+    assert same_as(job, undisturbed)
+
+
 def rank_on(node: str, job: Job) -> int:
     """Process of the job's rank on a node, as this host's kernel numbers it."""
     for path in Path("/proc").glob("[0-9]*"):
