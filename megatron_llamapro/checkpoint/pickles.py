@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -52,8 +53,27 @@ class Record:
         return self.state[name]  # type: ignore[index]
 
 
+# Enumerations of torch. Python 3.11.0 to 3.11.3 pickle a member as getattr(class, name), others as class(value).
+_ENUMS = frozenset(
+    {
+        "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+        "torch.distributed.checkpoint.planner.WriteItemType",
+    }
+)
+_MEMBER = re.compile(r"[A-Z][A-Z0-9_]*")
+
+
+def _member(of: object, name: object) -> Record:
+    """What stands for `getattr` in a pickle: a member of one of those enumerations, and nothing else."""
+    is_enum = isinstance(of, type) and issubclass(of, Record) and of.path in _ENUMS
+    if is_enum and isinstance(name, str) and _MEMBER.fullmatch(name):
+        return of(name)
+    raise pickle.UnpicklingError(f"it asks for builtins.getattr of {str(name)[:200]}")
+
+
 # What is given as itself: nothing of it does anything but hold values.
 _PLAIN: dict[str, object] = {
+    "builtins.getattr": _member,
     "builtins.set": set,
     "collections.OrderedDict": OrderedDict,
     "torch.Size": tuple,

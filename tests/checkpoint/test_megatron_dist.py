@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import subprocess
 import sys
 from collections import OrderedDict
@@ -109,6 +110,23 @@ def test_we_read_what_training_writes(megatron: Path, tmp_path: Path) -> None:
         assert torch.equal(ours[name], tensor), name
     megatron_to_hf(trained, tmp_path / "hf")
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in read_tensors(tmp_path / "hf").items())
+
+
+def test_an_index_of_another_python(megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11.0 to 3.11.3 wrote members of enumerations by name."""
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    folder = shutil.copytree(megatron, tmp_path / "copy")
+    before = read_index(folder)
+    monkeypatch.setattr(
+        _MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self._name_))
+    )
+    index = pickle.dumps(pickle.loads((folder / ".metadata").read_bytes()))
+    assert b"getattr" in index
+    (folder / ".metadata").write_bytes(index)
+    after = read_index(folder)
+    assert after.keys() == before.keys() and len(after) > 10
+    assert all(after[name].shape == held.shape for name, held in before.items())
 
 
 def test_neither_megatron_nor_torch_is_imported(tiny_llama: Tiny, tmp_path: Path) -> None:

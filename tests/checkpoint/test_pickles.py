@@ -48,6 +48,32 @@ def test_admitted_classes_become_records() -> None:
     assert isinstance(record, Record) and record.path == "argparse.Namespace" and record.field("rows") == 3
 
 
+ENUM = "torch.distributed.checkpoint.planner.WriteItemType"
+
+
+def test_a_member_of_an_enumeration_by_name() -> None:
+    """As Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2) pickle it."""
+    described = Call(Global("builtins", "getattr"), (Global(*ENUM.rsplit(".", 1)), "SHARD"))
+    member = load(dumps(described), admitted={ENUM})
+    assert isinstance(member, Record) and (member.path, member.args) == (ENUM, ("SHARD",))
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        Call(Global("builtins", "getattr"), (Global(*ENUM.rsplit(".", 1)), "__class__")),
+        Call(Global("builtins", "getattr"), (Global(*ENUM.rsplit(".", 1)), "_member_map_")),
+        Call(Global("builtins", "getattr"), (Global("pathlib", "PosixPath"), "UNLINK")),
+        Call(Global("builtins", "getattr"), ("text", "JOIN")),
+        Call(Global("builtins", "getattr"), (Global("builtins", "set"), "ADD")),
+        Call(Global("builtins", "getattr"), (Global(*ENUM.rsplit(".", 1)), "SHARD", "default")),
+    ],
+)
+def test_no_other_attribute(described: Call) -> None:
+    with pytest.raises(pickle.UnpicklingError):
+        load(dumps(described), admitted={ENUM, "pathlib.PosixPath"})
+
+
 class Hostile:
     """Runs something when it is unpickled the ordinary way."""
 
