@@ -1,6 +1,8 @@
 """Turn jsonl text (one document a line) into token files, .bin and .idx, that Megatron reads.
 
 python tools/preprocess_data.py --input FILE.jsonl... --tokenizer DIR_OR_FILE --output_prefix PREFIX [--num_workers N]
+
+With --chat a line is a conversation, for an instruct stage (docs/instruct.md).
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ def main() -> int:
         "--tokenizer", type=Path, required=True, metavar="DIR_OR_FILE", help="tokenizer.json, .model, or their folder"
     )
     parser.add_argument("--output_prefix", type=Path, required=True, metavar="PREFIX", help="path without .bin or .idx")
-    parser.add_argument("--json_key", default="text", help="field of a line that holds the text (default: text)")
+    parser.add_argument("--json_key", help="field of a line to read (default: text, with --chat messages)")
     parser.add_argument("--eod_token", help="token that ends a document (default: the tokenizer's end of sequence)")
+    parser.add_argument("--chat", action="store_true", help="lines are conversations; marks what the assistant says")
+    parser.add_argument("--chat_template", type=Path, metavar="FILE.jinja", help="default: the tokenizer's own")
     parser.add_argument("--num_workers", type=int, default=1, metavar="N", help="processes that tokenize (default: 1)")
     parser.add_argument("--overwrite", action="store_true", help="replace token files that are there")
     args = parser.parse_args()
@@ -41,16 +45,14 @@ def main() -> int:
             tokenizer=args.tokenizer,
             json_key=args.json_key,
             eod_token=args.eod_token,
+            chat=args.chat,
+            chat_template=args.chat_template,
             num_workers=args.num_workers,
             overwrite=args.overwrite,
             progress=bar.update,
         )
     seconds = time.monotonic() - started
-    empty = f", {done.num_empty} without text left out" if done.num_empty else ""
-    print(
-        f"{args.output_prefix}: {done.info.num_documents:,} documents{empty}, {done.info.num_tokens:,} tokens "
-        f"in {seconds:.1f} s ({done.info.num_tokens / seconds:,.0f} tokens/s)"
-    )
+    print(f"{args.output_prefix}: {done.summary} in {seconds:.1f} s ({done.info.num_tokens / seconds:,.0f} tokens/s)")
     return 0
 
 

@@ -73,6 +73,10 @@ def _check_data(config: RunConfig) -> None:
     for entry in data.train:
         if entry.weight <= 0:
             raise ConfigError(f"data.train: {entry.prefix} has weight {entry.weight}: weights are above 0")
+    if data.packing and data.format != "chat":
+        raise ConfigError("data.packing is for data.format chat: text is always packed; leave it out")
+    if data.eod_mask_loss and data.format != "text":
+        raise ConfigError("data.eod_mask_loss is for data.format text: in chat only answers have loss; leave it out")
     needed = config.training.train_iters * config.training.global_batch_size
     if config.data_order_samples < needed:
         raise ConfigError(

@@ -15,6 +15,7 @@ RecomputeGranularity = Literal["full", "selective"]
 RecomputeMethod = Literal["uniform", "block"]
 RecomputeModule = Literal["core_attn", "mlp", "moe"]
 TransformerImpl = Literal["auto", "local", "transformer_engine"]
+DataFormat = Literal["text", "chat"]
 CrossEntropy = Literal["chunked", "liger", "plain"]
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 LoraBlocks = Literal["originals", "added_blocks", "all"]
@@ -159,6 +160,12 @@ class DataConfig:
     """What is trained on."""
     seq_length: int
     """Tokens a sample."""
+    format: DataFormat = "text"
+    """text: documents one behind the other, cut into samples, with loss everywhere. chat: whole conversations
+    (tools/preprocess_data.py --chat), with loss on what the assistant says; those longer than a sample are left out."""
+    packing: bool = False
+    """Of chat. Lay several conversations into a sample, where they fit; later ones see earlier ones, as documents of
+    text do. Without it a sample is one conversation and padding."""
     valid: dict[str, str] = field(default_factory=dict)
     """Held-out sets: name -> prefix. Each is evaluated and reported under its name."""
     tokenizer: str | None = None

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.schema import DataConfig
+from megatron_llamapro.data.conversations import ConversationConfig, ConversationDataset, HeldOutConversations
 from megatron_llamapro.data.token_files import content_digest, open_token_file
 from megatron_llamapro.data.tokenizer import Tokenizer
 
@@ -90,9 +91,9 @@ class HeldOutDataset(Dataset):
 
 
 def check_train_files(data: DataConfig, *, vocab_size: int) -> None:
-    """Raise `DataError` where a pair to train on is missing, damaged or of another vocabulary."""
+    """Raise `DataError` where a pair to train on is missing, damaged, or of another vocabulary or kind."""
     for entry in data.train:
-        open_token_file(entry.prefix, vocab_size=vocab_size)
+        open_token_file(entry.prefix, vocab_size=vocab_size, data_format=data.format)
 
 
 def build_train_dataset(
@@ -105,19 +106,26 @@ def build_train_dataset(
             agree on `check_train_files` first: an error on one rank leaves the others waiting.
     """
     check_train_files(data, vocab_size=vocab_size)
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=data.seq_length,
-        tokenizer=tokenizer,
-        blend_per_split=[_blend(data), None, None],
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=data.eod_mask_loss,
-        create_attention_mask=False,
-        path_to_cache=str(cache_dir / _cache_name(data)),
-    )
+    shared = {
+        "random_seed": seed,
+        "sequence_length": data.seq_length,
+        "tokenizer": tokenizer,
+        "blend_per_split": [_blend(data), None, None],
+        "path_to_cache": str(cache_dir / _cache_name(data)),
+    }
+    if data.format == "chat":
+        kind, config = ConversationDataset, ConversationConfig(**shared, packing=data.packing)
+    else:
+        kind = GPTDataset
+        config = GPTDatasetConfig(
+            **shared,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=data.eod_mask_loss,
+            create_attention_mask=False,
+        )
     try:
-        train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config).build()
+        train, _, _ = BlendedMegatronDatasetBuilder(kind, [num_samples, 0, 0], lambda: True, config).build()
     except ModuleNotFoundError as missing:
         raise DataError(
             f"megatron.core's compiled dataset helper is missing ({missing.name}): install the megatron-core wheel for "
@@ -142,14 +150,17 @@ def build_valid_datasets(data: DataConfig, *, vocab_size: int, eod: int) -> dict
     """The held-out sets, by name."""
     return {
         name: CheckedDataset(
-            HeldOutDataset(
-                prefix,
-                seq_length=data.seq_length,
-                vocab_size=vocab_size,
-                eod=eod if data.eod_mask_loss else None,
-            ),
-            name=prefix,
-            vocab_size=vocab_size,
+            _held_out(prefix, data, vocab_size=vocab_size, eod=eod), name=prefix, vocab_size=vocab_size
         )
         for name, prefix in data.valid.items()
     }
+
+
+def _held_out(prefix: str, data: DataConfig, *, vocab_size: int, eod: int) -> Dataset:
+    if data.format == "chat":
+        return HeldOutConversations(
+            prefix, seq_length=data.seq_length, packing=data.packing, vocab_size=vocab_size, padding=eod
+        )
+    return HeldOutDataset(
+        prefix, seq_length=data.seq_length, vocab_size=vocab_size, eod=eod if data.eod_mask_loss else None
+    )

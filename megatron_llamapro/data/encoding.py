@@ -3,6 +3,7 @@ starts at once."""
 
 from __future__ import annotations
 
+import abc
 import array
 import json
 from collections.abc import Iterator, Sequence
@@ -30,13 +31,23 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of a document; text has one, a conversation one of every turn."""
+
+    ids: Sequence[int]
+    is_answer: bool = False
+    """Whether the assistant says it."""
+
+
+@dataclass(frozen=True)
 class Encoded:
     """A chunk's documents, end to end."""
 
     tokens: array.array
-    lengths: tuple[int, ...]
+    documents: tuple[tuple[tuple[int, bool], ...], ...]
+    """Of every document the segments: number of tokens, and whether it is an answer."""
     num_empty: int
-    """Documents without any token, which are left out."""
+    """Documents that there is nothing to learn from, which are left out."""
     num_bytes: int
 
 
@@ -50,48 +61,87 @@ def chunks_of(paths: Sequence[Path]) -> Iterator[Chunk]:
                 first_line += len(lines)
 
 
-class Encoder:
-    """Turns chunks into tokens, one document a line, each ended by `eod`."""
+class Encoder(abc.ABC):
+    """Turns chunks into tokens, one document a line."""
 
     def __init__(self, tokenizer: Tokenizer, json_key: str) -> None:
         self.tokenizer = tokenizer
         self.json_key = json_key
 
     def __call__(self, chunk: Chunk) -> Encoded:
-        """Raises `DataError` with file and line where a line is not a JSON object with text under the key."""
-        tokens, lengths, num_empty = array.array("i"), [], 0
+        """Raises `DataError` with file and line where a line is not a JSON object with what is needed under the key."""
+        tokens, documents, num_empty = array.array("i"), [], 0
         for number, line in enumerate(chunk.lines, chunk.first_line):
             if not line.strip():
                 continue
-            ids = self.tokenizer.encode(self._text(line, f"{chunk.path}, line {number}"))
-            if not ids:
-                num_empty += 1
-                continue
-            tokens.extend(ids)
-            tokens.append(self.tokenizer.eod)
-            lengths.append(len(ids) + 1)
-        return Encoded(tokens, tuple(lengths), num_empty, chunk.num_bytes)
+            where = f"{chunk.path}, line {number}"
+            segments = self.segments(self._value(line, where), where)
+            num_empty += not segments
+            for segment in segments:
+                tokens.extend(segment.ids)
+            if segments:
+                documents.append(tuple((len(segment.ids), segment.is_answer) for segment in segments))
+        return Encoded(tokens, tuple(documents), num_empty, chunk.num_bytes)
 
-    def _text(self, line: bytes, where: str) -> str:
+    @abc.abstractmethod
+    def segments(self, value: object, where: str) -> list[Segment]:
+        """The document's, none where there is nothing to learn from. Raises `DataError` where it is of another kind."""
+
+    def _value(self, line: bytes, where: str) -> object:
         try:
             record = json.loads(line)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise DataError(f"{where}: not JSON: {error}") from None
         if not isinstance(record, dict) or self.json_key not in record:
-            raise DataError(f"{where}: no field '{self.json_key}': name the field that holds the text with --json_key")
-        text = record[self.json_key]
-        if not isinstance(text, str):
-            raise DataError(f"{where}: '{self.json_key}' holds {type(text).__name__}, not text")
-        return text.encode("utf-8", errors="replace").decode("utf-8")  # lone surrogates, which JSON may escape
+            raise DataError(f"{where}: no field '{self.json_key}': name the field to read with --json_key")
+        return record[self.json_key]
+
+
+class TextEncoder(Encoder):
+    """Text, each document ended by `eod`."""
+
+    def segments(self, value: object, where: str) -> list[Segment]:
+        if not isinstance(value, str):
+            raise DataError(f"{where}: '{self.json_key}' holds {type(value).__name__}, not text")
+        ids = self.tokenizer.encode(valid_unicode(value))
+        return [Segment([*ids, self.tokenizer.eod])] if ids else []
+
+
+def valid_unicode(text: str) -> str:
+    """Without lone surrogates, which JSON may escape and no tokenizer takes."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """What every worker makes its encoder of."""
+
+    tokenizer: Path
+    eod_token: str | None = None
+    json_key: str | None = None
+    """Without it `text`, or `messages` of conversations."""
+    chat: bool = False
+    chat_template: Path | None = None
+
+    def make(self) -> Encoder:
+        """Raises `DataError` where the tokenizer or the chat template is missing, or cannot be used."""
+        if self.chat_template and not self.chat:
+            raise DataError("a chat template is for conversations: give --chat too")
+        tokenizer = load_tokenizer(self.tokenizer, eod_token=self.eod_token)
+        if not self.chat:
+            return TextEncoder(tokenizer, self.json_key or "text")
+        from megatron_llamapro.data.chat import ChatEncoder, ChatTemplate  # transformers, which text does without
+
+        return ChatEncoder(tokenizer, self.json_key or "messages", ChatTemplate(tokenizer.path, self.chat_template))
 
 
 _worker_encoder: Encoder | None = None
 
 
-def start_worker(tokenizer: str, eod_token: str | None, json_key: str) -> None:
+def start_worker(options: EncoderOptions) -> None:
     """Make this process's encoder, once."""
     global _worker_encoder
-    _worker_encoder = Encoder(load_tokenizer(Path(tokenizer), eod_token=eod_token), json_key)
+    _worker_encoder = options.make()
 
 
 def encode_in_worker(chunk: Chunk) -> Encoded:

@@ -16,9 +16,17 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megatron_llamapro.checkpoint.folder import sync
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.data.encoding import Chunk, Encoded, Encoder, chunks_of, encode_in_worker, start_worker
+from megatron_llamapro.data.encoding import (
+    Chunk,
+    Encoded,
+    Encoder,
+    EncoderOptions,
+    chunks_of,
+    encode_in_worker,
+    start_worker,
+)
 from megatron_llamapro.data.token_files import TokenFileInfo, paths_of
-from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_llamapro.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,16 @@ class Preprocessed:
 
     info: TokenFileInfo
     num_empty: int
-    """Documents without text, left out."""
+    """Documents without text, or conversations without an answer, left out."""
+
+    @property
+    def summary(self) -> str:
+        """For people."""
+        answers = self.info.num_answer_tokens
+        kind, wanted = ("documents", "text") if answers is None else ("conversations", "an answer")
+        empty = f", {self.num_empty:,} without {wanted} left out" if self.num_empty else ""
+        marked = "" if answers is None else f" ({answers:,} of answers)"
+        return f"{self.info.num_documents:,} {kind}{empty}, {self.info.num_tokens:,} tokens{marked}"
 
 
 def preprocess(
@@ -35,33 +52,38 @@ def preprocess(
     output_prefix: Path,
     *,
     tokenizer: Path,
-    json_key: str = "text",
+    json_key: str | None = None,
     eod_token: str | None = None,
+    chat: bool = False,
+    chat_template: Path | None = None,
     num_workers: int = 1,
     overwrite: bool = False,
     progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> Preprocessed:
     """Tokenize jsonl files (one document a line) into `<output_prefix>.bin` and `.idx`.
 
-    The result is the same bytes for any number of workers. `progress` is called with input bytes that are done.
+    With `chat` a document is a conversation, which the tokenizer's chat template writes, or that in the file
+    `chat_template`; its sequences are its turns, and the mode of a sequence says whether the assistant says it (1) or
+    not (0). The result is the same bytes for any number of workers. `progress` is called with input bytes that are
+    done.
 
     Raises:
-        DataError: an input or the tokenizer is missing or damaged, nothing is left to write, or the output is there
-            already (unless `overwrite`).
+        DataError: an input, the tokenizer or the chat template is missing or damaged, nothing is left to write, or the
+            output is there already (unless `overwrite`).
     """
     _check(inputs, output_prefix, overwrite)
-    loaded = load_tokenizer(tokenizer, eod_token=eod_token)
-    encoder = Encoder(loaded, json_key)
-    start = (str(tokenizer), eod_token, json_key)
-    with _encoded(chunks_of(inputs), encoder, start, num_workers) as encoded, _draft(output_prefix) as draft:
+    options = EncoderOptions(tokenizer, eod_token, json_key, chat, chat_template)
+    encoder = options.make()
+    with _encoded(chunks_of(inputs), encoder, options, num_workers) as encoded, _draft(output_prefix) as draft:
         num_empty = 0
-        with contextlib.closing(_Writer(draft, loaded)) as writer:
+        with contextlib.closing(_Writer(draft, encoder.tokenizer, chat=chat)) as writer:
             for part in encoded:
                 writer.add(part)
                 num_empty += part.num_empty
                 progress(part.num_bytes)
             if not writer.num_documents:
-                raise DataError(f"{', '.join(map(str, inputs))}: no documents with text, so there is nothing to write")
+                wanted = "conversations with an answer" if chat else "documents with text"
+                raise DataError(f"{', '.join(map(str, inputs))}: no {wanted}, so there is nothing to write")
             info = writer.finish()
         _publish(draft, output_prefix, info)
     return Preprocessed(info, num_empty)
@@ -80,7 +102,9 @@ def _check(inputs: Sequence[Path], output_prefix: Path, overwrite: bool) -> None
 
 
 @contextlib.contextmanager
-def _encoded(chunks: Iterable[Chunk], encoder: Encoder, start: tuple, num_workers: int) -> Iterator[Iterator[Encoded]]:
+def _encoded(
+    chunks: Iterable[Chunk], encoder: Encoder, options: EncoderOptions, num_workers: int
+) -> Iterator[Iterator[Encoded]]:
     """The encoded chunks, in order; with workers, a few are under way at a time, so that memory stays bounded."""
     if num_workers <= 1:
         yield map(encoder, chunks)
@@ -98,20 +122,21 @@ def _encoded(chunks: Iterable[Chunk], encoder: Encoder, start: tuple, num_worker
             yield result
 
     context = multiprocessing.get_context("spawn")
-    with context.Pool(num_workers, initializer=start_worker, initargs=start) as pool:
+    with context.Pool(num_workers, initializer=start_worker, initargs=(options,)) as pool:
         yield released(pool.imap(encode_in_worker, admitted()))
 
 
 class _Writer:
     """Appends documents to a draft pair, and counts what the side file tells."""
 
-    def __init__(self, draft: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, draft: Path, tokenizer: Tokenizer, *, chat: bool) -> None:
         self.draft = draft
         self.tokenizer = tokenizer
+        self.chat = chat
         self.dtype = DType.optimal_dtype(tokenizer.vocab_size)
-        self.builder = IndexedDatasetBuilder(str(paths_of(draft)[0]), dtype=self.dtype)
+        self.builder = IndexedDatasetBuilder(str(paths_of(draft)[0]), dtype=self.dtype, multimodal=chat)
         self.digest = hashlib.sha256()
-        self.num_documents = self.num_tokens = self.max_token = 0
+        self.num_documents = self.num_tokens = self.num_answer_tokens = self.max_token = 0
 
     def add(self, part: Encoded) -> None:
         tokens = numpy.frombuffer(part.tokens, dtype=numpy.int32) if part.tokens else numpy.empty(0, numpy.int32)
@@ -121,11 +146,13 @@ class _Writer:
             raise DataError(f"the tokenizer gave the token {tokens.max()}, beyond its own {self.tokenizer.vocab_size}")
         tokens = tokens.astype(self.dtype)
         first = 0
-        for length in part.lengths:
-            self.builder.add_document(tokens[first : first + length], [length])
-            first += length
+        for segments in part.documents:
+            lengths, modes = [length for length, _ in segments], [int(is_answer) for _, is_answer in segments]
+            self.builder.add_document(tokens[first : first + sum(lengths)], lengths, modes)
+            first += sum(lengths)
+            self.num_answer_tokens += sum(length for length, is_answer in segments if is_answer)
         self.digest.update(tokens.tobytes())
-        self.num_documents += len(part.lengths)
+        self.num_documents += len(part.documents)
         self.num_tokens += len(tokens)
         self.max_token = max(self.max_token, int(tokens.max()))
 
@@ -144,6 +171,7 @@ class _Writer:
             tokenizer_sha256=self.tokenizer.digest,
             bin_bytes=paths_of(self.draft)[0].stat().st_size,
             bin_sha256=self.digest.hexdigest(),
+            num_answer_tokens=self.num_answer_tokens if self.chat else None,
         )
 
 

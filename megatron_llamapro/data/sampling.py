@@ -80,6 +80,8 @@ def data_order_fingerprint(data: DataConfig, *, num_samples: int, seed: int) -> 
         "seed": seed,
         "seq_length": data.seq_length,
         "eod_mask_loss": data.eod_mask_loss,
+        "format": data.format,
+        "packing": data.packing,
         "blend": [[content_digest(entry.prefix), float(entry.weight)] for entry in data.train],
     }
 
@@ -89,12 +91,15 @@ _WHERE_SET = {
     "seed": "training.seed",
     "seq_length": "data.seq_length",
     "eod_mask_loss": "data.eod_mask_loss",
+    "format": "data.format",
+    "packing": "data.packing",
     "blend": "data.train (its files, their order or their weights)",
 }
 
 
 def check_same_order(stored: Mapping[str, object], current: Mapping[str, object]) -> None:
     """Raise `DataError` where a continued run would read its samples in another order than it began with."""
+    stored = {"format": "text", "packing": False, **stored}  # earlier versions had nothing else
     for name, where in _WHERE_SET.items():
         if stored.get(name) != current[name]:
             was, now = (f" ({value})" if name != "blend" else "" for value in (stored.get(name), current[name]))

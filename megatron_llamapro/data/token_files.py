@@ -1,7 +1,8 @@
 """`.bin`/`.idx` pairs: checked when opened, and what is known about them kept in `<prefix>.json` beside them.
 
 The format is megatron.core's (`IndexedDataset`), so Megatron-LM reads what we write and we read what it writes; only
-the side file is ours.
+the side file is ours. A document of text is one sequence. A conversation has a sequence a turn, and sequences have a
+mode, as those of multimodal sets: 1 what the assistant says, 0 the rest.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.config.schema import DataFormat
 
 _END_BYTES = 2**20
 
@@ -33,6 +35,8 @@ class TokenFileInfo:
     tokenizer_sha256: str
     bin_bytes: int
     bin_sha256: str
+    num_answer_tokens: int | None = None
+    """Of conversations: tokens that the assistant says."""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
@@ -53,29 +57,36 @@ def read_info(prefix: str | Path) -> TokenFileInfo | None:
     return info if bin_path.is_file() and info.bin_bytes == bin_path.stat().st_size else None
 
 
-def open_token_file(prefix: str | Path, *, vocab_size: int | None = None) -> IndexedDataset:
+def open_token_file(
+    prefix: str | Path, *, vocab_size: int | None = None, data_format: DataFormat = "text"
+) -> IndexedDataset:
     """The pair, with its two files checked against each other and, where that is known, against the vocabulary.
 
     Raises:
-        DataError: a file is missing, empty, damaged or another set's; or tokens lie beyond `vocab_size`.
+        DataError: a file is missing, empty, damaged or another set's; it is not of `data_format`; or tokens lie beyond
+            `vocab_size`.
     """
     bin_path, index_path, _ = paths_of(prefix)
     for path in (bin_path, index_path):
         if not path.is_file():
             raise DataError(f"{path} is not there: {prefix} must be the path of a .bin/.idx pair without the ending")
-    _check_sizes(bin_path, index_path)
+    has_modes = _check_sizes(bin_path, index_path)
+    if has_modes and data_format == "text":
+        raise DataError(f"{prefix} holds conversations: set data.format to chat, or preprocess text")
+    if data_format == "chat" and not has_modes:
+        raise DataError(f"{prefix} holds text: preprocess conversations with --chat, or set data.format to text")
     info = read_info(prefix)
     if info is not None and vocab_size is not None and info.max_token >= vocab_size:
         raise DataError(
             f"{prefix} holds the token {info.max_token}, but the model's vocabulary has {vocab_size}: it was made with "
             "another tokenizer; preprocess the text again"
         )
-    return IndexedDataset(str(prefix))
+    return IndexedDataset(str(prefix), multimodal=has_modes)
 
 
-def _check_sizes(bin_path: Path, index_path: Path) -> None:
+def _check_sizes(bin_path: Path, index_path: Path) -> bool:
     """The sizes in the index add up to the tokens' file. megatron.core looks when it reads beyond the end, in the
-    middle of training, or not at all."""
+    middle of training, or not at all. Returns whether the sequences have modes: a byte each at the index' end."""
     damaged = f"{index_path} is damaged: preprocess the text again"
     header = struct.Struct("<9sQBQQ")  # magic, version, token type, sequences, documents
     with index_path.open("rb") as file:
@@ -96,16 +107,20 @@ def _check_sizes(bin_path: Path, index_path: Path) -> None:
             f"{bin_path} has {bin_path.stat().st_size} bytes, {index_path.name} describes {expected}: the two do not "
             "belong together, or one is cut short; preprocess the text again"
         )
+    return index_path.stat().st_size == least + num_sequences
 
 
 def content_digest(prefix: str | Path) -> str:
-    """A hash that changes when the pair's content does: the side file's, else of the index and both ends of the tokens
-    (a whole hash of hundreds of gigabytes would delay every start)."""
+    """A hash that changes when the pair's content does: the side file's (with the index, which has the answers of
+    conversations), else of the index and both ends of the tokens (a whole hash of hundreds of gigabytes would delay
+    every start)."""
     info = read_info(prefix)
-    if info is not None:
+    if info is not None and info.num_answer_tokens is None:
         return info.bin_sha256
     bin_path, index_path, _ = paths_of(prefix)
     digest = hashlib.sha256(index_path.read_bytes())
+    if info is not None:
+        return hashlib.sha256(digest.digest() + bytes.fromhex(info.bin_sha256)).hexdigest()
     size = bin_path.stat().st_size
     with bin_path.open("rb") as file:
         digest.update(file.read(_END_BYTES))

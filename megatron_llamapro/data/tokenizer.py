@@ -37,18 +37,33 @@ class Tokenizer:
 
     pad = -1
 
-    def __init__(self, backend: _Backend, *, eod: int, digest: str) -> None:
+    def __init__(self, backend: _Backend, *, eod: int, path: Path) -> None:
         self._backend = backend
+        self.path = path
+        """The file that defines it."""
         self.vocab_size = backend.vocab_size
         self.eod = eod
-        self.digest = digest
-        """Hash of the file that defines it."""
-        self.unique_identifiers = {"class": type(self).__name__, "digest": digest, "eod": eod}
+        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        """Hash of that file."""
+        self.unique_identifiers = {"class": type(self).__name__, "digest": self.digest, "eod": eod}
         """Part of the key of megatron.core's index cache."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added."""
         return self._backend.encode(text)
+
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of `text`, special tokens in it as such, and of each the character that it begins with.
+
+        Raises:
+            DataError: it is a sentencepiece model, which takes special tokens in a text for letters.
+        """
+        if not isinstance(self._backend, _JsonBackend):
+            raise DataError(
+                f"{self.path} cannot tell special tokens in a conversation: make a {JSON_NAME} of it "
+                "(AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW) of transformers), and give that"
+            )
+        return self._backend.encode_with_starts(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`."""
@@ -70,6 +85,10 @@ class _JsonBackend:
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -112,7 +131,7 @@ def load_tokenizer(path: Path, *, eod_token: str | None = None) -> Tokenizer:
     is_json = file.suffix == ".json"
     backend = _JsonBackend(file) if is_json else _SentencePieceBackend(file)
     eod = _named_token(backend, eod_token, file) if eod_token else _end_of_sequence(backend, file)
-    return Tokenizer(backend, eod=eod, digest=hashlib.sha256(file.read_bytes()).hexdigest())
+    return Tokenizer(backend, eod=eod, path=file)
 
 
 def _tokenizer_file(path: Path) -> Path:

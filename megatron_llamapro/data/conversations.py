@@ -1,0 +1,194 @@
+"""Samples of whole conversations: nothing is cut, and what the assistant says has loss, nothing else.
+
+A sample is one conversation and padding, or with `packing` as many as fit. Packing is best fit, longest first: the
+rows are known before training starts, differ in every pass over the data, and every conversation is in just one row.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy
+import torch
+from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+from torch.utils.data import Dataset
+
+from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.data.token_files import open_token_file
+
+
+@dataclass
+class ConversationConfig(BlendedMegatronDatasetConfig):
+    """What `ConversationDataset` is told besides."""
+
+    packing: bool = False
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over a set: which conversations each sample has."""
+
+    documents: numpy.ndarray
+    """All of them, sample by sample."""
+    starts: numpy.ndarray
+    """Where in `documents` a sample begins, and at the end their number."""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, sample: int) -> numpy.ndarray:
+        return self.documents[self.starts[sample] : self.starts[sample + 1]]
+
+
+class Conversations:
+    """The conversations of a pair that fit into a sample of `seq_length` inputs (with the last label, one token more).
+
+    Raises:
+        DataError: none fits.
+    """
+
+    def __init__(self, pair: IndexedDataset, *, name: str, seq_length: int, padding: int) -> None:
+        self.pair, self.seq_length, self.padding = pair, seq_length, padding
+        self._first_turns = pair.document_indices
+        self.lengths = numpy.add.reduceat(pair.sequence_lengths, self._first_turns[:-1], dtype=numpy.int64)
+        self.fitting = numpy.flatnonzero(self.lengths <= seq_length + 1)
+        if not len(self.fitting):
+            raise DataError(
+                f"{name}: none of its {len(self.lengths)} conversations fits into data.seq_length {seq_length}; the "
+                f"shortest has {self.lengths.min()} tokens"
+            )
+
+    def one_pass(self, *, packing: bool, seed: Sequence[int] | None) -> Pass:
+        """All conversations that fit, in an order drawn by `seed`, or without one in the order of the file."""
+        order = self.fitting
+        if seed is not None:
+            order = numpy.random.default_rng(seed).permutation(order)
+        if not packing:
+            return Pass(order, numpy.arange(len(order) + 1))
+        rows = packed(self.lengths[order], self.seq_length + 1)
+        if seed is not None:
+            rows = [rows[number] for number in numpy.random.default_rng([*seed, 1]).permutation(len(rows))]
+        starts = numpy.cumsum([0, *map(len, rows)])
+        return Pass(order[numpy.fromiter(itertools.chain.from_iterable(rows), numpy.int64, len(order))], starts)
+
+    def sample(self, documents: numpy.ndarray) -> dict[str, torch.Tensor]:
+        """The conversations `documents`, one behind the other: tokens, labels, position_ids int64 [s]; loss_mask
+        float32 [s], 1 where the label is what the assistant says."""
+        stream = torch.full([self.seq_length + 1], self.padding)
+        is_answer = torch.zeros(self.seq_length + 1)
+        end = 0
+        for document in documents:
+            turns, modes = self.pair[self._first_turns[document] : self._first_turns[document + 1]]
+            start = end
+            for turn, mode in zip(turns, modes, strict=True):
+                stream[end : end + len(turn)] = torch.from_numpy(turn.astype(numpy.int64))
+                is_answer[end : end + len(turn)] = float(mode == 1)
+                end += len(turn)
+            is_answer[start] = 0.0  # what comes before it is another conversation
+        return {
+            "tokens": stream[:-1].contiguous(),
+            "labels": stream[1:].contiguous(),
+            "loss_mask": is_answer[1:].contiguous(),
+            "position_ids": torch.arange(self.seq_length),
+        }
+
+
+def packed(lengths: numpy.ndarray, capacity: int) -> list[list[int]]:
+    """Rows of at most `capacity` tokens, of the indices of `lengths`: the longest first, each into the fullest row that
+    still has place. Equal ones in the order given."""
+    rows: list[list[int]] = []
+    with_place: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows, by the tokens that they still take
+    places = 0  # bit n: there is a row that still takes n tokens
+    for index in numpy.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[index])
+        fitting = places >> length
+        if fitting:
+            place = length + (fitting & -fitting).bit_length() - 1
+            row = with_place[place].pop()
+            if not with_place[place]:
+                places &= ~(1 << place)
+        else:
+            place, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        with_place[place - length].append(row)
+        places |= 1 << (place - length)
+    return rows
+
+
+class ConversationDataset(MegatronDataset):
+    """The conversations of a pair to train on, pass after pass, each in another order; megatron.core blends several."""
+
+    config: ConversationConfig
+
+    def __init__(self, dataset, dataset_path, indices, num_samples, index_split, config) -> None:
+        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+        self.conversations = Conversations(
+            dataset, name=dataset_path, seq_length=config.sequence_length, padding=config.tokenizer.eod
+        )
+        self._passes: list[Pass] = []
+        while not self._passes or len(self) < (num_samples or 1):
+            seed = [config.random_seed, len(self._passes)]
+            self._passes.append(self.conversations.one_pass(packing=config.packing, seed=seed))
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
+        return len(low_level_dataset.document_indices) - 1
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: ConversationConfig) -> IndexedDataset:
+        return open_token_file(dataset_path, data_format="chat")
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        return [*MegatronDataset._key_config_attributes(), "packing"]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._passes))
+
+    def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
+        for one_pass in self._passes:
+            if idx < len(one_pass):
+                return self.conversations.sample(one_pass[idx])
+            idx -= len(one_pass)
+        raise IndexError(idx)
+
+
+class HeldOutConversations(Dataset):
+    """The conversations of a pair in the order of the file, each once.
+
+    Raises (on opening):
+        DataError: the pair cannot be read, or none of its conversations fits.
+    """
+
+    def __init__(self, prefix: str, *, seq_length: int, packing: bool, vocab_size: int, padding: int) -> None:
+        pair = open_token_file(prefix, vocab_size=vocab_size, data_format="chat")
+        self.conversations = Conversations(pair, name=prefix, seq_length=seq_length, padding=padding)
+        self._pass = self.conversations.one_pass(packing=packing, seed=None)
+
+    def __len__(self) -> int:
+        return len(self._pass)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.conversations.sample(self._pass[index])
+
+
+def describe(prefix: str, *, seq_length: int, packing: bool) -> str:
+    """What one pass over a pair is, for people."""
+    pair = open_token_file(prefix, data_format="chat")
+    conversations = Conversations(pair, name=prefix, seq_length=seq_length, padding=0)
+    samples = len(conversations.one_pass(packing=packing, seed=[0]))
+    num_tokens = int(conversations.lengths[conversations.fitting].sum())
+    too_long = len(conversations.lengths) - len(conversations.fitting)
+    left_out = f", {too_long:,} longer than data.seq_length left out" if too_long else ""
+    advice = "" if packing else " (data.packing: true fills them)"
+    return (
+        f"{prefix}: {len(conversations.fitting):,} conversations{left_out}; one pass is {samples:,} samples, "
+        f"{num_tokens / (samples * (seq_length + 1)):.0%} full{advice}"
+    )

@@ -1,0 +1,148 @@
+"""What of a conversation is an answer: as transformers marks it, by templates of the kinds that models have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.data.encoding import EncoderOptions
+from megatron_llamapro.data.preprocess import preprocess
+from megatron_llamapro.data.token_files import open_token_file, paths_of, read_info
+from megatron_llamapro.data.tokenizer import load_tokenizer
+
+EXAMPLE = Path("examples/llama2_7b_pro_instruct/chat_template.jinja")
+
+MESSAGES = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "Is a bee an insect?"},
+    {"role": "assistant", "content": "Yes, it is."},
+    {"role": "user", "content": "Why <s> so?"},
+    {"role": "assistant", "content": " Six legs. "},
+]
+# With `generation` around what the assistant says, which only transformers' own marking reads.
+MARKED = {
+    "headers": "{{ bos_token }}{% for m in messages %}{{ '[' + m.role + ']\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content + eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '[assistant]\n' }}{% endif %}",
+    "instructions in brackets, no generation prompt": "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ ' ' + m.content + ' ' + eos_token }}{% endgeneration %}"
+    "{% else %}{{ bos_token + '[INST] ' + m.content | trim + ' [/INST]' }}{% endif %}{% endfor %}",
+}
+
+
+def unmarked(template: str) -> str:
+    return template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+@pytest.fixture
+def encoder(tokenizer_folder: Path, tmp_path: Path) -> Callable:
+    def make(template: str):
+        (tmp_path / "template.jinja").write_text(template)
+        return EncoderOptions(tokenizer_folder, chat=True, chat_template=tmp_path / "template.jinja").make()
+
+    return make
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_answers_are_those_that_transformers_marks(name: str, encoder: Callable, tokenizer_folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    marked = AutoTokenizer.from_pretrained(tokenizer_folder).apply_chat_template(
+        MESSAGES, chat_template=MARKED[name], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    segments = encoder(unmarked(MARKED[name])).segments(MESSAGES, "here")
+    assert [token for segment in segments for token in segment.ids] == marked["input_ids"]
+    mask = [int(segment.is_answer) for segment in segments for _ in segment.ids]
+    assert mask == marked["assistant_masks"] and 0 < sum(mask) < len(mask)
+
+
+def test_the_examples_template(encoder: Callable) -> None:
+    """The end of the turn belongs to the answer: a model that is not taught it never stops."""
+    made = encoder(EXAMPLE.read_text())
+    segments = made.segments(MESSAGES, "here")
+    answers = [made.tokenizer.decode(segment.ids) for segment in segments if segment.is_answer]
+    assert answers == ["Yes, it is.</s>", "Six legs.</s>"]
+    assert segments[0].ids[0] == 1 and not segments[-1].ids.count(1)  # <s> once, at the start
+
+
+def test_other_names_of_the_same(encoder: Callable) -> None:
+    """ShareGPT's messages."""
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    renamed = [{"from": names[message["role"]], "value": message["content"]} for message in MESSAGES]
+    made = encoder(EXAMPLE.read_text())
+    assert made.segments(renamed, "here") == made.segments(MESSAGES, "here")
+
+
+BAD = {
+    "no list": ("hello", "holds no list of messages"),
+    "empty": ([], "holds no list of messages"),
+    "no message": (["hello"], "message 1: messages are"),
+    "no text": ([{"role": "user", "content": [{"type": "text"}]}], "message 1: messages are"),
+    "no role": ([{"content": "x"}], "message 1: messages are"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_conversations(name: str, encoder: Callable) -> None:
+    value, message = BAD[name]
+    with pytest.raises(DataError, match=rf"here.*{message}"):
+        encoder(EXAMPLE.read_text()).segments(value, "here")
+
+
+def test_a_template_that_takes_back_what_it_wrote(encoder: Callable) -> None:
+    """As those do that drop the reasoning of earlier turns: what the model will have before it is not what it was."""
+    last_only = "{% for m in messages %}{{ m.role + ':' }}{{ m.content if loop.last else '-' }}{% endfor %}"
+    with pytest.raises(DataError, match="here: message 3 changes what the chat template wrote before it"):
+        encoder(last_only).segments(MESSAGES, "here")
+
+
+def test_a_template_that_refuses(encoder: Callable) -> None:
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    with pytest.raises(DataError, match="here: the chat template refuses it: no system role"):
+        encoder(no_system).segments(MESSAGES, "here")
+    with pytest.raises(DataError, match="here: the chat template refuses it"):
+        encoder("{% for %}").segments(MESSAGES, "here")
+
+
+def test_no_template_and_no_special_tokens(tokenizer_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no chat template: give one with --chat_template"):
+        EncoderOptions(tokenizer_folder, chat=True).make()
+    with pytest.raises(DataError, match="cannot be read as a chat template"):
+        EncoderOptions(tokenizer_folder, chat=True, chat_template=tmp_path / "none").make()
+    with pytest.raises(DataError, match="give --chat too"):
+        EncoderOptions(tokenizer_folder, chat_template=EXAMPLE).make()
+
+
+def test_pairs_of_conversations(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Read by megatron.core's own reader: a document a conversation, a sequence a turn, its mode 1 in answers."""
+    conversations = [MESSAGES, MESSAGES[:2], MESSAGES[1:3]]  # the second has no answer
+    lines = "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations)
+    (tmp_path / "chat.jsonl").write_text(lines)
+    done = [
+        preprocess(
+            [tmp_path / "chat.jsonl"],
+            tmp_path / f"chat-{num_workers}",
+            tokenizer=tokenizer_folder,
+            chat=True,
+            chat_template=EXAMPLE,
+            num_workers=num_workers,
+        )
+        for num_workers in (1, 2)
+    ]
+    assert done[0] == done[1] and done[0].num_empty == 1
+    first, second = ([path.read_bytes() for path in paths_of(tmp_path / f"chat-{n}")] for n in (1, 2))
+    assert first == second
+    tokenizer = load_tokenizer(tokenizer_folder)
+    pair = open_token_file(tmp_path / "chat-1", data_format="chat")
+    turns = [pair[number] for number in range(len(pair))]
+    assert pair.document_indices.tolist() == [0, 4, 6] and [int(mode) for _, mode in turns] == [0, 1, 0, 1, 0, 1]
+    texts = [tokenizer.decode(ids) for ids, _ in turns]
+    assert texts[1] == texts[5] == "Yes, it is.</s>"
+    info = read_info(tmp_path / "chat-1")
+    assert info is not None and info.num_documents == 2
+    assert info.num_answer_tokens == sum(len(tokenizer.encode(text[:-4])) + 1 for text in texts[1::2])
+    assert "2 conversations, 1 without an answer left out" in done[0].summary
