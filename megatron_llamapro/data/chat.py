@@ -11,6 +11,8 @@ import bisect
 import itertools
 from pathlib import Path
 
+from jinja2 import TemplateError
+
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.data.encoding import Encoder, Segment, valid_unicode
 from megatron_llamapro.data.tokenizer import Tokenizer
@@ -53,8 +55,6 @@ class ChatTemplate:
         Raises:
             ValueError: the template refuses the conversation, or does not write it one message after the other.
         """
-        from jinja2 import TemplateError
-
         try:
             text = self.render(messages)
             spans = [self._answer(messages, number, text) for number in _assistants(messages)]

@@ -18,6 +18,7 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from torch.utils.data import Dataset
 
 from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.data.sample import Sample, sample_of
 from megatron_llamapro.data.token_files import open_token_file
 
 
@@ -75,9 +76,8 @@ class Conversations:
         starts = numpy.cumsum([0, *map(len, rows)])
         return Pass(order[numpy.fromiter(itertools.chain.from_iterable(rows), numpy.int64, len(order))], starts)
 
-    def sample(self, documents: numpy.ndarray) -> dict[str, torch.Tensor]:
-        """The conversations `documents`, one behind the other: tokens, labels, position_ids int64 [s]; loss_mask
-        float32 [s], 1 where the label is what the assistant says."""
+    def sample(self, documents: numpy.ndarray) -> Sample:
+        """The conversations `documents`, one behind the other, with loss where the label is what the assistant says."""
         stream = torch.full([self.seq_length + 1], self.padding)
         is_answer = torch.zeros(self.seq_length + 1)
         end = 0
@@ -89,12 +89,7 @@ class Conversations:
                 is_answer[end : end + len(turn)] = float(mode == 1)
                 end += len(turn)
             is_answer[start] = 0.0  # what comes before it is another conversation
-        return {
-            "tokens": stream[:-1].contiguous(),
-            "labels": stream[1:].contiguous(),
-            "loss_mask": is_answer[1:].contiguous(),
-            "position_ids": torch.arange(self.seq_length),
-        }
+        return sample_of(stream, is_answer[1:])
 
 
 def packed(lengths: numpy.ndarray, capacity: int) -> list[list[int]]:
@@ -141,7 +136,7 @@ class ConversationDataset(MegatronDataset):
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: ConversationConfig) -> IndexedDataset:
-        return open_token_file(dataset_path, data_format="chat")
+        return IndexedDataset(dataset_path, multimodal=True)
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
@@ -150,12 +145,25 @@ class ConversationDataset(MegatronDataset):
     def __len__(self) -> int:
         return sum(map(len, self._passes))
 
-    def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, idx: int) -> Sample:
         for one_pass in self._passes:
             if idx < len(one_pass):
                 return self.conversations.sample(one_pass[idx])
             idx -= len(one_pass)
         raise IndexError(idx)
+
+    @property
+    def summary(self) -> str:
+        """What one pass over the set is, for people."""
+        lengths, fitting = self.conversations.lengths, self.conversations.fitting
+        samples = len(self._passes[0])
+        too_long = len(lengths) - len(fitting)
+        left_out = f", {too_long:,} longer than data.seq_length left out" if too_long else ""
+        advice = "" if self.config.packing else " (data.packing: true fills them)"
+        return (
+            f"{self.dataset_path}: {len(fitting):,} conversations{left_out}; one pass is {samples:,} samples, "
+            f"{lengths[fitting].sum() / (samples * (self.config.sequence_length + 1)):.0%} full{advice}"
+        )
 
 
 class HeldOutConversations(Dataset):
@@ -173,22 +181,7 @@ class HeldOutConversations(Dataset):
     def __len__(self) -> int:
         return len(self._pass)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self.conversations.sample(self._pass[index])
-
-
-def describe(prefix: str, *, seq_length: int, packing: bool) -> str:
-    """What one pass over a pair is, for people."""
-    pair = open_token_file(prefix, data_format="chat")
-    conversations = Conversations(pair, name=prefix, seq_length=seq_length, padding=0)
-    samples = len(conversations.one_pass(packing=packing, seed=[0]))
-    num_tokens = int(conversations.lengths[conversations.fitting].sum())
-    too_long = len(conversations.lengths) - len(conversations.fitting)
-    left_out = f", {too_long:,} longer than data.seq_length left out" if too_long else ""
-    advice = "" if packing else " (data.packing: true fills them)"
-    return (
-        f"{prefix}: {len(conversations.fitting):,} conversations{left_out}; one pass is {samples:,} samples, "
-        f"{num_tokens / (samples * (seq_length + 1)):.0%} full{advice}"
-    )

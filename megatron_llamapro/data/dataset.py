@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import Dataset
@@ -15,11 +16,9 @@ from torch.utils.data import Dataset
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.schema import DataConfig
 from megatron_llamapro.data.conversations import ConversationConfig, ConversationDataset, HeldOutConversations
+from megatron_llamapro.data.sample import Sample, sample_of
 from megatron_llamapro.data.token_files import content_digest, open_token_file
 from megatron_llamapro.data.tokenizer import Tokenizer
-
-Sample = dict[str, torch.Tensor]
-"""tokens, labels, position_ids: int64 [s]; loss_mask: float32 [s]."""
 
 
 class CheckedDataset(Dataset):
@@ -69,14 +68,7 @@ class HeldOutDataset(Dataset):
         if not 0 <= index < self._num_samples:
             raise IndexError(index)
         stream = torch.from_numpy(self._read(index * self.seq_length, self.seq_length + 1))
-        tokens, labels = stream[:-1].contiguous(), stream[1:].contiguous()
-        loss_mask = torch.ones(self.seq_length) if self.eod is None else (tokens != self.eod).float()
-        return {
-            "tokens": tokens,
-            "labels": labels,
-            "loss_mask": loss_mask,
-            "position_ids": torch.arange(self.seq_length),
-        }
+        return sample_of(stream, torch.ones(self.seq_length) if self.eod is None else (stream[:-1] != self.eod).float())
 
     def _read(self, start: int, count: int) -> numpy.ndarray:
         """`count` tokens of the concatenated documents from `start`, int64, copied out of the mapped file."""
@@ -98,7 +90,7 @@ def check_train_files(data: DataConfig, *, vocab_size: int) -> None:
 
 def build_train_dataset(
     data: DataConfig, *, num_samples: int, seed: int, tokenizer: Tokenizer, vocab_size: int, cache_dir: Path
-) -> Dataset:
+) -> CheckedDataset:
     """The blended training set, with an order made for `num_samples`. All ranks call it; rank 0 builds the indices.
 
     Raises:
@@ -132,6 +124,13 @@ def build_train_dataset(
             "this Python and platform"
         ) from None
     return CheckedDataset(train, name=", ".join(entry.prefix for entry in data.train), vocab_size=vocab_size)
+
+
+def conversation_sets(train_set: CheckedDataset) -> list[ConversationDataset]:
+    """The sets of conversations that a training set is blended of; none, where it is text."""
+    inner = train_set.dataset
+    sets = inner.datasets if isinstance(inner, BlendedDataset) else [inner]
+    return [part for part in sets if isinstance(part, ConversationDataset)]
 
 
 def _blend(data: DataConfig) -> tuple[list[str], list[float] | None]:

@@ -7,8 +7,8 @@ import resource
 import torch
 import torch.distributed as dist
 
-from megatron_llamapro.config.schema import DataConfig, RunConfig
-from megatron_llamapro.data.conversations import describe
+from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.data.dataset import conversation_sets
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.freeze import StageReport
 from megatron_llamapro.model.shape import ModelShape
@@ -40,17 +40,11 @@ def print_report(run: Run) -> dict[str, object]:
             f"TP {layout.tensor_size} x PP {layout.pipeline_size} x DP {layout.data_size}",
             flush=True,
         )
-        for line in _conversation_lines(run.config.data):
-            print(line)
+        for conversations in conversation_sets(run.train_set):
+            print(conversations.summary)
         if run.state.iteration:
             print(f"continuing from {run.config.checkpoint.save}, step {run.state.iteration}", flush=True)
     return record
-
-
-def _conversation_lines(data: DataConfig) -> list[str]:
-    if data.format != "chat":
-        return []
-    return [describe(entry.prefix, seq_length=data.seq_length, packing=data.packing) for entry in data.train]
 
 
 def _first_of_each_stage(run: Run) -> list[StageReport]:

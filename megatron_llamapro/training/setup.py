@@ -18,7 +18,7 @@ from megatron_llamapro.checkpoint.megatron_dist import check_loadable
 from megatron_llamapro.config.checks import data_parallel_size
 from megatron_llamapro.config.errors import CheckpointError, ConfigError, LlamaProError
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
-from megatron_llamapro.data.dataset import build_train_dataset, build_valid_datasets, check_train_files
+from megatron_llamapro.data.dataset import CheckedDataset, build_train_dataset, build_valid_datasets, check_train_files
 from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.build import LlamaModel, build_model
@@ -77,7 +77,7 @@ class Run:
     chunks: Sequence[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    train_set: Dataset
+    train_set: CheckedDataset
     report: StageReport
     state: TrainingState
 
@@ -227,7 +227,7 @@ def wrapped(model: LlamaModel, parallel: ParallelConfig) -> DistributedDataParal
     return ddp
 
 
-def _train_set(config: RunConfig, source: Source) -> Dataset:
+def _train_set(config: RunConfig, source: Source) -> CheckedDataset:
     metrics = metrics_path(config.logging, save=config.checkpoint.save)
     return build_train_dataset(
         config.data,

@@ -15,12 +15,18 @@ from hypothesis import strategies as st
 
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.schema import BlendEntry, DataConfig
-from megatron_llamapro.data.conversations import describe, packed
-from megatron_llamapro.data.dataset import build_train_dataset, build_valid_datasets, check_train_files
+from megatron_llamapro.data.conversations import Conversations, packed
+from megatron_llamapro.data.dataset import (
+    build_train_dataset,
+    build_valid_datasets,
+    check_train_files,
+    conversation_sets,
+)
 from megatron_llamapro.data.preprocess import preprocess
 from megatron_llamapro.data.sampling import check_same_order, data_order_fingerprint
 from megatron_llamapro.data.token_files import content_digest, open_token_file, paths_of
 from megatron_llamapro.data.tokenizer import load_tokenizer
+from megatron_llamapro.testing.distributed import run_distributed
 
 SEQ_LENGTH = 100
 TEMPLATE = (
@@ -66,10 +72,9 @@ def chat(make_chat: Callable[..., str]) -> str:
 
 @pytest.fixture
 def build(chat: str, tokenizer_folder: Path, tmp_path: Path) -> Callable:
-    def make(*prefixes: str, packing: bool = False, num_samples: int = 96, seed: int = 1):
-        entries = tuple(BlendEntry(prefix) for prefix in prefixes or (chat,))
+    def make(*, packing: bool = False, num_samples: int = 96, seed: int = 1):
         return build_train_dataset(
-            DataConfig(train=entries, seq_length=SEQ_LENGTH, format="chat", packing=packing),
+            DataConfig(train=(BlendEntry(chat),), seq_length=SEQ_LENGTH, format="chat", packing=packing),
             num_samples=num_samples,
             seed=seed,
             tokenizer=load_tokenizer(tokenizer_folder),
@@ -104,7 +109,7 @@ def expected(numbers: range) -> Counter:
 def test_one_pass_is_every_conversation_once(packing: bool, build: Callable, tokenizer_folder: Path) -> None:
     """Whole, with loss on its answer and the end of it; those that do not fit are left out. A second pass again."""
     tokenizer = load_tokenizer(tokenizer_folder)
-    num_samples = len(build(packing=packing, num_samples=1).dataset)
+    num_samples = len(build(packing=packing, num_samples=1))
     dataset = build(packing=packing, num_samples=2 * num_samples)
     passes = [
         [parts(dataset[index], tokenizer) for index in range(start, start + num_samples)] for start in (0, num_samples)
@@ -157,7 +162,7 @@ def test_packing_fills() -> None:
     assert lengths.sum() / (4097 * len(rows)) > 0.999
 
 
-def test_refusals(chat: str, pair: Path, tmp_path: Path, build: Callable) -> None:
+def test_refusals(chat: str, pair: Path) -> None:
     def check(prefix: object, data_format: str) -> None:
         check_train_files(
             DataConfig(train=(BlendEntry(str(prefix)),), seq_length=8, format=data_format), vocab_size=131
@@ -168,7 +173,7 @@ def test_refusals(chat: str, pair: Path, tmp_path: Path, build: Callable) -> Non
     with pytest.raises(DataError, match="holds text: preprocess conversations with --chat"):
         check(pair, "chat")
     with pytest.raises(DataError, match=r"none of its 100 conversations fits into data\.seq_length 3"):
-        describe(chat, seq_length=3, packing=False)
+        Conversations(open_token_file(chat, data_format="chat"), name=chat, seq_length=3, padding=2)
 
 
 def test_another_marking_is_another_order(chat: str, make_chat: Callable[..., str]) -> None:
@@ -196,7 +201,37 @@ def test_runs_of_text_go_on(pair: Path, chat: str) -> None:
         check_same_order(order(chat, format="chat"), order(chat, format="chat", packing=True))
 
 
-def test_what_a_pass_is(chat: str) -> None:
-    alone = describe(chat, seq_length=SEQ_LENGTH, packing=False)
-    assert "96 conversations, 4 longer than data.seq_length left out; one pass is 96 samples, 53% full" in alone
-    assert "conversations, 4 longer" in describe(chat, seq_length=SEQ_LENGTH, packing=True)
+def test_what_a_pass_is(build: Callable) -> None:
+    [alone], [several] = (conversation_sets(build(packing=packing)) for packing in (False, True))
+    text = "96 conversations, 4 longer than data.seq_length left out; one pass is 96 samples, 53% full"
+    assert text in alone.summary
+    samples = len(build(packing=True, num_samples=1))
+    assert samples < 56 and f"conversations, 4 longer than data.seq_length left out; one pass is {samples} samples" in (
+        several.summary
+    )
+
+
+def blend_worker(prefixes: tuple[str, str], tokenizer_folder: Path, cache: Path) -> tuple[list, list[str]]:
+    """Of every sample the set, and its conversation; and what is said of the sets."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    dataset = build_train_dataset(
+        DataConfig(train=tuple(map(BlendEntry, prefixes)), seq_length=SEQ_LENGTH, format="chat"),
+        num_samples=60,
+        seed=1,
+        tokenizer=tokenizer,
+        vocab_size=131,
+        cache_dir=cache,
+    )
+    found = [(int(dataset[index]["dataset_id"]), *parts(dataset[index], tokenizer)) for index in range(60)]
+    return found, [part.summary for part in conversation_sets(dataset)]
+
+
+def test_sets_are_blended(chat: str, make_chat: Callable[..., str], tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Equal weights: as many samples of the small set, which begins anew, as of the large one; all ranks agree."""
+    prefixes = (chat, make_chat("small", range(3)))
+    first, second = run_distributed(blend_worker, 2, prefixes, tokenizer_folder, tmp_path / "cache")
+    assert first == second
+    samples, summaries = first
+    assert Counter(number for number, _ in samples) == {0: 30, 1: 30}
+    assert {part for number, part in samples if number == 1} == set(expected(range(3)))
+    assert [summary.partition(":")[0] for summary in summaries] == list(prefixes)
