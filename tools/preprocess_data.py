@@ -2,7 +2,7 @@
 
 python tools/preprocess_data.py --input FILE.jsonl... --tokenizer DIR_OR_FILE --output_prefix PREFIX [--num_workers N]
 
-With --chat a line is a conversation, for an instruct stage (docs/instruct.md).
+With --chat a line is a conversation: {"messages": [{"role": "user", "content": "…"}, …]}.
 """
 
 from __future__ import annotations
