@@ -1,6 +1,7 @@
 """What every command has in common: one-line errors, exit codes, `--debug`. Imports neither torch nor megatron.
 
-Exit codes: 0 done, 1 a check said no (verify), 2 the user's input (one `error: …` line), 130 interrupted.
+Exit codes: 0 done, 1 a check said no (verify), 2 the user's input (one `error: …` line), 70 a run hung and was
+ended (runtime/watchdog.py), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import NoReturn
 from megatron_llamapro.config.errors import LlamaProError
 
 USAGE_ERROR = 2
+HUNG = 70
 INTERRUPTED = 130
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_llamapro.config.command import USAGE_ERROR
+from megatron_llamapro.config.command import HUNG, USAGE_ERROR
 
 _MOST_BYTES = 4 * 2**20  # of a log, from its end
 
@@ -53,9 +53,14 @@ def failures(log: str) -> Iterator[Failure]:
 
 
 def first_failure(found: Iterable[Failure]) -> Failure | None:
-    """The one that the others followed: a rank that was killed before one that lost its peers, then by time."""
+    """The one that the others followed: a rank that ended a hang, whose end may abort others; then one that was killed
+    before one that lost its peers; then by time."""
     candidates = [failure for failure in found if failure.code != _ENDED_BY_TORCHRUN]
-    return min(candidates, key=lambda failure: (failure.code > 0, failure.time, failure.rank), default=None)
+    return min(
+        candidates,
+        key=lambda failure: (failure.code != HUNG, failure.code > 0, failure.time, failure.rank),
+        default=None,
+    )
 
 
 def describe(logs: Iterable[str]) -> tuple[str, int]:

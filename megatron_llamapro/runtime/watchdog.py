@@ -22,7 +22,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-HANG_EXIT_CODE = 70
+from megatron_llamapro.config.command import HUNG
+
 _GRACE_SECONDS = 5.0
 _KEY = "llamapro/hang"
 
@@ -67,13 +68,12 @@ class Watchdog:
             time.sleep(min(1.0, self.timeout_seconds / 4))
         stack = traceback.extract_stack(sys._current_frames().get(self._main or 0))
         text = "".join(traceback.format_list(stack))
-        print(
-            f"rank {self.rank}: no step for {self.timeout_seconds:g} s; it is at\n{text}", file=sys.stderr, flush=True
-        )
+        _say(f"rank {self.rank}: no step for {self.timeout_seconds:g} s; it is at\n{text}")
         try:
-            print(self._verdict(stack), file=sys.stderr, flush=True)
+            _say(self._verdict(stack))
+            self._wait_for_readers()
         finally:
-            os._exit(HANG_EXIT_CODE)
+            os._exit(HUNG)
 
     def _verdict(self, stack: traceback.StackSummary) -> str:
         self._store.set_timeout(timedelta(seconds=_GRACE_SECONDS))
@@ -81,12 +81,22 @@ class Watchdog:
             self._store.set(f"{_KEY}/{self.rank}", json.dumps([[frame.filename, frame.name] for frame in stack]))
         except RuntimeError:
             return "hang: the ranks' common store does not answer: rank 0, which has it, is frozen or gone"
-        stacks, until = {}, time.monotonic() + _GRACE_SECONDS
+        return verdict({rank: json.loads(text) for rank, text in self._gather(_KEY).items()}, self.world_size)
+
+    def _wait_for_readers(self) -> None:
+        """Until all have said what they found: the end of rank 0 takes the store away from those that still read."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"{_KEY}/said/{self.rank}", "")
+            self._gather(f"{_KEY}/said")
+
+    def _gather(self, key: str) -> dict[int, bytes]:
+        """What the ranks have put under a key; not there is who puts nothing in the time of grace."""
+        found, until = {}, time.monotonic() + _GRACE_SECONDS
         for rank in range(self.world_size):
             with contextlib.suppress(RuntimeError):
-                self._store.wait([f"{_KEY}/{rank}"], timedelta(seconds=max(0.1, until - time.monotonic())))
-                stacks[rank] = json.loads(self._store.get(f"{_KEY}/{rank}"))
-        return verdict(stacks, self.world_size)
+                self._store.wait([f"{key}/{rank}"], timedelta(seconds=max(0.1, until - time.monotonic())))
+                found[rank] = self._store.get(f"{key}/{rank}")
+        return found
 
 
 def _say(text: str) -> None:

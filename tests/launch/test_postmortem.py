@@ -43,6 +43,11 @@ def test_a_hang_is_told_with_its_rank() -> None:
     assert "exit code 70: hang: the others wait for rank 1" in line
 
 
+def test_a_hang_comes_before_what_its_end_aborts() -> None:
+    line, _ = describe([block(3, -6, second=9), block(0, 70) + "[default0]:hang: rank 1 gave no sign of life\n"])
+    assert line == "rank 0 on n1 died first, at 2026-11-25 16:05:10: exit code 70: hang: rank 1 gave no sign of life"
+
+
 def test_a_refused_input_is_an_end() -> None:
     line, code = describe([block(0, 2) + "[default0]:error: data.seq_length is 4096, but …\n"])
     assert (line, code) == ("the run was refused: data.seq_length is 4096, but …", 2)

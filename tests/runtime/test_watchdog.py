@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llamapro.runtime.watchdog import HANG_EXIT_CODE, verdict
+from megatron_llamapro.config.command import HUNG
+from megatron_llamapro.runtime.watchdog import verdict
 
 WORKER = """
 import os, signal, sys, time
@@ -54,9 +55,69 @@ def test_the_rank_is_named(how: str, line: str, tmp_path: Path) -> None:
     try:
         for rank in (0, 2) if how == "frozen" else (0, 1, 2):
             out, errors = ranks[rank].communicate(timeout=90)
-            assert ranks[rank].returncode == HANG_EXIT_CODE and out == "got on\n", errors
+            assert ranks[rank].returncode == HUNG and out == "got on\n", errors
             assert line in errors.splitlines() and f"rank {rank}: no step for 2 s; it is at" in errors
             assert ("in stuck" if rank == 1 else "in all_reduce") in errors
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
+SLOW_READER = """
+import os, sys, time
+import torch, torch.distributed as dist
+from megatron_llamapro.runtime.watchdog import Watchdog
+
+class Slow:
+    def __init__(self, store):
+        self.store = store
+
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+
+    def get(self, key):
+        time.sleep(0.5)
+        return self.store.get(key)
+
+def stuck():
+    time.sleep(100)
+
+rank = int(os.environ["RANK"])
+store = dist.FileStore(sys.argv[1], 3)
+if rank == 0:
+    server = dist.TCPStore("127.0.0.1", 0, 3, is_master=True, wait_for_workers=False)
+    store.set("port", str(server.port))
+else:
+    server = dist.TCPStore("127.0.0.1", int(store.get("port")), 3, wait_for_workers=False)
+dist.init_process_group("gloo", store=server, rank=rank, world_size=3)
+watchdog = Watchdog(1.0)
+if rank == 2:
+    watchdog._store = Slow(watchdog._store)
+dist.all_reduce(torch.ones(1))
+watchdog.beat()
+if rank == 1:
+    stuck()
+dist.all_reduce(torch.ones(1))
+"""
+
+
+def test_a_rank_that_reads_slowly_says_the_same(tmp_path: Path) -> None:
+    """Rank 0 has the common store, as on a cluster: it must not end while others still read the stacks there."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SLOW_READER, str(tmp_path / "port")],
+            env={**os.environ, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    try:
+        for process in ranks:
+            _, errors = process.communicate(timeout=90)
+            assert process.returncode, errors  # not always HUNG: the first one's end is an error to the others
+            assert "hang: the others wait for rank 1: rank 1 is in stuck (<string>)" in errors.splitlines(), errors
     finally:
         for process in ranks:
             process.kill()
