@@ -1,7 +1,7 @@
 """The sbatch job that trains a run to its end, through time limits, preemption and lost nodes; printed, or submitted.
 
 python tools/launch_slurm.py --config run.yaml --launch slurm.yaml [--submit] [--section.field value …]
-python tools/launch_slurm.py --config run.yaml --launch slurm.yaml --by_hand HOST      torchrun for every node instead
+python tools/launch_slurm.py --config run.yaml --launch slurm.yaml --by_hand HOST      without a scheduler
 
 docs/cluster.md shows the way from a login node to a running job.
 """
@@ -18,7 +18,7 @@ def main() -> int:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--launch", type=Path, required=True, metavar="FILE.yaml", help="nodes, SLURM, container, logs")
     parser.add_argument("--submit", action="store_true", help="also give it to sbatch")
-    parser.add_argument("--by_hand", metavar="HOST", help="print torchrun's command instead; HOST is the first node")
+    parser.add_argument("--by_hand", metavar="HOST", help="print what to type on every node instead; HOST is the first")
     args, run_args = parser.parse_own_args()
 
     from megatron_llamapro.config.io import parse_run_config

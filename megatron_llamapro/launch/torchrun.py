@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from megatron_llamapro.launch.config import LaunchConfig
+from megatron_llamapro.launch.config import LaunchConfig, environment_of
 
 MODULE = "megatron_llamapro.pretrain"
 
@@ -32,8 +32,15 @@ def torchrun_arguments(launch: LaunchConfig, *, endpoint: str | None, run_id: st
     ]
 
 
+def exports(launch: LaunchConfig) -> list[str]:
+    """Lines of shell that set the variables that every node gets."""
+    return [f"export {name}={shlex.quote(value)}" for name, value in environment_of(launch).items()]
+
+
 def commands_by_hand(launch: LaunchConfig, run_args: Sequence[str], *, head: str) -> str:
-    """What to type on every node where no scheduler is; `head` is the first node's name."""
+    """What to type on every node where no scheduler is, in the container if there is one; `head` is the first node's
+    name."""
     endpoint = f"{head}:{launch.rendezvous_port or 29400}" if launch.nodes.num_nodes > 1 else None
     arguments = torchrun_arguments(launch, endpoint=endpoint, run_id=launch.slurm.job_name, log_dir=launch.log_dir)
-    return shlex.join([*arguments, *run_args])
+    where = [f"cd {shlex.quote(launch.working_dir)}"] if launch.working_dir else []
+    return "\n".join([*where, *exports(launch), *launch.setup, shlex.join([*arguments, *run_args])])

@@ -100,8 +100,11 @@ def test_without_a_scheduler(launch_file) -> None:
 
 
 def test_by_hand(launch_file) -> None:
-    launch = launch_file("log_dir: /shared/logs\nworking_dir: /shared\nnodes: {num_nodes: 2}")
+    more = "environment: {NCCL_DEBUG: a b}\nsetup: [module load cuda]\n"
+    launch = launch_file("log_dir: /shared/logs\nworking_dir: /shared\nnodes: {num_nodes: 2}\n" + more)
     done = tool("--launch", launch, *RUN, "--by_hand", "node7")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("cd /shared\nexport CUDA_DEVICE_MAX_CONNECTIONS=1\n")
+    assert "export NCCL_DEBUG='a b'\nmodule load cuda\ntorchrun " in done.stdout
     assert "--nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node7:29400" in done.stdout
     assert done.stdout.endswith(f"-m megatron_llamapro.pretrain {shlex.join(RUN)}\n")
