@@ -5,13 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.files import write_atomically
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.launch.config import LaunchConfig, check_run
-from megatron_llamapro.launch.slurm import sbatch_script
+from megatron_llamapro.launch.slurm import log_folder, sbatch_script
 from megatron_llamapro.launch.torchrun import commands_by_hand
 
 
@@ -31,7 +30,7 @@ def _submit(launch: LaunchConfig, script: str) -> int:
         raise ConfigError(
             "--submit: there is no sbatch here: go to a node of the cluster, or take the printed script there"
         )
-    log_dir = Path(launch.working_dir or ".") / launch.log_dir
+    log_dir = log_folder(launch)
     log_dir.mkdir(parents=True, exist_ok=True)
     path = log_dir / f"{launch.slurm.job_name}.sbatch"
     write_atomically(path, script)

@@ -10,9 +10,22 @@ saved_step() {
 
 is_finished() { [ "$(saved_step)" -ge "$TRAIN_ITERS" ]; }
 
-# Ranks save and stop after their step. Sent again and again: a rank that still imports torch does not hear it yet.
+# Nothing that another start would make better; an array's other jobs would be such starts.
+give_up() {
+    say "gives up: $*"
+    [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
+    exit 1
+}
+
+# A job whose nodes are to be taken away is warned while it runs. One that is ended without a warning was cancelled.
 stopping=0
-trap 'stopping=1' USR1 TERM
+cancelled=0
+# shellcheck disable=SC2329
+is_ending() { [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = COMPLETING ]; }
+trap 'stopping=1' USR1
+trap '[ "$stopping" = 0 ] && is_ending && cancelled=1; stopping=1' TERM
+
+# Ranks save and stop after their step. Sent again and again: a rank that still imports torch does not hear it yet.
 run_ranks() {
     local srun_pid
     srun --kill-on-bad-exit=1 "${CONTAINER[@]}" bash -c "$(declare -f setup ranks); ranks" &
@@ -38,6 +51,7 @@ HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PORT=${PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 LIFE="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 LIFE_LOGS="$LOG_DIR/$LIFE"
+LIVES="$LOG_DIR/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.lives_without_progress"
 export HEAD_NODE PORT LIFE LIFE_LOGS
 mkdir -p "$LIFE_LOGS"
 say "from step $started_at of $TRAIN_ITERS on $SLURM_JOB_NODELIST; logs of every rank in $LIFE_LOGS"
@@ -47,25 +61,31 @@ code=$?
 say "ended with code $code at step $(saved_step) of $TRAIN_ITERS"
 is_finished && exit 0
 
-refused=0
-if [ "$code" != 0 ]; then
-    setup
-    python3 -m megatron_llamapro.launch.postmortem "$LIFE_LOGS" || refused=$?
-    [ "$refused" = 2 ] && exit 1 # what is wrong with the input stays wrong
+if [ "$cancelled" = 1 ]; then
+    say "was cancelled: it is not requeued"
+    exit 1
 fi
-[ -n "${SLURM_ARRAY_TASK_ID:-}" ] && exit "$code" # the array's next job goes on
+
+refused=0
+if [ "$code" != 0 ]; then # in a shell of its own: what setup does to it is not to end the job
+    where=()
+    [ "${#CONTAINER[@]}" = 0 ] || where=(srun --nodes=1 --ntasks=1 --nodelist="$HEAD_NODE" "${CONTAINER[@]}")
+    "${where[@]}" bash -c "$(declare -f setup); setup; python3 -m megatron_llamapro.launch.postmortem \"\$LIFE_LOGS\"" ||
+        refused=$?
+fi
 
 lives=0
 if [ "$(saved_step)" -le "$started_at" ]; then
-    lives=$(($(cat "$LOG_DIR/lives_without_progress" 2>/dev/null || echo 0) + 1))
+    [ "$refused" = 2 ] && give_up "what is wrong with the input stays wrong"
+    lives=$(($(cat "$LIVES" 2>/dev/null || echo 0) + 1))
 fi
-echo "$lives" >"$LOG_DIR/lives_without_progress"
-if [ "$lives" -ge "$MAX_LIVES_WITHOUT_PROGRESS" ]; then
-    say "gives up: $lives lives in a row saved nothing new"
-    exit 1
-fi
+echo "$lives" >"$LIVES"
+[ "$lives" -ge "$MAX_LIVES_WITHOUT_PROGRESS" ] && give_up "$lives lives in a row saved nothing new"
+[ -n "${SLURM_ARRAY_TASK_ID:-}" ] && exit "$code" # the array's next job goes on
+
 say "requeued"
 trap - USR1 TERM # SLURM ends this life now; had it ended by itself, the job would count as failed
-scontrol requeue "$SLURM_JOB_ID"
+scontrol requeue "$SLURM_JOB_ID" ||
+    give_up "SLURM did not requeue it; where it is not allowed to, slurm.max_lives makes a job array"
 sleep 300
 exit 1

@@ -9,8 +9,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_llamapro.launch.config import LaunchConfig, environment_of
-from megatron_llamapro.launch.torchrun import torchrun_arguments
+from megatron_llamapro.launch.config import LaunchConfig
+from megatron_llamapro.launch.torchrun import exports, torchrun_arguments
 
 _BODY = Path(__file__).with_name("job.sh")
 
@@ -25,16 +25,18 @@ def sbatch_script(launch: LaunchConfig, run_args: Sequence[str], *, save: str, t
             "",
             "set -uo pipefail",
             *([f"cd {shlex.quote(launch.working_dir)} || exit 1"] if launch.working_dir else []),
-            *(f"export {name}={shlex.quote(value)}" for name, value in environment_of(launch).items()),
+            *exports(launch),
+            # srun of SLURM 22.05 to 23.02 does not take it over from sbatch, and binds all ranks to one core.
+            *([f"export SRUN_CPUS_PER_TASK={launch.nodes.cpus_per_node}"] if launch.nodes.cpus_per_node else []),
             f"LOG_DIR={shlex.quote(launch.log_dir)}",
             f"SAVE={shlex.quote(save)}",
             f"TRAIN_ITERS={train_iters}",
             f"MAX_LIVES_WITHOUT_PROGRESS={launch.slurm.max_lives_without_progress}",
-            *([f"PORT={launch.rendezvous_port}"] if launch.rendezvous_port else []),
-            f"CONTAINER=({' '.join(map(shlex.quote, _container(launch)))})",
+            f"PORT={launch.rendezvous_port or ''}",  # also where it has none: the user's environment may have a PORT
+            f"CONTAINER=({' '.join(_container(launch))})",
             "",
             "# On every node, before its ranks.",
-            "# shellcheck disable=SC1091",
+            "# shellcheck disable=SC1091,SC2329",
             *_function("setup", launch.setup or (":",)),
             "",
             "# What runs on every node, where its text is sent to.",
@@ -46,9 +48,14 @@ def sbatch_script(launch: LaunchConfig, run_args: Sequence[str], *, save: str, t
     )
 
 
+def log_folder(launch: LaunchConfig) -> Path:
+    """Where the logs are, seen from where the job is submitted: sbatch has not changed to the working directory."""
+    return Path(launch.working_dir or ".") / launch.log_dir
+
+
 def _options(launch: LaunchConfig) -> Iterator[str]:
     nodes, slurm = launch.nodes, launch.slurm
-    yield f"--job-name={slurm.job_name}"
+    yield f"--job-name={shlex.quote(slurm.job_name)}"
     yield f"--nodes={nodes.num_nodes}"
     yield "--ntasks-per-node=1"
     for name, value in (
@@ -59,7 +66,7 @@ def _options(launch: LaunchConfig) -> Iterator[str]:
         ("account", slurm.account),
     ):
         if value is not None:
-            yield f"--{name}={value}"
+            yield f"--{name}={shlex.quote(str(value))}"  # sbatch reads quotes as a shell does
     yield f"--time={slurm.time}"
     yield f"--signal=B:USR1@{slurm.signal_seconds}"
     if slurm.max_lives is None:
@@ -67,18 +74,20 @@ def _options(launch: LaunchConfig) -> Iterator[str]:
     else:
         yield f"--array=1-{slurm.max_lives}%1"
     yield "--open-mode=append"
-    yield f"--output={launch.log_dir}/%x-%j.out"
+    yield f"--output={shlex.quote(str(log_folder(launch) / '%x-%j.out'))}"
     yield from slurm.options
 
 
 def _container(launch: LaunchConfig) -> list[str]:
-    """What stands between srun and the ranks' shell."""
+    """What stands between srun and the ranks' shell, as words of shell."""
     if launch.container_image is None:
         return []
-    mounts = ",".join(launch.container_mounts)
-    if launch.container_runtime == "pyxis":
-        return [f"--container-image={launch.container_image}", *([f"--container-mounts={mounts}"] if mounts else [])]
-    return ["apptainer", "exec", "--nv", *(["--bind", mounts] if mounts else []), launch.container_image]
+    image, mounts = shlex.quote(launch.container_image), shlex.quote(",".join(launch.container_mounts))
+    has_mounts = bool(launch.container_mounts)
+    if launch.container_runtime == "pyxis":  # which begins in the image's folder otherwise
+        words = [f"--container-image={image}", '--container-workdir="$PWD"']
+        return [*words, *([f"--container-mounts={mounts}"] if has_mounts else [])]
+    return ["apptainer", "exec", "--nv", *(["--bind", mounts] if has_mounts else []), image]
 
 
 def _ranks(launch: LaunchConfig, run_args: Sequence[str]) -> list[str]:

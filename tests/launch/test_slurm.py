@@ -40,7 +40,13 @@ VARIANTS = {
     "array": {"slurm": {"max_lives": 10}},
     "pyxis": {"container_image": "image.sqsh", "container_mounts": ["/shared:/shared"]},
     "apptainer": {"container_image": "image.sif", "container_runtime": "apptainer", "container_mounts": ["/a:/a"]},
-    "words with spaces": {"log_dir": "my logs", "working_dir": "/my folder", "environment": {"A": "b c", "D": "it's"}},
+    "cores": {"nodes": {"num_nodes": 2, "cpus_per_node": 32}},
+    "words with spaces": {
+        "log_dir": "my logs",
+        "working_dir": "/my folder",
+        "environment": {"A": "b c", "D": "it's"},
+        "slurm": {"job_name": "my run"},
+    },
 }
 
 
@@ -59,8 +65,12 @@ def test_what_differs(tmp_path: Path) -> None:
     texts = {name: script(changed(tmp_path, **fields)) for name, fields in VARIANTS.items()}
     assert "--standalone" in texts["one node"] and "--rdzv-endpoint" not in texts["one node"]
     assert "#SBATCH --array=1-10%1" in texts["array"] and "--requeue" not in texts["array"]
-    assert "CONTAINER=(--container-image=image.sqsh --container-mounts=/shared:/shared)" in texts["pyxis"]
+    pyxis = '(--container-image=image.sqsh --container-workdir="$PWD" --container-mounts=/shared:/shared)'
+    assert f"CONTAINER={pyxis}\n" in texts["pyxis"]
     assert "CONTAINER=(apptainer exec --nv --bind /a:/a image.sif)" in texts["apptainer"]
     assert "export A='b c'\nexport D='it'\"'\"'s'\n" in texts["words with spaces"]
+    assert "#SBATCH --output='/my folder/my logs/%x-%j.out'\n" in texts["words with spaces"]
+    assert "#SBATCH --job-name='my run'\n" in texts["words with spaces"]
+    assert "export SRUN_CPUS_PER_TASK=32\n" in texts["cores"] and "SRUN_CPUS_PER_TASK" not in texts["two nodes"]
     for text in texts.values():
         assert "export CUDA_DEVICE_MAX_CONNECTIONS=1" in text

@@ -1,0 +1,136 @@
+"""What the job does at the end of a life: its script runs for real, on stand-ins for SLURM's commands and for torchrun.
+tests/slurm has it on a cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_llamapro.launch.config import read_launch_config
+from megatron_llamapro.launch.slurm import sbatch_script
+
+STAND_INS = {
+    "srun": 'while [ "$1" != bash ] && [ "$1" != apptainer ]; do shift; done; exec "$@"',
+    "apptainer": 'while [ "$1" != bash ]; do shift; done; IN_CONTAINER=1 exec "$@"',
+    "scontrol": 'if [ "$1" = show ]; then echo n1; else echo "scontrol $*" >>calls; exit "${SCONTROL_CODE:-0}"; fi',
+    "scancel": 'echo "scancel $*" >>calls',
+    "squeue": 'echo "${JOB_STATE:-RUNNING}"',
+    "sleep": "exec /bin/sleep 0.3",
+    "python3": f'[ "${{PYTHON_IS:-}}" = "${{IN_CONTAINER:-}}" ] && exec {sys.executable} "$@"',
+}
+FAILS = "exit 1"
+REFUSED = """\
+echo '[default0]:error: data.seq_length is 4096, but …'
+echo '  time      : 2026-11-25_16:05:10'
+echo '  host      : n1'
+echo '  rank      : 0 (local_rank: 0)'
+echo '  exitcode  : 2 (pid: 233)'
+exit 1
+"""
+
+
+class Life(subprocess.CompletedProcess):
+    """One life of a job; `calls` are what it asked SLURM for."""
+
+    calls: Sequence[str]
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Callable[..., Life]:
+    """Run one life of a job, whose torchrun has this text; SIGTERM comes when a file `started` is there."""
+
+    def live(torchrun: str, *, job: int = 7, launch: dict | None = None, **environment: str) -> Life:
+        defaults = {"log_dir": "logs", "nodes": {"num_nodes": 2}}
+        (tmp_path / "launch.yaml").write_text(yaml.safe_dump({**defaults, **(launch or {})}))
+        text = sbatch_script(read_launch_config(tmp_path / "launch.yaml"), ["--x"], save="save", train_iters=10)
+        (tmp_path / "job.sbatch").write_text(text)
+        for name, body in {**STAND_INS, "torchrun": torchrun}.items():
+            (tmp_path / "bin").mkdir(exist_ok=True)
+            (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+        for name in ("calls", "started"):
+            (tmp_path / name).unlink(missing_ok=True)
+        variables = {"SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "n[1-2]", **environment}
+        process = subprocess.Popen(
+            ["bash", "job.sbatch"],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        while process.poll() is None and not (tmp_path / "started").exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)  # to one that has ended already: nothing
+        life = Life(process.args, 0, process.communicate(timeout=60)[0])
+        life.returncode = process.returncode
+        life.calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+        return life
+
+    return live
+
+
+def test_what_another_job_did_not_save_is_not_counted(live: Callable[..., Life]) -> None:
+    launch = {"slurm": {"max_lives_without_progress": 2}}
+    assert live(FAILS, launch=launch).calls == ["scontrol requeue 7"]
+    gave_up = live(FAILS, launch=launch)
+    assert gave_up.calls == [] and "gives up: 2 lives in a row saved nothing new" in gave_up.stdout
+    assert live(FAILS, launch=launch, job=8).calls == ["scontrol requeue 8"]
+
+
+def test_setup_may_do_what_it_likes(live: Callable[..., Life]) -> None:
+    """Environment modules and conda read variables that are not set, which `set -u` does not forgive."""
+    life = live(FAILS, launch={"setup": ['echo "${NOT_SET_ANYWHERE}"', "PATH=$PATH:/x", "set -eu"]})
+    assert life.calls == ["scontrol requeue 7"], life.stdout
+    assert "no node says that a rank died" in life.stdout
+
+
+@pytest.mark.parametrize(("state", "calls"), [("COMPLETING", []), ("RUNNING", ["scontrol requeue 7"])])
+def test_a_cancelled_job_does_not_come_back(state: str, calls: list[str], live: Callable[..., Life]) -> None:
+    """scancel ends the ranks with the signal that a preemption warns with; the job is then ending already."""
+    life = live("touch started; /bin/sleep 1", JOB_STATE=state)
+    assert [call for call in life.calls if call != "scancel --signal=USR1 7"] == calls, life.stdout
+    assert ("was cancelled" in life.stdout) is (state == "COMPLETING")
+
+
+@pytest.mark.parametrize("container", [{}, {"container_image": "image.sif", "container_runtime": "apptainer"}])
+def test_what_is_refused_is_not_tried_again(container: dict, live: Callable[..., Life]) -> None:
+    """The package may be in the container only, so it is asked there."""
+    life = live(REFUSED, launch=container, PYTHON_IS="1" if container else "")
+    assert life.calls == [] and life.returncode == 1
+    assert "the run was refused: data.seq_length is 4096" in life.stdout, life.stdout
+
+
+def test_what_ends_a_run_on_its_way_is_tried_again(live: Callable[..., Life]) -> None:
+    """A file system that fails has the exit code of an input that is refused."""
+    saved = "mkdir -p save; echo 5 >save/latest_checkpointed_iteration.txt\n"
+    assert live(saved + REFUSED).calls == ["scontrol requeue 7"]
+    assert live(REFUSED).calls == []
+
+
+def test_an_array_ends_with_the_job_that_gives_up(live: Callable[..., Life]) -> None:
+    array = {"launch": {"slurm": {"max_lives": 9, "max_lives_without_progress": 2}}, "SLURM_ARRAY_JOB_ID": "7"}
+    assert live(REFUSED, **array, SLURM_ARRAY_TASK_ID="1").calls == ["scancel --state=PENDING 7"]
+    assert live(FAILS, **array, job=8, SLURM_ARRAY_TASK_ID="2").calls == []
+    assert live(FAILS, **array, job=9, SLURM_ARRAY_TASK_ID="3").calls == ["scancel --state=PENDING 7"]
+
+
+def test_a_cluster_that_does_not_requeue_says_what_to_do(live: Callable[..., Life]) -> None:
+    life = live(FAILS, SCONTROL_CODE="1")
+    assert life.returncode == 1 and "slurm.max_lives makes a job array" in life.stdout
+
+
+def test_the_port_is_not_the_users(live: Callable[..., Life]) -> None:
+    assert "--rdzv-endpoint n1:20007 " in live('echo "$@"; exit 1', PORT="8080").stdout
+    assert (
+        "--rdzv-endpoint n1:3000 "
+        in live('echo "$@"; exit 1', launch={"nodes": {"num_nodes": 2}, "rendezvous_port": 3000}).stdout
+    )
