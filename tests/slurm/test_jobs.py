@@ -195,6 +195,35 @@ def test_a_rank_is_killed(restarts: int, submit: Callable[..., Job], undisturbed
     assert job.cluster.job(job.number)["Restarts"] == str(1 - restarts)
 
 
+# The second checkpoint's tensors are on their way to the disk when the first life loses a rank.
+KILLED_WHILE_SAVING = """
+import os, signal
+
+def killed(file):
+    path = os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}")
+    if "iter_0000010" in path and os.environ["RANK"] == "1":
+        if os.environ["LIFE"].endswith("-0") and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+    fsync(file)
+
+fsync, os.fsync = os.fsync, killed
+"""
+
+
+@pytest.mark.parametrize("restarts", [0, 1], ids=["requeued", "restarted by torchrun"])
+def test_a_rank_is_killed_while_it_saves(restarts: int, submit: Callable[..., Job], undisturbed: Job) -> None:
+    (undisturbed.folder / "sitecustomize.py").write_text(KILLED_WHILE_SAVING)
+    path = f"{undisturbed.folder}:{os.environ.get('PYTHONPATH', '')}"
+    job = submit(max_restarts=restarts, environment={"PYTHONPATH": path})
+    if not restarts:
+        job.wait_for_restart()
+        assert "ended with code 1 at step 5 of 40" in job.log() and "rank 1 on n2 died first" in job.log(), job.log()
+    assert job.wait_for_end() == "COMPLETED", job.log()
+    assert same_as(job, undisturbed)
+    assert len(job.records()) == STEPS + SAVE_INTERVAL  # the steps from 6 to 10 were done again
+    assert job.cluster.job(job.number)["Restarts"] == str(1 - restarts)
+
+
 def test_a_rank_hangs(submit: Callable[..., Job], undisturbed: Job) -> None:
     """It is frozen, which no error tells: the watchdogs of the others end the life and name it."""
     job = submit("--training.hang_timeout_minutes=0.1")
@@ -225,6 +254,14 @@ def test_what_is_refused_is_not_tried_again(submit: Callable[..., Job]) -> None:
     assert job.wait_for_end() == "FAILED"
     assert "the run was refused: data.seq_length is 4096" in job.log()
     assert job.cluster.job(job.number)["Restarts"] == "0"
+
+
+def test_a_cancelled_job_does_not_come_back(submit: Callable[..., Job]) -> None:
+    job = submit()
+    job.wait_for_step(SAVE_INTERVAL + 2)
+    job.cluster.run("scancel", str(job.number))
+    job.cluster.wait(lambda: job.cluster.run("squeue", "-h").strip() == "", seconds=60)
+    assert job.cluster.job(job.number)["JobState"] == "CANCELLED" and "requeued" not in job.log(), job.log()
 
 
 def test_a_job_array_does_it_in_pieces(submit: Callable[..., Job], undisturbed: Job) -> None:
