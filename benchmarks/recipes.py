@@ -68,7 +68,16 @@ class Recipe:
         return ROOT / "examples" / self.name / "run.yaml"
 
 
-RECIPES = (Recipe("llama2_7b_pro"), Recipe("llama2_7b_pro", 8), Recipe("llama3_8b_pro"), Recipe("mistral_7b_pro"))
+HF_CONFIGS["llama2_7b_pro_instruct"] = HF_CONFIGS["llama2_7b_pro"]
+
+RECIPES = (
+    Recipe("llama2_7b_pro"),
+    Recipe("llama2_7b_pro", 8),
+    Recipe("llama2_7b_pro_instruct"),
+    Recipe("llama2_7b_pro_instruct", 8),
+    Recipe("llama3_8b_pro"),
+    Recipe("mistral_7b_pro"),
+)
 
 
 def main() -> int:

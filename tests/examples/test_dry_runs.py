@@ -68,7 +68,7 @@ def test_no_example_is_left_out() -> None:
     """benchmarks/baselines.py and recipes.py run the others, with a test each; those of slurm/ are no runs."""
     named = {make(Path()) for name, (make, *_) in EXAMPLES.items() if name != "the README's"}
     elsewhere = {
-        path for glob in ("baselines/*", "*_pro/run", "slurm/*") for path in ROOT.glob(f"examples/{glob}.yaml")
+        path for glob in ("baselines/*", "*_pro*/run", "slurm/*") for path in ROOT.glob(f"examples/{glob}.yaml")
     }
     assert named == {*ROOT.glob("examples/**/*.yaml")} - elsewhere
 
