@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.expansion.options import add_expansion_options, read_expansion_options
+from megatron_llamapro.training.outcome import add_options
 
 
 def main() -> int:
@@ -21,13 +22,7 @@ def main() -> int:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--world_size", type=int, required=True, metavar="N", help="ranks of the job")
     parser.add_argument("--memory_gib", type=float, metavar="GIB", help="that a rank may hold (default: no limit)")
-    parser.add_argument(
-        "--tokens", type=float, default=80e9, metavar="N", help="to train on (default: the paper's 80e9)"
-    )
-    parser.add_argument("--peak_tflops", type=float, default=989, metavar="N", help="of a rank (default: H100, bf16)")
-    parser.add_argument(
-        "--efficiency", type=float, default=0.4, metavar="PART", help="of the peak that a block reaches"
-    )
+    add_options(parser)
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="block times that --calibrate measured")
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help="measure block times, write them, end")
     parser.add_argument("--output", type=Path, metavar="FILE.yaml", help="write the layout, for pretrain's --config")

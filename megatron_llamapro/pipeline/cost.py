@@ -168,6 +168,10 @@ class Trains:
             parts |= self.adapters.targets
         return min(_POSITIONS[part] for part in parts)
 
+    def is_reached(self, layer: int, part: str, num_layers: int) -> bool:
+        """Whether a backward pass goes on through a part of a layer to its input."""
+        return self.start(layer, num_layers) < _POSITIONS[part]
+
 
 def linear_flops(linear: Linear, layer: int, *, trains: Trains) -> float:
     """Forward FLOP a token of a linear of one layer, with its adapter."""
@@ -179,10 +183,9 @@ def layer_work(shape: ModelShape, layer: int, *, seq_length: int, trains: Trains
     """FLOP a token of one block: below the first that trains forward only, above it the input gradient too, and where
     it trains the weight gradient."""
     attention = block_attention_flops(shape, seq_length, layer)
-    start = trains.start(layer, shape.num_layers)
-    work = Work(attention, 2 * attention if start < _POSITIONS["attention"] else 0.0, 0.0)
+    work = Work(attention, 2 * attention if trains.is_reached(layer, "attention", shape.num_layers) else 0.0, 0.0)
     for linear in linears(shape):
-        flops, is_reached = linear.forward_flops, start < _POSITIONS[linear.name]
+        flops, is_reached = linear.forward_flops, trains.is_reached(layer, linear.name, shape.num_layers)
         trains_itself = trains.trains_weight(layer, linear.name)
         # megatron.core has no weight gradient without the input gradient.
         work += Work(flops, flops if is_reached or trains_itself else 0.0, flops if trains_itself else 0.0)

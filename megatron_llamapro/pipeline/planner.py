@@ -110,12 +110,43 @@ def best_plan(job: Job) -> Plan:
         if plan.seconds < limit[0] and _fits(job, plan):
             best, limit[0] = plan, plan.seconds
     if best is None:
-        needed, there = max(even.stage_bytes) / 2**30, job.memory_bytes / 2**30
-        raise PipelinePlanError(
-            f"no split fits: the even one needs {needed:.1f} GiB on its largest stage, and there are {there:.1f}: take "
-            "more tensor-parallel ranks or stages, or a smaller micro-batch"
-        )
+        raise _does_not_fit(job, even)
     return evaluate(job, best.counts, is_proven=tried <= _MOST_SPLITS)
+
+
+def balanced_plan(job: Job) -> Plan:
+    """The split whose slowest stage is fastest, of those that fit: nearly the best one where micro-batches are many,
+    and found at once where `best_plan` looks through thousands. Without virtual stages.
+
+    Raises:
+        PipelinePlanError: no split fits into memory.
+    """
+    num_layers, stages, in_flight = len(job.time.layers), job.num_stages, _in_flight(job)
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by layers laid so far: slowest stage, counts
+    for stage in range(stages):
+        extended: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for first, (slowest, counts) in best.items():
+            left = stages - stage - 1
+            for count in range(1, num_layers - first - left + 1) if left else [num_layers - first]:
+                chunk = job.chunk(stage, first, count)
+                held = chunk.held.state + in_flight[stage][0] * chunk.held.activations + chunk.held.recomputed
+                if held > job.memory_bytes:
+                    break
+                seconds = max(slowest, chunk.time.total)
+                if seconds < extended.get(first + count, (float("inf"),))[0]:
+                    extended[first + count] = (seconds, (*counts, count))
+        best = extended
+    if num_layers not in best:
+        raise _does_not_fit(job, even_plan(job))
+    return evaluate(job, best[num_layers][1], is_proven=False)
+
+
+def _does_not_fit(job: Job, even: Plan) -> PipelinePlanError:
+    needed, there = max(even.stage_bytes) / 2**30, job.memory_bytes / 2**30
+    return PipelinePlanError(
+        f"no split fits: the even one needs {needed:.1f} GiB on its largest stage, and there are {there:.1f}: take "
+        "more tensor-parallel ranks or stages, or a smaller micro-batch"
+    )
 
 
 def _mended(job: Job, counts: Sequence[int]) -> Plan | None:

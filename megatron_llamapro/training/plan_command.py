@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -14,58 +14,40 @@ from megatron_llamapro.config.errors import ConfigError, PipelinePlanError
 from megatron_llamapro.config.files import write_atomically
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.inits import Expansion
-from megatron_llamapro.pipeline.cost import step_work
 from megatron_llamapro.pipeline.job import Job
 from megatron_llamapro.pipeline.layout import draw
 from megatron_llamapro.pipeline.planner import Plan, best_plan, even_plan
 from megatron_llamapro.pipeline.timing import time_from_calibration
 from megatron_llamapro.training.fitting import check_fits, job_of
+from megatron_llamapro.training.outcome import check_positive, outcome
 
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A split, and what it means for the whole run."""
-
-    plan: Plan
-    tokens_per_second: float
-    """Of all ranks."""
-    model_flops_utilization: float
-    """FLOPs that the training needs, of the ranks' peak."""
-    gpu_hours: float
-    """For the wanted tokens."""
-
-
 def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None) -> int:
     """Plan, print the even split and the best one, write the layout where asked."""
-    _check_positive(args)
+    check_positive(args, "memory_gib")
     model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
     job = _job(config, model, args)
-    even, best = (_outcome(config, model, job, plan, args) for plan in (even_plan(job), best_plan(job)))
+    even, best = even_plan(job), best_plan(job)
     if args.json:
-        print(json.dumps({"even": _as_json(even), "best": _as_json(best)}, indent=2))
+        figures = {
+            name: {**vars(plan), **vars(outcome(job, plan.seconds, args))}
+            for name, plan in (("even", even), ("best", best))
+        }
+        print(json.dumps(figures, indent=2))
     else:
         print("\n".join(_lines(model, job, even, best, args)))
     if args.output:
         layout = {
             "pipeline_model_parallel_size": job.num_stages,
             **({"virtual_pipeline_model_parallel_size": job.num_chunks} if job.num_chunks > 1 else {}),
-            "pipeline_stage_layers": list(best.plan.counts),
+            "pipeline_stage_layers": list(best.counts),
         }
         write_atomically(args.output, yaml.safe_dump({"parallel": layout}, sort_keys=False))
         if not args.json:
             print(f"{args.output}: give it to pretrain as a further --config")
     return 0
-
-
-def _check_positive(args: argparse.Namespace) -> None:
-    for name in ("peak_tflops", "efficiency", "tokens", "memory_gib"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{name} is {value:g}: it must be above 0")
-    if args.efficiency > 1:
-        raise ConfigError(f"--efficiency is {args.efficiency:g}: it is a part of 1, e.g. 0.4")
 
 
 def _job(config: RunConfig, model: DescribedModel, args: argparse.Namespace) -> Job:
@@ -98,19 +80,7 @@ def _read_calibration(path: Path) -> dict:
     return measured
 
 
-def _outcome(config: RunConfig, model: DescribedModel, job: Job, plan: Plan, args: argparse.Namespace) -> Outcome:
-    tokens = config.training.global_batch_size * config.data.seq_length
-    work = step_work(model.shape, seq_length=config.data.seq_length, trains=job.trains)
-    speed = tokens / plan.seconds
-    peak = args.world_size * args.peak_tflops * 1e12
-    return Outcome(plan, speed, work.total * speed / peak, args.tokens / speed / 3600 * args.world_size)
-
-
-def _as_json(outcome: Outcome) -> dict[str, object]:
-    return {**vars(outcome.plan), **{name: value for name, value in vars(outcome).items() if name != "plan"}}
-
-
-def _lines(model: DescribedModel, job: Job, even: Outcome, best: Outcome, args: argparse.Namespace) -> list[str]:
+def _lines(model: DescribedModel, job: Job, even: Plan, best: Plan, args: argparse.Namespace) -> list[str]:
     source = args.calibration or f"{args.peak_tflops:g} TFLOP/s x {args.efficiency:g}"
     division = job.division
     lines = [
@@ -118,8 +88,8 @@ def _lines(model: DescribedModel, job: Job, even: Outcome, best: Outcome, args: 
         f"{job.num_microbatches} micro-batches of {division.micro_batch_size} x {division.seq_length} tokens a step; "
         f"times from {source}"
     ]
-    for name, outcome in (("even split", even), ("best split", best)):
-        plan = outcome.plan
+    for name, plan in (("even split", even), ("best split", best)):
+        whole = outcome(job, plan.seconds, args)
         lines += [
             "",
             f"{name}: {', '.join(map(str, plan.counts))}",
@@ -130,10 +100,10 @@ def _lines(model: DescribedModel, job: Job, even: Outcome, best: Outcome, args: 
         for stage, (forward, backward, num_bytes) in enumerate(rows):
             lines.append(f"{stage:>5} {1e3 * forward:>9.2f} {1e3 * backward:>9.2f} {num_bytes / GIB:>28.1f} GiB")
         lines.append(
-            f"step {plan.seconds:.2f} s, bubble {plan.bubble:.1%}; {outcome.tokens_per_second:,.0f} tokens/s "
-            f"({outcome.tokens_per_second / args.world_size:,.0f} a rank), MFU {outcome.model_flops_utilization:.1%}; "
-            f"{outcome.gpu_hours:,.0f} GPU-hours for {args.tokens / 1e9:g} B tokens"
+            f"step {plan.seconds:.2f} s, bubble {plan.bubble:.1%}; {whole.tokens_per_second:,.0f} tokens/s "
+            f"({whole.tokens_per_second / args.world_size:,.0f} a rank), MFU {whole.model_flops_utilization:.1%}; "
+            f"{whole.gpu_hours:,.0f} GPU-hours for {args.tokens / 1e9:g} B tokens"
         )
-    gain = even.plan.seconds / best.plan.seconds
-    proof = "no split is faster" if best.plan.is_proven else "the best of those that were tried"
+    gain = even.seconds / best.seconds
+    proof = "no split is faster" if best.is_proven else "the best of those that were tried"
     return [*lines, "", f"the best split is {gain:.3f} x as fast as the even one ({proof})"]

@@ -14,7 +14,7 @@ from megatron_llamapro.config.errors import PipelinePlanError
 from megatron_llamapro.pipeline.cost import Trains
 from megatron_llamapro.pipeline.job import Job, ModelTime
 from megatron_llamapro.pipeline.memory import Division, block_activations, chunk_bytes
-from megatron_llamapro.pipeline.planner import best_plan, evaluate, even_plan
+from megatron_llamapro.pipeline.planner import Plan, balanced_plan, best_plan, evaluate, even_plan
 from megatron_llamapro.pipeline.simulate import ChunkTime
 from megatron_llamapro.pipeline.timing import KINDS, time_from_calibration, time_from_flops
 
@@ -36,10 +36,6 @@ def job(num_stages: int, *, num_chunks: int = 1, world_size: int = 16, batch: in
 )
 def test_the_papers_model(num_stages: int, even: float, best: float, gain: float) -> None:
     split, plan = even_plan(job(num_stages)), best_plan(job(num_stages))
-
-    def slowest(of) -> float:
-        return max(forward + backward for forward, backward in zip(of.stage_forward, of.stage_backward, strict=True))
-
     assert slowest(split) == pytest.approx(even, abs=0.01) and slowest(plan) == pytest.approx(best, abs=0.01)
     assert slowest(split) / slowest(plan) == pytest.approx(gain, abs=0.003)
     assert split.seconds / plan.seconds == pytest.approx(gain, abs=0.002)
@@ -87,6 +83,24 @@ def test_no_split_is_better(kinds: list, layout: tuple[int, int], head: float, g
     plan = best_plan(small)
     best = min(evaluate(small, counts).seconds for counts in splits(len(kinds), num_stages * num_chunks))
     assert plan.seconds == pytest.approx(best) and plan.is_proven
+    if num_chunks == 1:
+        fastest = min(slowest(evaluate(small, counts)) for counts in splits(len(kinds), num_stages))
+        assert slowest(balanced_plan(small)) == pytest.approx(fastest)
+
+
+def slowest(plan: Plan) -> float:
+    """Seconds a micro-batch of the slowest stage."""
+    return max(forward + backward for forward, backward in zip(plan.stage_forward, plan.stage_backward, strict=True))
+
+
+def test_a_balanced_split_fits() -> None:
+    free = balanced_plan(job(4))
+    assert free.seconds < 1.001 * best_plan(job(4)).seconds
+    limit = max(free.stage_bytes) * 0.97
+    tight = balanced_plan(job(4, memory_bytes=limit))
+    assert max(tight.stage_bytes) <= limit and slowest(tight) >= slowest(free)
+    with pytest.raises(PipelinePlanError, match="no split fits: the even one needs"):
+        balanced_plan(job(4, memory_bytes=GIB))
 
 
 def test_more_stages_than_layers() -> None:

@@ -222,7 +222,7 @@ def test_a_rank_is_killed_while_it_saves(restarts: int, submit: Callable[..., Jo
         )
     assert job.wait_for_end() == "COMPLETED", job.log()
     assert same_as(job, undisturbed)
-    assert len(job.records()) == STEPS + SAVE_INTERVAL  # the steps from 6 to 10 were done again
+    assert job.log().count("step 10/40") == 2  # it was done again
     assert job.cluster.job(job.number)["Restarts"] == str(1 - restarts)
 
 
@@ -263,7 +263,7 @@ def test_a_cancelled_job_does_not_come_back(submit: Callable[..., Job]) -> None:
     job.wait_for_step(SAVE_INTERVAL + 2)
     job.cluster.run("scancel", str(job.number))
     job.cluster.wait(lambda: job.cluster.run("squeue", "-h").strip() == "", seconds=60)
-    assert job.cluster.job(job.number)["JobState"] == "CANCELLED" and "requeued" not in job.log(), job.log()
+    assert job.cluster.job(job.number)["JobState"] == "CANCELLED" and "was cancelled" in job.log(), job.log()
 
 
 def test_a_job_array_does_it_in_pieces(submit: Callable[..., Job], undisturbed: Job) -> None:

@@ -1,0 +1,53 @@
+"""What a step time means for a whole run."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from megatron_llamapro.config.command import CommandParser
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.pipeline.cost import step_work
+from megatron_llamapro.pipeline.job import Job
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Speed and cost."""
+
+    tokens_per_second: float
+    """Of all ranks."""
+    model_flops_utilization: float
+    """FLOPs that the training needs, of the ranks' peak."""
+    gpu_hours: float
+    """For the wanted tokens."""
+
+
+def outcome(job: Job, seconds: float, args: argparse.Namespace) -> Outcome:
+    """Of a job whose step takes so long, with the ranks, peak and tokens of `args`."""
+    division = job.division
+    speed = job.num_microbatches * division.tokens * division.data_size / seconds
+    work = step_work(job.shape, seq_length=division.seq_length, trains=job.trains).total
+    peak = args.world_size * args.peak_tflops * 1e12
+    return Outcome(speed, work * speed / peak, args.tokens / speed / 3600 * args.world_size)
+
+
+def add_options(parser: CommandParser) -> None:
+    """What both planning tools assume of a rank."""
+    parser.add_argument(
+        "--tokens", type=float, default=80e9, metavar="N", help="to train on (default: the paper's 80e9)"
+    )
+    parser.add_argument("--peak_tflops", type=float, default=989, metavar="N", help="of a rank (default: H100, bf16)")
+    parser.add_argument(
+        "--efficiency", type=float, default=0.4, metavar="PART", help="of the peak that a block reaches"
+    )
+
+
+def check_positive(args: argparse.Namespace, *more: str) -> None:
+    """Raise `ConfigError` where one of `add_options`, or of the others that are named, is not above 0."""
+    for name in ("world_size", "peak_tflops", "efficiency", "tokens", *more):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name} is {value:g}: it must be above 0")
+    if args.efficiency > 1:
+        raise ConfigError(f"--efficiency is {args.efficiency:g}: it is a part of 1, e.g. 0.4")

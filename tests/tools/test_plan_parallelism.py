@@ -1,0 +1,60 @@
+"""The tool that divides a job's ranks: what it prints, what it writes, and that a job so divided runs dry."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+RUN = """
+model: {checkpoint: not-there-yet}
+data: {train: [{prefix: corpus}], seq_length: 32}
+training: {train_iters: 10, micro_batch_size: 16, global_batch_size: 64, precision: fp32}
+"""
+
+
+@pytest.fixture
+def arguments(tiny_llama: Callable[..., Path], tmp_path: Path) -> list:
+    (tmp_path / "run.yaml").write_text(RUN)
+    model = tiny_llama(num_hidden_layers=6)
+    return ["--config", tmp_path / "run.yaml", "--hf_config", model, "--num_added_blocks", 2, "--world_size", 4]
+
+
+def tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, f"tools/{name}.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def test_the_best_one_runs(arguments: list, tmp_path: Path) -> None:
+    """Where nothing fits without recomputation."""
+    divided = ["--memory_gib", 0.0035, "--ranks_per_node", 1]
+    result = tool("plan_parallelism", *arguments, *divided, "--output", tmp_path / "parallel.yaml")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[2].startswith("TP x PP x DP") and " full " in lines[3]
+    [best, *_] = json.loads(tool("plan_parallelism", *arguments, *divided, "--json").stdout)
+    tensor, stages = (best["parallel"][f"{name}_model_parallel_size"] for name in ("tensor", "pipeline"))
+    assert lines[3].startswith(f"{tensor} x {stages} x {best['data_parallel_size']} ")
+    assert best["recompute"]["granularity"] == "full"
+    dry = tool("dry_run", *arguments, "--config", tmp_path / "parallel.yaml")
+    assert dry.returncode == 0, dry.stderr
+    assert f"TP {tensor} x PP {stages} x DP {best['data_parallel_size']}" in dry.stdout and "recomputed" in dry.stdout
+    assert best["gpu_hours"] == pytest.approx(4 * 80e9 / best["tokens_per_second"] / 3600)
+
+
+BAD = {
+    "nothing fits": (["--memory_gib", 0.0001], "no division of 4 ranks fits into 0.0001 GiB a rank: take more of them"),
+    "no memory": (["--memory_gib", 0], "--memory_gib is 0: it must be above 0"),
+    "no ranks": (["--world_size", 0], "--world_size is 0: it must be above 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str, arguments: list) -> None:
+    more, message = BAD[name]
+    result = tool("plan_parallelism", *arguments, *more)
+    assert result.returncode == 2 and result.stderr == f"error: {message}\n"
