@@ -17,7 +17,6 @@ from megatron_llamapro.expansion.plan import ExpansionPlan, placed_positions
 from megatron_llamapro.model.families import model_shape
 
 GIB = 2**30
-PEAK_FLOPS, EFFICIENCY = 989e12, 0.4  # as tools/plan_pipeline.py has them
 ROOT = Path(__file__).resolve().parents[1]
 
 _LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
@@ -96,6 +95,7 @@ def main() -> int:
 def figures(recipe: Recipe) -> str:
     """Memory and time, as the recipe's head says them."""
     from megatron_llamapro.training.dry_run import distinct_ranks, dry_run
+    from megatron_llamapro.training.outcome import EFFICIENCY, PEAK_TFLOPS
     from megatron_llamapro.training.report import work_per_token
 
     config = parse_run_config(["--config", str(recipe.path)])
@@ -107,7 +107,7 @@ def figures(recipe: Recipe) -> str:
     ranks = distinct_ranks(config, world_size)
     peak = max(dry_run(config, model, world_size=world_size, rank=rank).counts.peak_bytes for rank in ranks)
     tokens = config.training.train_iters * config.training.global_batch_size * config.data.seq_length
-    hours = tokens * work_per_token(config, model.shape, plan).total / (PEAK_FLOPS * EFFICIENCY) / 3600
+    hours = tokens * work_per_token(config, model.shape, plan).total / (PEAK_TFLOPS * 1e12 * EFFICIENCY) / 3600
     return (
         f"on {world_size} GPUs {peak / GIB:.1f} GiB each at the peak (dry run); {hours:,.0f} GPU-hours for "
         f"{tokens / 1e9:.1f} B tokens at 40 % of an H100"

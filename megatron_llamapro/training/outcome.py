@@ -23,23 +23,29 @@ class Outcome:
     """For the wanted tokens."""
 
 
-def outcome(job: Job, seconds: float, args: argparse.Namespace) -> Outcome:
-    """Of a job whose step takes so long, with the ranks, peak and tokens of `args`."""
+PEAK_TFLOPS, EFFICIENCY, TOKENS = 989, 0.4, 80e9
+"""An H100's dense bfloat16, of its data sheet; a round number, docs/planning.md; the paper's."""
+
+
+def outcome(job: Job, seconds: float, *, peak_tflops: float = PEAK_TFLOPS, tokens: float = TOKENS) -> Outcome:
+    """Of a job whose step takes so long."""
     division = job.division
+    num_ranks = division.tensor_size * job.num_stages * division.data_size
     speed = job.num_microbatches * division.tokens * division.data_size / seconds
     work = step_work(job.shape, seq_length=division.seq_length, trains=job.trains).total
-    peak = args.world_size * args.peak_tflops * 1e12
-    return Outcome(speed, work * speed / peak, args.tokens / speed / 3600 * args.world_size)
+    return Outcome(speed, work * speed / (num_ranks * peak_tflops * 1e12), tokens / speed / 3600 * num_ranks)
 
 
 def add_options(parser: CommandParser) -> None:
     """What both planning tools assume of a rank."""
     parser.add_argument(
-        "--tokens", type=float, default=80e9, metavar="N", help="to train on (default: the paper's 80e9)"
+        "--tokens", type=float, default=TOKENS, metavar="N", help="to train on (default: the paper's 80e9)"
     )
-    parser.add_argument("--peak_tflops", type=float, default=989, metavar="N", help="of a rank (default: H100, bf16)")
     parser.add_argument(
-        "--efficiency", type=float, default=0.4, metavar="PART", help="of the peak that a block reaches"
+        "--peak_tflops", type=float, default=PEAK_TFLOPS, metavar="N", help="of a rank (default: H100, bf16)"
+    )
+    parser.add_argument(
+        "--efficiency", type=float, default=EFFICIENCY, metavar="PART", help="of the peak that a block reaches"
     )
 
 

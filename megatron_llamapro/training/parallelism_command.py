@@ -61,7 +61,7 @@ def _fields(found: Parallelism) -> dict[str, dict]:
 
 
 def _as_json(found: Parallelism, args: argparse.Namespace) -> dict[str, object]:
-    whole = vars(outcome(found.job, found.seconds, args))
+    whole = vars(outcome(found.job, found.seconds, peak_tflops=args.peak_tflops, tokens=args.tokens))
     figures = {"data_parallel_size": found.job.division.data_size, "seconds": found.seconds}
     return {**_fields(found), **figures, "memory_bytes": found.memory_bytes, "bubble": found.plan.bubble, **whole}
 
@@ -81,7 +81,7 @@ def _lines(found: list[Parallelism], args: argparse.Namespace) -> Iterator[str]:
         f"GPU-hours for {args.tokens / 1e9:g} B tokens"
     )
     for each in found:
-        whole = outcome(each.job, each.seconds, args)
+        whole = outcome(each.job, each.seconds, peak_tflops=args.peak_tflops, tokens=args.tokens)
         yield (
             f"{name(each):<17}{each.config.recompute.granularity or 'no':<9}{each.memory_bytes / GIB:>12.1f}"
             f"{each.seconds:>9.2f}{whole.tokens_per_second / args.world_size:>17,.0f}"

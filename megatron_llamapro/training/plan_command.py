@@ -32,7 +32,7 @@ def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None
     even, best = even_plan(job), best_plan(job)
     if args.json:
         figures = {
-            name: {**vars(plan), **vars(outcome(job, plan.seconds, args))}
+            name: {**vars(plan), **vars(outcome(job, plan.seconds, peak_tflops=args.peak_tflops, tokens=args.tokens))}
             for name, plan in (("even", even), ("best", best))
         }
         print(json.dumps(figures, indent=2))
@@ -89,7 +89,7 @@ def _lines(model: DescribedModel, job: Job, even: Plan, best: Plan, args: argpar
         f"times from {source}"
     ]
     for name, plan in (("even split", even), ("best split", best)):
-        whole = outcome(job, plan.seconds, args)
+        whole = outcome(job, plan.seconds, peak_tflops=args.peak_tflops, tokens=args.tokens)
         lines += [
             "",
             f"{name}: {', '.join(map(str, plan.counts))}",

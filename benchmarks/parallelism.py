@@ -1,0 +1,76 @@
+"""What tools/plan_parallelism.py says for 8 to 1,024 GPUs of 80 GB and LLaMA-2 with an added block after every fourth.
+
+python benchmarks/parallelism.py
+
+The paper's batch, 1,024 x 4,096 tokens, in micro-batches of one. Prints the table of docs/cluster.md, in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_llamapro.checkpoint.described import DescribedModel
+from megatron_llamapro.config.command import CommandParser, run_command
+from megatron_llamapro.config.io import parse_run_config
+from megatron_llamapro.expansion.plan import ExpansionPlan, placed_positions
+from megatron_llamapro.model.families import model_shape
+from megatron_llamapro.pipeline.network import Network
+from megatron_llamapro.training.outcome import EFFICIENCY, PEAK_TFLOPS, outcome
+from megatron_llamapro.training.parallelism import Machine, best_parallelisms
+from megatron_llamapro.training.parallelism_command import name
+from recipes import GIB, HF_CONFIGS, ROOT
+
+MEMORY_GIB = 70
+NUM_GPUS = (8, 16, 64, 1024)
+_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+SHAPES = {
+    "7B": (4096, 32, 32, 32, 11008),
+    "13B": (5120, 40, 40, 40, 13824),
+    "70B": (8192, 80, 64, 8, 28672),
+}
+
+
+def main() -> int:
+    """Plan, print a row a job."""
+    CommandParser(description=__doc__).parse_args()
+    for row in rows():
+        print(row, flush=True)
+    return 0
+
+
+def rows() -> Iterator[str]:
+    """The table in Markdown."""
+    names = ("model", "GPUs", "TP × PP × DP", "recompute", "layers a stage", "GiB a GPU", "s a step", "tokens/s a GPU")
+    yield f"| {' | '.join((*names, 'MFU', 'GPU-hours'))} |"
+    yield "|---" * 10 + "|"
+    for size in SHAPES:
+        for num_gpus in NUM_GPUS:
+            yield row(size, num_gpus)
+
+
+def row(size: str, num_gpus: int) -> str:
+    """One job's."""
+    recipe = str(ROOT / "examples" / "llama2_7b_pro" / "run.yaml")
+    config, model = parse_run_config(["--config", recipe, "--training.micro_batch_size=1"]), expanded(size)
+    machine = Machine(num_gpus, PEAK_TFLOPS * 1e12 * EFFICIENCY, MEMORY_GIB * GIB, Network())
+    [best] = best_parallelisms(config, model, machine, at_most=1)
+    whole = outcome(best.job, best.seconds)
+    counts = sorted(set(best.plan.counts))
+    layers = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return (
+        f"| {size} + {len(model.plan.added_layers)} | {num_gpus:,} | {name(best).replace('x', '×')} | "
+        f"{best.config.recompute.granularity or 'no'} | {layers} | {best.memory_bytes / GIB:.0f} | "
+        f"{best.seconds:.1f} | {whole.tokens_per_second / num_gpus:,.0f} | {whole.model_flops_utilization:.0%} | {whole.gpu_hours:,.0f} |"
+    )
+
+
+def expanded(size: str) -> DescribedModel:
+    """LLaMA-2 of a size with a block added after every fourth."""
+    original = model_shape({**HF_CONFIGS["llama2_7b_pro"], **dict(zip(_NAMES, SHAPES[size], strict=True))})
+    plan = ExpansionPlan.unexpanded(original.num_layers)
+    plan = plan.expand(placed_positions(original.num_layers, original.num_layers // 4))
+    return DescribedModel(original.with_layers([layer.parent_layer for layer in plan.layers]), plan)
+
+
+if __name__ == "__main__":
+    run_command(main)
