@@ -60,7 +60,8 @@ def row(size: str, num_gpus: int) -> str:
     return (
         f"| {size} + {len(model.plan.added_layers)} | {num_gpus:,} | {name(best).replace('x', '×')} | "
         f"{best.config.recompute.granularity or 'no'} | {layers} | {best.memory_bytes / GIB:.0f} | "
-        f"{best.seconds:.1f} | {whole.tokens_per_second / num_gpus:,.0f} | {whole.model_flops_utilization:.0%} | {whole.gpu_hours:,.0f} |"
+        f"{best.seconds:.1f} | {whole.tokens_per_second / num_gpus:,.0f} | {whole.model_flops_utilization:.0%} | "
+        f"{whole.gpu_hours:,.0f} |"
     )
 
 
