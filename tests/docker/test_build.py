@@ -1,0 +1,33 @@
+"""The image is built for real, on a small Debian with torch, and the smoke test runs inside."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+NOT_FETCHED = 75
+
+
+def why_not() -> str | None:
+    """Why no image can be built here; None where one can."""
+    missing = [name for name in ("buildah", "mmdebstrap", "unshare", "ip") if shutil.which(name) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed (Debian: buildah, mmdebstrap, util-linux, iproute2)"
+    return None if os.geteuid() == 0 else "chroots need root"
+
+
+@pytest.mark.container
+@pytest.mark.timeout(1200)
+def test_the_smoke_test_passes_inside() -> None:
+    """As the image's user, with the base's own torch and numpy, which requirements.txt pins to others."""
+    if reason := why_not():
+        pytest.skip(f"no image can be built here: {reason}")
+    done = subprocess.run(["docker/build_on_debian.sh"], capture_output=True, text=True)
+    if done.returncode == NOT_FETCHED:
+        pytest.skip(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "uid=10001(llamapro)" in done.stdout and "torch==2.13.0" in done.stdout and "numpy==2.2.5" in done.stdout
+    assert done.stdout.endswith("smoke: all steps passed\n")
