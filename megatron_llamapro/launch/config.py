@@ -166,7 +166,9 @@ def check_run(launch: LaunchConfig, run: RunConfig) -> None:
         "model.checkpoint": run.model.checkpoint,
         "checkpoint.save": run.checkpoint.save,
         "data.cache_dir": run.data.cache_dir or ".",
+        "data.tokenizer": run.data.tokenizer or ".",
         **{f"data.train ({entry.prefix})": entry.prefix for entry in run.data.train},
+        **{f"data.valid ({name})": prefix for name, prefix in run.data.valid.items()},
     }
     for name, path in paths.items():
         absolute = str((Path(launch.working_dir or ".") / path).absolute())

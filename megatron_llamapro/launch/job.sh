@@ -28,7 +28,7 @@ trap '[ "$stopping" = 0 ] && is_ending && cancelled=1; stopping=1' TERM
 # Ranks save and stop after their step. Sent again and again: a rank that still imports torch does not hear it yet.
 run_ranks() {
     local srun_pid
-    srun --kill-on-bad-exit=1 "${CONTAINER[@]}" bash -c "$(declare -f setup ranks); ranks" &
+    srun --kill-on-bad-exit=1 "${CONTAINER[@]}" bash -c "$(declare -f say setup ranks); ranks" &
     srun_pid=$!
     while kill -0 "$srun_pid" 2>/dev/null; do
         if [ "$stopping" = 1 ]; then
@@ -52,7 +52,8 @@ PORT=${PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 LIFE="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 LIFE_LOGS="$LOG_DIR/$LIFE"
 LIVES="$LOG_DIR/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.lives_without_progress"
-export HEAD_NODE PORT LIFE LIFE_LOGS
+UNSEEN=254 # exit code of a node that does not see the logs: above that of any node that is ended because of it
+export HEAD_NODE PORT LIFE LIFE_LOGS UNSEEN
 mkdir -p "$LIFE_LOGS"
 say "from step $started_at of $TRAIN_ITERS on $SLURM_JOB_NODELIST; logs of every rank in $LIFE_LOGS"
 
@@ -65,6 +66,8 @@ if [ "$cancelled" = 1 ]; then
     say "was cancelled: it is not requeued"
     exit 1
 fi
+
+[ "$code" = "$UNSEEN" ] && give_up "log_dir, checkpoint and data must be in folders that all nodes see"
 
 refused=0
 if [ "$code" != 0 ]; then # in a shell of its own: what setup does to it is not to end the job

@@ -109,6 +109,12 @@ def test_what_is_refused_is_not_tried_again(container: dict, live: Callable[...,
     assert "the run was refused: data.seq_length is 4096" in life.stdout, life.stdout
 
 
+def test_a_node_that_does_not_see_the_folders(live: Callable[..., Life]) -> None:
+    life = live("exit 0", launch={"setup": ['rm -rf "$LIFE_LOGS"']})
+    assert life.calls == [] and life.returncode == 1 and "does not see logs/7-0" in life.stdout
+    assert "gives up: log_dir, checkpoint and data must be in folders that all nodes see" in life.stdout
+
+
 def test_what_ends_a_run_on_its_way_is_tried_again(live: Callable[..., Life]) -> None:
     """A file system that fails has the exit code of an input that is refused."""
     saved = "mkdir -p save; echo 5 >save/latest_checkpointed_iteration.txt\n"

@@ -258,6 +258,16 @@ def test_what_is_refused_is_not_tried_again(submit: Callable[..., Job]) -> None:
     assert job.cluster.job(job.number)["Restarts"] == "0"
 
 
+def test_a_node_that_does_not_see_the_folders(submit: Callable[..., Job]) -> None:
+    """On one of the two nodes something else is where the logs should be."""
+    hide = '[ "$(hostname -s)" = n1 ] || mount -t tmpfs none "$(dirname "$LIFE_LOGS")"'
+    job = submit(setup=["source .venv/bin/activate", hide])
+    assert job.wait_for_end() == "FAILED"
+    assert f"n2 does not see {job.folder}/logs/{job.number}-0" in job.log(), job.log()
+    assert "gives up: log_dir, checkpoint and data must be in folders that all nodes see" in job.log()
+    assert job.cluster.job(job.number)["Restarts"] == "0"
+
+
 def test_a_cancelled_job_does_not_come_back(submit: Callable[..., Job]) -> None:
     job = submit()
     job.wait_for_step(SAVE_INTERVAL + 2)
