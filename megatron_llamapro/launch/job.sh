@@ -25,10 +25,21 @@ is_ending() { [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = COMP
 trap 'stopping=1' USR1
 trap '[ "$stopping" = 0 ] && is_ending && cancelled=1; stopping=1' TERM
 
+# On a node. It cannot write where the job would read it, so it sends a signal.
+# shellcheck disable=SC2329
+not_seen() {
+    say "$(hostname -s) does not see $LIFE_LOGS"
+    scancel --batch --signal=USR2 "$SLURM_JOB_ID"
+    sleep 5 # until it is there
+    exit 1
+}
+unseen=0
+trap 'unseen=1' USR2
+
 # Ranks save and stop after their step. Sent again and again: a rank that still imports torch does not hear it yet.
 run_ranks() {
     local srun_pid
-    srun --kill-on-bad-exit=1 "${CONTAINER[@]}" bash -c "$(declare -f say setup ranks); ranks" &
+    srun --kill-on-bad-exit=1 "${CONTAINER[@]}" bash -c "$(declare -f say not_seen setup ranks); ranks" &
     srun_pid=$!
     while kill -0 "$srun_pid" 2>/dev/null; do
         if [ "$stopping" = 1 ]; then
@@ -52,8 +63,7 @@ PORT=${PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 LIFE="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 LIFE_LOGS="$LOG_DIR/$LIFE"
 LIVES="$LOG_DIR/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.lives_without_progress"
-UNSEEN=254 # exit code of a node that does not see the logs: above that of any node that is ended because of it
-export HEAD_NODE PORT LIFE LIFE_LOGS UNSEEN
+export HEAD_NODE PORT LIFE LIFE_LOGS
 mkdir -p "$LIFE_LOGS"
 say "from step $started_at of $TRAIN_ITERS on $SLURM_JOB_NODELIST; logs of every rank in $LIFE_LOGS"
 
@@ -67,7 +77,7 @@ if [ "$cancelled" = 1 ]; then
     exit 1
 fi
 
-[ "$code" = "$UNSEEN" ] && give_up "log_dir, checkpoint and data must be in folders that all nodes see"
+[ "$unseen" = 1 ] && give_up "log_dir, checkpoint and data must be in folders that all nodes see"
 
 refused=0
 if [ "$code" != 0 ]; then # in a shell of its own: what setup does to it is not to end the job

@@ -98,7 +98,7 @@ def _ranks(launch: LaunchConfig, run_args: Sequence[str]) -> list[str]:
         "trap '' USR1 # torchrun would die of it; the ranks set a handler of their own",
         "setup",
         "node=$(hostname -s)",
-        '[ -d "$LIFE_LOGS" ] || { say "$node does not see $LIFE_LOGS"; exit "$UNSEEN"; }',
+        '[ -d "$LIFE_LOGS" ] || not_seen',
         'exec > >(tee -a "$LIFE_LOGS/$node.log") 2>&1',
         " ".join(["exec", *words, *map(shlex.quote, run_args)]),
     ]

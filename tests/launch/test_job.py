@@ -21,7 +21,7 @@ STAND_INS = {
     "srun": 'while [ "$1" != bash ] && [ "$1" != apptainer ]; do shift; done; exec "$@"',
     "apptainer": 'while [ "$1" != bash ]; do shift; done; IN_CONTAINER=1 exec "$@"',
     "scontrol": 'if [ "$1" = show ]; then echo n1; else echo "scontrol $*" >>calls; exit "${SCONTROL_CODE:-0}"; fi',
-    "scancel": 'echo "scancel $*" >>calls',
+    "scancel": 'echo "scancel $*" >>calls; [ "$2" != --signal=USR2 ] || kill -USR2 "$(cat job.pid)"',
     "squeue": 'echo "${JOB_STATE:-RUNNING}"',
     "sleep": "exec /bin/sleep 0.3",
     "python3": f'[ "${{PYTHON_IS:-}}" = "${{IN_CONTAINER:-}}" ] && exec {sys.executable} "$@"',
@@ -67,6 +67,7 @@ def live(tmp_path: Path) -> Callable[..., Life]:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        (tmp_path / "job.pid").write_text(str(process.pid))
         while process.poll() is None and not (tmp_path / "started").exists():
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)  # to one that has ended already: nothing
@@ -110,8 +111,9 @@ def test_what_is_refused_is_not_tried_again(container: dict, live: Callable[...,
 
 
 def test_a_node_that_does_not_see_the_folders(live: Callable[..., Life]) -> None:
-    life = live("exit 0", launch={"setup": ['rm -rf "$LIFE_LOGS"']})
-    assert life.calls == [] and life.returncode == 1 and "does not see logs/7-0" in life.stdout
+    life = live("exit 0", launch={"setup": ['rm -rf "$LIFE_LOGS"']},)
+    assert life.calls == ["scancel --batch --signal=USR2 7"] and life.returncode == 1
+    assert "does not see logs/7-0" in life.stdout
     assert "gives up: log_dir, checkpoint and data must be in folders that all nodes see" in life.stdout
 
 
