@@ -111,7 +111,10 @@ def test_what_is_refused_is_not_tried_again(container: dict, live: Callable[...,
 
 
 def test_a_node_that_does_not_see_the_folders(live: Callable[..., Life]) -> None:
-    life = live("exit 0", launch={"setup": ['rm -rf "$LIFE_LOGS"']},)
+    life = live(
+        "exit 0",
+        launch={"setup": ['rm -rf "$LIFE_LOGS"']},
+    )
     assert life.calls == ["scancel --batch --signal=USR2 7"] and life.returncode == 1
     assert "does not see logs/7-0" in life.stdout
     assert "gives up: log_dir, checkpoint and data must be in folders that all nodes see" in life.stdout
