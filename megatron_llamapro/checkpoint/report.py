@@ -45,7 +45,7 @@ def summary(conversion: Conversion) -> str:
     plan = conversion.plan
     lines = [f"{conversion.target}: {layers_text(conversion.num_source_layers, plan.num_layers)}"]
     added = plan.newest_layers if plan.num_layers > conversion.num_source_layers else ()
-    for text, layers in (("added blocks", added), ("added before", sorted({*plan.added_layers} - {*added}))):
+    for text, layers in (("added blocks", added), ("added earlier", sorted({*plan.added_layers} - {*added}))):
         if layers:
             lines.append(f"{text}: {', '.join(map(str, layers))}")
     seconds = max(conversion.seconds, 1e-9)

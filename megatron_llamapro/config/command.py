@@ -1,7 +1,7 @@
 """What every command has in common: one-line errors, exit codes, `--debug`. Imports neither torch nor megatron.
 
 Exit codes: 0 done, 1 a check said no (verify), 2 the user's input (one `error: …` line), 70 a run hung and was
-ended (runtime/watchdog.py), 130 interrupted.
+ended (runtime/watchdog.py), 130 interrupted, 141 nobody reads the output any more (both as a shell has them).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megatron_llamapro.config.errors import LlamaProError
 USAGE_ERROR = 2
 HUNG = 70
 INTERRUPTED = 130
+OUTPUT_CLOSED = 141
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -71,7 +72,12 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """
     debug = "--debug" in sys.argv[1:] or os.environ.get("LLAMAPRO_DEBUG") == "1"
     try:
-        raise SystemExit(main() or 0)
+        code = main() or 0
+        sys.stdout.flush()
+        raise SystemExit(code)
+    except BrokenPipeError:  # what reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(OUTPUT_CLOSED) from None
     except (LlamaProError, OSError) as error:
         if debug:
             traceback.print_exc()

@@ -42,7 +42,7 @@ def parse_sections(kind: type[Config], args: Sequence[str]) -> Config:
     try:
         namespace = parser.parse_args(list(args))
     except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError) as error:
-        raise ConfigError(_with_nearest_key(" ".join(str(error).split()), kind)) from None
+        raise ConfigError(_with_nearest_key(_in_plain_words(" ".join(str(error).split())), kind)) from None
     config = parser.instantiate(namespace)
     return kind(**{f.name: config[f.name] for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
@@ -74,6 +74,12 @@ def _parser(kind: type) -> jsonargparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_class_arguments(kind, as_group=True)
     return parser
+
+
+def _in_plain_words(message: str) -> str:
+    for name, words in (("str", "text (in quotes)"), ("tuple", "a list"), ("int", "a whole number")):
+        message = message.replace(f"Expected a <class '{name}'>", f"Expected {words}")
+    return message
 
 
 def _with_nearest_key(message: str, kind: type) -> str:

@@ -21,6 +21,7 @@ Message = dict[str, str]
 """role and content"""
 
 _ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
+_OTHER_ROLES = {"system", "user", "developer", "tool", "function"}
 _NOT_A_MESSAGE = 'messages are {"role": …, "content": …} (or {"from": …, "value": …}), with text in both'
 
 
@@ -84,6 +85,13 @@ def _assistants(messages: list[Message]) -> list[int]:
     return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
 
 
+def _check_roles(messages: list[Message], where: str) -> None:
+    """Where the assistant says nothing, somebody may who is it by another name."""
+    unknown = sorted({message["role"] for message in messages} - _OTHER_ROLES)
+    if unknown:
+        raise DataError(f"{where}: no message has the role assistant, but there is '{unknown[0]}': rename what it is")
+
+
 class ChatEncoder(Encoder):
     """Conversations, in segments that are answers and segments that are not."""
 
@@ -95,6 +103,7 @@ class ChatEncoder(Encoder):
         """None where the assistant says nothing."""
         messages = _messages(value, f"{where}: '{self.json_key}'")
         if not _assistants(messages):
+            _check_roles(messages, where)
             return []
         try:
             text, spans = self.template.answers(messages)

@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_llamapro.config.checks import data_parallel_size
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.io import parse_sections
-from megatron_llamapro.config.schema import RunConfig
 
 ContainerRuntime = Literal["pyxis", "apptainer"]
 
@@ -28,8 +26,28 @@ DEFAULT_ENVIRONMENT = {
 }
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
-_NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+_TIME = re.compile(r"((?P<days>\d+)-)?(?P<rest>\d+(:\d\d){0,2})")
+# Options of sbatch that are written already.
+_SET_BY = {
+    "--nodes": "nodes.num_nodes",
+    "-N": "nodes.num_nodes",
+    "--ntasks": "nodes.processes_per_node",
+    "-n": "nodes.processes_per_node",
+    "--ntasks-per-node": "nodes.processes_per_node",
+    "--gpus-per-node": "nodes.gpus_per_node",
+    "--cpus-per-task": "nodes.cpus_per_node",
+    "-c": "nodes.cpus_per_node",
+    "--mem": "nodes.memory_per_node",
+    "--job-name": "slurm.job_name",
+    "-J": "slurm.job_name",
+    "--time": "slurm.time",
+    "-t": "slurm.time",
+    "--signal": "slurm.signal_seconds",
+    "--array": "slurm.max_lives",
+    "-a": "slurm.max_lives",
+    "--output": "log_dir",
+    "-o": "log_dir",
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +103,7 @@ class LaunchConfig:
     setup: tuple[str, ...] = ()
     """Lines of shell for every node before anything else: module load, source …/bin/activate, export ….  In a container
     they run inside it."""
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str | int | float] = field(default_factory=dict)
     """Variables on every node, e.g. NCCL_SOCKET_IFNAME: bond0."""
     container_image: str | None = None
     """Image that the ranks run in."""
@@ -111,8 +129,13 @@ def read_launch_config(path: Path, overrides: Sequence[str] = ()) -> LaunchConfi
         ConfigError: a file that is not there, a key that does not exist (with the nearest that does), a value of the
             wrong type, or values that cannot be.
     """
-    config = parse_sections(LaunchConfig, ["--config", str(path), *overrides])
-    check_launch_config(config)
+    if not path.is_file():
+        raise ConfigError(f"launch file {path} is not there")
+    try:
+        config = parse_sections(LaunchConfig, ["--config", str(path), *overrides])
+        check_launch_config(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return config
 
 
@@ -135,13 +158,19 @@ def check_launch_config(config: LaunchConfig) -> None:
         )
     if slurm.max_lives is not None and slurm.max_lives < 1:
         raise ConfigError(f"slurm.max_lives is {slurm.max_lives}: it must be at least 1; leave it out to requeue")
-    if not _TIME.fullmatch(slurm.time):
-        raise ConfigError(f"slurm.time is {slurm.time!r}: it is like 90, 24:00:00 or 2-00:00:00")
+    seconds = _seconds(slurm.time)
+    if slurm.signal_seconds >= seconds:
+        raise ConfigError(
+            f"slurm.signal_seconds is {slurm.signal_seconds}, and slurm.time {slurm.time} is {seconds} seconds: the "
+            "ranks would be told to stop before they start"
+        )
     if any("\n" in line for line in (*slurm.options, slurm.job_name, slurm.partition or "", slurm.account or "")):
         raise ConfigError("slurm: an option has a line break in it")
     for option in slurm.options:
         if not option.startswith("-"):
             raise ConfigError(f"slurm.options has {option!r}: an option of sbatch begins with -, e.g. --qos=long")
+        if field_name := _SET_BY.get(option.split("=")[0].split()[0]):
+            raise ConfigError(f"slurm.options has {option!r}: that is for {field_name}")
     for name in config.environment:
         if not _NAME.fullmatch(name):
             raise ConfigError(f"environment names {name!r}, which is no variable's name")
@@ -152,30 +181,16 @@ def check_launch_config(config: LaunchConfig) -> None:
             raise ConfigError(f"container_mounts has {mount!r}: it is host:container")
 
 
-def check_run(launch: LaunchConfig, run: RunConfig) -> None:
-    """Raise `ConfigError` where a run cannot be started so: ranks that do not divide, nothing to go on from after a
-    stop, or files that only one of several nodes would see."""
-    data_parallel_size(run, launch.world_size)
-    if run.checkpoint.save is None:
-        raise ConfigError("checkpoint.save is not set: a job that is stopped goes on from its checkpoints")
-    if launch.nodes.num_nodes == 1:
-        return
-    paths = {
-        "log_dir": launch.log_dir,
-        "working_dir": launch.working_dir or ".",
-        "model.checkpoint": run.model.checkpoint,
-        "checkpoint.save": run.checkpoint.save,
-        "data.cache_dir": run.data.cache_dir or ".",
-        "data.tokenizer": run.data.tokenizer or ".",
-        **{f"data.train ({entry.prefix})": entry.prefix for entry in run.data.train},
-        **{f"data.valid ({name})": prefix for name, prefix in run.data.valid.items()},
-    }
-    for name, path in paths.items():
-        absolute = str((Path(launch.working_dir or ".") / path).absolute())
-        if absolute.startswith(tuple(f"{folder}/" for folder in _NODE_LOCAL)):
-            raise ConfigError(f"{name} is {path}, which each node has for itself: name a folder that all nodes share")
+def _seconds(time: str) -> int:
+    """Of a time limit as sbatch takes it."""
+    found = _TIME.fullmatch(time)
+    if found is None:
+        raise ConfigError(f"slurm.time is {time!r}: it is like 90 (minutes), 24:00:00 or 2-00:00:00, in quotes")
+    days, parts = found["days"], [int(part) for part in found["rest"].split(":")]
+    unit = 3600 if days or len(parts) == 3 else 60  # D-H, D-H:M, D-H:M:S and H:M:S, or M and M:S
+    return int(days or 0) * 86400 + sum(part * unit // 60**place for place, part in enumerate(parts))
 
 
 def environment_of(launch: LaunchConfig) -> dict[str, str]:
     """Variables that every node gets."""
-    return {**DEFAULT_ENVIRONMENT, **launch.environment}
+    return {**DEFAULT_ENVIRONMENT, **{name: str(value) for name, value in launch.environment.items()}}

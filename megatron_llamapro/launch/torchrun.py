@@ -42,5 +42,6 @@ def commands_by_hand(launch: LaunchConfig, run_args: Sequence[str], *, head: str
     name."""
     endpoint = f"{head}:{launch.rendezvous_port or 29400}" if launch.nodes.num_nodes > 1 else None
     arguments = torchrun_arguments(launch, endpoint=endpoint, run_id=launch.slurm.job_name, log_dir=launch.log_dir)
-    where = [f"cd {shlex.quote(launch.working_dir)}"] if launch.working_dir else []
+    where = [f"# in the container {launch.container_image}"] if launch.container_image else []
+    where += [f"cd {shlex.quote(launch.working_dir)}"] if launch.working_dir else []
     return "\n".join([*where, *exports(launch), *launch.setup, shlex.join([*arguments, *run_args])])

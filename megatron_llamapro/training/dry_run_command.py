@@ -13,6 +13,7 @@ from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.runtime import cpu
 from megatron_llamapro.runtime.upstream import import_megatron
+from megatron_llamapro.training.outcome import check_positive
 
 
 def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None) -> int:
@@ -29,6 +30,7 @@ def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None
         total_line,
     )
 
+    check_positive(args, "memory_gib")
     model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
     check(config, model, args.world_size)
     ranks = args.ranks or distinct_ranks(config, args.world_size)
@@ -48,6 +50,8 @@ def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None
     else:
         print(total_line(config, model, reports))
     lines = too_large(reports, args.memory_gib) if args.memory_gib else []
+    if args.memory_gib and not lines and not args.json:
+        print(f"every rank that was run fits into {args.memory_gib:g} GiB")
     for line in lines:
         print(line, file=sys.stderr)
     return 1 if lines else 0

@@ -49,11 +49,16 @@ def add_options(parser: CommandParser) -> None:
     )
 
 
-def check_positive(args: argparse.Namespace, *more: str) -> None:
-    """Raise `ConfigError` where one of `add_options`, or of the others that are named, is not above 0."""
-    for name in ("world_size", "peak_tflops", "efficiency", "tokens", *more):
+def check_options(args: argparse.Namespace) -> None:
+    """Raise `ConfigError` where one of `add_options` cannot be."""
+    check_positive(args, "world_size", "peak_tflops", "efficiency", "tokens")
+    if args.efficiency > 1:
+        raise ConfigError(f"--efficiency is {args.efficiency:g}: it is a part of 1, e.g. 0.4")
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raise `ConfigError` where one of these options is given and not above 0."""
+    for name in names:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ConfigError(f"--{name} is {value:g}: it must be above 0")
-    if args.efficiency > 1:
-        raise ConfigError(f"--efficiency is {args.efficiency:g}: it is a part of 1, e.g. 0.4")

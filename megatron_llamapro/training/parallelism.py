@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from megatron_llamapro.checkpoint.described import DescribedModel
 from megatron_llamapro.config.checks import check_run_config
 from megatron_llamapro.config.errors import ConfigError, PipelinePlanError
-from megatron_llamapro.config.schema import RecomputeConfig, RunConfig
+from megatron_llamapro.config.schema import ParallelConfig, RecomputeConfig, RunConfig
 from megatron_llamapro.pipeline.job import Job
 from megatron_llamapro.pipeline.network import Network, replicas_time, tensor_parallel_time, together
-from megatron_llamapro.pipeline.planner import Plan, balanced_plan
+from megatron_llamapro.pipeline.planner import Plan, balanced_plan, even_plan
 from megatron_llamapro.training.fitting import check_fits, job_of
 
 RECOMPUTE_ALL = RecomputeConfig(granularity="full", method="uniform", num_layers=1)
@@ -54,9 +54,10 @@ def best_parallelisms(config: RunConfig, model: DescribedModel, machine: Machine
     replaced; its batch sizes are kept.
 
     Raises:
-        ConfigError: no division divides the ranks, the batch and the model.
+        ConfigError: the model cannot be trained as configured, or no division divides the ranks and the batch too.
         PipelinePlanError: none fits into memory.
     """
+    check_fits(_undivided(config), model.shape, model.plan)
     jobs = sorted(_jobs(config, model, machine), key=lambda each: _least_seconds(each[1]))
     if not jobs:
         raise ConfigError(
@@ -71,9 +72,10 @@ def best_parallelisms(config: RunConfig, model: DescribedModel, machine: Machine
         if planned is not None:
             found = sorted([*found, planned], key=lambda each: each.seconds)[:at_most]
     if not found:
+        least = min(max(even_plan(replace(job, recompute=RECOMPUTE_ALL)).stage_bytes) for _, job in jobs)
         raise PipelinePlanError(
-            f"no division of {machine.num_ranks} ranks fits into {machine.memory_bytes / 2**30:g} GiB a rank: take "
-            "more of them"
+            f"no division of {machine.num_ranks} ranks fits into {machine.memory_bytes / 2**30:g} GiB a rank: the "
+            f"smallest needs {least / 2**30:.3g}"
         )
     return found
 
@@ -93,17 +95,21 @@ def _divisions(config: RunConfig, num_layers: int, machine: Machine) -> Iterator
     for tensor_size in _divisors(machine.num_ranks, machine.network.ranks_per_node):
         for stages in _divisors(machine.num_ranks // tensor_size, num_layers):
             has_replicas = tensor_size * stages < machine.num_ranks
+            alone = _undivided(config)
             parallel = replace(
-                config.parallel,
+                alone.parallel,
                 tensor_model_parallel_size=tensor_size,
                 sequence_parallel=tensor_size > 1,
                 pipeline_model_parallel_size=stages,
-                virtual_pipeline_model_parallel_size=None,
-                pipeline_stage_layers=None,
                 overlap_grad_reduce=has_replicas,
                 overlap_param_gather=has_replicas,
             )
-            yield replace(config, parallel=parallel, recompute=RecomputeConfig())
+            yield replace(alone, parallel=parallel)
+
+
+def _undivided(config: RunConfig) -> RunConfig:
+    kept = ParallelConfig(distributed_timeout_minutes=config.parallel.distributed_timeout_minutes)
+    return replace(config, parallel=kept, recompute=RecomputeConfig())
 
 
 def _divisors(number: int, most: int) -> list[int]:

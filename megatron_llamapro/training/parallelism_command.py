@@ -14,7 +14,7 @@ from megatron_llamapro.config.files import write_atomically
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.pipeline.network import Network
-from megatron_llamapro.training.outcome import check_positive, outcome
+from megatron_llamapro.training.outcome import check_options, check_positive, outcome
 from megatron_llamapro.training.parallelism import Machine, Parallelism, best_parallelisms
 
 GIB, GB = 2**30, 1e9
@@ -22,6 +22,7 @@ GIB, GB = 2**30, 1e9
 
 def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None) -> int:
     """Search, print the best, write the first one where asked."""
+    check_options(args)
     check_positive(args, "memory_gib", "ranks_per_node", "within_node_gb", "between_nodes_gb", "at_most")
     model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
     machine = Machine(
@@ -88,7 +89,7 @@ def _lines(found: list[Parallelism], args: argparse.Namespace) -> Iterator[str]:
             f"{whole.model_flops_utilization:>7.1%}{whole.gpu_hours:>11,.0f}"
         )
     if found[0].config.parallel.pipeline_stage_layers:
-        yield f"layers on the first one's stages: {', '.join(map(str, found[0].plan.counts))}"
+        yield f"layers on the stages of {name(found[0])}: {', '.join(map(str, found[0].plan.counts))}"
 
 
 def name(found: Parallelism) -> str:

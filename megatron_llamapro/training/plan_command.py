@@ -19,13 +19,14 @@ from megatron_llamapro.pipeline.layout import draw
 from megatron_llamapro.pipeline.planner import Plan, best_plan, even_plan
 from megatron_llamapro.pipeline.timing import time_from_calibration
 from megatron_llamapro.training.fitting import check_fits, job_of
-from megatron_llamapro.training.outcome import check_positive, outcome
+from megatron_llamapro.training.outcome import check_options, check_positive, outcome
 
 GIB = 2**30
 
 
 def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None) -> int:
     """Plan, print the even split and the best one, write the layout where asked."""
+    check_options(args)
     check_positive(args, "memory_gib")
     model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
     job = _job(config, model, args)

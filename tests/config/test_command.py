@@ -44,6 +44,19 @@ def test_results_become_exit_codes() -> None:
         assert end.value.code == code
 
 
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_nobody_reads_the_output(lines: int) -> None:
+    """As with `| head`: no error, also where it is found out at the end."""
+    program = (
+        "from megatron_llamapro.config.command import run_command\n"
+        f"run_command(lambda: [print('x') for _ in range({lines})] and None)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+    process.stderr.close()
+
+
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run_command(raising(ZeroDivisionError()))

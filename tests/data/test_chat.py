@@ -82,6 +82,7 @@ BAD = {
     "empty": ([], "holds no list of messages"),
     "no message": (["hello"], "message 1: messages are"),
     "no text": ([{"role": "user", "content": [{"type": "text"}]}], "message 1: messages are"),
+    "another name": ([{"role": "user", "content": "x"}, {"role": "bot", "content": "y"}], "there is 'bot'"),
     "no role": ([{"content": "x"}], "message 1: messages are"),
 }
 

@@ -11,7 +11,8 @@ import pytest
 
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.io import parse_run_config
-from megatron_llamapro.launch.config import check_run, read_launch_config
+from megatron_llamapro.launch.check import check_run, not_there, with_absolute_configs
+from megatron_llamapro.launch.config import read_launch_config
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples" / "slurm").glob("*.yaml"))
@@ -52,6 +53,12 @@ def test_the_examples_fit_a_run(path: Path) -> None:
         ("log_dir: logs\nnodes: {num_nodes: 0}", "num_nodes is 0: it must be at least 1"),
         ("log_dir: logs\nnodes: {processes_per_node: 9}", "more than nodes.gpus_per_node"),
         ("log_dir: logs\nslurm: {time: tomorrow}", "slurm.time is 'tomorrow'"),
+        ("log_dir: logs\nslurm: {time: 24:00:00}", "Expected text (in quotes). Got value: 86400"),
+        ("log_dir: logs\nslurm: {time: '4:59'}", "signal_seconds is 300, and slurm.time 4:59 is 299 seconds"),
+        ("log_dir: logs\nslurm: {time: 0-01, signal_seconds: 3600}", "slurm.time 0-01 is 3600 seconds"),
+        ("log_dir: logs\nslurm: {options: ['--nodes=4']}", "that is for nodes.num_nodes"),
+        ("log_dir: logs\nslurm: {options: ['-t 90']}", "that is for slurm.time"),
+        ("log_dir: logs\nsetup: module load cuda", "Expected a list"),
         ("log_dir: logs\nslurm: {max_lives: 0}", "leave it out to requeue"),
         ("log_dir: logs\nslurm: {options: [qos=long]}", "begins with -"),
         ('log_dir: logs\nslurm: {options: ["--qos=a\\n--wrap=b"]}', "line break"),
@@ -72,14 +79,35 @@ def test_refused(text: str, message: str, launch_file) -> None:
         (("--checkpoint.save=null",), "checkpoint.save is not set"),
         (("--training.global_batch_size=100",), "not a multiple of micro_batch_size"),
         (("--parallel.tensor_model_parallel_size=3",), "16 ranks cannot be divided"),
-        (("--checkpoint.save=/tmp/save",), "checkpoint.save is /tmp/save, which each node has for itself"),
-        (("--data.train=[{prefix: /dev/shm/text}]",), "each node has for itself"),
+        (("--checkpoint.save=/tmp/save",), "checkpoint.save is /tmp/save, and each node has a /tmp for itself"),
+        (("--data.train=[{prefix: /dev/shm/text}]",), "/dev/shm/text, and each node has a /dev/shm for itself"),
     ],
 )
 def test_refused_with_the_run(run: tuple[str, ...], message: str, launch_file) -> None:
     launch = read_launch_config(launch_file("log_dir: /shared/logs\nworking_dir: /shared\nnodes: {num_nodes: 2}"))
     with pytest.raises(ConfigError, match=message):
         check_run(launch, parse_run_config([*RUN, *run]))
+
+
+def test_the_runs_own_file_is_seen_by_all_nodes(launch_file, tmp_path: Path, monkeypatch) -> None:
+    """It is named by its absolute path, since the job may run in another folder than it is submitted from."""
+    launch = launch_file("log_dir: /shared/logs\nworking_dir: /shared\nnodes: {num_nodes: 2}")
+    (tmp_path / "run.yaml").write_text("model: {checkpoint: /shared/model}")
+    with pytest.raises(ConfigError, match=r"--config run.yaml is /tmp/.*run.yaml, and each node has a /tmp for itself"):
+        monkeypatch.chdir(tmp_path)
+        check_run(read_launch_config(launch), parse_run_config(RUN), ["--config", "run.yaml", *RUN])
+    assert with_absolute_configs(["--config=a.yaml", "--config", "/b.yaml", "--x", "a.yaml"]) == [
+        *("--config", f"{tmp_path}/a.yaml", "--config", "/b.yaml", "--x", "a.yaml")
+    ]
+
+
+def test_what_is_not_there_yet(launch_file, tmp_path: Path) -> None:
+    launch = read_launch_config(launch_file(f"log_dir: logs\nworking_dir: {tmp_path}"))
+    run = parse_run_config([*RUN, "--model.checkpoint=model", "--data.train=[{prefix: text}]"])
+    assert [*not_there(launch, run)] == ["model.checkpoint model", "data.train text"]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "text.idx").touch()
+    assert not [*not_there(launch, run)]
 
 
 def test_one_node_may_keep_its_own_files(launch_file) -> None:
@@ -99,12 +127,23 @@ def test_without_a_scheduler(launch_file) -> None:
     assert tool("--launch", launch, *RUN, PATH="").stdout == done.stdout != ""
 
 
+def test_a_launch_file_that_is_not_there() -> None:
+    done = tool("--launch", "nowhere.yaml", *RUN)
+    assert (done.returncode, done.stderr) == (2, "error: launch file nowhere.yaml is not there\n")
+
+
+def test_by_hand_and_submit(launch_file) -> None:
+    done = tool("--launch", launch_file("log_dir: /shared/logs"), *RUN, "--by_hand", "n1", "--submit")
+    assert done.returncode == 2 and "give one of them" in done.stderr and not done.stdout
+
+
 def test_by_hand(launch_file) -> None:
-    more = "environment: {NCCL_DEBUG: a b}\nsetup: [module load cuda]\n"
+    more = "environment: {NCCL_DEBUG: a b, OMP_NUM_THREADS: 4}\nsetup: [module load cuda]\n"
     launch = launch_file("log_dir: /shared/logs\nworking_dir: /shared\nnodes: {num_nodes: 2}\n" + more)
     done = tool("--launch", launch, *RUN, "--by_hand", "node7")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("cd /shared\nexport CUDA_DEVICE_MAX_CONNECTIONS=1\n")
     assert "export NCCL_DEBUG='a b'\nmodule load cuda\ntorchrun " in done.stdout
+    assert "export OMP_NUM_THREADS=4\n" in done.stdout
     assert "--nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node7:29400" in done.stdout
     assert done.stdout.endswith(f"-m megatron_llamapro.pretrain {shlex.join(RUN)}\n")

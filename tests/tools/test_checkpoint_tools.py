@@ -118,7 +118,7 @@ def test_the_bar_is_gone_when_the_summary_comes(megatron: Path, tiny_llama: Tiny
     expand = ("--source", tiny_llama(), "--target", tmp_path / "hf", "--positions", "2,5")
     convert = ("megatron-to-hf", "--source", megatron, "--target", tmp_path / "back")
     assert lines_on_a_terminal("expand", *expand)[:2] == [f"{tmp_path}/hf: 4 → 6 layers", "added blocks: 2, 5"]
-    assert lines_on_a_terminal("convert", *convert)[:2] == [f"{tmp_path}/back: 6 layers", "added before: 2, 5"]
+    assert lines_on_a_terminal("convert", *convert)[:2] == [f"{tmp_path}/back: 6 layers", "added earlier: 2, 5"]
     lines = lines_on_a_terminal("verify", "--original", tiny_llama(), "--expanded", megatron)
     assert [line[:5] for line in lines if line] == ["ok   "] * 5
 
@@ -154,7 +154,7 @@ def test_a_bit_of_a_zeroed_weight_that_was_not_trained(
 def test_another_round(run_well: Callable[..., str], megatron: Path, tmp_path: Path) -> None:
     options = ("--source", megatron, "--target", tmp_path / "it", "--num_added_blocks", 2)
     said = run_well("convert", "megatron-to-megatron", *options)
-    assert said.startswith(f"{tmp_path}/it: 6 → 8 layers\nadded blocks: 3, 7\nadded before: 2, 6\n")
+    assert said.startswith(f"{tmp_path}/it: 6 → 8 layers\nadded blocks: 3, 7\nadded earlier: 2, 6\n")
 
 
 def test_inspect(run_well: Callable[..., str], megatron: Path) -> None:

@@ -47,7 +47,10 @@ def test_the_best_one_runs(arguments: list, tmp_path: Path) -> None:
 
 
 BAD = {
-    "nothing fits": (["--memory_gib", 0.0001], "no division of 4 ranks fits into 0.0001 GiB a rank: take more of them"),
+    "nothing fits": (
+        ["--memory_gib", 0.0001],
+        "no division of 4 ranks fits into 0.0001 GiB a rank: the smallest needs 0.00155",
+    ),
     "no memory": (["--memory_gib", 0], "--memory_gib is 0: it must be above 0"),
     "no ranks": (["--world_size", 0], "--world_size is 0: it must be above 0"),
 }

@@ -1,0 +1,77 @@
+"""Whether a run can be started as a launch file says: known before it waits in a queue."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_llamapro.config.checks import data_parallel_size
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.launch.config import LaunchConfig
+
+_NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+
+
+def check_run(launch: LaunchConfig, run: RunConfig, run_args: Sequence[str] = ()) -> None:
+    """Raise `ConfigError` where a run cannot be started so: ranks that do not divide, nothing to go on from after a
+    stop, or files that only one of several nodes would see. `run_args` are those that `run` was read from."""
+    data_parallel_size(run, launch.world_size)
+    if run.checkpoint.save is None:
+        raise ConfigError("checkpoint.save is not set: a job that is stopped goes on from its checkpoints")
+    if launch.nodes.num_nodes == 1:
+        return
+    paths = {
+        "log_dir": launch.log_dir,
+        "working_dir": ".",
+        "model.checkpoint": run.model.checkpoint,
+        "checkpoint.save": run.checkpoint.save,
+        "data.cache_dir": run.data.cache_dir or ".",
+        "data.tokenizer": run.data.tokenizer or ".",
+        **{f"data.train ({entry.prefix})": entry.prefix for entry in run.data.train},
+        **{f"data.valid ({name})": prefix for name, prefix in run.data.valid.items()},
+        **{f"--config {name}": path for name, path in _config_files(run_args).items()},
+    }
+    for name, path in paths.items():
+        absolute = _seen_by_the_job(launch, path)
+        for folder in _NODE_LOCAL:
+            if absolute.is_relative_to(folder):
+                raise ConfigError(
+                    f"{name} is {absolute}, and each node has a {folder} for itself: name a folder that all nodes share"
+                )
+
+
+def not_there(launch: LaunchConfig, run: RunConfig) -> Iterator[str]:
+    """What a run reads that is not there now, each with its name. In a container files have other names: nothing."""
+    if launch.container_image is not None:
+        return
+    files = {f"data.train {entry.prefix}": f"{entry.prefix}.idx" for entry in run.data.train}
+    for name, path in {f"model.checkpoint {run.model.checkpoint}": run.model.checkpoint, **files}.items():
+        if not _seen_by_the_job(launch, path).exists():
+            yield name
+
+
+def _seen_by_the_job(launch: LaunchConfig, path: str) -> Path:
+    return (Path(launch.working_dir or ".") / path).absolute()
+
+
+def with_absolute_configs(run_args: Sequence[str]) -> list[str]:
+    """The arguments with their `--config` files by absolute paths: the job may run in another folder."""
+    files = _config_files(run_args)
+    changed = []
+    for before, word in itertools.pairwise(["", *run_args]):
+        if before == "--config":
+            changed.append(files[word])
+        elif word.startswith("--config="):
+            changed += ["--config", files[word.removeprefix("--config=")]]
+        else:
+            changed.append(word)
+    return changed
+
+
+def _config_files(run_args: Sequence[str]) -> dict[str, str]:
+    """Configuration files as they are named, and their absolute paths."""
+    named = [after for word, after in itertools.pairwise(run_args) if word == "--config"]
+    named += [word.removeprefix("--config=") for word in run_args if word.startswith("--config=")]
+    return {name: str(Path(name).absolute()) for name in named}
