@@ -2,26 +2,25 @@
 
 The tokenizer's own chat template writes the text, as it will when the model is used. What an assistant's message adds
 to the text before it, with the template's generation prompt, is the answer: that is what the model will have to
-generate, the end of the turn included, without which it would never stop.
+generate, the end of the turn included, without which it would never stop. A message that nothing precedes answers
+nothing: a greeting at the beginning has no loss.
 """
 
 from __future__ import annotations
 
-import bisect
 import itertools
+import re
 from pathlib import Path
-
-from jinja2 import TemplateError
 
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.data.encoding import Encoder, Segment, valid_unicode
-from megatron_llamapro.data.tokenizer import Tokenizer
+from megatron_llamapro.data.tokenizer import JSON_NAME, Tokenizer
 
-Message = dict[str, str]
-"""role and content"""
+Message = dict[str, object]
+"""role and content, and whatever else a template may read."""
 
-_ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
-_OTHER_ROLES = {"system", "user", "developer", "tool", "function"}
+_SHAREGPT = {"human": "user", "gpt": "assistant"}
+_ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"}
 _NOT_A_MESSAGE = 'messages are {"role": …, "content": …} (or {"from": …, "value": …}), with text in both'
 
 
@@ -29,42 +28,49 @@ class ChatTemplate:
     """A chat template of transformers, beside a tokenizer or in a file."""
 
     def __init__(self, tokenizer: Path, template: Path | None = None) -> None:
-        """Raises `DataError` where there is none, or transformers is not installed."""
+        """Raises `DataError` where there is none, it cannot be used, or transformers is not installed."""
         try:
             from transformers import AutoTokenizer
             from transformers.utils import logging
         except ImportError:
             raise DataError("chat templates are read by transformers, which is not installed: pip install it") from None
+        if tokenizer.suffix == ".json" and tokenizer.name != JSON_NAME:
+            raise DataError(f"{tokenizer}: conversations need a folder whose tokenizer is called {JSON_NAME}")
         logging.set_verbosity_error()  # it tells of models that it does not find
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(tokenizer.parent, local_files_only=True)
         except Exception as error:  # of many kinds
             raise DataError(f"{tokenizer.parent}: transformers cannot read the tokenizer: {error}") from None
-        self._text = _read(template) if template else None
-        if self._text is None and self._tokenizer.chat_template is None:
+        self.text = _read(template) if template else self._tokenizer.chat_template
+        if not isinstance(self.text, str):
             raise DataError(f"{tokenizer.parent} has no chat template: give one with --chat_template FILE.jinja")
+        for name in ("bos_token", "eos_token"):
+            if re.search(rf"\b{name}\b", self.text) and not getattr(self._tokenizer, name):
+                raise DataError(
+                    f"the chat template writes {name}, and {tokenizer.parent}/tokenizer_config.json names none: add "
+                    "it there"
+                )
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation."""
-        return self._tokenizer.apply_chat_template(
-            messages, chat_template=self._text, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        """The text of a conversation.
 
-    def answers(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation, and from which character to which it is an answer.
+        Raises:
+            ValueError: the template refuses it.
+        """
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages, chat_template=self.text, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # whatever the template's own expressions raise
+            raise ValueError(f"the chat template refuses it: {error}") from None
+
+    def answer(self, messages: list[Message], number: int, text: str) -> tuple[int, int]:
+        """From which character to which of the conversation's `text` the message `number` is an answer.
 
         Raises:
             ValueError: the template refuses the conversation, or does not write it one message after the other.
         """
-        try:
-            text = self.render(messages)
-            spans = [self._answer(messages, number, text) for number in _assistants(messages)]
-        except (TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses it: {error}") from None
-        return text, spans
-
-    def _answer(self, messages: list[Message], number: int, text: str) -> tuple[int, int]:
-        before = self.render(messages[:number], add_generation_prompt=True) if number else ""
+        before = self.render(messages[:number], add_generation_prompt=True)
         after = self.render(messages[: number + 1])
         if not (after.startswith(before) and text.startswith(after)):
             raise ValueError(
@@ -78,18 +84,8 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as a chat template: {error}") from None
-
-
-def _assistants(messages: list[Message]) -> list[int]:
-    return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-
-
-def _check_roles(messages: list[Message], where: str) -> None:
-    """Where the assistant says nothing, somebody may who is it by another name."""
-    unknown = sorted({message["role"] for message in messages} - _OTHER_ROLES)
-    if unknown:
-        raise DataError(f"{where}: no message has the role assistant, but there is '{unknown[0]}': rename what it is")
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read as a chat template: {reason}") from None
 
 
 class ChatEncoder(Encoder):
@@ -101,31 +97,50 @@ class ChatEncoder(Encoder):
 
     def segments(self, value: object, where: str) -> list[Segment]:
         """None where the assistant says nothing."""
-        messages = _messages(value, f"{where}: '{self.json_key}'")
-        if not _assistants(messages):
-            _check_roles(messages, where)
+        place = f"{where}: '{self.json_key}'"
+        if not isinstance(value, list) or not value:
+            raise DataError(f"{place} holds no list of messages")
+        read = [self._message(message, f"{place}, message {number}") for number, message in enumerate(value, 1)]
+        messages = [message for message, _ in read]
+        answering = [number for number, (_, is_answer) in enumerate(read) if is_answer and number]
+        if not answering:
             return []
         try:
-            text, spans = self.template.answers(messages)
+            text = self.template.render(messages)
+            spans = [self.template.answer(messages, number, text) for number in answering]
         except ValueError as error:
             raise DataError(f"{where}: {error}") from None
-        ids, starts = self.tokenizer.encode_with_starts(text)
-        edges = [edge for span in spans for edge in span]
-        marked = [(token, bisect.bisect_right(edges, start) % 2 == 1) for token, start in zip(ids, starts, strict=True)]
+        return self._marked(text, spans)
+
+    def _message(self, value: object, where: str) -> tuple[Message, bool]:
+        """A message, and whether it is an answer to learn."""
+        if not isinstance(value, dict):
+            raise DataError(f"{where}: {_NOT_A_MESSAGE}")
+        role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
+        for name in ("tool_calls", "function_call"):
+            if value.get(name):
+                raise DataError(f"{where} has {name}: answers are text; leave such conversations out")
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise DataError(f"{where}: {_NOT_A_MESSAGE}")
+        role = _SHAREGPT.get(role, role)
+        if role not in _ROLES and not re.search(rf"""['"]{re.escape(role)}['"]""", self.template.text):
+            raise DataError(f"{where} has the role '{role}', which is none of {', '.join(sorted(_ROLES))}: rename it")
+        weight = value.get("weight", 1)
+        if weight not in (0, 1):
+            raise DataError(f"{where} has the weight {weight!r}: it is 1, or 0 for an answer that is not to be learned")
+        others = {name: item for name, item in value.items() if name not in ("from", "value", "weight")}
+        message: Message = {**others, "role": role, "content": valid_unicode(content)}
+        return message, role == "assistant" and weight == 1
+
+    def _marked(self, text: str, spans: list[tuple[int, int]]) -> list[Segment]:
+        """Tokens that have a character of an answer are of it, as transformers marks them. None where none has."""
+        ids, offsets = self.tokenizer.encode_with_offsets(text)
+        marked, left = [], list(reversed(spans))
+        for token, (start, end) in zip(ids, offsets, strict=True):
+            while left and left[-1][1] <= start:
+                left.pop()
+            marked.append((token, bool(left) and max(end, start + 1) > left[-1][0]))
+        if not any(is_answer for _, is_answer in marked):
+            return []
         groups = itertools.groupby(marked, key=lambda pair: pair[1])
         return [Segment([token for token, _ in pairs], is_answer) for is_answer, pairs in groups]
-
-
-def _messages(value: object, where: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where} holds no list of messages")
-    return [_message(message, f"{where}, message {number}") for number, message in enumerate(value, 1)]
-
-
-def _message(value: object, where: str) -> Message:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: {_NOT_A_MESSAGE}")
-    role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise DataError(f"{where}: {_NOT_A_MESSAGE}")
-    return {"role": _ROLES.get(role, role), "content": valid_unicode(content)}

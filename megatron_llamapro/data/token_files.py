@@ -97,8 +97,10 @@ def _check_sizes(bin_path: Path, index_path: Path) -> bool:
     if magic != b"MMIDIDX\x00\x00" or version != 1 or code not in DType._value2member_map_:
         raise DataError(f"{index_path} is not an index of token files, or of a version that is not known")
     least = header.size + num_sequences * (4 + 8) + num_documents * 8
-    if num_sequences == 0 or index_path.stat().st_size < least:
-        raise DataError(f"{index_path} holds no documents" if num_sequences == 0 else damaged)
+    if num_sequences == 0:
+        raise DataError(f"{index_path} holds no documents")
+    if index_path.stat().st_size not in (least, least + num_sequences):
+        raise DataError(damaged)
     lengths = numpy.fromfile(index_path, dtype=numpy.int32, count=num_sequences, offset=header.size)
     width = numpy.dtype(DType.dtype_from_code(code)).itemsize
     expected = int(lengths.sum(dtype=numpy.int64)) * width

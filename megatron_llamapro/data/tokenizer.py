@@ -52,8 +52,9 @@ class Tokenizer:
         """Ids of `text`, nothing added."""
         return self._backend.encode(text)
 
-    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids of `text`, special tokens in it as such, and of each the character that it begins with.
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of `text`, special tokens in it as such, and of each the character that it begins with and the one that
+        comes after it.
 
         Raises:
             DataError: it is a sentencepiece model, which takes special tokens in a text for letters.
@@ -63,7 +64,7 @@ class Tokenizer:
                 f"{self.path} cannot tell special tokens in a conversation: make a {JSON_NAME} of it "
                 "(AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW) of transformers), and give that"
             )
-        return self._backend.encode_with_starts(text)
+        return self._backend.encode_with_offsets(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`."""
@@ -86,9 +87,9 @@ class _JsonBackend:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return encoding.ids, [start for start, _ in encoding.offsets]
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)

@@ -94,6 +94,21 @@ class ChunkBytes:
     """During a backward pass, besides."""
 
 
+def chunk_trainable(
+    shape: ModelShape, layers: Sequence[int], *, is_first: bool, is_last: bool, trains: Trains, division: Division
+) -> float:
+    """Parameters of such a chunk that train, on all tensor-parallel ranks together."""
+    ends = is_first * trains.embedding + is_last * trains.output_layer
+    own = sum(trains.trainable_parameters(shape, layer) for layer in layers)
+    return own + _adapter_parameters(shape, layers, trains, division) + shape.hidden_size * shape.vocab_size * ends
+
+
+def _adapter_parameters(shape: ModelShape, layers: Sequence[int], trains: Trains, division: Division) -> int:
+    if trains.adapters is None:
+        return 0
+    return sum(trains.adapters.parameters(shape, layer, division.tensor_size) for layer in layers)
+
+
 def chunk_bytes(
     shape: ModelShape,
     layers: Sequence[int],
@@ -105,12 +120,9 @@ def chunk_bytes(
     recompute: RecomputeConfig = KEEP_ALL,
 ) -> ChunkBytes:
     """Bytes of the chunk of these layers, with the embedding where it is the first, the head where it is the last."""
-    block, table = block_parameters(shape), shape.hidden_size * shape.vocab_size
-    parameters = block * len(layers) + table * (is_first + is_last)
-    trainable = sum(trains.trainable_parameters(shape, layer) for layer in layers)
-    adapters = [trains.adapters.parameters(shape, layer, division.tensor_size) for layer in layers if trains.adapters]
-    parameters, trainable = parameters + sum(adapters), trainable + sum(adapters)
-    trainable += table * (is_first * trains.embedding + is_last * trains.output_layer)
+    parameters = block_parameters(shape) * len(layers) + shape.hidden_size * shape.vocab_size * (is_first + is_last)
+    parameters += _adapter_parameters(shape, layers, trains, division)
+    trainable = chunk_trainable(shape, layers, is_first=is_first, is_last=is_last, trains=trains, division=division)
     first = trains.first_layer(shape.num_layers)
 
     def activations(of: Iterable[int]) -> float:

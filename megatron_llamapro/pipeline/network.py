@@ -5,6 +5,7 @@ Ranks are numbered as megatron.core does: tensor-parallel ones are neighbours, t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_llamapro.model.shape import ModelShape
@@ -30,13 +31,14 @@ class Network:
         """Seconds of an all-gather or a reduce-scatter of `num_bytes` in all over `size` ranks, `stride` apart.
 
         Over several nodes the ranks of a group on one node receive together what is on the others, each by an adapter
-        of its own (as NCCL's rings do).
+        of its own (as NCCL's rings do). Groups begin where the one before ends, so that one whose size does not divide
+        a node's has few ranks on some nodes.
         """
         if size == 1:
             return 0.0
         received = num_bytes * (size - 1) / size
-        on_a_node = max(1, self.ranks_per_node // stride)
-        if size <= on_a_node:
+        on_a_node = math.gcd(size, max(1, self.ranks_per_node // stride))
+        if on_a_node == size:
             return received / self.within_node
         return received / min(self.within_node, self.between_nodes * on_a_node)
 
@@ -65,14 +67,14 @@ def tensor_parallel_time(shape: ModelShape, trains: Trains, division: Division, 
             if is_row_parallel(name):
                 seconds += gather * (is_reached or trains_itself)
             else:
-                seconds += scatter * is_reached + gather * trains_itself
+                seconds += scatter * (is_reached or trains_itself) + gather * trains_itself
         return seconds
 
     head_has_backward = trains.final_norm or trains.first_layer(num_layers) < num_layers
     return ModelTime(
         layers=tuple(ChunkTime(2 * (gather + scatter), backward(layer)) for layer in range(num_layers)),
-        embedding=ChunkTime(scatter, 0.0),
-        head=ChunkTime(gather, scatter * head_has_backward + gather * trains.output_layer),
+        embedding=ChunkTime(scatter, gather * trains.embedding),
+        head=ChunkTime(gather, scatter * head_has_backward),
     )
 
 

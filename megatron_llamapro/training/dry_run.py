@@ -63,6 +63,10 @@ def check(config: RunConfig, model: DescribedModel, world_size: int) -> None:
     """Raise `ConfigError` where the job could not start."""
     if not 1 <= world_size <= MAX_WORLD_SIZE:
         raise ConfigError(f"--world_size is {world_size}: it is from 1 to {MAX_WORLD_SIZE:,}")
+    if model.shape.is_moe:
+        raise ConfigError(
+            "a model with experts cannot run dry: which of them a token goes through is known from data only"
+        )
     data_parallel_size(config, world_size)
     check_fits(config, model.shape, model.plan)
 

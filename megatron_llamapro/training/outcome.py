@@ -23,6 +23,7 @@ class Outcome:
     """For the wanted tokens."""
 
 
+_MOST = 1e30  # of any option: sums and quotients of them stay finite
 PEAK_TFLOPS, EFFICIENCY, TOKENS = 989, 0.4, 80e9
 """An H100's dense bfloat16, of its data sheet; a round number, docs/planning.md; the paper's."""
 
@@ -60,5 +61,7 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
     """Raise `ConfigError` where one of these options is given and not above 0."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and not value > 0:
+        if value is not None and not value > 1 / _MOST:
             raise ConfigError(f"--{name} is {value:g}: it must be above 0")
+        if value is not None and value > _MOST:
+            raise ConfigError(f"--{name} is {value:g}: it must be finite")

@@ -14,6 +14,7 @@ from megatron_llamapro.config.checks import check_run_config
 from megatron_llamapro.config.errors import ConfigError, PipelinePlanError
 from megatron_llamapro.config.schema import ParallelConfig, RecomputeConfig, RunConfig
 from megatron_llamapro.pipeline.job import Job
+from megatron_llamapro.pipeline.memory import chunk_trainable
 from megatron_llamapro.pipeline.network import Network, replicas_time, tensor_parallel_time, together
 from megatron_llamapro.pipeline.planner import Plan, balanced_plan, even_plan
 from megatron_llamapro.training.fitting import check_fits, job_of
@@ -58,6 +59,9 @@ def best_parallelisms(config: RunConfig, model: DescribedModel, machine: Machine
         PipelinePlanError: none fits into memory.
     """
     check_fits(_undivided(config), model.shape, model.plan)
+    if machine.num_ranks < machine.network.ranks_per_node:  # a part of a node is a node
+        network = replace(machine.network, ranks_per_node=machine.num_ranks)
+        machine = replace(machine, network=network)
     jobs = sorted(_jobs(config, model, machine), key=lambda each: _least_seconds(each[1]))
     if not jobs:
         raise ConfigError(
@@ -92,7 +96,8 @@ def _jobs(config: RunConfig, model: DescribedModel, machine: Machine) -> Iterato
 
 def _divisions(config: RunConfig, num_layers: int, machine: Machine) -> Iterator[RunConfig]:
     """Tensor-parallel ranks within a node; replicas overlap their messages with work."""
-    for tensor_size in _divisors(machine.num_ranks, machine.network.ranks_per_node):
+    node = machine.network.ranks_per_node
+    for tensor_size in (each for each in _divisors(machine.num_ranks, node) if node % each == 0):
         for stages in _divisors(machine.num_ranks // tensor_size, num_layers):
             has_replicas = tensor_size * stages < machine.num_ranks
             alone = _undivided(config)
@@ -162,8 +167,14 @@ def _not_hidden(job: Job, plan: Plan, network: Network) -> float:
 
     def of(stage: int) -> float:
         start = sum(plan.counts[:stage])
-        layers = range(start, start + plan.counts[stage])
-        trainable = sum(job.trains.trainable_parameters(job.shape, layer) for layer in layers)
+        trainable = chunk_trainable(
+            job.shape,
+            range(start, start + plan.counts[stage]),
+            is_first=stage == 0,
+            is_last=stage == job.num_stages - 1,
+            trains=job.trains,
+            division=job.division,
+        )
         messages = replicas_time(trainable / job.division.tensor_size, job.division, network)
         gather = messages.forward - plan.stage_forward[stage]
         return max(0.0, gather) + max(0.0, messages.backward - plan.stage_backward[stage])

@@ -11,6 +11,7 @@ import yaml
 
 from megatron_llamapro.checkpoint.described import describe_model
 from megatron_llamapro.config.files import write_atomically
+from megatron_llamapro.config.io import to_plain
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.pipeline.network import Network
@@ -43,22 +44,24 @@ def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None
     return 0
 
 
-def _fields(found: Parallelism) -> dict[str, dict]:
-    """What a configuration says of it."""
-    parallel, recompute = found.config.parallel, found.config.recompute
-    fields = {
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "sequence_parallel": parallel.sequence_parallel,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "overlap_grad_reduce": parallel.overlap_grad_reduce,
-        "overlap_param_gather": parallel.overlap_param_gather,
+def _fields(found: Parallelism) -> dict[str, object]:
+    """What a configuration says of it, also where that is nothing: the file that it is added to may say something."""
+    names = {
+        "parallel": (
+            "tensor_model_parallel_size",
+            "sequence_parallel",
+            "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+            "pipeline_stage_layers",
+            "overlap_grad_reduce",
+            "overlap_param_gather",
+        ),
+        "recompute": ("granularity", "method", "num_layers", "modules"),
     }
-    if parallel.pipeline_stage_layers:
-        fields["pipeline_stage_layers"] = list(parallel.pipeline_stage_layers)
-    if recompute.granularity is None:
-        return {"parallel": fields}
-    names = ("granularity", "method", "num_layers")
-    return {"parallel": fields, "recompute": {name: getattr(recompute, name) for name in names}}
+    return {
+        section: {name: to_plain(getattr(getattr(found.config, section), name)) for name in fields}
+        for section, fields in names.items()
+    }
 
 
 def _as_json(found: Parallelism, args: argparse.Namespace) -> dict[str, object]:

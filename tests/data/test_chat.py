@@ -32,6 +32,12 @@ MARKED = {
     "{% generation %}{{ ' ' + m.content + ' ' + eos_token }}{% endgeneration %}"
     "{% else %}{{ bos_token + '[INST] ' + m.content | trim + ' [/INST]' }}{% endif %}{% endfor %}",
 }
+# A prompt that ends with a space, which byte-level tokenizers join to the word behind it.
+MARKED["a space before the answer"] = (
+    "{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 
 
 def unmarked(template: str) -> str:
@@ -40,21 +46,46 @@ def unmarked(template: str) -> str:
 
 @pytest.fixture
 def encoder(tokenizer_folder: Path, tmp_path: Path) -> Callable:
-    def make(template: str):
+    def make(template: str, tokenizer: Path = tokenizer_folder):
         (tmp_path / "template.jinja").write_text(template)
-        return EncoderOptions(tokenizer_folder, chat=True, chat_template=tmp_path / "template.jinja").make()
+        return EncoderOptions(tokenizer, chat=True, chat_template=tmp_path / "template.jinja").make()
 
     return make
 
 
+@pytest.fixture(scope="module")
+def byte_level(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of words with the space before them, as GPT-2's, Llama 3's and Qwen's are."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    folder = tmp_path_factory.mktemp("byte level")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([message["content"] for message in MESSAGES] * 9 + [" Yes, it is."] * 9, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_bytes((tokenizer_folder / "tokenizer_config.json").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["characters", "byte level"])
 @pytest.mark.parametrize("name", MARKED)
-def test_answers_are_those_that_transformers_marks(name: str, encoder: Callable, tokenizer_folder: Path) -> None:
+def test_answers_are_those_that_transformers_marks(
+    name: str, kind: str, encoder: Callable, tokenizer_folder: Path, byte_level: Path
+) -> None:
     from transformers import AutoTokenizer
 
-    marked = AutoTokenizer.from_pretrained(tokenizer_folder).apply_chat_template(
+    folder = byte_level if kind == "byte level" else tokenizer_folder
+    marked = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         MESSAGES, chat_template=MARKED[name], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    segments = encoder(unmarked(MARKED[name])).segments(MESSAGES, "here")
+    segments = encoder(unmarked(MARKED[name]), folder).segments(MESSAGES, "here")
     assert [token for segment in segments for token in segment.ids] == marked["input_ids"]
     mask = [int(segment.is_answer) for segment in segments for _ in segment.ids]
     assert mask == marked["assistant_masks"] and 0 < sum(mask) < len(mask)
@@ -67,6 +98,27 @@ def test_the_examples_template(encoder: Callable) -> None:
     answers = [made.tokenizer.decode(segment.ids) for segment in segments if segment.is_answer]
     assert answers == ["Yes, it is.</s>", "Six legs.</s>"]
     assert segments[0].ids[0] == 1 and not segments[-1].ids.count(1)  # <s> once, at the start
+
+
+def test_what_is_no_answer(encoder: Callable) -> None:
+    """A greeting that nothing precedes, and what is not to be learned (OpenAI's weight 0)."""
+    made = encoder(EXAMPLE.read_text())
+    greeting = {"role": "assistant", "content": "Hello."}
+    unlearned = {"role": "assistant", "content": "Or so.", "weight": 0}
+    segments = made.segments([greeting, *MESSAGES[1:], unlearned], "here")
+    answers = [made.tokenizer.decode(segment.ids) for segment in segments if segment.is_answer]
+    assert answers == ["Yes, it is.</s>", "Six legs.</s>"]
+    assert made.segments([greeting], "here") == [] == made.segments([MESSAGES[1], unlearned], "here")
+    silent = encoder("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
+    assert silent.segments(MESSAGES, "here") == []
+
+
+def test_what_else_a_message_has_is_the_templates(encoder: Callable) -> None:
+    made = encoder(
+        "{% for m in messages %}{{ m.name + ':' + m.content }}{% if m.role == 'critic' %}{% endif %}{% endfor %}"
+    )
+    messages = [{"role": "critic", "content": "x", "name": "A"}, {"role": "assistant", "content": "y", "name": "B"}]
+    assert [made.tokenizer.decode(segment.ids) for segment in made.segments(messages, "here")] == ["A:x", "B:y"]
 
 
 def test_other_names_of_the_same(encoder: Callable) -> None:
@@ -82,7 +134,12 @@ BAD = {
     "empty": ([], "holds no list of messages"),
     "no message": (["hello"], "message 1: messages are"),
     "no text": ([{"role": "user", "content": [{"type": "text"}]}], "message 1: messages are"),
-    "another name": ([{"role": "user", "content": "x"}, {"role": "bot", "content": "y"}], "there is 'bot'"),
+    "another name": (
+        [{"role": "user", "content": "x"}, {"role": "bot", "content": "y"}],
+        "message 2 has the role 'bot'",
+    ),
+    "a tool": ([{"role": "assistant", "content": None, "tool_calls": [{}]}], "message 1 has tool_calls"),
+    "weight": ([{"role": "assistant", "content": "x", "weight": 0.5}], "message 1 has the weight 0.5"),
     "no role": ([{"content": "x"}], "message 1: messages are"),
 }
 
@@ -105,8 +162,9 @@ def test_a_template_that_refuses(encoder: Callable) -> None:
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     with pytest.raises(DataError, match="here: the chat template refuses it: no system role"):
         encoder(no_system).segments(MESSAGES, "here")
-    with pytest.raises(DataError, match="here: the chat template refuses it"):
-        encoder("{% for %}").segments(MESSAGES, "here")
+    for broken in ("{% for %}", "{{ 1 / 0 }}"):
+        with pytest.raises(DataError, match="here: the chat template refuses it"):
+            encoder(broken).segments(MESSAGES, "here")
 
 
 def test_no_template_and_no_special_tokens(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -114,6 +172,14 @@ def test_no_template_and_no_special_tokens(tokenizer_folder: Path, tmp_path: Pat
         EncoderOptions(tokenizer_folder, chat=True).make()
     with pytest.raises(DataError, match="cannot be read as a chat template"):
         EncoderOptions(tokenizer_folder, chat=True, chat_template=tmp_path / "none").make()
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
+    with pytest.raises(DataError, match=r"writes bos_token, and .*tokenizer_config.json names none: add it there"):
+        EncoderOptions(tmp_path, eod_token="</s>", chat=True, chat_template=EXAMPLE).make()
+    (tmp_path / "tokenizer.json").rename(tmp_path / "my.json")
+    with pytest.raises(
+        DataError, match=r"my.json: conversations need a folder whose tokenizer is called tokenizer.json"
+    ):
+        EncoderOptions(tmp_path / "my.json", eod_token="</s>", chat=True, chat_template=EXAMPLE).make()
     with pytest.raises(DataError, match="give --chat too"):
         EncoderOptions(tokenizer_folder, chat_template=EXAMPLE).make()
 

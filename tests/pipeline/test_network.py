@@ -20,6 +20,8 @@ NETWORK = Network(ranks_per_node=8, within_node=8.0, between_nodes=1.0)
         (4, 4, 6 / 2),  # two ranks of each node
         (4, 8, 6.0),  # one of each
         (4, 16, 6.0),
+        (12, 1, 8 * 11 / 12 / 4),  # four of its second half are alone on a node
+        (3, 1, 8 * 2 / 3),  # the third group lies on two nodes, one rank of it alone
     ],
 )
 def test_collectives(size: int, stride: int, seconds: float) -> None:

@@ -9,6 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+
+from megatron_llamapro.config.io import parse_run_config
+from megatron_llamapro.config.schema import RecomputeConfig
 
 RUN = """
 model: {checkpoint: not-there-yet}
@@ -46,12 +50,33 @@ def test_the_best_one_runs(arguments: list, tmp_path: Path) -> None:
     assert best["gpu_hours"] == pytest.approx(4 * 80e9 / best["tokens_per_second"] / 3600)
 
 
+def test_what_the_file_said_before_is_replaced(arguments: list, tmp_path: Path) -> None:
+    """Recomputation, virtual stages and a split of the layers that belong to another division."""
+    before = {
+        "parallel": {
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+            "pipeline_stage_layers": [2, 2, 2, 2],
+        },
+        "recompute": {"granularity": "selective", "modules": ["mlp"]},
+    }
+    run = tmp_path / "run.yaml"
+    run.write_text(yaml.safe_dump({**yaml.safe_load(RUN), **before}))
+    assert tool("plan_parallelism", *arguments, "--output", tmp_path / "parallel.yaml").returncode == 0
+    both = parse_run_config(["--config", str(run), "--config", str(tmp_path / "parallel.yaml")])
+    assert parse_run_config(["--config", str(run)]).recompute.modules == ("mlp",)
+    assert both.recompute == RecomputeConfig() and both.parallel.virtual_pipeline_model_parallel_size is None
+    assert both.parallel.pipeline_model_parallel_size == 1 and both.parallel.pipeline_stage_layers is None
+
+
 BAD = {
     "nothing fits": (
         ["--memory_gib", 0.0001],
         "no division of 4 ranks fits into 0.0001 GiB a rank: the smallest needs 0.00155",
     ),
     "no memory": (["--memory_gib", 0], "--memory_gib is 0: it must be above 0"),
+    "no number": (["--peak_tflops", "inf"], "--peak_tflops is inf: it must be finite"),
+    "no such blocks": (["--model.trainable=[round_7]"], "model.trainable names 'round_7'"),
     "no ranks": (["--world_size", 0], "--world_size is 0: it must be above 0"),
 }
 
@@ -60,4 +85,4 @@ BAD = {
 def test_bad_input(name: str, arguments: list) -> None:
     more, message = BAD[name]
     result = tool("plan_parallelism", *arguments, *more)
-    assert result.returncode == 2 and result.stderr == f"error: {message}\n"
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1

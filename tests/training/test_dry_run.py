@@ -18,6 +18,7 @@ from megatron_llamapro.config.io import dump_yaml
 from megatron_llamapro.config.schema import LoraConfig, ParallelConfig, RecomputeConfig, RunConfig
 from megatron_llamapro.runtime.counting import Kind, Product
 from megatron_llamapro.testing.distributed import run_apart, run_distributed
+from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
 # No vocabulary is padded here, so that the arithmetic counts the same products.
 VOCABULARY = 128
@@ -295,7 +296,13 @@ def test_bad_input_is_one_line(arguments: list, message: str, run_yaml: Path) ->
     assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
-def test_a_model_that_is_not_there() -> None:
+def test_experts_cannot_run_dry(tiny_model: Callable[..., Path], run_yaml: Path) -> None:
+    model = tiny_model(**TINY_FAMILIES["mixtral"])
+    added = ["--num_added_blocks", 2, "--world_size", 1]
+    result = tool("--config", run_yaml, "--hf_config", model, *added)
+    assert result.returncode == 2 and result.stderr.startswith("error: a model with experts cannot run dry: ")
 
+
+def test_a_model_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match="--hf_config FOLDER"):
         describe_model(Path("nowhere"), hf_config=None, expansion=None)

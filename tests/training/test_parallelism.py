@@ -36,7 +36,17 @@ def sent_worker(config: RunConfig, world_size: int) -> dict[str, float]:
     return sent
 
 
-@pytest.mark.parametrize("trainable", [("added_blocks",), ("everything",), ("linear_proj", "linear_fc2")], ids=str)
+TRAINABLE = [
+    ("added_blocks",),
+    ("everything",),
+    ("linear_proj", "linear_fc2"),
+    ("linear_qkv",),
+    ("embedding", "added_blocks"),
+    ("output_layer",),
+]
+
+
+@pytest.mark.parametrize("trainable", TRAINABLE, ids=str)
 @pytest.mark.parametrize("layout", [parallel(tp=2), parallel(tp=2, pp=2, sp=True)], ids=["tp2", "tp2 pp2 sp"])
 def test_tensor_parallel_messages(layout: ParallelConfig, trainable: tuple[str, ...], run_config: Callable) -> None:
     """Half of a collective's buffer comes from the other of two ranks; an all-reduce is two of them. All-reduces of
@@ -87,6 +97,28 @@ def test_what_does_not_fit_is_divided_or_recomputed(run_config: Callable) -> Non
         assert (each.config.recompute.granularity == "full") is is_alone
     with pytest.raises(PipelinePlanError, match="no division of 8 ranks fits into"):
         best_parallelisms(config, model, machine(memory_bytes=1e4), at_most=1)
+
+
+def test_tensor_parallel_ranks_are_on_one_node(run_config: Callable) -> None:
+    """With heads for four: not on nodes of six, whose second group of four would lie on two of them."""
+    config = run_config(global_batch_size=24)
+    for node, sizes in ((6, {1, 2}), (4, {1, 2}), (12, {1, 2})):
+        network = Network(ranks_per_node=node)
+        found = best_parallelisms(config, model_of(config), machine(num_ranks=12, network=network), at_most=100)
+        assert {each.job.division.tensor_size for each in found} == sizes
+
+
+def test_everything_that_trains_is_reduced(run_config: Callable) -> None:
+    """The embedding and the output layer too, and adapters."""
+    network = Network(ranks_per_node=2, within_node=1.0)  # so slow that nothing else counts
+    tables = {}
+    for trainable in (("added_blocks",), ("added_blocks", "embedding", "output_layer")):
+        config = run_config(global_batch_size=2, trainable=trainable)
+        found = best_parallelisms(config, model_of(config), machine(num_ranks=2, network=network), at_most=9)
+        tables[trainable] = next(each.seconds for each in found if each.job.division.data_size == 2)
+    shape = found[0].job.shape
+    few, many = tables.values()
+    assert many - few == pytest.approx(2 * shape.hidden_size * shape.vocab_size * (4 + 4) / 2, rel=1e-6)
 
 
 def test_slow_links_between_replicas_are_counted(run_config: Callable) -> None:
