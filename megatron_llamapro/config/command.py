@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -64,6 +65,13 @@ def one_line_error(error: BaseException) -> str:
     return "error: " + " ".join(text.split())
 
 
+def _nobody_reads_the_output() -> bool:
+    """As when it goes to `head`, which has seen enough."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` as a program: user errors become one line and exit code 2.
 
@@ -75,10 +83,10 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
         sys.stdout.flush()
         raise SystemExit(code)
-    except BrokenPipeError:  # what reads the output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(OUTPUT_CLOSED) from None
     except (LlamaProError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads_the_output():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(OUTPUT_CLOSED) from None
         if debug:
             traceback.print_exc()
         print(one_line_error(error), file=sys.stderr)

@@ -41,8 +41,11 @@ class ChatTemplate:
             self._tokenizer = AutoTokenizer.from_pretrained(tokenizer.parent, local_files_only=True)
         except Exception as error:  # of many kinds
             raise DataError(f"{tokenizer.parent}: transformers cannot read the tokenizer: {error}") from None
-        self.text = _read(template) if template else self._tokenizer.chat_template
-        if not isinstance(self.text, str):
+        own = self._tokenizer.chat_template
+        if isinstance(own, dict):  # several, for other uses too
+            own = own.get("default")
+        self.text = _read(template) if template else own
+        if not self.text:
             raise DataError(f"{tokenizer.parent} has no chat template: give one with --chat_template FILE.jinja")
         for name in ("bos_token", "eos_token"):
             if re.search(rf"\b{name}\b", self.text) and not getattr(self._tokenizer, name):

@@ -26,15 +26,16 @@ def raising(error: BaseException):
             2,
             "error: /x/y: No space left on device\n",
         ),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "error: Broken pipe\n"),  # not the output's
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
         (KeyboardInterrupt("go on"), 130, "error: interrupted: go on\n"),
     ],
 )
-def test_one_line_and_exit_code(error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture) -> None:
+def test_one_line_and_exit_code(error: BaseException, code: int, text: str, capfd: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as end:
         run_command(raising(error))
     assert end.value.code == code
-    assert capsys.readouterr().err == text
+    assert capfd.readouterr().err == text
 
 
 def test_results_become_exit_codes() -> None:

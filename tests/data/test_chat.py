@@ -100,6 +100,19 @@ def test_the_examples_template(encoder: Callable) -> None:
     assert segments[0].ids[0] == 1 and not segments[-1].ids.count(1)  # <s> once, at the start
 
 
+def test_a_tokenizer_with_several_templates(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """As those have that call tools: the default one."""
+    for path in tokenizer_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = [
+        {"name": "default", "template": EXAMPLE.read_text()},
+        {"name": "tool_use", "template": ""},
+    ]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert EncoderOptions(tmp_path, chat=True).make().template.text == EXAMPLE.read_text()
+
+
 def test_what_is_no_answer(encoder: Callable) -> None:
     """A greeting that nothing precedes, and what is not to be learned (OpenAI's weight 0)."""
     made = encoder(EXAMPLE.read_text())
