@@ -12,12 +12,15 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_llamapro.config.errors import CheckpointError, LlamaProError
 from megatron_llamapro.config.schema import ParallelConfig
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,14 @@ def stop_world() -> None:
 def world_size_from_environment() -> int:
     """Ranks that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def from_first_rank(value: Found) -> Found:
+    """What the first rank gives, on all ranks, which all call it. What is in a folder they decide so: one rank may see
+    a file that another does not see yet, and then goes another way, to a collective that nobody else comes to."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def for_all_ranks(error: LlamaProError) -> LlamaProError:

@@ -16,7 +16,7 @@ from megatron_llamapro.checkpoint.delta import BASE, Delta
 from megatron_llamapro.checkpoint.weight_map import frozen_names
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.model.shape import ModelShape
-from megatron_llamapro.runtime.distributed import failing_together
+from megatron_llamapro.runtime.distributed import failing_together, from_first_rank
 
 
 def trained_keys(state: dict) -> tuple[str, ...] | None:
@@ -66,7 +66,7 @@ def delta_of_run(
     start, base = resume_from or source, save / BASE
     names = frozen_names(shape, trained)
     hashes = _shared_out(start, names)
-    if base.exists():
+    if from_first_rank(base.exists()):
         _check_same(base, hashes, start)
     else:
         with failing_together(f"{base} could not be made"):

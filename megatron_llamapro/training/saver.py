@@ -22,7 +22,7 @@ from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME
 from megatron_llamapro.config.errors import LlamaProError
 from megatron_llamapro.config.io import dump_yaml
 from megatron_llamapro.model.families import CONFIG_NAME
-from megatron_llamapro.runtime.distributed import failing_together
+from megatron_llamapro.runtime.distributed import failing_together, from_first_rank
 from megatron_llamapro.training.checkpointing import model_state, training_state
 from megatron_llamapro.training.delta import delta_of_run, trained_keys
 from megatron_llamapro.training.retention import clear_leftovers, prune
@@ -121,10 +121,9 @@ class Saver:
     def _begin(self) -> _Save:
         """The folder to write into. Its name is new: what a killed run still writes goes elsewhere."""
         iteration = self._run.state.iteration
-        names = [uuid.uuid4().hex[:8]]
-        dist.broadcast_object_list(names, src=0)
+        name = from_first_rank(uuid.uuid4().hex[:8])
         folder = iteration_folder(self._folder, iteration)
-        save = _Save(iteration, folder, folder.with_name(f"{folder.name}.{names[0]}.tmp"), time.monotonic())
+        save = _Save(iteration, folder, folder.with_name(f"{folder.name}.{name}.tmp"), time.monotonic())
         with failing_together(save.what):
             if dist.get_rank() == 0:
                 clear_leftovers(self._folder)

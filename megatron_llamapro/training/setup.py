@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.model.spec import uses_transformer_engine
 from megatron_llamapro.model.trainable import first_trainable_layer
 from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler, check_apex
-from megatron_llamapro.runtime.distributed import ParallelLayout, raise_together, start_model_parallel
+from megatron_llamapro.runtime.distributed import ParallelLayout, from_first_rank, raise_together, start_model_parallel
 from megatron_llamapro.training.checkpointing import load_checkpoint, load_model
 from megatron_llamapro.training.fitting import check_fits
 from megatron_llamapro.training.metrics import metrics_path
@@ -171,7 +171,7 @@ def _checked_source(config: RunConfig) -> Source:
         error = found
     raise_together(error)
     assert source is not None  # raise_together raised otherwise
-    return source
+    return replace(source, folder=from_first_rank(source.folder), resume_from=from_first_rank(source.resume_from))
 
 
 def _read_source(config: RunConfig) -> Source:

@@ -4,6 +4,7 @@ been; whatever the checkpoints are: full or delta, written at once or beside tra
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +81,30 @@ def test_killed_while_saving(place: str, run_config: Callable, tmp_path: Path) -
     whole = run_distributed(workers.train, 1, run_config(train_iters=3, save="whole"))[0].figures
     assert rest == whole[1:]
     assert steps_in(save) == [f"iter_000000{step}" for step in (1, 2, 3)]
+
+
+def test_a_rank_that_does_not_see_the_newest_checkpoint_yet(run_config: Callable) -> None:
+    """As on a network file system: all go on from the one that the first rank sees."""
+    config = with_checkpoint(run_config(train_iters=3), save_interval=1)
+    whole = run_distributed(workers.train, 2, config)[0].figures
+    save = Path(config.checkpoint.save)
+    shutil.rmtree(save / "iter_0000003")
+    (save / "latest_checkpointed_iteration.txt").write_text("2\n")
+    rest = run_distributed(stale_worker, 2, config)[0].figures
+    assert rest == whole[2:]
+
+
+def stale_worker(config: RunConfig) -> workers.Result:
+    from megatron_llamapro.training import setup
+
+    newest = setup.checkpoint_to_resume
+
+    def stale(*args):
+        found = newest(*args)
+        return found.with_name("iter_0000001") if torch.distributed.get_rank() else found
+
+    setup.checkpoint_to_resume = stale
+    return workers.train(config)
 
 
 def test_killed_while_a_fork_writes(run_config: Callable, tmp_path: Path) -> None:

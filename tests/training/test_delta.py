@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,28 @@ def trained(run_config: Callable) -> Callable[..., RunConfig]:
         return config
 
     return make
+
+
+def test_a_rank_that_looks_late(run_config: Callable) -> None:
+    """The first rank has made the base before the second one looks for it."""
+    late, usual = (run_config(train_iters=1, save=name) for name in ("late", "usual"))
+    ranks = run_distributed(late_worker, 2, late)
+    assert ranks[0].figures == run_distributed(workers.train, 2, usual)[0].figures
+
+
+def late_worker(config: RunConfig) -> workers.Result:
+    from megatron_llamapro.training import delta
+
+    shared_out, base = delta._shared_out, Path(config.checkpoint.save) / "base"
+
+    def late(*args):
+        hashes, end = shared_out(*args), time.monotonic() + 2
+        while torch.distributed.get_rank() and not base.exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        return hashes
+
+    delta._shared_out = late
+    return workers.train(config)
 
 
 TRAINABLE = {
