@@ -77,8 +77,8 @@ def line(row: Row) -> str:
 
     original = ExpansionPlan.unexpanded(32)
     plan = original.expand(ADDED) if row.is_expanded else original
-    shape = model_shape(hf_config(SHAPES["llama-2-7b"])).with_layers([layer.parent_layer for layer in plan.layers])
-    report = dry_run(config_of(row), DescribedModel(shape, plan), world_size=16, rank=0)
+    model = DescribedModel.expanded(model_shape(hf_config(SHAPES["llama-2-7b"])), plan)
+    report = dry_run(config_of(row), model, world_size=16, rank=0)
 
     def flops(*products: Product) -> str:
         return f"{sum(report.counts.flops[product] for product in products) / report.tokens / GFLOP:.2f}"

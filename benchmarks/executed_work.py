@@ -90,8 +90,8 @@ def run(config: RunConfig, world_size: int, rank: int):
     from megatron_llamapro.training.dry_run import dry_run
 
     plan = ExpansionPlan.unexpanded(32).expand(ADDED)
-    shape = model_shape(hf_config(SHAPES["llama-2-7b"])).with_layers([layer.parent_layer for layer in plan.layers])
-    return dry_run(config, DescribedModel(shape, plan), world_size=world_size, rank=rank)
+    model = DescribedModel.expanded(model_shape(hf_config(SHAPES["llama-2-7b"])), plan)
+    return dry_run(config, model, world_size=world_size, rank=rank)
 
 
 def figures_of_7b() -> Iterator[Figure]:

@@ -129,8 +129,7 @@ def measure(variant: Variant, args) -> dict:
 def _model(shape: LlamaShape) -> DescribedModel:
     layers = shape.num_hidden_layers
     plan = ExpansionPlan.unexpanded(layers).expand(placed_positions(layers, layers // 4))
-    numbers = model_shape(hf_config(shape))
-    return DescribedModel(numbers.with_layers([layer.parent_layer for layer in plan.layers]), plan)
+    return DescribedModel.expanded(model_shape(hf_config(shape)), plan)
 
 
 def _config(variant: Variant, args, *, on_gpu: bool) -> RunConfig:

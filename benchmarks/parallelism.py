@@ -18,15 +18,15 @@ from megatron_llamapro.pipeline.network import Network
 from megatron_llamapro.training.outcome import EFFICIENCY, PEAK_TFLOPS, outcome
 from megatron_llamapro.training.parallelism import Machine, best_parallelisms
 from megatron_llamapro.training.parallelism_command import name
-from recipes import GIB, HF_CONFIGS, ROOT
+from random_llama import SHAPES, LlamaShape, hf_config
+from recipes import GIB, ROOT
 
 MEMORY_GIB = 70
 NUM_GPUS = (8, 16, 64, 1024)
-_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-SHAPES = {
-    "7B": (4096, 32, 32, 32, 11008),
-    "13B": (5120, 40, 40, 40, 13824),
-    "70B": (8192, 80, 64, 8, 28672),
+MODELS = {
+    "7B": SHAPES["llama-2-7b"],
+    "13B": SHAPES["llama-2-13b"],
+    "70B": LlamaShape(8192, 28672, 80, 64, 8, 32000, 4096),
 }
 
 
@@ -43,7 +43,7 @@ def rows() -> Iterator[str]:
     names = ("model", "GPUs", "TP × PP × DP", "recompute", "layers a stage", "GiB a GPU", "s a step", "tokens/s a GPU")
     yield f"| {' | '.join((*names, 'MFU', 'GPU-hours'))} |"
     yield "|---" * 10 + "|"
-    for size in SHAPES:
+    for size in MODELS:
         for num_gpus in NUM_GPUS:
             yield row(size, num_gpus)
 
@@ -67,10 +67,10 @@ def row(size: str, num_gpus: int) -> str:
 
 def expanded(size: str) -> DescribedModel:
     """LLaMA-2 of a size with a block added after every fourth."""
-    original = model_shape({**HF_CONFIGS["llama2_7b_pro"], **dict(zip(_NAMES, SHAPES[size], strict=True))})
+    original = model_shape(hf_config(MODELS[size]))
     plan = ExpansionPlan.unexpanded(original.num_layers)
     plan = plan.expand(placed_positions(original.num_layers, original.num_layers // 4))
-    return DescribedModel(original.with_layers([layer.parent_layer for layer in plan.layers]), plan)
+    return DescribedModel.expanded(original, plan)
 
 
 if __name__ == "__main__":

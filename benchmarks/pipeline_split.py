@@ -55,8 +55,7 @@ class Setting:
     def model(self) -> DescribedModel:
         layers = self.shape.num_hidden_layers
         plan = ExpansionPlan.unexpanded(layers).expand(range(layers, layers + self.added))
-        shape = model_shape(hf_config(self.shape))
-        return DescribedModel(shape.with_layers([layer.parent_layer for layer in plan.layers]), plan)
+        return DescribedModel.expanded(model_shape(hf_config(self.shape)), plan)
 
     @property
     def config(self) -> RunConfig:

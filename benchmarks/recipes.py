@@ -21,16 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 _LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 _WIDTHS = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+_LLAMA2_7B = {
+    **_LLAMA,
+    **_WIDTHS,
+    "intermediate_size": 11008,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+}
 HF_CONFIGS = {
-    "llama2_7b_pro": {
-        **_LLAMA,
-        **_WIDTHS,
-        "intermediate_size": 11008,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-        "rope_theta": 10000.0,
-    },
+    "llama2_7b_pro": _LLAMA2_7B,
+    "llama2_7b_pro_instruct": _LLAMA2_7B,
     "llama3_8b_pro": {
         **_LLAMA,
         **_WIDTHS,
@@ -67,8 +69,6 @@ class Recipe:
         return ROOT / "examples" / self.name / "run.yaml"
 
 
-HF_CONFIGS["llama2_7b_pro_instruct"] = HF_CONFIGS["llama2_7b_pro"]
-
 RECIPES = (
     Recipe("llama2_7b_pro"),
     Recipe("llama2_7b_pro", 8),
@@ -102,7 +102,7 @@ def figures(recipe: Recipe) -> str:
     original = model_shape(HF_CONFIGS[recipe.name])
     plan = ExpansionPlan.unexpanded(original.num_layers)
     plan = plan.expand(placed_positions(original.num_layers, recipe.num_added))
-    model = DescribedModel(original.with_layers([layer.parent_layer for layer in plan.layers]), plan)
+    model = DescribedModel.expanded(original, plan)
     world_size = recipe.num_gpus
     ranks = distinct_ranks(config, world_size)
     peak = max(dry_run(config, model, world_size=world_size, rank=rank).counts.peak_bytes for rank in ranks)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.expansion.options import add_expansion_options, read_expansion_options
+from megatron_llamapro.pipeline.network import Network
 from megatron_llamapro.training.outcome import add_options
 
 
@@ -22,12 +23,20 @@ def main() -> int:
     parser.add_argument(
         "--memory_gib", type=float, default=70, metavar="GIB", help="that a rank may hold (default: 70, of 80 GB)"
     )
-    parser.add_argument("--ranks_per_node", type=int, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--ranks_per_node", type=int, default=Network.ranks_per_node, metavar="N", help="default: 8")
     parser.add_argument(
-        "--within_node_gb", type=float, default=300, metavar="N", help="GB/s a rank sends in a node (default: NVLink)"
+        "--within_node_gb",
+        type=float,
+        default=Network.within_node / 1e9,
+        metavar="N",
+        help="GB/s a rank sends in a node (default: NVLink)",
     )
     parser.add_argument(
-        "--between_nodes_gb", type=float, default=40, metavar="N", help="to others (default: 400 Gbit/s for each rank)"
+        "--between_nodes_gb",
+        type=float,
+        default=Network.between_nodes / 1e9,
+        metavar="N",
+        help="to others (default: 400 Gbit/s for each rank)",
     )
     add_options(parser)
     parser.add_argument("--at_most", type=int, default=5, metavar="N", help="divisions to print (default: 5)")

@@ -21,6 +21,11 @@ class DescribedModel:
     shape: ModelShape
     plan: ExpansionPlan
 
+    @classmethod
+    def expanded(cls, original: ModelShape, plan: ExpansionPlan) -> DescribedModel:
+        """What `plan` makes of a model; each added block is of the kind of the one that it copies."""
+        return cls(original.with_layers([layer.parent_layer for layer in plan.layers]), plan)
+
 
 def describe_model(checkpoint: Path, *, hf_config: Path | None, expansion: Expansion | None) -> DescribedModel:
     """The model of a Megatron checkpoint (or of a run's newest), or with `hf_config` the one that `expansion` would
@@ -34,7 +39,7 @@ def describe_model(checkpoint: Path, *, hf_config: Path | None, expansion: Expan
         plan = ExpansionPlan.unexpanded(shape.num_layers)
         if expansion is not None:
             plan = expansion.expand(plan)
-        return DescribedModel(shape.with_layers([layer.parent_layer for layer in plan.layers]), plan)
+        return DescribedModel.expanded(shape, plan)
     if expansion is not None:
         raise ConfigError("added blocks are asked for, but model.checkpoint says itself which it has: give --hf_config")
     if not checkpoint.is_dir():

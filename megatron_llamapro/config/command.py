@@ -15,12 +15,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from megatron_llamapro.config.errors import LlamaProError
+from megatron_llamapro.config.errors import ConfigError, LlamaProError
 
 USAGE_ERROR = 2
 HUNG = 70
 INTERRUPTED = 130
 OUTPUT_CLOSED = 141
+
+_MOST = 1e30  # of an option: sums and quotients of them stay finite
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -53,6 +55,16 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(USAGE_ERROR)
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raise `ConfigError` where one of these options, all numbers, is given and not above 0, or not finite."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value > 1 / _MOST:
+            raise ConfigError(f"--{name} is {value:g}: it must be above 0")
+        if value is not None and value > _MOST:
+            raise ConfigError(f"--{name} is {value:g}: it must be finite")
 
 
 def one_line_error(error: BaseException) -> str:

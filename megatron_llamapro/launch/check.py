@@ -34,7 +34,7 @@ def check_run(launch: LaunchConfig, run: RunConfig, run_args: Sequence[str] = ()
         **{f"--config {name}": path for name, path in _config_files(run_args).items()},
     }
     for name, path in paths.items():
-        absolute = _seen_by_the_job(launch, path)
+        absolute = launch.from_here(path).absolute()
         for folder in _NODE_LOCAL:
             if absolute.is_relative_to(folder):
                 raise ConfigError(
@@ -48,12 +48,8 @@ def not_there(launch: LaunchConfig, run: RunConfig) -> Iterator[str]:
         return
     files = {f"data.train {entry.prefix}": f"{entry.prefix}.idx" for entry in run.data.train}
     for name, path in {f"model.checkpoint {run.model.checkpoint}": run.model.checkpoint, **files}.items():
-        if not _seen_by_the_job(launch, path).exists():
+        if not launch.from_here(path).exists():
             yield name
-
-
-def _seen_by_the_job(launch: LaunchConfig, path: str) -> Path:
-    return (Path(launch.working_dir or ".") / path).absolute()
 
 
 def with_absolute_configs(run_args: Sequence[str]) -> list[str]:

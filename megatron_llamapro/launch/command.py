@@ -12,7 +12,7 @@ from megatron_llamapro.config.files import write_atomically
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.launch.check import check_run, not_there, with_absolute_configs
 from megatron_llamapro.launch.config import LaunchConfig
-from megatron_llamapro.launch.slurm import log_folder, sbatch_script
+from megatron_llamapro.launch.slurm import sbatch_script
 from megatron_llamapro.launch.torchrun import commands_by_hand
 
 
@@ -37,7 +37,7 @@ def _submit(launch: LaunchConfig, config: RunConfig, script: str) -> int:
         )
     for name in not_there(launch, config):
         print(f"warning: {name} is not there yet: the run is refused if it is not when the job starts", file=sys.stderr)
-    log_dir = log_folder(launch)
+    log_dir = launch.from_here(launch.log_dir)
     log_dir.mkdir(parents=True, exist_ok=True)
     path = log_dir / f"{launch.slurm.job_name}.sbatch"
     write_atomically(path, script)

@@ -121,6 +121,10 @@ class LaunchConfig:
         """Ranks in all."""
         return self.nodes.num_nodes * self.nodes.processes_per_node
 
+    def from_here(self, path: str) -> Path:
+        """A path of the job, seen from where it is submitted, which may be another folder than it runs in."""
+        return Path(self.working_dir or ".") / path
+
 
 def read_launch_config(path: Path, overrides: Sequence[str] = ()) -> LaunchConfig:
     """The launch configuration of a YAML file.

@@ -48,11 +48,6 @@ def sbatch_script(launch: LaunchConfig, run_args: Sequence[str], *, save: str, t
     )
 
 
-def log_folder(launch: LaunchConfig) -> Path:
-    """Where the logs are, seen from where the job is submitted: sbatch has not changed to the working directory."""
-    return Path(launch.working_dir or ".") / launch.log_dir
-
-
 def _options(launch: LaunchConfig) -> Iterator[str]:
     nodes, slurm = launch.nodes, launch.slurm
     yield f"--job-name={shlex.quote(slurm.job_name)}"
@@ -74,7 +69,7 @@ def _options(launch: LaunchConfig) -> Iterator[str]:
     else:
         yield f"--array=1-{slurm.max_lives}%1"
     yield "--open-mode=append"
-    yield f"--output={shlex.quote(str(log_folder(launch) / '%x-%j.out'))}"
+    yield f"--output={shlex.quote(str(launch.from_here(launch.log_dir) / '%x-%j.out'))}"
     yield from slurm.options
 
 

@@ -22,6 +22,11 @@ class ModelTime:
     embedding: ChunkTime
     head: ChunkTime
 
+    def __add__(self, other: ModelTime) -> ModelTime:
+        """Part by part, one after the other."""
+        layers = tuple(mine + its for mine, its in zip(self.layers, other.layers, strict=True))
+        return ModelTime(layers, self.embedding + other.embedding, self.head + other.head)
+
 
 @dataclass(frozen=True)
 class Chunk:

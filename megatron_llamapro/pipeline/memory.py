@@ -14,7 +14,7 @@ from megatron_llamapro.pipeline.cost import Trains, is_row_parallel, linears
 from megatron_llamapro.pipeline.recompute import KEEP_ALL, recomputed_groups
 
 _FLOAT32 = 4  # bytes
-_GRADIENT, _MASTER, _MOMENTS = 4, 4, 8  # bytes a trainable parameter: float32, and two moments
+GRADIENT, _MASTER, _MOMENTS = 4, 4, 8  # bytes a trainable parameter: float32, and two moments
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def state_bytes(parameters: float, trainable: float, division: Division) -> floa
     """Weights, gradients, master weights (of a type below float32) and moments of so many parameters of the whole
     model's, on one rank; optimizer state is divided over the replicas."""
     state = _MOMENTS + (_MASTER if division.itemsize < 4 else 0)
-    each = parameters * division.itemsize + trainable * (_GRADIENT + state / division.data_size)
+    each = parameters * division.itemsize + trainable * (GRADIENT + state / division.data_size)
     return each / division.tensor_size
 
 
@@ -90,23 +90,10 @@ class ChunkBytes:
     """Always."""
     activations: float
     """Of every micro-batch between its forward and its backward pass."""
-    recomputed: float = 0.0
+    recomputed: float
     """During a backward pass, besides."""
-
-
-def chunk_trainable(
-    shape: ModelShape, layers: Sequence[int], *, is_first: bool, is_last: bool, trains: Trains, division: Division
-) -> float:
-    """Parameters of such a chunk that train, on all tensor-parallel ranks together."""
-    ends = is_first * trains.embedding + is_last * trains.output_layer
-    own = sum(trains.trainable_parameters(shape, layer) for layer in layers)
-    return own + _adapter_parameters(shape, layers, trains, division) + shape.hidden_size * shape.vocab_size * ends
-
-
-def _adapter_parameters(shape: ModelShape, layers: Sequence[int], trains: Trains, division: Division) -> int:
-    if trains.adapters is None:
-        return 0
-    return sum(trains.adapters.parameters(shape, layer, division.tensor_size) for layer in layers)
+    trainable: float
+    """Not bytes: parameters that train, on all tensor-parallel ranks together."""
 
 
 def chunk_bytes(
@@ -120,9 +107,12 @@ def chunk_bytes(
     recompute: RecomputeConfig = KEEP_ALL,
 ) -> ChunkBytes:
     """Bytes of the chunk of these layers, with the embedding where it is the first, the head where it is the last."""
-    parameters = block_parameters(shape) * len(layers) + shape.hidden_size * shape.vocab_size * (is_first + is_last)
-    parameters += _adapter_parameters(shape, layers, trains, division)
-    trainable = chunk_trainable(shape, layers, is_first=is_first, is_last=is_last, trains=trains, division=division)
+    block, table = block_parameters(shape), shape.hidden_size * shape.vocab_size
+    parameters = block * len(layers) + table * (is_first + is_last)
+    trainable = sum(trains.trainable_parameters(shape, layer) for layer in layers)
+    adapters = [trains.adapters.parameters(shape, layer, division.tensor_size) for layer in layers if trains.adapters]
+    parameters, trainable = parameters + sum(adapters), trainable + sum(adapters)
+    trainable += table * (is_first * trains.embedding + is_last * trains.output_layer)
     first = trains.first_layer(shape.num_layers)
 
     def activations(of: Iterable[int]) -> float:
@@ -138,4 +128,4 @@ def chunk_bytes(
     if is_last and first <= shape.num_layers:  # the final norm's input, and the loss's gradient by the hidden states
         kept += hidden / along + hidden
     again = max(map(activations, groups), default=0.0)
-    return ChunkBytes(state_bytes(parameters, trainable, division), kept, again)
+    return ChunkBytes(state_bytes(parameters, trainable, division), kept, again, trainable)

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.pipeline.cost import Trains, is_row_parallel
 from megatron_llamapro.pipeline.job import ModelTime
-from megatron_llamapro.pipeline.memory import Division
+from megatron_llamapro.pipeline.memory import GRADIENT, Division
 from megatron_llamapro.pipeline.simulate import ChunkTime
-
-_GRADIENT = 4  # bytes a trainable parameter: float32
 
 
 @dataclass(frozen=True)
@@ -78,16 +76,6 @@ def tensor_parallel_time(shape: ModelShape, trains: Trains, division: Division, 
     )
 
 
-def together(work: ModelTime, messages: ModelTime) -> ModelTime:
-    """Both, one after the other."""
-
-    def both(one: ChunkTime, other: ChunkTime) -> ChunkTime:
-        return ChunkTime(one.forward + other.forward, one.backward + other.backward)
-
-    layers = tuple(both(*pair) for pair in zip(work.layers, messages.layers, strict=True))
-    return ModelTime(layers, both(work.embedding, messages.embedding), both(work.head, messages.head))
-
-
 def replicas_time(trainable: float, division: Division, network: Network) -> ChunkTime:
     """Seconds a step in which replicas gather what was updated (forward) and reduce gradients (backward).
 
@@ -98,4 +86,4 @@ def replicas_time(trainable: float, division: Division, network: Network) -> Chu
     def over_replicas(num_bytes: float) -> float:
         return network.collective(num_bytes, size=division.data_size, stride=division.tensor_size)
 
-    return ChunkTime(over_replicas(trainable * division.itemsize), over_replicas(trainable * _GRADIENT))
+    return ChunkTime(over_replicas(trainable * division.itemsize), over_replicas(trainable * GRADIENT))

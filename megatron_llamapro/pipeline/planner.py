@@ -129,8 +129,7 @@ def balanced_plan(job: Job) -> Plan:
             left = stages - stage - 1
             for count in range(1, num_layers - first - left + 1) if left else [num_layers - first]:
                 chunk = job.chunk(stage, first, count)
-                held = chunk.held.state + in_flight[stage][0] * chunk.held.activations + chunk.held.recomputed
-                if held > job.memory_bytes:
+                if _held([chunk.held], in_flight[stage]) > job.memory_bytes:
                     break
                 seconds = max(slowest, chunk.time.total)
                 if seconds < extended.get(first + count, (float("inf"),))[0]:

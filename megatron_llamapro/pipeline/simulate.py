@@ -23,6 +23,9 @@ class ChunkTime:
     def total(self) -> float:
         return self.forward + self.backward
 
+    def __add__(self, other: ChunkTime) -> ChunkTime:
+        return ChunkTime(self.forward + other.forward, self.backward + other.backward)
+
 
 @dataclass(frozen=True)
 class Timeline:

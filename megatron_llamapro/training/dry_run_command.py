@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 from megatron_llamapro.checkpoint.described import describe_model
+from megatron_llamapro.config.command import check_positive
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.runtime import cpu
 from megatron_llamapro.runtime.upstream import import_megatron
-from megatron_llamapro.training.outcome import check_positive
 
 
 def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None) -> int:

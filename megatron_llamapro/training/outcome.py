@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from megatron_llamapro.config.command import CommandParser
+from megatron_llamapro.config.command import CommandParser, check_positive
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.pipeline.cost import step_work
 from megatron_llamapro.pipeline.job import Job
@@ -23,7 +23,6 @@ class Outcome:
     """For the wanted tokens."""
 
 
-_MOST = 1e30  # of any option: sums and quotients of them stay finite
 PEAK_TFLOPS, EFFICIENCY, TOKENS = 989, 0.4, 80e9
 """An H100's dense bfloat16, of its data sheet; a round number, docs/planning.md; the paper's."""
 
@@ -55,13 +54,3 @@ def check_options(args: argparse.Namespace) -> None:
     check_positive(args, "world_size", "peak_tflops", "efficiency", "tokens")
     if args.efficiency > 1:
         raise ConfigError(f"--efficiency is {args.efficiency:g}: it is a part of 1, e.g. 0.4")
-
-
-def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raise `ConfigError` where one of these options is given and not above 0."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not value > 1 / _MOST:
-            raise ConfigError(f"--{name} is {value:g}: it must be above 0")
-        if value is not None and value > _MOST:
-            raise ConfigError(f"--{name} is {value:g}: it must be finite")

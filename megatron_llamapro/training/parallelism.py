@@ -14,8 +14,7 @@ from megatron_llamapro.config.checks import check_run_config
 from megatron_llamapro.config.errors import ConfigError, PipelinePlanError
 from megatron_llamapro.config.schema import ParallelConfig, RecomputeConfig, RunConfig
 from megatron_llamapro.pipeline.job import Job
-from megatron_llamapro.pipeline.memory import chunk_trainable
-from megatron_llamapro.pipeline.network import Network, replicas_time, tensor_parallel_time, together
+from megatron_llamapro.pipeline.network import Network, replicas_time, tensor_parallel_time
 from megatron_llamapro.pipeline.planner import Plan, balanced_plan, even_plan
 from megatron_llamapro.training.fitting import check_fits, job_of
 
@@ -135,9 +134,7 @@ def _job(config: RunConfig, model: DescribedModel, machine: Machine) -> Job:
     hidden = division.tokens * job.shape.hidden_size * division.itemsize
     along = division.tensor_size if division.sequence_parallel else 1
     stride = division.tensor_size * division.data_size
-    return replace(
-        job, time=together(job.time, messages), message=machine.network.message(hidden / along, stride=stride)
-    )
+    return replace(job, time=job.time + messages, message=machine.network.message(hidden / along, stride=stride))
 
 
 def _least_seconds(job: Job) -> float:
@@ -165,18 +162,9 @@ def _not_hidden(job: Job, plan: Plan, network: Network) -> float:
     """Seconds of the replicas' messages that are longer than what they hide behind: a micro-batch's forward pass for
     the parameters, its backward pass for the gradients."""
 
-    def of(stage: int) -> float:
-        start = sum(plan.counts[:stage])
-        trainable = chunk_trainable(
-            job.shape,
-            range(start, start + plan.counts[stage]),
-            is_first=stage == 0,
-            is_last=stage == job.num_stages - 1,
-            trains=job.trains,
-            division=job.division,
-        )
+    def of(stage: int, trainable: float) -> float:
         messages = replicas_time(trainable / job.division.tensor_size, job.division, network)
         gather = messages.forward - plan.stage_forward[stage]
         return max(0.0, gather) + max(0.0, messages.backward - plan.stage_backward[stage])
 
-    return max(map(of, range(job.num_stages)))
+    return max(of(stage, chunk.held.trainable) for stage, chunk in enumerate(job.chunks(plan.counts)))

@@ -10,12 +10,13 @@ from pathlib import Path
 import yaml
 
 from megatron_llamapro.checkpoint.described import describe_model
+from megatron_llamapro.config.command import check_positive
 from megatron_llamapro.config.files import write_atomically
 from megatron_llamapro.config.io import to_plain
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.pipeline.network import Network
-from megatron_llamapro.training.outcome import check_options, check_positive, outcome
+from megatron_llamapro.training.outcome import check_options, outcome
 from megatron_llamapro.training.parallelism import Machine, Parallelism, best_parallelisms
 
 GIB, GB = 2**30, 1e9

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from megatron_llamapro.checkpoint.described import DescribedModel, describe_model
+from megatron_llamapro.config.command import check_positive
 from megatron_llamapro.config.errors import ConfigError, PipelinePlanError
 from megatron_llamapro.config.files import write_atomically
 from megatron_llamapro.config.schema import RunConfig
@@ -19,7 +20,7 @@ from megatron_llamapro.pipeline.layout import draw
 from megatron_llamapro.pipeline.planner import Plan, best_plan, even_plan
 from megatron_llamapro.pipeline.timing import time_from_calibration
 from megatron_llamapro.training.fitting import check_fits, job_of
-from megatron_llamapro.training.outcome import check_options, check_positive, outcome
+from megatron_llamapro.training.outcome import check_options, outcome
 
 GIB = 2**30
 

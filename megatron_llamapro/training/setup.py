@@ -171,7 +171,8 @@ def _checked_source(config: RunConfig) -> Source:
         error = found
     raise_together(error)
     assert source is not None  # raise_together raised otherwise
-    return replace(source, folder=from_first_rank(source.folder), resume_from=from_first_rank(source.resume_from))
+    folder, resume_from = from_first_rank((source.folder, source.resume_from))
+    return replace(source, folder=folder, resume_from=resume_from)
 
 
 def _read_source(config: RunConfig) -> Source:
