@@ -94,8 +94,12 @@ def _ranks(launch: LaunchConfig, run_args: Sequence[str]) -> list[str]:
         "setup",
         "node=$(hostname -s)",
         '[ -d "$LIFE_LOGS" ] || not_seen',
-        'exec > >(tee -a "$LIFE_LOGS/$node.log") 2>&1',
-        " ".join(["exec", *words, *map(shlex.quote, run_args)]),
+        "trap : TERM # torchrun gets it too, and ends first",
+        """exec > >(trap '' TERM; exec tee -a "$LIFE_LOGS/$node.log") 2>&1""",
+        " ".join([*words, *map(shlex.quote, run_args)]),
+        "code=$?",
+        '[ "$code" = 0 ] || sleep 5 # the other nodes, which srun ends with the first, say before what they saw',
+        'exit "$code"',
     ]
 
 

@@ -38,6 +38,28 @@ def test_what_torchrun_ended_died_of_something_else() -> None:
     assert line == "rank 0 on n1 died first, at 2026-11-25 16:05:11: exit code 1: the disk is full"
 
 
+def test_what_lost_another_comes_after_it() -> None:
+    """Their ends are in the same second, and a rank whose NCCL aborts is killed by a signal."""
+    gloo = (
+        "RuntimeError: [/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.77.0.1]:46006"
+    )
+    nccl = "[rank3]:[E1126 ProcessGroupNCCL.cpp:2057] Rank 3 watchdog: NCCL error: remote process exited or there was …"
+    line, _ = describe(
+        [
+            block(0, 1) + f"[default0]:[rank0]: {gloo}\n",
+            block(3, -6, host="n3") + f"[default1]:{nccl}\n",
+            block(2, 1, host="n2") + "[default0]:[rank2]: ValueError: no such domain\n[default0]:[rank2]: \n",
+        ]
+    )
+    assert line == "rank 2 on n2 died first, at 2026-11-25 16:05:10: exit code 1: ValueError: no such domain"
+
+
+def test_where_torchrun_started_it_again_the_last_words_count() -> None:
+    lost = "[default0]:[rank0]: RuntimeError: Connection closed by peer\n"
+    line, _ = describe([block(1, 1), lost + "[default0]:[rank0]: KeyError: 'x'\n" + block(0, 1)])
+    assert line.endswith("rank 0 on n1 died first, at 2026-11-25 16:05:10: exit code 1: KeyError: 'x'")
+
+
 def test_a_hang_is_told_with_its_rank() -> None:
     line, _ = describe([block(0, 70) + "[default0]:hang: the others wait for rank 1: rank 1 is in read (data.py)\n"])
     assert "exit code 70: hang: the others wait for rank 1" in line

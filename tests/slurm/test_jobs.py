@@ -186,7 +186,12 @@ def test_a_node_is_lost(node: str, submit: Callable[..., Job], undisturbed: Job)
 def test_a_rank_is_killed(restarts: int, submit: Callable[..., Job], undisturbed: Job) -> None:
     job = submit(max_restarts=restarts)
     job.wait_for_step(SAVE_INTERVAL + 2)
-    os.kill(rank_on("n2", job), signal.SIGKILL)
+    rank = rank_on("n2", job)
+    torchrun = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(torchrun, signal.SIGSTOP)  # it notices later than the other node's, whose rank lost its peer
+    os.kill(rank, signal.SIGKILL)
+    time.sleep(4)
+    os.kill(torchrun, signal.SIGCONT)
     if not restarts:
         job.wait_for_restart()
         assert re.search(r"rank \d on n2 died first, at .*: killed by SIGKILL", job.log()), job.log()
@@ -217,9 +222,7 @@ def test_a_rank_is_killed_while_it_saves(restarts: int, submit: Callable[..., Jo
     job = submit(max_restarts=restarts, environment={"PYTHONPATH": path})
     if not restarts:
         job.wait_for_restart()
-        assert "ended with code 1 at step 5 of 40" in job.log() and re.search(r"rank 0 on n\d died first", job.log()), (
-            job.log()
-        )
+        assert "at step 5 of 40" in job.log() and re.search(r"rank 0 on n\d died first", job.log()), job.log()
     assert job.wait_for_end() == "COMPLETED", job.log()
     assert same_as(job, undisturbed)
     assert job.log().count("step 10/40") == 2  # it was done again
