@@ -15,9 +15,9 @@ from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.expansion.plan import ExpansionPlan, placed_positions
 from megatron_llamapro.model.families import model_shape
 from megatron_llamapro.pipeline.network import Network
-from megatron_llamapro.training.outcome import EFFICIENCY, PEAK_TFLOPS, outcome
-from megatron_llamapro.training.parallelism import Machine, best_parallelisms
-from megatron_llamapro.training.parallelism_command import name
+from megatron_llamapro.planning.outcome import EFFICIENCY, PEAK_TFLOPS, outcome
+from megatron_llamapro.planning.parallelism import Machine, best_parallelisms
+from megatron_llamapro.planning.parallelism_command import name
 from random_llama import SHAPES, LlamaShape, hf_config
 from recipes import GIB, ROOT
 

@@ -94,8 +94,8 @@ def main() -> int:
 
 def figures(recipe: Recipe) -> str:
     """Memory and time, as the recipe's head says them."""
+    from megatron_llamapro.planning.outcome import EFFICIENCY, PEAK_TFLOPS
     from megatron_llamapro.training.dry_run import distinct_ranks, dry_run
-    from megatron_llamapro.training.outcome import EFFICIENCY, PEAK_TFLOPS
     from megatron_llamapro.training.report import work_per_token
 
     config = parse_run_config(["--config", str(recipe.path)])

@@ -1,12 +1,29 @@
-"""What several rooms' tests share: tiny models, each made once in a session."""
+"""What several rooms' tests share: tiny models, each made once in a session, token files, and a run on them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
+
+from megatron_llamapro.config.schema import (
+    BlendEntry,
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from megatron_llamapro.expansion.inits import Expansion
+
+NUM_LAYERS, ADDED = 4, Expansion.at(2, 5)
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +46,78 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def tiny_llama(tiny_model: Callable[..., Path]) -> Callable[..., Path]:
     """`tiny_model`, where the test is about a LLaMA."""
     return tiny_model
+
+
+@dataclass(frozen=True)
+class Models:
+    """The same model four times."""
+
+    original_hf: Path
+    expanded_hf: Path
+    original_megatron: Path
+    expanded_megatron: Path
+
+
+@pytest.fixture(scope="session")
+def models(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Models]:
+    """The tiny model of the given settings in both formats, with and without added blocks."""
+    from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron
+
+    made: dict[str, Models] = {}
+
+    def make(**settings: object) -> Models:
+        key = json.dumps(settings, sort_keys=True)
+        if key not in made:
+            source, folder = tiny_llama(num_hidden_layers=NUM_LAYERS, **settings), tmp_path_factory.mktemp("models")
+            expand_hf(source, folder / "expanded", expansion=ADDED)
+            hf_to_megatron(source, folder / "megatron")
+            hf_to_megatron(source, folder / "expanded_megatron", expansion=ADDED)
+            made[key] = Models(source, folder / "expanded", folder / "megatron", folder / "expanded_megatron")
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def token_files(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two pairs of token files made of Python's own documentation."""
+    from megatron_llamapro.data.preprocess import preprocess
+
+    folder = tmp_path_factory.mktemp("tokens")
+    documents = sorted(topics.values())
+    for name, part in (("a", documents[:30]), ("b", documents[30:50])):
+        lines = "".join(json.dumps({"text": text[:2000]}) + "\n" for text in part)
+        (folder / f"{name}.jsonl").write_text(lines)
+        preprocess([folder / f"{name}.jsonl"], folder / name, tokenizer=tiny_llama(num_hidden_layers=NUM_LAYERS))
+    return folder / "a", folder / "b"
+
+
+@pytest.fixture
+def run_config(models: Callable[..., Models], token_files: tuple[Path, Path], tmp_path: Path):
+    """A run of four steps on the tiny model; keyword arguments replace whole sections or fields of `training`."""
+
+    def make(
+        *,
+        dtype: str = "float32",
+        parallel: ParallelConfig | None = None,
+        save: str = "save",
+        checkpoint: Path | None = None,
+        trainable: tuple[str, ...] = ("added_blocks",),
+        **training: object,
+    ) -> RunConfig:
+        settings = {"train_iters": 4, "micro_batch_size": 1, "global_batch_size": 4, **training}
+        return RunConfig(
+            model=ModelConfig(checkpoint=str(checkpoint or models(dtype=dtype).expanded_megatron), trainable=trainable),
+            data=DataConfig(
+                train=(BlendEntry(str(token_files[0]), 2.0), BlendEntry(str(token_files[1]))),
+                valid={"b": str(token_files[1])},
+                seq_length=32,
+            ),
+            training=TrainingConfig(**settings, precision={"float32": "fp32", "bfloat16": "bf16"}[dtype]),
+            parallel=parallel or ParallelConfig(),
+            optimizer=OptimizerConfig(lr=1e-2, lr_warmup_fraction=0.0),
+            checkpoint=CheckpointConfig(save=str(tmp_path / save)),
+            logging=LoggingConfig(),
+        )
+
+    return make

@@ -36,6 +36,15 @@ ALLOWED = {
     "model": {"config", "expansion", "model.rotary", "model.shape", "model.trainable", "pipeline", "pipeline.cost"},
     "optimizer": {"config", "model"},
     "data": {"config", "checkpoint"},
+    "planning": {
+        "config",
+        "expansion",
+        "model.shape",
+        "model.trainable",
+        "pipeline.cost",
+        "pipeline",
+        "checkpoint",
+    },
     "training": {
         "config",
         "expansion",
@@ -45,6 +54,7 @@ ALLOWED = {
         "pipeline.cost",
         "pipeline",
         "checkpoint",
+        "planning",
         "runtime",
         "model",
         "optimizer",
@@ -65,7 +75,7 @@ WITHOUT_TORCH = (
     "pipeline",
     "pipeline.cost",
 )
-WITHOUT_MEGATRON = (*WITHOUT_TORCH, "model.rotary", "checkpoint")
+WITHOUT_MEGATRON = (*WITHOUT_TORCH, "model.rotary", "checkpoint", "planning")
 
 
 def room_of(module: str) -> str:

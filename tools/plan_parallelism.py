@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.expansion.options import add_expansion_options, read_expansion_options
 from megatron_llamapro.pipeline.network import Network
-from megatron_llamapro.training.outcome import add_options
+from megatron_llamapro.planning.outcome import add_options
 
 
 def main() -> int:
@@ -47,7 +47,7 @@ def main() -> int:
     args, run_args = parser.parse_own_args()
 
     from megatron_llamapro.config.io import parse_run_config
-    from megatron_llamapro.training.parallelism_command import run
+    from megatron_llamapro.planning.parallelism_command import run
 
     return run(parse_run_config(run_args), args, read_expansion_options(parser, args))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.expansion.options import add_expansion_options, read_expansion_options
-from megatron_llamapro.training.outcome import add_options
+from megatron_llamapro.planning.outcome import add_options
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
     if args.calibrate:
         from megatron_llamapro.training.calibration_command import run
     else:
-        from megatron_llamapro.training.plan_command import run
+        from megatron_llamapro.planning.pipeline_command import run
     return run(config, args, expansion)
 
 

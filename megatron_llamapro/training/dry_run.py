@@ -19,10 +19,10 @@ from megatron_llamapro.config.checks import data_parallel_size
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.model.freeze import StageReport
+from megatron_llamapro.planning.fitting import check_fits
 from megatron_llamapro.runtime.counting import CountingMode, Counts, Held, Kind, Saved
 from megatron_llamapro.runtime.distributed import process_groups
 from megatron_llamapro.runtime.fake import fake_world, watched_messages
-from megatron_llamapro.training.fitting import check_fits
 from megatron_llamapro.training.setup import Machine, Run, build_machine
 from megatron_llamapro.training.step import Batch, train_step
 

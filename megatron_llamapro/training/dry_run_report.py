@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from megatron_llamapro.checkpoint.described import DescribedModel
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.pipeline.layout import draw, stage_layers
+from megatron_llamapro.planning.fitting import job_of
 from megatron_llamapro.runtime.counting import Kind, Product
 from megatron_llamapro.training.dry_run import RankReport
-from megatron_llamapro.training.fitting import job_of
 from megatron_llamapro.training.report import GIB, human, work_per_token
 
 _SCALARS = 4096  # bytes: norms, losses and counts that ranks agree on; not worth a line

@@ -14,7 +14,7 @@ from megatron_llamapro.model.freeze import StageReport
 from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.pipeline.cost import Work, step_work
 from megatron_llamapro.pipeline.layout import draw, stage_layers
-from megatron_llamapro.training.fitting import trains_of
+from megatron_llamapro.planning.fitting import trains_of
 from megatron_llamapro.training.setup import Run
 
 GIB = 2**30

@@ -30,9 +30,9 @@ from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.model.spec import uses_transformer_engine
 from megatron_llamapro.model.trainable import first_trainable_layer
 from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler, check_apex
+from megatron_llamapro.planning.fitting import check_fits
 from megatron_llamapro.runtime.distributed import ParallelLayout, from_first_rank, raise_together, start_model_parallel
 from megatron_llamapro.training.checkpointing import load_checkpoint, load_model
-from megatron_llamapro.training.fitting import check_fits
 from megatron_llamapro.training.metrics import metrics_path
 from megatron_llamapro.training.replicas import skip_collectives_of_one
 from megatron_llamapro.training.resume import RunIdentity, checkpoint_to_resume, run_identity, starting_checkpoint

@@ -7,15 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from gradients import parallel
 
 from megatron_llamapro.checkpoint.described import DescribedModel, describe_model
 from megatron_llamapro.config.errors import ConfigError, PipelinePlanError
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
 from megatron_llamapro.pipeline.network import Network, tensor_parallel_time
+from megatron_llamapro.planning.fitting import job_of
+from megatron_llamapro.planning.parallelism import Machine, best_parallelisms
 from megatron_llamapro.testing.distributed import run_apart
-from megatron_llamapro.training.fitting import job_of
-from megatron_llamapro.training.parallelism import Machine, best_parallelisms
 
 NETWORK = Network(ranks_per_node=2, within_node=1e9, between_nodes=1e7)
 
@@ -44,10 +43,14 @@ TRAINABLE = [
     ("embedding", "added_blocks"),
     ("output_layer",),
 ]
+LAYOUTS = [
+    ParallelConfig(tensor_model_parallel_size=2),
+    ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
+]
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE, ids=str)
-@pytest.mark.parametrize("layout", [parallel(tp=2), parallel(tp=2, pp=2, sp=True)], ids=["tp2", "tp2 pp2 sp"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["tp2", "tp2 pp2 sp"])
 def test_tensor_parallel_messages(layout: ParallelConfig, trainable: tuple[str, ...], run_config: Callable) -> None:
     """Half of a collective's buffer comes from the other of two ranks; an all-reduce is two of them. All-reduces of
     the loss, and of the norms' gradients, are small and not in the arithmetic."""

@@ -16,7 +16,7 @@ from megatron_llamapro.config.schema import ParallelConfig, RecomputeConfig, Run
 from megatron_llamapro.pipeline.job import Job
 from megatron_llamapro.pipeline.network import Network, replicas_time, tensor_parallel_time
 from megatron_llamapro.pipeline.planner import Plan, balanced_plan, even_plan
-from megatron_llamapro.training.fitting import check_fits, job_of
+from megatron_llamapro.planning.fitting import check_fits, job_of
 
 RECOMPUTE_ALL = RecomputeConfig(granularity="full", method="uniform", num_layers=1)
 

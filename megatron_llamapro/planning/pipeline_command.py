@@ -19,8 +19,8 @@ from megatron_llamapro.pipeline.job import Job
 from megatron_llamapro.pipeline.layout import draw
 from megatron_llamapro.pipeline.planner import Plan, best_plan, even_plan
 from megatron_llamapro.pipeline.timing import time_from_calibration
-from megatron_llamapro.training.fitting import check_fits, job_of
-from megatron_llamapro.training.outcome import check_options, outcome
+from megatron_llamapro.planning.fitting import check_fits, job_of
+from megatron_llamapro.planning.outcome import check_options, outcome
 
 GIB = 2**30
 

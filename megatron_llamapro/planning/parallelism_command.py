@@ -16,8 +16,8 @@ from megatron_llamapro.config.io import to_plain
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.pipeline.network import Network
-from megatron_llamapro.training.outcome import check_options, outcome
-from megatron_llamapro.training.parallelism import Machine, Parallelism, best_parallelisms
+from megatron_llamapro.planning.outcome import check_options, outcome
+from megatron_llamapro.planning.parallelism import Machine, Parallelism, best_parallelisms
 
 GIB, GB = 2**30, 1e9
 
