@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import re
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from pages import ROOT, commands, run
 
 from megatron_llamapro.checkpoint.inspection import inspect
 from megatron_llamapro.checkpoint.opened import Format
 from megatron_llamapro.checkpoint.verify import verify
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "converter.md").read_text()
-COMMANDS = re.search(r"```\n(.*?)```", PAGE, re.DOTALL)
+PAGE = "docs/converter.md"
 
 
-def run(command: str) -> str:
+def whole(command: str) -> str:
     """A command of the page, its optional parts among it."""
-    program, *arguments = shlex.split(command.translate({ord("["): None, ord("]"): None}))
-    assert program == "python"
-    return subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    return command.translate({ord("["): None, ord("]"): None})
 
 
 def test_its_commands_run(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
-    assert COMMANDS is not None
-    to_megatron, to_hf, divided, expanded = COMMANDS[1].strip().splitlines()
+    to_megatron, to_hf, divided, expanded = map(whole, commands(PAGE)[:4])
     source, folders = tiny_llama(num_hidden_layers=8), {name: tmp_path / name for name in "abcd"}
-    run(to_megatron.replace("HF_DIR", str(source)).replace(" DIR", f" {folders['a']}"))
-    run(to_hf.replace("HF_DIR", str(folders["b"])).replace(" DIR", f" {folders['a']}"))
-    run(divided.replace("--source DIR", f"--source {folders['a']}").replace("--target DIR", f"--target {folders['c']}"))
-    run(expanded.replace("--source HF_DIR", f"--source {source}").replace("HF_DIR", str(folders["d"])))
+    run(to_megatron.replace("HF_DIR", str(source)).replace(" DIR", f" {folders['a']}"), ROOT)
+    run(to_hf.replace("HF_DIR", str(folders["b"])).replace(" DIR", f" {folders['a']}"), ROOT)
+    run(
+        divided.replace("--source DIR", f"--source {folders['a']}").replace("--target DIR", f"--target {folders['c']}"),
+        ROOT,
+    )
+    run(expanded.replace("--source HF_DIR", f"--source {source}").replace("HF_DIR", str(folders["d"])), ROOT)
     formats = [inspect(folder).format for folder in folders.values()]
     assert formats == [Format.TORCH_DIST, Format.HUGGING_FACE, Format.LEGACY, Format.HUGGING_FACE]
     for folder in folders.values():
@@ -47,7 +44,7 @@ def test_every_option_that_it_names_is_one() -> None:
         "tools/convert_checkpoint.py megatron-to-hf",
         "benchmarks/convert.py",
     ]
-    known = set(re.findall(r"--\w+", " ".join(run(f"python {program} --help") for program in programs)))
-    named = set(re.findall(r"--[a-z][\w-]+", PAGE)) - {"--ckpt-format"}  # Megatron-LM's
+    known = set(re.findall(r"--\w+", " ".join(run(f"python {program} --help", ROOT) for program in programs)))
+    named = set(re.findall(r"--[a-z][\w-]+", (ROOT / PAGE).read_text())) - {"--ckpt-format"}  # Megatron-LM's
     assert len(named) > 15
     assert named <= known, named - known

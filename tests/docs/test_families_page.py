@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+
+from pages import ROOT, blocks
 
 from megatron_llamapro.model.families import FAMILIES
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "families.md").read_text()
+PAGE = "docs/families.md"
 SOURCES = ("model/families.py", "testing/tiny_models.py", "checkpoint/weight_map.py")
 
 
@@ -17,12 +17,12 @@ def squeezed(code: str) -> str:
 
 
 def test_every_family_is_listed() -> None:
-    assert set(re.findall(r"^\| [^|]+ \| `(\w+)` \|", PAGE, flags=re.MULTILINE)) == set(FAMILIES)
+    assert set(re.findall(r"^\| [^|]+ \| `(\w+)` \|", (ROOT / PAGE).read_text(), flags=re.MULTILINE)) == set(FAMILIES)
 
 
 def test_its_code_is_the_sources() -> None:
     sources = squeezed("".join((ROOT / "megatron_llamapro" / name).read_text() for name in SOURCES))
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
+    shown = blocks(PAGE, "python")
+    assert len(shown) == 3
+    for block in shown:
         assert squeezed(block) in sources

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pages import ROOT, blocks, commands, run, workplace
 
 from megatron_llamapro.checkpoint.convert import hf_to_megatron
 from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.expansion.inits import Expansion
 
-ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "llama2_7b_pro_instruct" / "run.yaml"
-PAGE = (ROOT / "docs" / "instruct.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-[EXAMPLE] = [json.loads(text) for kind, text in BLOCKS if kind == "json"]
-COMMANDS = [line for kind, text in BLOCKS if not kind for line in text.strip().splitlines()]
+PAGE = "docs/instruct.md"
+[EXAMPLE] = map(json.loads, blocks(PAGE, "json"))
 POST_PRETRAINED = (
     *("--model.checkpoint=llama-2-7b-pro", "--model.trainable=[added_blocks]", "--training.exit_interval=2"),
     "--checkpoint.save=runs/llama2_7b_pro",
 )
 TINY = (
-    *("--nproc-per-node", "2", "-m", "megatron_llamapro.pretrain", "--config", str(RECIPE)),
     *("--data.seq_length=128", "--training.train_iters=4", "--training.global_batch_size=4"),
     *("--training.precision=fp32", "--optimizer.lr=1e-2", "--checkpoint.async_save=false"),
 )
@@ -41,31 +33,17 @@ def folder(tiny_llama: Callable[..., Path], tmp_path: Path) -> Path:
     shutil.copytree(tiny_llama(num_hidden_layers=4), tmp_path / "llama-2-7b-hf")
     hf_to_megatron(tmp_path / "llama-2-7b-hf", tmp_path / "llama-2-7b-pro", expansion=Expansion.at(2, 5))
     (tmp_path / "chat.jsonl").write_text((json.dumps(EXAMPLE) + "\n") * 8)
-    for name in ("examples", "tools"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    return tmp_path
-
-
-def run(command: str, folder: Path, *more: str) -> str:
-    program, *arguments = shlex.split(command)
-    here = Path(sys.executable)
-    path = {"python": str(here), "torchrun": str(here.with_name("torchrun"))}.get(program, program)
-    if program == "torchrun":
-        arguments = ["--standalone", *TINY, *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([path, *arguments], capture_output=True, text=True, cwd=folder, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return workplace(tmp_path)
 
 
 def test_the_page(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    preprocess, train, export, copy = COMMANDS
+    preprocess, train, export, copy = commands(PAGE)
     assert train.endswith(f"--config {RECIPE.relative_to(ROOT)}")
     assert "8 conversations" in run(preprocess, folder)
-    run(train, folder, *POST_PRETRAINED)
-    assert "one pass is 8 samples" in run(train, folder)
+    run(train, folder, *TINY, *POST_PRETRAINED, num_ranks=2)
+    assert "one pass is 8 samples" in run(train, folder, *TINY, num_ranks=2)
     records = (folder / "runs/llama2_7b_pro_instruct/metrics.jsonl").read_text().splitlines()
     losses = [record["loss"] for record in map(json.loads, records) if record["kind"] == "train"]
     assert losses[-1] < 0.5 * losses[0]

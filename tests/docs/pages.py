@@ -1,0 +1,46 @@
+"""A page's blocks, and its commands, run as they stand where the page's names are."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(page: str, kind: str = "") -> list[str]:
+    """The texts of a page's blocks of one kind: yaml, json, python; commands have none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == kind]
+
+
+def commands(page: str) -> list[str]:
+    """Lines of the blocks of commands."""
+    return [line for text in blocks(page) for line in text.strip().splitlines()]
+
+
+def workplace(folder: Path) -> Path:
+    """`folder`, with the repository's folders that a page's commands name."""
+    for name in ("examples", "tools"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def run(command: str, folder: Path, *more: str, num_ranks: int = 1) -> str:
+    """Run a page's command in `folder`, of torchrun so many ranks on this machine; its output."""
+    program, *arguments = shlex.split(command)
+    if program == "torchrun":
+        program_and_options = arguments[arguments.index("-m") :]
+        arguments = ["--standalone", "--nproc-per-node", str(num_ranks), *program_and_options]
+    here = Path(sys.executable)
+    path = {"python": here, "torchrun": here.with_name("torchrun")}.get(program, program)
+    words: Sequence[str | Path] = [path, *arguments, *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
