@@ -94,11 +94,13 @@ def _ranks(launch: LaunchConfig, run_args: Sequence[str]) -> list[str]:
         "setup",
         "node=$(hostname -s)",
         '[ -d "$LIFE_LOGS" ] || not_seen',
-        "trap : TERM # torchrun gets it too, and ends first",
+        "ended=0",
+        "trap 'ended=1' TERM # torchrun gets it too, and is waited for",
         """exec > >(trap '' TERM; exec tee -a "$LIFE_LOGS/$node.log") 2>&1""",
         " ".join([*words, *map(shlex.quote, run_args)]),
         "code=$?",
-        '[ "$code" = 0 ] || sleep 5 # the other nodes, which srun ends with the first, say before what they saw',
+        "# srun ends the other nodes when this one ends: they say before what they saw",
+        '[ "$code" = 0 ] || [ "$ended" = 1 ] || sleep 5',
         'exit "$code"',
     ]
 
