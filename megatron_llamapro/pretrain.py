@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 
-from megatron_llamapro.config.command import USAGE_ERROR, run_command
-from megatron_llamapro.config.errors import LlamaProError
+from megatron_llamapro.config.command import exit_code_of, in_one_line, run_command
+from megatron_llamapro.config.errors import LlamaProError, RunError
 from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.runtime.stop import StopRequest
@@ -32,12 +32,15 @@ def main() -> int:
         assert config is not None  # raise_together raised otherwise
         _train(config, stop)
     except LlamaProError as raised:
-        if raised.on_all_ranks and os.environ.get("RANK", "0") != "0":
-            return USAGE_ERROR  # rank 0 says it
+        if not raised.on_all_ranks:
+            raise  # the others are in a collective: to stop the world now would be to wait for them
+        stop_world()
+        if os.environ.get("RANK", "0") != "0":
+            return exit_code_of(raised)  # rank 0 says it
         raise
     finally:
         stop.close()
-        stop_world()
+    stop_world()
     return 0
 
 
@@ -70,7 +73,12 @@ def _train(config: RunConfig, stop: StopRequest) -> None:
     for writer in writers:
         writer.write(record)
     hang_minutes = config.training.hang_timeout_minutes
-    train(run, writers, stop, Watchdog(60 * hang_minutes) if hang_minutes else None)
+    try:
+        train(run, writers, stop, Watchdog(60 * hang_minutes) if hang_minutes else None)
+    except (LlamaProError, OSError) as error:
+        raised = RunError(in_one_line(error))
+        raised.on_all_ranks = getattr(error, "on_all_ranks", False)
+        raise raised from error
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What every command has in common: one-line errors, exit codes, `--debug`. Imports neither torch nor megatron.
 
 Exit codes: 0 done, 1 a check said no (verify), 2 the user's input (one `error: …` line), 70 a run hung and was
-ended (runtime/watchdog.py), 130 interrupted, 141 nobody reads the output any more (both as a shell has them).
+ended (runtime/watchdog.py), 75 a run failed on its way (one line too), 130 interrupted, 141 nobody reads the output any
+more (both as a shell has them).
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from megatron_llamapro.config.errors import ConfigError, LlamaProError
+from megatron_llamapro.config.errors import ConfigError, LlamaProError, RunError
 
 USAGE_ERROR = 2
 HUNG = 70
+TRY_AGAIN = 75  # as sendmail has it
 INTERRUPTED = 130
 OUTPUT_CLOSED = 141
 
@@ -67,14 +69,19 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
             raise ConfigError(f"--{name} is {value:g}: it must be finite")
 
 
-def one_line_error(error: BaseException) -> str:
-    """The `error: …` line for `error`; an `OSError` says which file and what the system answered."""
+def in_one_line(error: BaseException) -> str:
+    """What an error says; an `OSError` says which file and what the system answered."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}{error.strerror}"
     else:
         text = str(error)
-    return "error: " + " ".join(text.split())
+    return " ".join(text.split())
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Of a program that ends with an error that it says in one line."""
+    return TRY_AGAIN if isinstance(error, RunError) else USAGE_ERROR
 
 
 def _nobody_reads_the_output() -> bool:
@@ -101,8 +108,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             raise SystemExit(OUTPUT_CLOSED) from None
         if debug:
             traceback.print_exc()
-        print(one_line_error(error), file=sys.stderr)
-        raise SystemExit(USAGE_ERROR) from None
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
+        raise SystemExit(exit_code_of(error)) from None
     except KeyboardInterrupt as interrupt:
         print(": ".join(("error: interrupted", *map(str, interrupt.args))), file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None

@@ -24,5 +24,9 @@ class DataError(LlamaProError):
     """Text, tokens or tokenizer are missing, damaged, or do not match each other."""
 
 
+class RunError(LlamaProError):
+    """A run ended on its way, of what another start may not meet: a file system that failed, a full disk."""
+
+
 class PipelinePlanError(LlamaProError):
     """Blocks cannot be laid on the pipeline stages as asked."""

@@ -20,6 +20,7 @@ def check_run(launch: LaunchConfig, run: RunConfig, run_args: Sequence[str] = ()
     data_parallel_size(run, launch.world_size)
     if run.checkpoint.save is None:
         raise ConfigError("checkpoint.save is not set: a job that is stopped goes on from its checkpoints")
+    _check_mounts(launch, run)
     if launch.nodes.num_nodes == 1:
         return
     paths = {
@@ -39,6 +40,20 @@ def check_run(launch: LaunchConfig, run: RunConfig, run_args: Sequence[str] = ()
             if absolute.is_relative_to(folder):
                 raise ConfigError(
                     f"{name} is {absolute}, and each node has a {folder} for itself: name a folder that all nodes share"
+                )
+
+
+def _check_mounts(launch: LaunchConfig, run: RunConfig) -> None:
+    """The job itself runs outside of the container, and looks where its ranks write."""
+    paths = {"log_dir": launch.log_dir, "working_dir": ".", "checkpoint.save": str(run.checkpoint.save)}
+    for mount in launch.container_mounts:
+        outside, inside = mount.split(":")[:2]
+        for name, path in paths.items():
+            absolute = launch.from_here(path).absolute()
+            if outside != inside and absolute.is_relative_to(inside):
+                raise ConfigError(
+                    f"{name} is {absolute}, which container_mounts makes of {outside}: the job looks there outside of "
+                    f"the container too: mount a folder by its own name ({outside}:{outside}), and name it so"
                 )
 
 

@@ -1,7 +1,5 @@
 # What every life of the job does. It goes on from the last complete checkpoint, whatever ended the life before.
 
-say() { echo "$(date '+%F %T') job $SLURM_JOB_ID, life $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
-
 saved_step() {
     local step
     step=$(cat "$SAVE/latest_checkpointed_iteration.txt" 2>/dev/null) || step=0
@@ -17,38 +15,37 @@ give_up() {
     exit 1
 }
 
-# A job whose nodes are to be taken away is warned while it runs. One that is ended without a warning was cancelled.
-stopping=0
-cancelled=0
-# shellcheck disable=SC2329
-is_ending() { [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = COMPLETING ]; }
-trap 'stopping=1' USR1
-trap '[ "$stopping" = 0 ] && is_ending && cancelled=1; stopping=1' TERM
-
-# On a node. It cannot write where the job would read it, so it sends a signal.
-# shellcheck disable=SC2329
-not_seen() {
-    say "$(hostname -s) does not see $LIFE_LOGS"
-    scancel --batch --signal=USR2 "$SLURM_JOB_ID"
-    sleep 5 # until it is there
-    exit 1
+# What a job that is being ended is ended for: `cancelled`, `requeued` by SLURM itself, or nothing of these (its time limit).
+fate_of_job() {
+    local job
+    job=" $(scontrol show job "$SLURM_JOB_ID" --oneliner) "
+    [[ $job == *" JobState=COMPLETING "* && $job != *" Reason=TimeLimit "* ]] || return
+    [[ $job == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]] && echo cancelled || echo requeued
 }
-unseen=0
-trap 'unseen=1' USR2
 
-# Ranks save and stop after their step. Sent again and again: a rank that still imports torch does not hear it yet.
+# USR1 is the warning that its nodes are to be taken away, and TERM one too where the job still runs.
+stopping=0
+fate=
+trap 'stopping=1' USR1
+trap 'fate=$(fate_of_job); stopping=1' TERM
+
+was_not_seen() { grep -qs "does not see $LIFE_LOGS" "$LOG_DIR/$SLURM_JOB_NAME-$SLURM_JOB_ID.out"; }
+
+# Ranks save and stop after their step. Sent again and again: a rank that still imports torch does not hear it yet. Not
+# before every node has its log: a shell that has just begun would die of it.
 run_ranks() {
-    local srun_pid
-    srun --kill-on-bad-exit=1 "${CONTAINER[@]}" bash -c "$(declare -f say not_seen setup ranks); ranks" &
+    local srun_pid functions
+    functions=$(declare -f "${ON_NODES[@]}")
+    srun --kill-on-bad-exit=1 "${CONTAINER[@]}" bash -c "$functions; ranks" &
     srun_pid=$!
     while kill -0 "$srun_pid" 2>/dev/null; do
         if [ "$stopping" = 1 ]; then
             say "told to stop: every rank saves after its step"
             stopping=2
         fi
-        [ "$stopping" = 2 ] && scancel --signal=USR1 "$SLURM_JOB_ID"
+        [ "$stopping" = 2 ] && [ "$(count_of log)" -ge "$SLURM_JOB_NUM_NODES" ] && scancel --signal=USR1 "$SLURM_JOB_ID"
         sleep 2 &
-        wait $! # which a signal interrupts at once
+        wait $!
     done
     wait "$srun_pid"
 }
@@ -60,7 +57,7 @@ fi
 started_at=$(saved_step)
 HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PORT=${PORT:-$((20000 + SLURM_JOB_ID % 20000))}
-LIFE="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+LIFE="$SLURM_JOB_ID-$((${SLURM_RESTART_COUNT:-0} + 1))"
 LIFE_LOGS="$LOG_DIR/$LIFE"
 LIVES="$LOG_DIR/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.lives_without_progress"
 export HEAD_NODE PORT LIFE LIFE_LOGS
@@ -72,12 +69,18 @@ code=$?
 say "ended with code $code at step $(saved_step) of $TRAIN_ITERS"
 is_finished && exit 0
 
-if [ "$cancelled" = 1 ]; then
+case $fate in
+cancelled)
     say "was cancelled: it is not requeued"
     exit 1
-fi
+    ;;
+requeued)
+    say "requeued by SLURM"
+    exit 1
+    ;;
+esac
 
-[ "$unseen" = 1 ] && give_up "log_dir, checkpoint and data must be in folders that all nodes see"
+was_not_seen && give_up "log_dir, checkpoint and data must be in folders that all nodes see"
 
 refused=0
 if [ "$code" != 0 ]; then # in a shell of its own: what setup does to it is not to end the job

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,25 +20,29 @@ _MOST_BYTES = 4 * 2**20  # of a log, from its end
 
 # torchrun's report of each failed rank (torch.distributed.elastic.multiprocessing.errors).
 _FAILURE = re.compile(
-    r"time +: (?P<time>\S+)\s+host +: (?P<host>\S+)\s+rank +: (?P<rank>\d+) \(local_rank: (?P<local_rank>\d+)\)\s+"
-    r"exitcode +: (?P<code>-?\d+) "
+    r"time +: (?P<time>\S+)\s+host +: \S+\s+rank +: (?P<rank>\d+) \(local_rank: (?P<local_rank>\d+)\)\s+"
+    r"exitcode +: (?P<code>-?\d+) \(pid: (?P<pid>\d+)\)"
 )
+
+# A rank that still ran when another of its node had failed: torchrun ends it, and then reports it as the others.
+_ENDED_BY_TORCHRUN = re.compile(r"Sending process (?P<pid>\d+) closing signal")
 
 _RANK = r"^\[[A-Za-z_]+(?P<local_rank>\d+)\]:"  # before every line of a rank
 
 # What a rank says before it ends: our own words, or a traceback's last line, before which torch writes the rank again.
 _LAST_WORDS = re.compile(
-    _RANK + r"(?:\[rank\d+\]: ?)?(?P<text>(?:error|hang): .*|[A-Za-z_][\w.]*(?:Error|Exception)(?:: .*)?)$",
+    _RANK + r"(?:\[rank\d+\]: ?)?"
+    r"(?P<text>(?:error|hang): .*|[A-Za-z_][\w.]*(?:Error|Exception)(?:: (?!sys\.meta_path is None).*)?)$",
     re.MULTILINE,
 )
 
-# What it says where it ends because another did: gloo's words, then NCCL's, in Python or from its watchdog's thread.
-_LOST_ANOTHER = (
-    r".*(?:Connection (?:closed|reset) by peer|remote process exited|ncclRemoteError|NCCL communicator was aborted|"
-    r"caught collective operation timeout)"
+# What it says where it ends because another did: gloo, the store, and NCCL, in Python or from its watchdog's thread.
+_LOST_ANOTHER = re.compile(
+    _RANK + r".*(?:Connection (?:closed|reset) by peer|Connection was likely closed|Broken pipe|Socket closed|"
+    r"Remote peer closed|Timed out waiting \d+ ?ms|remote process exited|ncclRemoteError|NCCL communicator was aborted|"
+    r"caught collective operation timeout)",
+    re.MULTILINE,
 )
-_LINE_OF_ONE_THAT_LOST_ANOTHER = re.compile(_RANK + _LOST_ANOTHER, re.MULTILINE)
-_ENDED_BY_TORCHRUN = -signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -46,60 +50,59 @@ class Failure:
     """One rank's end, its last words, and whether it ended because it had lost another."""
 
     time: str
-    host: str
+    node: str
     rank: int
     code: int
-    words: str = ""
-    follows: bool = False
+    words: str
+    follows: bool
 
     @property
     def how(self) -> str:
         """Its exit code in words."""
         if self.code >= 0:
             return f"exit code {self.code}"
-        name = signal.Signals(-self.code).name
+        known = {each.value: each.name for each in signal.Signals}
+        name = known.get(-self.code, f"signal {-self.code}")
         hint = " (out of memory? see the node's kernel log)" if name == "SIGKILL" else ""
         return f"killed by {name}{hint}"
 
 
-def failures(log: str) -> Iterator[Failure]:
-    """Every failure that a node's torchrun reported."""
-    words = {match["local_rank"]: match["text"] for match in _LAST_WORDS.finditer(log)}
-    lost_another = {match["local_rank"] for match in _LINE_OF_ONE_THAT_LOST_ANOTHER.finditer(log)}
+def failures(node: str, log: str) -> Iterator[Failure]:
+    """Every failure that a node's torchrun reported, but for those of its own making."""
+    ended = {match["pid"] for match in _ENDED_BY_TORCHRUN.finditer(log)}
+    words = {match["local_rank"]: match for match in _LAST_WORDS.finditer(log)}
+    lost = {match["local_rank"]: match.start() for match in _LOST_ANOTHER.finditer(log)}
     for found in _FAILURE.finditer(log):
-        said = words.get(found["local_rank"], "").removeprefix("error: ")
+        if found["pid"] in ended:
+            continue
+        said = words.get(found["local_rank"])
         yield Failure(
             time=found["time"],
-            host=found["host"].split(".")[0],
+            node=node,
             rank=int(found["rank"]),
             code=int(found["code"]),
-            words=said,
-            follows=bool(re.match(_LOST_ANOTHER, said)) if said else found["local_rank"] in lost_another,
+            words=said["text"] if said else "",
+            follows=lost.get(found["local_rank"], -1) >= (said.start() if said else 0),
         )
 
 
-def first_failure(found: Iterable[Failure]) -> Failure | None:
-    """The one that the others followed: a rank that ended a hang, whose end may abort others; one that does not say
-    that it lost another; one that was killed, since it says nothing; then by time, of which torchrun knows the
-    second in which it looked."""
-    candidates = [failure for failure in found if failure.code != _ENDED_BY_TORCHRUN]
-    return min(
-        candidates,
-        key=lambda failure: (failure.code != HUNG, failure.follows, failure.code > 0, failure.time, failure.rank),
-        default=None,
-    )
+def order(failure: Failure) -> tuple:
+    """By what others follow: first a rank that ended a hang, whose end may abort others; one that does not say that it
+    lost another; one that was killed, since it says nothing; then by time, of which torchrun knows the second in which
+    it looked."""
+    return failure.code != HUNG, failure.follows, failure.code > 0, failure.time, failure.rank
 
 
-def describe(logs: Iterable[str]) -> tuple[str, int]:
-    """The line, and the exit code."""
-    logs = list(logs)
-    first = first_failure(failure for log in logs for failure in failures(log))
-    if first is None:
+def describe(logs: Mapping[str, str]) -> tuple[str, int]:
+    """The line, and the exit code, of the logs of nodes by their names."""
+    found = sorted((failure for node, log in logs.items() for failure in failures(node, log)), key=order)
+    if not found:
         return "no node says that a rank died: a node was lost, or the job was stopped from outside", 0
-    if first.code == USAGE_ERROR and (refusal := _refusal(logs)):
+    first = found[0]
+    if all(failure.code == USAGE_ERROR for failure in found) and (refusal := _refusal(logs.values())):
         return f"the run was refused: {refusal}", USAGE_ERROR
-    said = f": {first.words}" if first.words and first.code > 0 else ""
-    return f"rank {first.rank} on {first.host} died first, at {first.time.replace('_', ' ')}: {first.how}{said}", 0
+    said = f": {first.words.removeprefix('error: ')}" if first.words and first.code > 0 else ""
+    return f"rank {first.rank} on {first.node} died first, at {first.time.replace('_', ' ')}: {first.how}{said}", 0
 
 
 def _refusal(logs: Iterable[str]) -> str | None:
@@ -111,7 +114,7 @@ def _refusal(logs: Iterable[str]) -> str | None:
 def main() -> int:
     """Read the folder that is named, print the line."""
     folder = Path(sys.argv[1])
-    line, code = describe(_end_of(path) for path in sorted(folder.glob("*.log")))
+    line, code = describe({path.stem: _end_of(path) for path in sorted(folder.glob("*.log"))})
     print(line)
     return code
 

@@ -1,6 +1,7 @@
 """The text of an sbatch job that trains to the end, through time limits, preemption and lost nodes. Pure.
 
-The options and variables are written here from the configuration; what a job does with them is `job.sh`, as it stands.
+The options and variables are written here from the configuration; what a job does with them is `node.sh`, on every
+node, and `job.sh`, as they stand.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from megatron_llamapro.launch.config import LaunchConfig
 from megatron_llamapro.launch.torchrun import exports, torchrun_arguments
 
-_BODY = Path(__file__).with_name("job.sh")
+_NODE, _JOB = (Path(__file__).with_name(name) for name in ("node.sh", "job.sh"))
 
 
 def sbatch_script(launch: LaunchConfig, run_args: Sequence[str], *, save: str, train_iters: int) -> str:
@@ -23,9 +24,9 @@ def sbatch_script(launch: LaunchConfig, run_args: Sequence[str], *, save: str, t
             "#!/bin/bash",
             *(f"#SBATCH {option}" for option in _options(launch)),
             "",
+            "# shellcheck disable=SC1091,SC2329",
             "set -uo pipefail",
             *([f"cd {shlex.quote(launch.working_dir)} || exit 1"] if launch.working_dir else []),
-            *exports(launch),
             # srun of SLURM 22.05 to 23.02 does not take it over from sbatch, and binds all ranks to one core.
             *([f"export SRUN_CPUS_PER_TASK={launch.nodes.cpus_per_node}"] if launch.nodes.cpus_per_node else []),
             f"LOG_DIR={shlex.quote(launch.log_dir)}",
@@ -35,15 +36,13 @@ def sbatch_script(launch: LaunchConfig, run_args: Sequence[str], *, save: str, t
             f"PORT={launch.rendezvous_port or ''}",  # also where it has none: the user's environment may have a PORT
             f"CONTAINER=({' '.join(_container(launch))})",
             "",
-            "# On every node, before its ranks.",
-            "# shellcheck disable=SC1091,SC2329",
-            *_function("setup", launch.setup or (":",)),
+            "# On every node, before its ranks; in a container inside it, whose own variables would win over srun's.",
+            *_function("setup", [*exports(launch), *launch.setup]),
             "",
-            "# What runs on every node, where its text is sent to.",
-            "# shellcheck disable=SC2329",
             *_function("ranks", _ranks(launch, run_args)),
             "",
-            _BODY.read_text(encoding="utf-8"),
+            _NODE.read_text(encoding="utf-8"),
+            _JOB.read_text(encoding="utf-8"),
         ]
     )
 
@@ -90,17 +89,18 @@ def _ranks(launch: LaunchConfig, run_args: Sequence[str]) -> list[str]:
     endpoint = '"$HEAD_NODE:$PORT"' if launch.nodes.num_nodes > 1 else None
     words = torchrun_arguments(launch, endpoint=endpoint, run_id='"$LIFE"', log_dir='"$LIFE_LOGS/$node"')
     return [
-        "trap '' USR1 # torchrun would die of it; the ranks set a handler of their own",
+        "trap '' USR1",
         "setup",
         "node=$(hostname -s)",
-        '[ -d "$LIFE_LOGS" ] || not_seen',
         "ended=0",
-        "trap 'ended=1' TERM # torchrun gets it too, and is waited for",
+        '[ -d "$LIFE_LOGS" ] || not_seen',
         """exec > >(trap '' TERM; exec tee -a "$LIFE_LOGS/$node.log") 2>&1""",
-        " ".join([*words, *map(shlex.quote, run_args)]),
+        " ".join([*words, *map(shlex.quote, run_args), "&"]),
+        "torchrun=$!",
+        "wait_for_torchrun",
         "code=$?",
-        "# srun ends the other nodes when this one ends: they say before what they saw",
-        '[ "$code" = 0 ] || [ "$ended" = 1 ] || sleep 5',
+        '[ "$code" = 0 ] || let_others_speak',
+        "sleep 1 # until tee has written",
         'exit "$code"',
     ]
 

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -20,6 +21,8 @@ _NETWORK, _BRIDGE = "10.77.0", "llamapro0"
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "unshare", "nsenter")
 _LOCK = Path("/run/llamapro-test-cluster.lock")
 _CONTROLLER = 254  # its address' last number
+_DAEMONS = ("slurmctld", "slurmd", "slurmstepd")
+_OURS = "LLAMAPRO_TEST_CLUSTER"  # a variable of daemons that were started here
 
 _CONFIGURATION = """\
 ClusterName=test
@@ -58,8 +61,21 @@ def why_not() -> str | None:
         return f"{', '.join(missing)} not installed (Debian: slurm-wlm, munge, iproute2)"
     if os.geteuid() != 0:
         return "starting nodes in namespaces needs root"
+    if _daemons(ours=False):
+        return "this machine is part of a SLURM cluster already"
     probe = subprocess.run(["unshare", "--net", "--pid", "--fork", "true"], capture_output=True, text=True)
     return f"no namespaces here: {probe.stderr.strip()}" if probe.returncode else None
+
+
+def _daemons(*, ours: bool) -> list[int]:
+    """SLURM's daemons that run here and were, or were not, started by a `Cluster`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if (path / "comm").read_text().strip() in _DAEMONS:
+                is_ours = f"{_OURS}=1".encode() in (path / "environ").read_bytes().split(b"\0")
+                found += [int(path.name)] if is_ours is ours else []
+    return found
 
 
 def _program(name: str) -> str | None:
@@ -73,6 +89,7 @@ class Cluster:
         self.state, self.num_nodes = Path(state).absolute(), num_nodes
         self.environment = {
             **os.environ,
+            _OURS: "1",
             "SLURM_CONF": str(self.state / "slurm.conf"),
             "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin",
         }
@@ -97,8 +114,9 @@ class Cluster:
 
     def _clear(self) -> None:
         """Take away what is there of a cluster, also of one whose process was killed."""
-        for program in ("slurmctld", "slurmd", "slurmstepd"):
-            subprocess.run(["pkill", "-9", "-x", program], capture_output=True)
+        for daemon in _daemons(ours=True):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(daemon, signal.SIGKILL)
         for number in range(1, 10):
             self._remove_network(f"n{number}")
         subprocess.run(["ip", "link", "del", _BRIDGE], env=self.environment, capture_output=True)
@@ -128,6 +146,10 @@ class Cluster:
         self.run("slurmctld", "-c")
         for number in range(1, self.num_nodes + 1):
             self.boot_node(f"n{number}")
+        self.wait_until_idle()
+
+    def wait_until_idle(self) -> None:
+        """Until all nodes are up and have nothing to do."""
         self.wait(lambda: self.run("sinfo", "-h", "-N", "-o", "%t").split() == ["idle"] * self.num_nodes, seconds=60)
 
     def _start_munge(self) -> None:

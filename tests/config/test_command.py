@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatron_llamapro.config.command import CommandParser, one_line_error, run_command
+from megatron_llamapro.config.command import CommandParser, in_one_line, run_command
 from megatron_llamapro.config.errors import CheckpointError
 
 
@@ -87,8 +87,8 @@ def test_an_option_that_a_command_does_not_have(capsys: pytest.CaptureFixture) -
         assert capsys.readouterr().err == f"error: unrecognized arguments: {text}\n"
 
 
-def test_one_line_error_without_errno() -> None:
-    assert one_line_error(ValueError("x\ny")) == "error: x y"
+def test_in_one_line() -> None:
+    assert in_one_line(ValueError("x\ny")) == "x y"
 
 
 HEAVY = ("torch", "megatron.core", "numpy", "transformers")

@@ -89,6 +89,18 @@ def test_refused_with_the_run(run: tuple[str, ...], message: str, launch_file) -
         check_run(launch, parse_run_config([*RUN, *run]))
 
 
+@pytest.mark.parametrize("mount", ["/lustre/me:/data", "/lustre/me:/data:rw"])
+def test_what_the_job_reads_has_one_name(mount: str, launch_file) -> None:
+    """Progress is looked up in checkpoint.save outside of the container."""
+    text = f"log_dir: /lustre/me/logs\ncontainer_image: image.sqsh\ncontainer_mounts: [/lustre/me:/lustre/me, {mount}]"
+    launch = read_launch_config(launch_file(text))
+    check_run(launch, parse_run_config([*RUN, "--checkpoint.save=/lustre/me/runs", "--model.checkpoint=/data/model"]))
+    with pytest.raises(
+        ConfigError, match=r"checkpoint.save is /data/runs, which .* of /lustre/me: .*/lustre/me:/lustre/me"
+    ):
+        check_run(launch, parse_run_config([*RUN, "--checkpoint.save=/data/runs"]))
+
+
 def test_the_runs_own_file_is_seen_by_all_nodes(launch_file, tmp_path: Path, monkeypatch) -> None:
     """It is named by its absolute path, since the job may run in another folder than it is submitted from."""
     launch = launch_file("log_dir: /shared/logs\nworking_dir: /shared\nnodes: {num_nodes: 2}")

@@ -18,11 +18,14 @@ from megatron_llamapro.launch.config import read_launch_config
 from megatron_llamapro.launch.slurm import sbatch_script
 
 STAND_INS = {
-    "srun": 'while [ "$1" != bash ] && [ "$1" != apptainer ]; do shift; done; exec "$@"',
+    "srun": 'while [ "$1" != bash ] && [ "$1" != apptainer ]; do shift; done; echo $$ >shell.pid; exec "$@"',
     "apptainer": 'while [ "$1" != bash ]; do shift; done; IN_CONTAINER=1 exec "$@"',
-    "scontrol": 'if [ "$1" = show ]; then echo n1; else echo "scontrol $*" >>calls; exit "${SCONTROL_CODE:-0}"; fi',
-    "scancel": 'echo "scancel $*" >>calls; [ "$2" != --signal=USR2 ] || kill -USR2 "$(cat job.pid)"',
-    "squeue": 'echo "${JOB_STATE:-RUNNING}"',
+    "scontrol": """case "$1 $2" in
+"show hostnames") echo n1 ;;
+"show job") echo "Id=7 JobState=${JOB_STATE:-RUNNING} Reason=${REASON:-None} Restarts=${RESTARTS:-0} BatchFlag=1" ;;
+*) echo "scontrol $*" >>calls; exit "${SCONTROL_CODE:-0}" ;;
+esac""",
+    "scancel": 'echo "scancel $*" >>calls; [ "$1" != --signal=USR1 ] || kill -USR1 "$(cat shell.pid)"',
     "sleep": "exec /bin/sleep 0.3",
     "python3": f'[ "${{PYTHON_IS:-}}" = "${{IN_CONTAINER:-}}" ] && exec {sys.executable} "$@"',
 }
@@ -45,9 +48,12 @@ class Life(subprocess.CompletedProcess):
 
 @pytest.fixture
 def live(tmp_path: Path) -> Callable[..., Life]:
-    """Run one life of a job, whose torchrun has this text; SIGTERM comes when a file `started` is there."""
+    """Run one life of a job, whose torchrun has this text; a signal comes when a file `started` is there. Signals to
+    its steps come to the node's shell alone, as where processes are tracked by cgroups."""
 
-    def live(torchrun: str, *, job: int = 7, launch: dict | None = None, **environment: str) -> Life:
+    def live(
+        torchrun: str, *, job: int = 7, launch: dict | None = None, sent: int = signal.SIGTERM, **environment: str
+    ) -> Life:
         defaults = {"log_dir": "logs", "nodes": {"num_nodes": 2}}
         (tmp_path / "launch.yaml").write_text(yaml.safe_dump({**defaults, **(launch or {})}))
         text = sbatch_script(read_launch_config(tmp_path / "launch.yaml"), ["--x"], save="save", train_iters=10)
@@ -58,21 +64,28 @@ def live(tmp_path: Path) -> Callable[..., Life]:
             (tmp_path / "bin" / name).chmod(0o755)
         for name in ("calls", "started"):
             (tmp_path / name).unlink(missing_ok=True)
-        variables = {"SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "n[1-2]", **environment}
-        process = subprocess.Popen(
-            ["bash", "job.sbatch"],
-            cwd=tmp_path,
-            env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        (tmp_path / "job.pid").write_text(str(process.pid))
-        while process.poll() is None and not (tmp_path / "started").exists():
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)  # to one that has ended already: nothing
-        life = Life(process.args, 0, process.communicate(timeout=60)[0])
-        life.returncode = process.returncode
+        variables = {
+            "SLURM_JOB_ID": str(job),
+            "SLURM_JOB_NAME": "llamapro",
+            "SLURM_JOB_NUM_NODES": "1",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            **environment,
+        }
+        (tmp_path / "logs").mkdir(exist_ok=True)
+        with (tmp_path / "logs" / f"llamapro-{job}.out").open("w+") as output:
+            process = subprocess.Popen(
+                ["bash", "job.sbatch"],
+                cwd=tmp_path,
+                env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **variables},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            while process.poll() is None and not (tmp_path / "started").exists():
+                time.sleep(0.05)
+            process.send_signal(sent)  # to one that has ended already: nothing
+            process.wait(timeout=60)
+            output.seek(0)
+            life = Life(process.args, process.returncode, output.read())
         life.calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
         return life
 
@@ -94,12 +107,37 @@ def test_setup_may_do_what_it_likes(live: Callable[..., Life]) -> None:
     assert "no node says that a rank died" in life.stdout
 
 
-@pytest.mark.parametrize(("state", "calls"), [("COMPLETING", []), ("RUNNING", ["scontrol requeue 7"])])
-def test_a_cancelled_job_does_not_come_back(state: str, calls: list[str], live: Callable[..., Life]) -> None:
-    """scancel ends the ranks with the signal that a preemption warns with; the job is then ending already."""
-    life = live("touch started; /bin/sleep 1", JOB_STATE=state)
-    assert [call for call in life.calls if call != "scancel --signal=USR1 7"] == calls, life.stdout
-    assert ("was cancelled" in life.stdout) is (state == "COMPLETING")
+ENDS = {  # of a job that gets SIGTERM: what SLURM says of it, and what it says of itself
+    "cancelled": ({"JOB_STATE": "COMPLETING"}, "was cancelled: it is not requeued"),
+    "its node lost": ({"JOB_STATE": "COMPLETING", "RESTARTS": "1"}, "requeued by SLURM"),
+    "out of time": ({"JOB_STATE": "COMPLETING", "REASON": "TimeLimit"}, "requeued"),
+    "preempted after a grace": ({}, "requeued"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_ends_it_decides_whether_it_comes_back(end: str, live: Callable[..., Life]) -> None:
+    """scancel ends the ranks with the signal that a preemption may warn with; the job is then ending already."""
+    slurm_says, says = ENDS[end]
+    life = live("touch started; /bin/sleep 1", **slurm_says)
+    assert f": {says}\n" in life.stdout, life.stdout
+    calls = [call for call in life.calls if call != "scancel --signal=USR1 7"]
+    assert calls == (["scontrol requeue 7"] if says == "requeued" else [])
+
+
+RANK = """\
+import pathlib, signal, time
+signal.signal(signal.SIGUSR1, lambda *_: exit("the rank heard"))
+pathlib.Path("started").touch()
+time.sleep(60)
+"""
+
+
+def test_a_warning_comes_to_the_ranks(live: Callable[..., Life]) -> None:
+    """Through the node's shell and not to torchrun, which would die of it."""
+    life = live(f"{sys.executable} -c '{RANK}'; echo torchrun ends", sent=signal.SIGUSR1)
+    assert "told to stop" in life.stdout and "the rank heard\ntorchrun ends\n" in life.stdout, life.stdout
+    assert "ended with code 0" in life.stdout and "scontrol requeue 7" in life.calls
 
 
 @pytest.mark.parametrize("container", [{}, {"container_image": "image.sif", "container_runtime": "apptainer"}])
@@ -111,12 +149,9 @@ def test_what_is_refused_is_not_tried_again(container: dict, live: Callable[...,
 
 
 def test_a_node_that_does_not_see_the_folders(live: Callable[..., Life]) -> None:
-    life = live(
-        "exit 0",
-        launch={"setup": ['rm -rf "$LIFE_LOGS"']},
-    )
-    assert life.calls == ["scancel --batch --signal=USR2 7"] and life.returncode == 1
-    assert "does not see logs/7-0" in life.stdout
+    life = live("exit 0", launch={"setup": ['rm -rf "$LIFE_LOGS"']})
+    assert life.calls == [] and life.returncode == 1
+    assert "does not see logs/7-1" in life.stdout
     assert "gives up: log_dir, checkpoint and data must be in folders that all nodes see" in life.stdout
 
 

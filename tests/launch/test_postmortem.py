@@ -6,73 +6,110 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from megatron_llamapro.config.command import TRY_AGAIN
 from megatron_llamapro.launch.postmortem import describe
 
 BLOCK = """\
-[{number}]:
+[{rank}]:
   time      : 2026-11-25_16:05:{second}
-  host      : {host}.cluster.local
+  host      : localhost
   rank      : {rank} (local_rank: {local})
-  exitcode  : {code} (pid: 233)  ({name})
+  exitcode  : {code} (pid: {pid})  (…)
   error_file: <N/A>
-  traceback : Signal received by PID 233
+  traceback : Signal received by PID {pid}
 """
+CLOSED = "W1125 16:05:09.1 100 torch/…/multiprocessing/api.py:1029] Sending process {pid} closing signal SIGTERM\n"
+LOST_BY_GLOO = "RuntimeError: [/…/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.77.0.1]:46006"
+LOST_BY_NCCL = "[E1125 ProcessGroupNCCL.cpp:2057] Rank 3 watchdog: NCCL error: remote process exited or there was …"
+LOST_BY_STORE = "DistNetworkError: Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server …"
 
 
-def block(rank: int, code: int, *, host: str = "n1", second: int = 10) -> str:
-    return BLOCK.format(number=0, second=second, host=host, rank=rank, local=rank % 2, code=code, name="")
+def block(rank: int, code: int, *, second: int = 10) -> str:
+    """torchrun's report of a rank, of which a node has two."""
+    return BLOCK.format(second=second, rank=rank, local=rank % 2, code=code, pid=200 + rank)
+
+
+def says(rank: int, text: str) -> str:
+    return f"[default{rank % 2}]:[rank{rank}]: {text}\n"
 
 
 def test_a_kill_comes_before_what_it_caused() -> None:
-    lost_its_peer = block(0, 1, second=10)
-    killed = block(3, -9, host="n2", second=12)
-    line, code = describe([lost_its_peer, killed])
+    line, code = describe({"n1": block(0, 1, second=10), "n2": block(3, -9, second=12)})
     assert (line, code) == (
         "rank 3 on n2 died first, at 2026-11-25 16:05:12: killed by SIGKILL (out of memory? see the node's kernel log)",
         0,
     )
 
 
-def test_what_torchrun_ended_died_of_something_else() -> None:
-    line, _ = describe([block(1, -15, second=10) + block(0, 1, second=11) + "[default0]:error: the disk is full\n"])
-    assert line == "rank 0 on n1 died first, at 2026-11-25 16:05:11: exit code 1: the disk is full"
+@pytest.mark.parametrize("code", [-15, -9, 0])
+def test_what_torchrun_ended_died_of_something_else(code: int) -> None:
+    """Also by SIGKILL, 30 seconds later, since ranks that wait for a dead one do not hear SIGTERM."""
+    log = (
+        CLOSED.format(pid=201)
+        + block(1, code, second=40)
+        + block(0, 1, second=10)
+        + "[default0]:error: the disk is full\n"
+    )
+    assert describe({"n1": log})[0] == (
+        "rank 0 on n1 died first, at 2026-11-25 16:05:10: exit code 1: the disk is full"
+    )
 
 
-def test_what_lost_another_comes_after_it() -> None:
-    """Their ends are in the same second, and a rank whose NCCL aborts is killed by a signal."""
-    gloo = (
-        "RuntimeError: [/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.77.0.1]:46006"
-    )
-    nccl = "[rank3]:[E1126 ProcessGroupNCCL.cpp:2057] Rank 3 watchdog: NCCL error: remote process exited or there was …"
-    line, _ = describe(
-        [
-            block(0, 1) + f"[default0]:[rank0]: {gloo}\n",
-            block(3, -6, host="n3") + f"[default1]:{nccl}\n",
-            block(2, 1, host="n2") + "[default0]:[rank2]: ValueError: no such domain\n[default0]:[rank2]: \n",
-        ]
-    )
+@pytest.mark.parametrize("lost", [LOST_BY_GLOO, LOST_BY_STORE])
+def test_what_lost_another_comes_after_it(lost: str) -> None:
+    """Their ends are in the same second or even before, and a rank whose NCCL aborts is killed by a signal."""
+    logs = {
+        "n1": block(0, 1, second=9) + says(0, lost),
+        "n2": block(2, 1) + says(2, "ValueError: no such domain") + says(2, ""),
+        "n3": block(5, -6) + says(5, LOST_BY_NCCL),
+    }
+    line, _ = describe(logs)
     assert line == "rank 2 on n2 died first, at 2026-11-25 16:05:10: exit code 1: ValueError: no such domain"
 
 
 def test_where_torchrun_started_it_again_the_last_words_count() -> None:
-    lost = "[default0]:[rank0]: RuntimeError: Connection closed by peer\n"
-    line, _ = describe([block(1, 1), lost + "[default0]:[rank0]: KeyError: 'x'\n" + block(0, 1)])
-    assert line.endswith("rank 0 on n1 died first, at 2026-11-25 16:05:10: exit code 1: KeyError: 'x'")
+    n1 = says(0, LOST_BY_GLOO) + says(0, "KeyError: 'x'") + block(0, 1)
+    assert describe({"n1": n1, "n2": block(2, 1)})[0].endswith("exit code 1: KeyError: 'x'")
+    n1 = says(0, "ValueError: flaky") + says(0, LOST_BY_NCCL) + block(0, -6)
+    line, _ = describe({"n1": n1, "n2": says(2, "KeyError: 'x'") + block(2, 1)})
+    assert line.startswith("rank 2 on n2") and line.endswith("KeyError: 'x'")
+
+
+def test_what_python_says_while_it_ends_is_not_the_cause() -> None:
+    log = says(0, "ValueError: no such domain") + says(0, "ImportError: sys.meta_path is None, Python is likely …")
+    assert describe({"n1": log + block(0, 1)})[0].endswith("exit code 1: ValueError: no such domain")
+
+
+def test_a_signal_without_a_name() -> None:
+    assert describe({"n1": block(0, -40)})[0].endswith("killed by signal 40")
 
 
 def test_a_hang_is_told_with_its_rank() -> None:
-    line, _ = describe([block(0, 70) + "[default0]:hang: the others wait for rank 1: rank 1 is in read (data.py)\n"])
+    line, _ = describe({"n1": block(0, 70) + "[default0]:hang: the others wait for rank 1: it is in read (data.py)\n"})
     assert "exit code 70: hang: the others wait for rank 1" in line
 
 
 def test_a_hang_comes_before_what_its_end_aborts() -> None:
-    line, _ = describe([block(3, -6, second=9), block(0, 70) + "[default0]:hang: rank 1 gave no sign of life\n"])
+    n1 = block(0, 70) + "[default0]:hang: rank 1 gave no sign of life\n"
+    line, _ = describe({"n1": n1, "n2": block(3, -6, second=9)})
     assert line == "rank 0 on n1 died first, at 2026-11-25 16:05:10: exit code 70: hang: rank 1 gave no sign of life"
 
 
 def test_a_refused_input_is_an_end() -> None:
-    line, code = describe([block(0, 2) + "[default0]:error: data.seq_length is 4096, but …\n"])
+    line, code = describe({"n1": block(0, 2) + "[default0]:error: data.seq_length is 4096, but …\n", "n2": block(2, 2)})
     assert (line, code) == ("the run was refused: data.seq_length is 4096, but …", 2)
+
+
+@pytest.mark.parametrize("code", [2, TRY_AGAIN])
+def test_what_one_rank_alone_met_is_not_the_inputs_fault(code: int) -> None:
+    log = block(3, code) + "[default1]:error: data.bin: Input/output error\n"
+    line, exit_code = describe({"n1": block(0, 1) + says(0, LOST_BY_GLOO), "n2": log})
+    assert exit_code == 0
+    assert line.endswith(
+        f"rank 3 on n2 died first, at 2026-11-25 16:05:10: exit code {code}: data.bin: Input/output error"
+    )
 
 
 def test_nothing_was_said(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_what_differs(tmp_path: Path) -> None:
     pyxis = '(--container-image=image.sqsh --container-workdir="$PWD" --container-mounts=/shared:/shared)'
     assert f"CONTAINER={pyxis}\n" in texts["pyxis"]
     assert "CONTAINER=(apptainer exec --nv --bind /a:/a image.sif)" in texts["apptainer"]
-    assert "export A='b c'\nexport D='it'\"'\"'s'\n" in texts["words with spaces"]
+    assert "    export A='b c'\n    export D='it'\"'\"'s'\n" in texts["words with spaces"]
     assert "#SBATCH --output='/my folder/my logs/%x-%j.out'\n" in texts["words with spaces"]
     assert "#SBATCH --job-name='my run'\n" in texts["words with spaces"]
     assert "export SRUN_CPUS_PER_TASK=32\n" in texts["cores"] and "SRUN_CPUS_PER_TASK" not in texts["two nodes"]

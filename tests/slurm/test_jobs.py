@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -105,17 +105,21 @@ def run_arguments(inputs: Path, save: Path) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module")
-def submit(cluster: Cluster, inputs: Path) -> Callable[..., Job]:
+@pytest.fixture
+def submit(cluster: Cluster, inputs: Path) -> Iterator[Callable[..., Job]]:
+    """Jobs of one test, which leaves none behind: the next one needs the nodes."""
+
     def submit(*run: str, **launch: object) -> Job:
         return Job(cluster, inputs, launch=launch, run=list(run))
 
-    return submit
+    yield submit
+    cluster.run("scancel", "--user=root")
+    cluster.wait_until_idle()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(submit: Callable[..., Job]) -> Job:
-    job = submit()
+def undisturbed(cluster: Cluster, inputs: Path) -> Job:
+    job = Job(cluster, inputs, launch={}, run=[])
     assert job.wait_for_end() == "COMPLETED", job.log()
     return job
 
@@ -129,8 +133,8 @@ def test_two_nodes_train_as_one_process_does(undisturbed: Job, inputs: Path, tmp
     [alone] = run_distributed(train_alone, 1, run_arguments(inputs, tmp_path / "alone"))
     assert [loss for loss, _ in undisturbed.losses().values()] == pytest.approx(alone, rel=1e-5)
     logs = undisturbed.folder / "logs"
-    assert {path.name for path in logs.glob("*-0/*.log")} == {"n1.log", "n2.log"}
-    assert len([*logs.glob("*-0/n[12]/*/attempt_0/0/stdout.log")]) == 2
+    assert {path.name for path in logs.glob("*-1/*.log")} == {"n1.log", "n2.log"}
+    assert len([*logs.glob("*-1/n[12]/*/attempt_0/0/stdout.log")]) == 2
     assert "from step 0 of 40 on n[1-2]" in undisturbed.log()
 
 
@@ -179,7 +183,6 @@ def test_a_node_is_lost(node: str, submit: Callable[..., Job], undisturbed: Job)
         assert node not in job.cluster.job(job.number)["NodeList"]
     finally:
         job.cluster.boot_node(node)
-        job.cluster.wait(lambda: job.cluster.run("sinfo", "-h", "-N", "-o", "%t").split() == ["idle"] * 3, seconds=60)
 
 
 @pytest.mark.parametrize("restarts", [0, 1], ids=["requeued", "restarted by torchrun"])
@@ -190,7 +193,7 @@ def test_a_rank_is_killed(restarts: int, submit: Callable[..., Job], undisturbed
     torchrun = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(torchrun, signal.SIGSTOP)  # it notices later than the other node's, whose rank lost its peer
     os.kill(rank, signal.SIGKILL)
-    time.sleep(4)
+    time.sleep(10)
     os.kill(torchrun, signal.SIGCONT)
     if not restarts:
         job.wait_for_restart()
@@ -207,7 +210,7 @@ import os, signal
 def killed(file):
     path = os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}")
     if "iter_0000010" in path:
-        if os.environ["LIFE"].endswith("-0") and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if os.environ["LIFE"].endswith("-1") and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
     fsync(file)
 
@@ -266,14 +269,18 @@ def test_a_node_that_does_not_see_the_folders(submit: Callable[..., Job]) -> Non
     hide = '[ "$(hostname -s)" = n1 ] || mount -t tmpfs none "$(dirname "$LIFE_LOGS")"'
     job = submit(setup=["source .venv/bin/activate", hide])
     assert job.wait_for_end() == "FAILED"
-    assert f"n2 does not see {job.folder}/logs/{job.number}-0" in job.log(), job.log()
+    assert f"n2 does not see {job.folder}/logs/{job.number}-1" in job.log(), job.log()
     assert "gives up: log_dir, checkpoint and data must be in folders that all nodes see" in job.log()
     assert job.cluster.job(job.number)["Restarts"] == "0"
 
 
-def test_a_cancelled_job_does_not_come_back(submit: Callable[..., Job]) -> None:
-    job = submit()
-    job.wait_for_step(SAVE_INTERVAL + 2)
+@pytest.mark.parametrize("warned", [False, True], ids=["", "after it was warned"])
+def test_a_cancelled_job_does_not_come_back(warned: bool, submit: Callable[..., Job]) -> None:
+    job = submit("--training.global_batch_size=240")  # a second a step
+    job.wait_for_step(1)
+    if warned:
+        job.cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))
+        job.cluster.wait(lambda: "told to stop" in job.log(), seconds=10)
     job.cluster.run("scancel", str(job.number))
     job.cluster.wait(lambda: job.cluster.run("squeue", "-h").strip() == "", seconds=60)
     assert job.cluster.job(job.number)["JobState"] == "CANCELLED" and "was cancelled" in job.log(), job.log()
