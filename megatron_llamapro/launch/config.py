@@ -104,13 +104,13 @@ class LaunchConfig:
     """Lines of shell for every node before anything else: module load, source …/bin/activate, export ….  In a container
     they run inside it."""
     environment: dict[str, str | int | float] = field(default_factory=dict)
-    """Variables on every node, e.g. NCCL_SOCKET_IFNAME: bond0."""
+    """Variables on every node, e.g. NCCL_SOCKET_IFNAME: bond0. In a container they win over the image's."""
     container_image: str | None = None
     """Image that the ranks run in."""
     container_runtime: ContainerRuntime = "pyxis"
     """What runs it: pyxis (srun --container-image) or apptainer."""
     container_mounts: tuple[str, ...] = ()
-    """Folders that are seen inside, as host:container."""
+    """Folders that are seen inside, as host:container; that of checkpoint.save and log_dir by the same name."""
     rendezvous_port: int | None = None
     """Port on the first node, where ranks find each other; without it, one that the job's number gives."""
     max_restarts: int = 0

@@ -15,7 +15,7 @@ give_up() {
     exit 1
 }
 
-# What a job that is being ended is ended for: `cancelled`, `requeued` by SLURM itself, or nothing of these (its time limit).
+# Of a job that is being ended: it was `cancelled`, it is `requeued` by SLURM itself, or neither (out of time).
 fate_of_job() {
     local job
     job=" $(scontrol show job "$SLURM_JOB_ID" --oneliner) "

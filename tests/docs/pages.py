@@ -13,15 +13,21 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def blocks(page: str, kind: str = "") -> list[str]:
-    """The texts of a page's blocks of one kind: yaml, json, python; commands have none."""
+def blocks(page: str | Path, kind: str | None = None) -> list[str]:
+    """The texts of a page's blocks of one kind: yaml, json, python; or of all."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
-    return [text for name, text in found if name == kind]
+    return [text for name, text in found if kind in (name, None)]
+
+
+def lines(text: str) -> list[str]:
+    """Of a block of commands: continued ones joined, without comments."""
+    found = (re.sub(r"(^|\s)#.*", "", line).strip() for line in text.replace("\\\n", " ").splitlines())
+    return [line for line in found if line]
 
 
 def commands(page: str) -> list[str]:
-    """Lines of the blocks of commands."""
-    return [line for text in blocks(page) for line in text.strip().splitlines()]
+    """What a page's blocks without a kind say to type."""
+    return [line for text in blocks(page, "") for line in lines(text)]
 
 
 def workplace(folder: Path) -> Path:

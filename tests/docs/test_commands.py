@@ -9,20 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from pages import ROOT, blocks, lines
 
-ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docker/*.md"), *ROOT.glob("examples/*/*.md")])
 OF_A_RUN = {"--config", "--debug"}  # and all that have a dot: pretrain's, which some tools take too
 
 
-def commands(page: Path) -> list[str]:
-    """Lines of its blocks, continued ones joined, without comments."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    found = (
-        re.search(r"python3? ((?:tools|benchmarks|examples)/\S+\.py.*)", re.sub(r"\s#.*", "", line)) for line in lines
-    )
-    return [match[1] for match in found if match]
+def commands_of_ours(page: Path) -> list[str]:
+    """Programs of this repository, with their options."""
+    found = (line for text in blocks(page) for line in lines(text))
+    return [
+        match[1] for line in found if (match := re.search(r"python3? ((?:tools|benchmarks|examples)/\S+\.py.*)", line))
+    ]
 
 
 @functools.cache
@@ -34,7 +32,7 @@ def help_of(program: tuple[str, ...]) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_options_are_known(page: Path) -> None:
-    for command in commands(page):
+    for command in commands_of_ours(page):
         words = command.split()
         program = tuple(words[:2] if words[0].endswith("convert_checkpoint.py") else words[:1])
         options = {word.partition("=")[0] for word in re.findall(r"(?<!\S)\[?(--[a-z][\w.=-]*)", command)}

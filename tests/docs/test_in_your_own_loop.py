@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from pages import blocks
 
 from megatron_llamapro.model.names import named_parameters
 from megatron_llamapro.testing.distributed import run_distributed
-
-PAGE = Path(__file__).parents[2] / "docs" / "in_your_own_loop.md"
 
 
 def page_code() -> dict:
     """Everything that the page's Python blocks define."""
     names: dict = {}
-    exec("\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)), names)
+    exec("\n".join(blocks("docs/in_your_own_loop.md", "python")), names)
     return names
 
 

@@ -156,7 +156,7 @@ def test_a_node_that_does_not_see_the_folders(live: Callable[..., Life]) -> None
 
 
 def test_what_ends_a_run_on_its_way_is_tried_again(live: Callable[..., Life]) -> None:
-    """A file system that fails has the exit code of an input that is refused."""
+    """A second start by torchrun may be refused where the first had gone on."""
     saved = "mkdir -p save; echo 5 >save/latest_checkpointed_iteration.txt\n"
     assert live(saved + REFUSED).calls == ["scontrol requeue 7"]
     assert live(REFUSED).calls == []

@@ -112,6 +112,14 @@ def test_front_door_says_one_line(run_config: Callable, tmp_path: Path) -> None:
     assert result.stderr.startswith("error: nowhere is not a folder") and result.stderr.count("\n") == 1
 
 
+def test_what_fails_on_the_way_is_not_the_inputs_fault(run_config: Callable, tmp_path: Path) -> None:
+    """The disk is full when the first checkpoint is written."""
+    full = ["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", sys.executable]
+    result = pretrain(run_config(train_iters=1), tmp_path, launcher=full)
+    assert result.returncode == 75, result.stderr
+    assert result.stderr.startswith("error: ") and "File too large" in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_torchrun_says_it_once(run_config: Callable, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     result = pretrain(with_model(run_config(), checkpoint="nowhere"), tmp_path, launcher=torchrun)
