@@ -1,5 +1,4 @@
-"""Lines of JSON to token ids: what a preprocessing worker does. Imports neither torch nor megatron, so that a worker
-starts at once."""
+"""Lines of JSON to token ids. Imports neither torch nor megatron, so that a worker starts at once."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_llamapro.data.tokenizer import Tokenizer
 
 CHUNK_BYTES = 2**20
 
@@ -110,41 +109,3 @@ class TextEncoder(Encoder):
 def valid_unicode(text: str) -> str:
     """Without lone surrogates, which JSON may escape and no tokenizer takes."""
     return text.encode("utf-8", errors="replace").decode("utf-8")
-
-
-@dataclass(frozen=True)
-class EncoderOptions:
-    """What every worker makes its encoder of."""
-
-    tokenizer: Path
-    eod_token: str | None = None
-    json_key: str | None = None
-    """Without it `text`, or `messages` of conversations."""
-    chat: bool = False
-    chat_template: Path | None = None
-
-    def make(self) -> Encoder:
-        """Raises `DataError` where the tokenizer or the chat template is missing, or cannot be used."""
-        if self.chat_template and not self.chat:
-            raise DataError("a chat template is for conversations: give --chat too")
-        tokenizer = load_tokenizer(self.tokenizer, eod_token=self.eod_token)
-        if not self.chat:
-            return TextEncoder(tokenizer, self.json_key or "text")
-        from megatron_llamapro.data.chat import ChatEncoder, ChatTemplate  # transformers, which text does without
-
-        return ChatEncoder(tokenizer, self.json_key or "messages", ChatTemplate(tokenizer.path, self.chat_template))
-
-
-_worker_encoder: Encoder | None = None
-
-
-def start_worker(options: EncoderOptions) -> None:
-    """Make this process's encoder, once."""
-    global _worker_encoder
-    _worker_encoder = options.make()
-
-
-def encode_in_worker(chunk: Chunk) -> Encoded:
-    """Encode with this process's encoder."""
-    assert _worker_encoder is not None
-    return _worker_encoder(chunk)

@@ -16,17 +16,10 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megatron_llamapro.checkpoint.folder import sync
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.data.encoding import (
-    Chunk,
-    Encoded,
-    Encoder,
-    EncoderOptions,
-    chunks_of,
-    encode_in_worker,
-    start_worker,
-)
+from megatron_llamapro.data.encoding import Chunk, Encoded, Encoder, chunks_of
 from megatron_llamapro.data.token_files import TokenFileInfo, paths_of
 from megatron_llamapro.data.tokenizer import Tokenizer
+from megatron_llamapro.data.worker import EncoderOptions, encode_in_worker, start_worker
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.data.encoding import EncoderOptions
 from megatron_llamapro.data.preprocess import preprocess
 from megatron_llamapro.data.token_files import open_token_file, paths_of, read_info
 from megatron_llamapro.data.tokenizer import load_tokenizer
+from megatron_llamapro.data.worker import EncoderOptions
 
 EXAMPLE = Path("examples/llama2_7b_pro_instruct/chat_template.jinja")
 
