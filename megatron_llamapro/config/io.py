@@ -6,7 +6,9 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import jsonargparse
@@ -43,6 +45,9 @@ def parse_sections(kind: type[Config], args: Sequence[str]) -> Config:
         namespace = parser.parse_args(list(args))
     except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError) as error:
         raise ConfigError(_with_nearest_key(_in_plain_words(" ".join(str(error).split())), kind)) from None
+    for path in namespace.config or ():
+        for name in _unknown_names(kind, yaml.safe_load(Path(path.absolute).read_text(encoding="utf-8"))):
+            raise ConfigError(_with_nearest_key(f"Option '{name}' is not accepted", kind))
     config = parser.instantiate(namespace)
     return kind(**{f.name: config[f.name] for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
@@ -74,6 +79,18 @@ def _parser(kind: type) -> jsonargparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_class_arguments(kind, as_group=True)
     return parser
+
+
+def _unknown_names(kind: type, data: object) -> Iterator[str]:
+    """Keys that are no fields. jsonargparse refuses them itself, but for those of empty mappings, which it drops."""
+    if not isinstance(data, dict) or not dataclasses.is_dataclass(kind):
+        return
+    hints = typing.get_type_hints(kind)
+    for key, value in data.items():
+        if key not in hints:
+            yield str(key)
+        else:
+            yield from _unknown_names(hints[key], value)
 
 
 def _in_plain_words(message: str) -> str:

@@ -59,6 +59,8 @@ def test_the_examples_fit_a_run(path: Path) -> None:
         ("log_dir: logs\nslurm: {options: ['--nodes=4']}", "that is for nodes.num_nodes"),
         ("log_dir: logs\nslurm: {options: ['-t 90']}", "that is for slurm.time"),
         ("log_dir: logs\nsetup: module load cuda", "Expected a list"),
+        ("log_dir: logs\nslrum: {}", "did you mean 'slurm'?"),
+        ("log_dir: logs\nslurm: {partitoin: {}}", "did you mean 'partition'?"),
         ("log_dir: logs\nslurm: {max_lives: 0}", "leave it out to requeue"),
         ("log_dir: logs\nslurm: {options: [qos=long]}", "begins with -"),
         ('log_dir: logs\nslurm: {options: ["--qos=a\\n--wrap=b"]}', "line break"),
