@@ -31,6 +31,8 @@ def main() -> int:
         raise_together(error)
         assert config is not None  # raise_together raised otherwise
         _train(config, stop)
+    except OSError as raised:  # what is wrong with the input was found by all ranks: this is a file system's
+        raise RunError(in_one_line(raised)) from raised
     except LlamaProError as raised:
         if not raised.on_all_ranks:
             raise  # the others are in a collective: to stop the world now would be to wait for them
@@ -73,12 +75,7 @@ def _train(config: RunConfig, stop: StopRequest) -> None:
     for writer in writers:
         writer.write(record)
     hang_minutes = config.training.hang_timeout_minutes
-    try:
-        train(run, writers, stop, Watchdog(60 * hang_minutes) if hang_minutes else None)
-    except (LlamaProError, OSError) as error:
-        raised = RunError(in_one_line(error))
-        raised.on_all_ranks = getattr(error, "on_all_ranks", False)
-        raise raised from error
+    train(run, writers, stop, Watchdog(60 * hang_minutes) if hang_minutes else None)
 
 
 if __name__ == "__main__":

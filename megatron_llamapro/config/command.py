@@ -20,7 +20,7 @@ from megatron_llamapro.config.errors import ConfigError, LlamaProError, RunError
 
 USAGE_ERROR = 2
 HUNG = 70
-TRY_AGAIN = 75  # as sendmail has it
+TRY_AGAIN = os.EX_TEMPFAIL  # 75
 INTERRUPTED = 130
 OUTPUT_CLOSED = 141
 
@@ -92,7 +92,7 @@ def _nobody_reads_the_output() -> bool:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` as a program: user errors become one line and exit code 2.
+    """Run `main` as a program: user errors become one line and exit code 2, a `RunError` one line and 75.
 
     What a `KeyboardInterrupt` carries is printed with it. Errors that are not the user's (bugs) keep their traceback.
     `--debug` on the command line, or `LLAMAPRO_DEBUG=1`, keeps all of them.

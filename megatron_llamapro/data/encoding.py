@@ -1,4 +1,4 @@
-"""Lines of JSON to token ids. Imports neither torch nor megatron, so that a worker starts at once."""
+"""Lines of JSON to token ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A preprocessing worker: which encoder it makes, and what it does with a chunk."""
+"""A preprocessing worker: which encoder it makes, and what it does with a chunk. It imports neither torch nor megatron,
+so that it starts at once."""
 
 from __future__ import annotations
 

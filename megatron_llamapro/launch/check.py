@@ -47,7 +47,7 @@ def _check_mounts(launch: LaunchConfig, run: RunConfig) -> None:
     """The job itself runs outside of the container, and looks where its ranks write."""
     paths = {"log_dir": launch.log_dir, "working_dir": ".", "checkpoint.save": str(run.checkpoint.save)}
     for mount in launch.container_mounts:
-        outside, inside = mount.split(":")[:2]
+        outside, inside = map(Path, mount.split(":")[:2])
         for name, path in paths.items():
             absolute = launch.from_here(path).absolute()
             if outside != inside and absolute.is_relative_to(inside):

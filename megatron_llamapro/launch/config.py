@@ -110,7 +110,8 @@ class LaunchConfig:
     container_runtime: ContainerRuntime = "pyxis"
     """What runs it: pyxis (srun --container-image) or apptainer."""
     container_mounts: tuple[str, ...] = ()
-    """Folders that are seen inside, as host:container; that of checkpoint.save and log_dir by the same name."""
+    """Folders that are seen inside, as host:container. The one with checkpoint.save and log_dir has one
+    name in both."""
     rendezvous_port: int | None = None
     """Port on the first node, where ranks find each other; without it, one that the job's number gives."""
     max_restarts: int = 0

@@ -24,26 +24,37 @@ fate_of_job() {
 }
 
 # USR1 is the warning that its nodes are to be taken away, and TERM one too where the job still runs.
-stopping=0
+stopping=0 # 1: warned; 2: and it has been said
 fate=
 trap 'stopping=1' USR1
 trap 'fate=$(fate_of_job); stopping=1' TERM
 
-was_not_seen() { grep -qs "does not see $LIFE_LOGS" "$LOG_DIR/$SLURM_JOB_NAME-$SLURM_JOB_ID.out"; }
+# Ends the job if SLURM has said so, but for a time limit.
+end_if_ended() {
+    case $fate in
+    cancelled) say "was cancelled: it is not requeued" ;;
+    requeued) say "requeued by SLURM" ;;
+    *) return ;;
+    esac
+    exit 1
+}
+
+# What this job has printed is in its --output.
+was_not_seen() { grep -Fqs "does not see $LIFE_LOGS" "$LOG_DIR/$SLURM_JOB_NAME-$SLURM_JOB_ID.out"; }
 
 # Ranks save and stop after their step. Sent again and again: a rank that still imports torch does not hear it yet. Not
 # before every node has its log: a shell that has just begun would die of it.
 run_ranks() {
-    local srun_pid functions
-    functions=$(declare -f "${ON_NODES[@]}")
-    srun --kill-on-bad-exit=1 "${CONTAINER[@]}" bash -c "$functions; ranks" &
+    local srun_pid text
+    text=$(declare -p HEAD_NODE PORT LIFE LIFE_LOGS && declare -f "${ON_NODES[@]}")
+    srun --kill-on-bad-exit=1 "${CONTAINER[@]}" bash -c "$text; ranks" &
     srun_pid=$!
     while kill -0 "$srun_pid" 2>/dev/null; do
         if [ "$stopping" = 1 ]; then
             say "told to stop: every rank saves after its step"
             stopping=2
         fi
-        [ "$stopping" = 2 ] && [ "$(count_of log)" -ge "$SLURM_JOB_NUM_NODES" ] && scancel --signal=USR1 "$SLURM_JOB_ID"
+        [ "$stopping" = 2 ] && [ "$(num_nodes_with log)" -ge "$SLURM_JOB_NUM_NODES" ] && scancel --signal=USR1 "$SLURM_JOB_ID"
         sleep 2 &
         wait $!
     done
@@ -60,7 +71,6 @@ PORT=${PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 LIFE="$SLURM_JOB_ID-$((${SLURM_RESTART_COUNT:-0} + 1))"
 LIFE_LOGS="$LOG_DIR/$LIFE"
 LIVES="$LOG_DIR/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.lives_without_progress"
-export HEAD_NODE PORT LIFE LIFE_LOGS
 mkdir -p "$LIFE_LOGS"
 say "from step $started_at of $TRAIN_ITERS on $SLURM_JOB_NODELIST; logs of every rank in $LIFE_LOGS"
 
@@ -69,36 +79,28 @@ code=$?
 say "ended with code $code at step $(saved_step) of $TRAIN_ITERS"
 is_finished && exit 0
 
-case $fate in
-cancelled)
-    say "was cancelled: it is not requeued"
-    exit 1
-    ;;
-requeued)
-    say "requeued by SLURM"
-    exit 1
-    ;;
-esac
+end_if_ended
 
 was_not_seen && give_up "log_dir, checkpoint and data must be in folders that all nodes see"
 
-refused=0
+verdict=0
 if [ "$code" != 0 ]; then # in a shell of its own: what setup does to it is not to end the job
     where=()
     [ "${#CONTAINER[@]}" = 0 ] || where=(srun --nodes=1 --ntasks=1 --nodelist="$HEAD_NODE" "${CONTAINER[@]}")
-    "${where[@]}" bash -c "$(declare -f setup); setup; python3 -m megatron_llamapro.launch.postmortem \"\$LIFE_LOGS\"" ||
-        refused=$?
+    "${where[@]}" bash -c "$(declare -f setup); setup; python3 -m megatron_llamapro.launch.postmortem \"\$0\"" \
+        "$LIFE_LOGS" || verdict=$?
 fi
 
 lives=0
 if [ "$(saved_step)" -le "$started_at" ]; then
-    [ "$refused" = 2 ] && give_up "what is wrong with the input stays wrong"
+    [ "$verdict" = 2 ] && give_up "what is wrong with the input stays wrong"
     lives=$(($(cat "$LIVES" 2>/dev/null || echo 0) + 1))
 fi
 echo "$lives" >"$LIVES"
 [ "$lives" -ge "$MAX_LIVES_WITHOUT_PROGRESS" ] && give_up "$lives lives in a row saved nothing new"
 [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && exit "$code" # the array's next job goes on
 
+end_if_ended # while the dead were looked at
 say "requeued"
 trap - USR1 TERM # SLURM ends this life now; had it ended by itself, the job would count as failed
 scontrol requeue "$SLURM_JOB_ID" ||

@@ -82,15 +82,24 @@ def failures(node: str, log: str) -> Iterator[Failure]:
             rank=int(found["rank"]),
             code=int(found["code"]),
             words=said["text"] if said else "",
-            follows=lost.get(found["local_rank"], -1) >= (said.start() if said else 0),
+            follows=int(found["code"]) != -signal.SIGKILL
+            and lost.get(found["local_rank"], -1) >= (said.start() if said else 0),
         )
 
 
 def order(failure: Failure) -> tuple:
     """By what others follow: first a rank that ended a hang, whose end may abort others; one that does not say that it
-    lost another; one that was killed, since it says nothing; then by time, of which torchrun knows the second in which
-    it looked."""
-    return failure.code != HUNG, failure.follows, failure.code > 0, failure.time, failure.rank
+    lost another; one that was killed from outside; one that a signal ended, after which it says nothing; one that says
+    something, since one rank may speak for all; then by time, of which torchrun knows the second in which it looked."""
+    return (
+        failure.code != HUNG,
+        failure.follows,
+        failure.code != -signal.SIGKILL,
+        failure.code > 0,
+        not failure.words,
+        failure.time,
+        failure.rank,
+    )
 
 
 def describe(logs: Mapping[str, str]) -> tuple[str, int]:
@@ -106,9 +115,9 @@ def describe(logs: Mapping[str, str]) -> tuple[str, int]:
 
 
 def _refusal(logs: Iterable[str]) -> str | None:
-    """What one rank says for all."""
-    words = (match["text"] for log in logs for match in _LAST_WORDS.finditer(log))
-    return next((text.removeprefix("error: ") for text in words if text.startswith("error: ")), None)
+    """What one rank says for all, at last."""
+    said = [match["text"] for log in logs for match in _LAST_WORDS.finditer(log) if match["text"].startswith("error: ")]
+    return said[-1].removeprefix("error: ") if said else None
 
 
 def main() -> int:

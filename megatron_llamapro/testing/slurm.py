@@ -21,7 +21,7 @@ _NETWORK, _BRIDGE = "10.77.0", "llamapro0"
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "unshare", "nsenter")
 _LOCK = Path("/run/llamapro-test-cluster.lock")
 _CONTROLLER = 254  # its address' last number
-_DAEMONS = ("slurmctld", "slurmd", "slurmstepd")
+_DAEMONS = ("slurmctld", "slurmd")  # a step's own ends with its node
 _OURS = "LLAMAPRO_TEST_CLUSTER"  # a variable of daemons that were started here
 
 _CONFIGURATION = """\

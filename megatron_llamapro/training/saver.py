@@ -7,9 +7,11 @@ last complete one loadable.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron_llamapro.checkpoint.adapters import AdapterRecord
 from megatron_llamapro.checkpoint.folder import LATEST, carry_files, iteration_folder, sync
 from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME
-from megatron_llamapro.config.errors import LlamaProError
+from megatron_llamapro.config.errors import LlamaProError, RunError
 from megatron_llamapro.config.io import dump_yaml
 from megatron_llamapro.model.families import CONFIG_NAME
 from megatron_llamapro.runtime.distributed import failing_together, from_first_rank
@@ -85,18 +87,14 @@ class Saver:
     def save(self) -> list[dict]:
         """Save the state of now; asynchronously where so configured, once an earlier save is complete."""
         finished = self.finish()
-        save = self._begin()
-        self._pending = save
-        try:
+        with self._giving_up():
+            save = self._pending = self._begin()
             request = plan_writing(self._state(), save.draft, what=save.what)
             request.add_finalize_fn(lambda: self._publish(save))
             if self._config.async_save:
                 self._schedule(request, save)
                 return finished
             write_now(request, what=save.what)
-        except LlamaProError:
-            self._give_up()
-            raise
         save.stall_seconds = time.monotonic() - save.started
         return [*finished, self._complete()]
 
@@ -111,11 +109,8 @@ class Saver:
     def _finalize(self, *, wait: bool) -> list[dict]:
         if self._pending is None:
             return []
-        try:
+        with self._giving_up():
             done = self._queue.maybe_finalize_async_calls(blocking=wait)
-        except LlamaProError:
-            self._give_up()
-            raise
         return [self._complete()] if done else []
 
     def _begin(self) -> _Save:
@@ -188,11 +183,18 @@ class Saver:
             "asynchronous": self._config.async_save,
         }
 
-    def _give_up(self) -> None:
-        """Free the disk of a save that failed."""
-        save, self._pending = self._pending, None
-        if save is not None and dist.get_rank() == 0:
-            shutil.rmtree(save.draft, ignore_errors=True)
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """Where a save fails, which all ranks know then, its disk is freed and the run ends. Another may go further."""
+        try:
+            yield
+        except LlamaProError as error:
+            save, self._pending = self._pending, None
+            if save is not None and dist.get_rank() == 0:
+                shutil.rmtree(save.draft, ignore_errors=True)
+            failed = RunError(str(error))
+            failed.on_all_ranks = error.on_all_ranks
+            raise failed from error
 
 
 def publish(draft: Path, folder: Path) -> None:

@@ -94,7 +94,7 @@ def test_refused_with_the_run(run: tuple[str, ...], message: str, launch_file) -
 @pytest.mark.parametrize("mount", ["/lustre/me:/data", "/lustre/me:/data:rw"])
 def test_what_the_job_reads_has_one_name(mount: str, launch_file) -> None:
     """Progress is looked up in checkpoint.save outside of the container."""
-    text = f"log_dir: /lustre/me/logs\ncontainer_image: image.sqsh\ncontainer_mounts: [/lustre/me:/lustre/me, {mount}]"
+    text = f"log_dir: /lustre/me/logs\ncontainer_image: image.sqsh\ncontainer_mounts: [/lustre/me:/lustre/me/, {mount}]"
     launch = read_launch_config(launch_file(text))
     check_run(launch, parse_run_config([*RUN, "--checkpoint.save=/lustre/me/runs", "--model.checkpoint=/data/model"]))
     with pytest.raises(

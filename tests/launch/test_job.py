@@ -125,6 +125,12 @@ def test_what_ends_it_decides_whether_it_comes_back(end: str, live: Callable[...
     assert calls == (["scontrol requeue 7"] if says == "requeued" else [])
 
 
+def test_a_job_may_be_cancelled_while_its_dead_are_looked_at(live: Callable[..., Life]) -> None:
+    slow = ['[ -z "${LIFE_LOGS:-}" ] && touch started && /bin/sleep 1']  # where it is set, the ranks are to start
+    life = live(FAILS, launch={"setup": slow}, JOB_STATE="COMPLETING")
+    assert ": was cancelled: it is not requeued\n" in life.stdout and life.calls == [], life.stdout
+
+
 RANK = """\
 import pathlib, signal, time
 signal.signal(signal.SIGUSR1, lambda *_: exit("the rank heard"))
@@ -133,9 +139,11 @@ time.sleep(60)
 """
 
 
-def test_a_warning_comes_to_the_ranks(live: Callable[..., Life]) -> None:
-    """Through the node's shell and not to torchrun, which would die of it."""
-    life = live(f"{sys.executable} -c '{RANK}'; echo torchrun ends", sent=signal.SIGUSR1)
+@pytest.mark.parametrize("setup", [":", "set -euo pipefail"])
+def test_a_warning_comes_to_the_ranks(setup: str, live: Callable[..., Life]) -> None:
+    """Through the node's shell, whatever its setup did, and not to torchrun, which would die of it."""
+    ends = f"{sys.executable} -c '{RANK}'; echo torchrun ends"
+    life = live(ends, launch={"setup": [setup]}, sent=signal.SIGUSR1)
     assert "told to stop" in life.stdout and "the rank heard\ntorchrun ends\n" in life.stdout, life.stdout
     assert "ended with code 0" in life.stdout and "scontrol requeue 7" in life.calls
 

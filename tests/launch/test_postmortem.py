@@ -82,6 +82,18 @@ def test_what_python_says_while_it_ends_is_not_the_cause() -> None:
     assert describe({"n1": log + block(0, 1)})[0].endswith("exit code 1: ValueError: no such domain")
 
 
+def test_a_kill_is_nobodys_consequence() -> None:
+    """Whatever a library said of its own connections."""
+    n1 = says(0, "wandb: Connection reset by peer, entering retry loop") + block(0, -9, second=12)
+    assert describe({"n1": n1, "n2": block(2, -6)})[0].startswith("rank 0 on n1 died first")
+
+
+def test_one_rank_speaks_for_all() -> None:
+    n1 = "[default0]:error: the disk is full\n" + block(0, TRY_AGAIN, second=11) + block(1, TRY_AGAIN, second=11)
+    line, code = describe({"n1": n1, "n2": block(2, TRY_AGAIN, second=10)})
+    assert line.startswith("rank 0 on n1") and line.endswith(": exit code 75: the disk is full") and code == 0
+
+
 def test_a_signal_without_a_name() -> None:
     assert describe({"n1": block(0, -40)})[0].endswith("killed by signal 40")
 
@@ -98,7 +110,9 @@ def test_a_hang_comes_before_what_its_end_aborts() -> None:
 
 
 def test_a_refused_input_is_an_end() -> None:
-    line, code = describe({"n1": block(0, 2) + "[default0]:error: data.seq_length is 4096, but …\n", "n2": block(2, 2)})
+    earlier = "[default0]:error: the disk is full\n"
+    n1 = earlier + "[default0]:error: data.seq_length is 4096, but …\n" + block(0, 2)
+    line, code = describe({"n1": n1, "n2": block(2, 2)})
     assert (line, code) == ("the run was refused: data.seq_length is 4096, but …", 2)
 
 
