@@ -31,7 +31,9 @@ def main() -> int:
         raise_together(error)
         assert config is not None  # raise_together raised otherwise
         _train(config, stop)
-    except OSError as raised:  # what is wrong with the input was found by all ranks: this is a file system's
+    except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError):
+        raise  # a path of the configuration
+    except OSError as raised:  # a full disk, a file system that fails
         raise RunError(in_one_line(raised)) from raised
     except LlamaProError as raised:
         if not raised.on_all_ranks:

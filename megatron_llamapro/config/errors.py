@@ -1,4 +1,4 @@
-"""The errors a user can meet. A command prints one as a single `error: …` line and exits with 2, of `RunError` with 75."""
+"""The errors a user can meet. A command prints one as a single `error: …` line and exits with 2 (`RunError`: 75)."""
 
 
 class LlamaProError(Exception):

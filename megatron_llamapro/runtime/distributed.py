@@ -159,5 +159,7 @@ def reason(error: BaseException) -> str:
     """The one line that matters of an exception."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
+    if isinstance(error, RuntimeError) and "unexpected pos" in str(error):  # torch.save's words
+        return "a file took a part of what was written: is the disk full, or a quota reached?"
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip()[:300]}" if lines else type(error).__name__

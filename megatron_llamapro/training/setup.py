@@ -16,7 +16,7 @@ from megatron_llamapro.checkpoint.adapters import AdapterRecord
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.megatron_dist import check_loadable
 from megatron_llamapro.config.checks import data_parallel_size
-from megatron_llamapro.config.errors import CheckpointError, ConfigError, LlamaProError
+from megatron_llamapro.config.errors import CheckpointError, ConfigError, DataError, LlamaProError
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
 from megatron_llamapro.data.dataset import CheckedDataset, build_train_dataset, build_valid_datasets, check_train_files
 from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
@@ -191,6 +191,7 @@ def _read_source(config: RunConfig) -> Source:
         raise ConfigError("logging.diagnostics_interval is set, but the checkpoint has no added blocks: leave it out")
     tokenizer = load_tokenizer(Path(config.data.tokenizer or folder))
     check_train_files(config.data, vocab_size=shape.vocab_size)
+    _cache_dir(config)
     held_out = build_valid_datasets(config.data, vocab_size=shape.vocab_size, eod=tokenizer.eod)
     identity = run_identity(config)
     resume_from = checkpoint_to_resume(config, manifest, identity)
@@ -229,12 +230,24 @@ def wrapped(model: LlamaModel, parallel: ParallelConfig) -> DistributedDataParal
 
 
 def _train_set(config: RunConfig, source: Source) -> CheckedDataset:
-    metrics = metrics_path(config.logging, save=config.checkpoint.save)
     return build_train_dataset(
         config.data,
         num_samples=config.data_order_samples,
         seed=config.training.seed,
         tokenizer=source.tokenizer,
         vocab_size=source.shape.vocab_size,
-        cache_dir=Path(config.data.cache_dir or metrics.parent / ".cache"),
+        cache_dir=_cache_dir(config),
     )
+
+
+def _cache_dir(config: RunConfig) -> Path:
+    """The folder for the order of the samples, which is made. Raises `DataError` where it cannot be."""
+    metrics = metrics_path(config.logging, save=config.checkpoint.save)
+    folder = Path(config.data.cache_dir or metrics.parent / ".cache")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be made: {error.strerror}: set data.cache_dir to a folder for the order of the samples"
+        ) from None
+    return folder

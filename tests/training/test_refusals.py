@@ -115,9 +115,21 @@ def test_front_door_says_one_line(run_config: Callable, tmp_path: Path) -> None:
 def test_what_fails_on_the_way_is_not_the_inputs_fault(run_config: Callable, tmp_path: Path) -> None:
     """The disk is full when the first checkpoint is written."""
     full = ["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", sys.executable]
-    result = pretrain(run_config(train_iters=1), tmp_path, launcher=full)
+    config = run_config(train_iters=1)
+    whole = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, delta=False))
+    result = pretrain(whole, tmp_path, launcher=full)
     assert result.returncode == 75, result.stderr
-    assert result.stderr.startswith("error: ") and "File too large" in result.stderr and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: step 1 was not saved") and "is the disk full, or a quota" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_path_that_cannot_be_is_the_inputs_fault(run_config: Callable, tmp_path: Path) -> None:
+    config = run_config(train_iters=1)
+    (tmp_path / "file").touch()
+    logging = dataclasses.replace(config.logging, metrics_file=str(tmp_path / "file" / "metrics.jsonl"))
+    result = pretrain(dataclasses.replace(config, logging=logging), tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert ".cache cannot be made: Not a directory: set data.cache_dir" in result.stderr
 
 
 def test_torchrun_says_it_once(run_config: Callable, tmp_path: Path) -> None:

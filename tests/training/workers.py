@@ -82,7 +82,7 @@ def train(config: RunConfig, sigterm_at: int | None = None) -> Result:
 def train_on_a_full_disk(config: RunConfig, full_after: int) -> str:
     """Train; after step `full_after` the last rank can write no file above 20 kB. The message of the error that ends
     the run on this rank; it must be one of ours."""
-    from megatron_llamapro.config.errors import CheckpointError
+    from megatron_llamapro.config.errors import RunError
     from megatron_llamapro.runtime.stop import StopRequest
     from megatron_llamapro.training import loop
     from megatron_llamapro.training.setup import set_up
@@ -98,7 +98,7 @@ def train_on_a_full_disk(config: RunConfig, full_after: int) -> str:
     loop._check_healthy = fill
     try:
         loop.train(run, [Records()], StopRequest())
-    except CheckpointError as error:
+    except RunError as error:
         return str(error)
     finally:
         loop._check_healthy = healthy
