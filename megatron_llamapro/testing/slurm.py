@@ -20,6 +20,7 @@ from pathlib import Path
 _NETWORK, _BRIDGE = "10.77.0", "llamapro0"
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "unshare", "nsenter")
 _LOCK = Path("/run/llamapro-test-cluster.lock")
+_CGROUPS = Path("/sys/fs/cgroup/freezer")
 _CONTROLLER = 254  # its address' last number
 _DAEMONS = ("slurmctld", "slurmd")  # a step's own ends with its node
 _OURS = "LLAMAPRO_TEST_CLUSTER"  # a variable of daemons that were started here
@@ -36,7 +37,7 @@ SlurmctldPidFile={state}/slurmctld.pid
 SlurmdPidFile={state}/slurmd-%n.pid
 SlurmctldLogFile={state}/slurmctld.log
 SlurmdLogFile={state}/slurmd-%n.log
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/{proctrack}
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
@@ -78,6 +79,22 @@ def _daemons(*, ours: bool) -> list[int]:
     return found
 
 
+def _proctrack() -> str:
+    """How SLURM knows a step's processes: by cgroups, as clusters do, where they can be had. Its signals come to a step's
+    first process alone then, otherwise to all."""
+    try:
+        (_CGROUPS / "slurm").mkdir(exist_ok=True)
+    except OSError:
+        return "linuxproc"
+    return "cgroup"
+
+
+def _remove_cgroups() -> None:
+    for path in sorted(_CGROUPS.glob("slurm*/**/"), reverse=True):
+        with contextlib.suppress(OSError):  # a process of it is on its way out
+            path.rmdir()
+
+
 def _program(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
@@ -117,6 +134,7 @@ class Cluster:
         for daemon in _daemons(ours=True):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(daemon, signal.SIGKILL)
+        _remove_cgroups()
         for number in range(1, 10):
             self._remove_network(f"n{number}")
         subprocess.run(["ip", "link", "del", _BRIDGE], env=self.environment, capture_output=True)
@@ -132,7 +150,12 @@ class Cluster:
         for name in ("controller", "spool"):
             (self.state / name).mkdir(parents=True, exist_ok=True)
         self.state.chmod(0o755)
-        settings = {"host": socket.gethostname().split(".")[0], "network": _NETWORK, "state": self.state}
+        settings = {
+            "host": socket.gethostname().split(".")[0],
+            "network": _NETWORK,
+            "state": self.state,
+            "proctrack": _proctrack(),
+        }
         (self.state / "slurm.conf").write_text(_CONFIGURATION.format(nodes=self.num_nodes, **settings))
         (self.state / "cgroup.conf").write_text("CgroupPlugin=autodetect\nIgnoreSystemd=yes\n")
         names = "".join(f"{_NETWORK}.{number} n{number}\n" for number in range(1, self.num_nodes + 1))

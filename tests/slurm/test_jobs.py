@@ -210,7 +210,7 @@ import os, signal
 def killed(file):
     path = os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}")
     if "iter_0000010" in path:
-        if os.environ["LIFE"].endswith("-1") and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if "0" == os.environ.get("SLURM_RESTART_COUNT", "0") == os.environ["TORCHELASTIC_RESTART_COUNT"]:
             os.kill(os.getpid(), signal.SIGKILL)
     fsync(file)
 
