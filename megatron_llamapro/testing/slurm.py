@@ -80,8 +80,8 @@ def _daemons(*, ours: bool) -> list[int]:
 
 
 def _proctrack() -> str:
-    """How SLURM knows a step's processes: by cgroups, as clusters do, where they can be had. Its signals come to a step's
-    first process alone then, otherwise to all."""
+    """How SLURM knows a step's processes: by cgroups, as clusters do, where they can be had. Its signals come to a
+    step's first process alone then, otherwise to all."""
     try:
         (_CGROUPS / "slurm").mkdir(exist_ok=True)
     except OSError:
