@@ -94,9 +94,14 @@ def _unknown_names(kind: type, data: object) -> Iterator[str]:
 
 
 def _in_plain_words(message: str) -> str:
-    for name, words in (("str", "text (in quotes)"), ("tuple", "a list"), ("int", "a whole number")):
+    for name, words in (
+        ("str", "text (in quotes)"),
+        ("tuple", "a list"),
+        ("int", "a whole number"),
+        ("dict", "names with values (A: 1)"),
+    ):
         message = message.replace(f"Expected a <class '{name}'>", f"Expected {words}")
-    return message
+    return message.replace("Unexpected config:", "not a file of names with values:")
 
 
 def _with_nearest_key(message: str, kind: type) -> str:
