@@ -6,10 +6,9 @@ import dataclasses
 import difflib
 import re
 import sys
-import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_type_hints
 
 import jsonargparse
 import yaml
@@ -85,7 +84,7 @@ def _unknown_names(kind: type, data: object) -> Iterator[str]:
     """Keys that are no fields. jsonargparse refuses them itself, but for those of empty mappings, which it drops."""
     if not isinstance(data, dict) or not dataclasses.is_dataclass(kind):
         return
-    hints = typing.get_type_hints(kind)
+    hints = get_type_hints(kind)
     for key, value in data.items():
         if key not in hints:
             yield str(key)

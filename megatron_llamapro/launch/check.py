@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_llamapro.config.checks import data_parallel_size
@@ -20,14 +20,13 @@ def check_run(launch: LaunchConfig, run: RunConfig, run_args: Sequence[str] = ()
     data_parallel_size(run, launch.world_size)
     if run.checkpoint.save is None:
         raise ConfigError("checkpoint.save is not set: a job that is stopped goes on from its checkpoints")
-    _check_mounts(launch, run)
+    own = {"log_dir": launch.log_dir, "working_dir": ".", "checkpoint.save": run.checkpoint.save}
+    _check_mounts(launch, own)
     if launch.nodes.num_nodes == 1:
         return
     paths = {
-        "log_dir": launch.log_dir,
-        "working_dir": ".",
+        **own,
         "model.checkpoint": run.model.checkpoint,
-        "checkpoint.save": run.checkpoint.save,
         "data.cache_dir": run.data.cache_dir or ".",
         "data.tokenizer": run.data.tokenizer or ".",
         **{f"data.train ({entry.prefix})": entry.prefix for entry in run.data.train},
@@ -43,9 +42,8 @@ def check_run(launch: LaunchConfig, run: RunConfig, run_args: Sequence[str] = ()
                 )
 
 
-def _check_mounts(launch: LaunchConfig, run: RunConfig) -> None:
-    """The job itself runs outside of the container, and looks where its ranks write."""
-    paths = {"log_dir": launch.log_dir, "working_dir": ".", "checkpoint.save": str(run.checkpoint.save)}
+def _check_mounts(launch: LaunchConfig, paths: Mapping[str, str]) -> None:
+    """`paths` are what the job looks at itself, which runs outside of the container, and its ranks inside."""
     for mount in launch.container_mounts:
         outside, inside = map(Path, mount.split(":")[:2])
         for name, path in paths.items():

@@ -110,8 +110,7 @@ class LaunchConfig:
     container_runtime: ContainerRuntime = "pyxis"
     """What runs it: pyxis (srun --container-image) or apptainer."""
     container_mounts: tuple[str, ...] = ()
-    """Folders that are seen inside, as host:container. The one with checkpoint.save and log_dir has one
-    name in both."""
+    """Folders that are seen inside, as host:container; what has checkpoint.save and log_dir, by one name in both."""
     rendezvous_port: int | None = None
     """Port on the first node, where ranks find each other; without it, one that the job's number gives."""
     max_restarts: int = 0

@@ -75,15 +75,14 @@ def failures(node: str, log: str) -> Iterator[Failure]:
     for found in _FAILURE.finditer(log):
         if found["pid"] in ended:
             continue
-        said = words.get(found["local_rank"])
+        said, code = words.get(found["local_rank"]), int(found["code"])
         yield Failure(
             time=found["time"],
             node=node,
             rank=int(found["rank"]),
-            code=int(found["code"]),
+            code=code,
             words=said["text"] if said else "",
-            follows=int(found["code"]) != -signal.SIGKILL
-            and lost.get(found["local_rank"], -1) >= (said.start() if said else 0),
+            follows=code != -signal.SIGKILL and lost.get(found["local_rank"], -1) >= (said.start() if said else 0),
         )
 
 

@@ -75,7 +75,8 @@ def _daemons(*, ours: bool) -> list[int]:
         with contextlib.suppress(OSError):  # it has ended meanwhile
             if (path / "comm").read_text().strip() in _DAEMONS:
                 is_ours = f"{_OURS}=1".encode() in (path / "environ").read_bytes().split(b"\0")
-                found += [int(path.name)] if is_ours is ours else []
+                if is_ours is ours:
+                    found.append(int(path.name))
     return found
 
 

@@ -191,7 +191,7 @@ def _read_source(config: RunConfig) -> Source:
         raise ConfigError("logging.diagnostics_interval is set, but the checkpoint has no added blocks: leave it out")
     tokenizer = load_tokenizer(Path(config.data.tokenizer or folder))
     check_train_files(config.data, vocab_size=shape.vocab_size)
-    _cache_dir(config)
+    _make_cache_dir(config)
     held_out = build_valid_datasets(config.data, vocab_size=shape.vocab_size, eod=tokenizer.eod)
     identity = run_identity(config)
     resume_from = checkpoint_to_resume(config, manifest, identity)
@@ -241,13 +241,16 @@ def _train_set(config: RunConfig, source: Source) -> CheckedDataset:
 
 
 def _cache_dir(config: RunConfig) -> Path:
-    """The folder for the order of the samples, which is made. Raises `DataError` where it cannot be."""
+    """The folder for the order of the samples."""
     metrics = metrics_path(config.logging, save=config.checkpoint.save)
-    folder = Path(config.data.cache_dir or metrics.parent / ".cache")
+    return Path(config.data.cache_dir or metrics.parent / ".cache")
+
+
+def _make_cache_dir(config: RunConfig) -> None:
+    folder = _cache_dir(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
             f"{folder} cannot be made: {error.strerror}: set data.cache_dir to a folder for the order of the samples"
         ) from None
-    return folder
