@@ -17,7 +17,7 @@ from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import OptimizerConfig, Precision
 from megatron_llamapro.model.build import PARAMS_DTYPE
 from megatron_llamapro.optimizer.param_groups import config_overrides
-from megatron_llamapro.optimizer.torch_adam import TorchAdamDistributedOptimizer
+from megatron_llamapro.optimizer.torch_adam import ResumableDistributedOptimizer, TorchAdamDistributedOptimizer
 
 
 def check_apex() -> None:
@@ -60,6 +60,8 @@ def build_optimizer(
         list(chunks),
         config_overrides=config_overrides(chunks, config),
     )
+    for part in optimizer.chained_optimizers:
+        part.__class__ = ResumableDistributedOptimizer
     for part in torch_adam_parts(optimizer):
         _fuse(part)
     return optimizer

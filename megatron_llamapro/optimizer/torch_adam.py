@@ -1,7 +1,8 @@
-"""megatron.core's distributed optimizer around torch's AdamW, made resumable.
+"""megatron.core's distributed optimizer, made resumable: what is saved of it is what it holds.
 
-Where neither Transformer Engine nor Apex is installed, `DistributedOptimizer` 0.16.1 takes torch's AdamW, whose state
-has one thing theirs has not: a `step` for every parameter. Each override below mends one place that forgets it.
+Each override below mends one place of `DistributedOptimizer` 0.16.1. One concerns every kernel. The others concern
+torch's AdamW, which is taken where neither Transformer Engine nor Apex is installed: it keeps a `step` per parameter,
+unlike their fused kernels.
 """
 
 from __future__ import annotations
@@ -10,13 +11,44 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 _LENT = "lent"  # a key that is no tensor: torch's state_dict looks tensors up in the groups
 
 
-class TorchAdamDistributedOptimizer(DistributedOptimizer):
+class ResumableDistributedOptimizer(DistributedOptimizer):
     """Set as the class of an optimizer that `get_megatron_optimizer` made."""
+
+    def get_parameter_state_dp_zero(self, *args: object, **kwargs: object) -> dict | None:
+        """Upstream leaves out the padding between buckets here, and counts it where it cuts the result into parameters:
+        state of every parameter behind a padded bucket would be saved shifted. (Buckets are padded to a multiple of
+        the data-parallel size and of 128; there are several from 40 million parameters on, where reduction overlaps.)
+        """
+        state = super().get_parameter_state_dp_zero(*args, **kwargs)
+        if state is None:
+            return None
+        for index, buffer in enumerate(self.buffers):
+            for tensors in state[index].values():
+                for name, value in tensors.items():
+                    if isinstance(value, torch.Tensor):
+                        tensors[name] = _with_padding(value, buffer)
+        return state
+
+
+def _with_padding(values: torch.Tensor, buffer: _ParamAndGradBuffer) -> torch.Tensor:
+    """Values of a whole buffer, bucket after bucket → each bucket at its offset in the buffer."""
+    if all(bucket.numel_unpadded == bucket.grad_data.numel() for bucket in buffer.buckets[:-1]):
+        return values  # no bucket is shifted
+    placed = values.new_zeros(buffer.numel)
+    parts = values.split([bucket.numel_unpadded for bucket in buffer.buckets])
+    for bucket, part in zip(buffer.buckets, parts, strict=True):
+        placed[bucket.offset : bucket.offset + len(part)] = part
+    return placed
+
+
+class TorchAdamDistributedOptimizer(ResumableDistributedOptimizer):
+    """The same, around torch's AdamW."""
 
     lent_step: float = 0.0
     """Steps taken so far, for a rank whose optimizer holds no state to read them from."""

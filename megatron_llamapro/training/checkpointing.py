@@ -21,6 +21,7 @@ from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.model.names import unwrapped
 from megatron_llamapro.optimizer.build import torch_adam_parts
 from megatron_llamapro.training.delta import check_base, split
+from megatron_llamapro.training.replicas import finish_param_gathers
 from megatron_llamapro.training.resume import PROGRESS, RunIdentity
 from megatron_llamapro.training.state import TrainingState
 
@@ -54,6 +55,7 @@ def training_state(
     """Everything a resumed run needs, as a sharded state dict; of the model only what trains, where there is a
     `delta`. All ranks call it."""
     _note_steps(optimizer, state)
+    finish_param_gathers(chunks)
     model = model_state(chunks)
     optimizer_state = optimizer.sharded_state_dict(model, is_loading=False, metadata=_METADATA)
     progress = {**asdict(state), **asdict(identity), "scheduler": scheduler.state_dict()}

@@ -21,6 +21,7 @@ from megatron_llamapro.model.names import NamedParameter, global_layer_index, na
 from megatron_llamapro.model.trainable import is_adapter
 from megatron_llamapro.runtime.distributed import ParallelLayout
 from megatron_llamapro.training.checkpointing import load_values, model_state
+from megatron_llamapro.training.replicas import finish_param_gathers
 
 # Sums of squares that are gathered of each block, over all ranks. The figures are roots of quotients of two of them.
 _SUMS = ("added", "stream", "gradient", "moved", "copied", "output", "source_output")
@@ -41,7 +42,7 @@ class BlockDiagnostics:
     ) -> None:
         """`chunks` are this rank's, in DDP or not; `base` is the checkpoint that the run started from. Its blocks that
         were copied are read into host memory, by the ranks of the first replica."""
-        self.plan, self.layout, self.optimizer = plan, layout, optimizer
+        self.plan, self.layout, self.optimizer, self.chunks = plan, layout, optimizer, chunks
         self.layers = [
             layer
             for chunk in chunks
@@ -83,6 +84,7 @@ class BlockDiagnostics:
         norm, in all weights that it did not begin with as zeros; output_norm: of its two output projections, which
         began as zeros, over that block's.
         """
+        finish_param_gathers(self.chunks)
         self._note_weights()
         dist.all_reduce(self.sums)
         return [

@@ -1,7 +1,10 @@
-"""A replica that is alone has nothing to reduce and nothing to gather."""
+"""What data-parallel replicas exchange: when updated weights are read, and when there is nothing to exchange."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
@@ -30,3 +33,18 @@ def skip_collectives_of_one(ddp: DistributedDataParallel) -> None:
     for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
         if group.intra_distributed_optimizer_instance_size == 1 and not overlaps:
             group.__class__ = BucketGroupOfOne
+
+
+def finish_param_gathers(chunks: Sequence[torch.nn.Module]) -> None:
+    """Make every weight of `chunks` the one that the last update wrote. All ranks call it before weights are read
+    outside a forward pass.
+
+    Each replica updates its share of the trainable weights. With `overlap_param_gather` the other shares arrive during
+    the next forward pass (megatron.core's pre-hooks); until then they are one step old. Without it, on bare models,
+    and where a forward pass has run since the update, nothing is sent.
+    """
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                if group.param_gather_handle is not None or not group.param_gather_dispatched:
+                    group.start_param_sync(force_sync=True)

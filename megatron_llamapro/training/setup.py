@@ -214,7 +214,10 @@ def _check_precision(config: RunConfig, manifest: Manifest, folder: Path) -> Non
 
 
 def wrapped(model: LlamaModel, parallel: ParallelConfig) -> DistributedDataParallel:
-    """The model in megatron.core's DDP: gradient buffers in float32, for what trains only."""
+    """The model in megatron.core's DDP: gradient buffers in float32, for what trains only.
+
+    Of virtual stages the schedule starts the gather of a whole chunk, so that no bucket may start the next one's.
+    """
     ddp = DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(
@@ -222,6 +225,7 @@ def wrapped(model: LlamaModel, parallel: ParallelConfig) -> DistributedDataParal
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
             overlap_param_gather=parallel.overlap_param_gather,
+            align_param_gather=parallel.virtual_pipeline_model_parallel_size is not None,
         ),
         model,
     )
