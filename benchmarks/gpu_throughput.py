@@ -4,7 +4,7 @@ python benchmarks/gpu_throughput.py [--micro_batch_size 1] [--steps 5] [--varian
 python benchmarks/gpu_throughput.py --tiny      a model of a megabyte, also on a CPU: a check
 
 Every variant runs in a process of its own: the program's model, freezing, DDP, optimizer and step, two micro-batches
-each. A variant that does not fit is said not to.
+each; or the same step by transformers (gpu_peer.py). A variant that does not fit is said not to.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Variant:
     title: str
     trainable: str = "added_blocks"
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    by_transformers: bool = False
 
 
 VARIANTS = {
@@ -53,6 +54,12 @@ VARIANTS = {
     "everything": Variant("everything trains", trainable="everything"),
     "everything_recomputed": Variant(
         "everything trains, full recomputation", "everything", RecomputeConfig("full", "uniform", 1)
+    ),
+    "transformers": Variant("transformers, added blocks train", by_transformers=True),
+    "transformers_recomputed": Variant(
+        "transformers, added blocks train, gradient checkpointing",
+        recompute=RecomputeConfig("full", "uniform", 1),
+        by_transformers=True,
     ),
 }
 
@@ -119,8 +126,10 @@ def measure(variant: Variant, args) -> dict:
         raise ConfigError("there is no CUDA device here: give --tiny to see that it runs")
     start_world()
     try:
-        model, config = _model(TINY if args.tiny else SHAPES["llama-2-7b"]), _config(variant, args, on_gpu=on_gpu)
-        seconds = statistics.median(_steps(config, model, args.steps))
+        shape = TINY if args.tiny else SHAPES["llama-2-7b"]
+        model, config = _model(shape), _config(variant, args, on_gpu=on_gpu)
+        step = _peer_step(config, model, shape) if variant.by_transformers else _step(config, model)
+        seconds = statistics.median([_timed(step) for _ in range(_WARM_UP + args.steps)][_WARM_UP:])
         return _figures(config, model, seconds, on_gpu=on_gpu, size=256 if args.tiny else 8192)
     finally:
         stop_world()
@@ -146,36 +155,52 @@ def _config(variant: Variant, args, *, on_gpu: bool) -> RunConfig:
     )
 
 
-def _steps(config: RunConfig, model: DescribedModel, num_steps: int) -> list[float]:
-    """Seconds of each timed step."""
+def _step(config: RunConfig, model: DescribedModel) -> Callable[[], object]:
+    """The program's own."""
     import torch
 
     from megatron_llamapro.training.setup import build_machine
     from megatron_llamapro.training.step import train_step
 
     machine = build_machine(config, model.shape, model.plan, load=_random_weights)
-    batch_size, seq_length = config.training.micro_batch_size, config.data.seq_length
-    tokens = torch.randint(model.shape.vocab_size, (batch_size, seq_length))
+    tokens = _tokens(config, model)
     batch = {
         "tokens": tokens,
         "labels": tokens.roll(-1, dims=1),
-        "loss_mask": torch.ones(batch_size, seq_length),
-        "position_ids": torch.arange(seq_length).expand(batch_size, seq_length),
+        "loss_mask": torch.ones(tokens.shape),
+        "position_ids": torch.arange(tokens.shape[1]).expand(tokens.shape),
     }
+    return lambda: train_step(
+        machine.chunks,
+        machine.optimizer,
+        machine.scheduler,
+        [iter([batch] * _MICROBATCHES)],
+        layout=machine.layout,
+        num_microbatches=_MICROBATCHES,
+        micro_batch_size=tokens.shape[0],
+        seq_length=tokens.shape[1],
+    )
 
-    def step() -> None:
-        train_step(
-            machine.chunks,
-            machine.optimizer,
-            machine.scheduler,
-            [iter([batch] * _MICROBATCHES)],
-            layout=machine.layout,
-            num_microbatches=_MICROBATCHES,
-            micro_batch_size=batch_size,
-            seq_length=seq_length,
-        )
 
-    return [_timed(step) for _ in range(_WARM_UP + num_steps)][_WARM_UP:]
+def _peer_step(config: RunConfig, model: DescribedModel, shape: LlamaShape) -> Callable[[], object]:
+    import torch
+
+    from gpu_peer import make_step
+
+    return make_step(
+        hf_config(shape.with_layers(model.shape.num_layers)),
+        model.plan.added_layers,
+        _tokens(config, model).to(torch.cuda.current_device()),
+        num_microbatches=_MICROBATCHES,
+        checkpointing=config.recompute.granularity == "full",
+    )
+
+
+def _tokens(config: RunConfig, model: DescribedModel):
+    """Random ones, [b, s]."""
+    import torch
+
+    return torch.randint(model.shape.vocab_size, (config.training.micro_batch_size, config.data.seq_length))
 
 
 def _timed(work: Callable[[], object]) -> float:

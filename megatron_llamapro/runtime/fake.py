@@ -10,6 +10,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -20,7 +21,8 @@ from megatron_llamapro.runtime.cpu import Substitution
 @contextlib.contextmanager
 def fake_world(rank: int, world_size: int) -> Iterator[FakeTensorMode]:
     """Inside it this process is `rank` of `world_size`, and every new tensor is fake. No other world may be started."""
-    with _substituted(table()):
+    # Compiled kernels would be launched on pointers to nothing, where there is a GPU.
+    with _substituted(table()), torch.compiler.set_stance("force_eager"):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
