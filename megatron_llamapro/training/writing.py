@@ -41,11 +41,18 @@ def plan_writing(state: dict, folder: Path, *, what: str) -> AsyncRequest:
     """
     filesystem_async._results_queue = _Results()  # where upstream would start its manager process
     with failing_together(what):
-        sharded, common = save_preprocess(state)
+        sharded, common = save_preprocess(state, preprocess_common_before_consistancy_check=_comparable)
     with failing_together(what):
         if torch.distributed.get_rank() == 0:
             torch.save(common, folder / COMMON_STATE)
     return _Strategy(folder, what).async_save(sharded, folder)
+
+
+def _comparable(common: dict) -> dict:
+    """What upstream compares between ranks, and warns of on every rank at every save: without empty tables, which only
+    ranks that hold no tensor of some kind have."""
+    tables = {key: _comparable(value) if isinstance(value, dict) else value for key, value in common.items()}
+    return {key: value for key, value in tables.items() if value != {}}
 
 
 def write_now(request: AsyncRequest, *, what: str) -> None:

@@ -4,6 +4,7 @@ been; whatever the checkpoints are: full or delta, written at once or beside tra
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 import signal
 import subprocess
@@ -170,6 +171,26 @@ def test_a_save_is_reported(run_config: Callable, capsys: pytest.CaptureFixture)
         assert record["delta"] and record["asynchronous"]
     ConsoleWriter(train_iters=2).write({**records[0], "stall_seconds": 0.42, "seconds": 1.84, "num_bytes": 1.2e9})
     assert capsys.readouterr().out == "saved step 1: 0.4 s stall, 1.8 s in all, 1.2 GB\n"
+
+
+def test_a_stage_without_anything_to_train_is_no_warning(run_config: Callable) -> None:
+    """Else every rank would write a line at every save."""
+    config = run_config(
+        train_iters=1, trainable=("final_norm",), parallel=ParallelConfig(pipeline_model_parallel_size=2)
+    )
+    assert run_distributed(warnings_worker, 2, config) == [[], []]
+
+
+def warnings_worker(config: RunConfig) -> list[str]:
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("megatron.core").addHandler(handler)
+    try:
+        workers.train(config)
+    finally:
+        logging.getLogger("megatron.core").removeHandler(handler)
+    return lines
 
 
 def test_old_checkpoints_go(run_config: Callable) -> None:
