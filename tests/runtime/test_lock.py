@@ -1,0 +1,167 @@
+"""One holder at a time, whatever became of the last one. Holders are real processes; one "on another machine" says
+another boot and pid namespace, so that its process cannot be looked up from here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.runtime.lock import RunLock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from megatron_llamapro.runtime import holder, lock
+if sys.argv[2] == "elsewhere":
+    holder._pids_of = lambda: "another boot/1"
+with lock.RunLock(Path(sys.argv[1]), "checkpoint.save (runs/first)", beat_seconds=0.1, patience_seconds=1.0):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold(path: Path, where: str = "here") -> subprocess.Popen:
+    """A process that holds the lock until its input ends."""
+    command = [sys.executable, "-c", HOLD, str(path), where]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def lock(path: Path, **settings) -> RunLock:
+    settings = {"beat_seconds": 0.1, "patience_seconds": 1.0, "say": lambda text: None, **settings}
+    return RunLock(path, "checkpoint.save (runs/first)", **settings)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "save").mkdir()
+    return tmp_path / "save" / "run.lock"
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_the_second_is_told_who_holds_it(where: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    holder = hold(path, where)
+    with pytest.raises(ConfigError) as refused, lock(path):
+        pass
+    assert str(refused.value).startswith(
+        f"checkpoint.save (runs/first) is in use by another run (process {holder.pid} on "
+    )
+    assert "SLURM_JOB_ID=17, since 20" in str(refused.value) and "\n" not in str(refused.value)
+    holder.communicate("")
+    assert holder.returncode == 0 and not path.exists()
+    with lock(path):
+        assert list(path.parent.iterdir()) == [path]
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_killed_holder_on_this_machine_is_known_at_once(path: Path) -> None:
+    holder = hold(path)
+    holder.kill()  # not waited for: its pid is still there
+    time.sleep(0.2)
+    with lock(path, patience_seconds=60.0):
+        assert f'"pid": {os.getpid()}' in path.read_text()
+    holder.communicate()
+
+
+def test_a_killed_holder_elsewhere_is_known_when_it_stands_still(path: Path) -> None:
+    holder, said = hold(path, "elsewhere"), []
+    holder.kill()
+    holder.communicate()
+    started = time.monotonic()
+    with lock(path, say=said.append):
+        assert time.monotonic() - started > 0.9
+    assert said == [said[0]] and "waiting 1 s to see whether that is alive" in said[0]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"pid": 1}'])
+def test_half_a_lock_is_in_nobodys_way_for_long(text: str, path: Path) -> None:
+    path.write_text(text)
+    with lock(path):
+        pass
+
+
+def test_a_pid_that_is_used_again_is_another_process(path: Path) -> None:
+    """As after a long time, or in a container, where every program is process 1."""
+    holder = hold(path)
+    text = path.read_text()
+    holder.communicate("")
+    path.write_text(text.replace(f'"pid": {holder.pid}', f'"pid": {os.getpid()}'))
+    with lock(path, patience_seconds=60.0):
+        pass
+
+
+def test_a_holder_that_slept_too_long_ends_when_it_wakes_up(path: Path) -> None:
+    holder = hold(path, "elsewhere")
+    holder.send_signal(signal.SIGSTOP)
+    with lock(path):
+        holder.send_signal(signal.SIGCONT)
+        time.sleep(1)  # its input stays open: it ends by itself
+        _, said = holder.communicate(timeout=20)
+        assert f'"pid": {os.getpid()}' in path.read_text()
+    assert holder.returncode == 75
+    assert said.startswith("error: checkpoint.save (runs/first) was taken over by process") and said.count("\n") == 1
+
+
+def test_of_many_that_find_a_dead_one_one_gets_it(path: Path) -> None:
+    """All try at the same time, again and again; nobody holds it beside another."""
+    inside, most, refused = [], [], []
+
+    def race() -> None:
+        try:
+            with lock(path):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0.05)
+                inside.pop()
+        except ConfigError as error:
+            refused.append(error)
+
+    for _ in range(5):
+        holder = hold(path)
+        holder.kill()
+        holder.communicate()
+        threads = [threading.Thread(target=race) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert set(most) == {1} and len(most) + len(refused) == 20
+
+
+def test_folders_that_were_made_for_it_go_with_it(tmp_path: Path) -> None:
+    for content in (None, "kept"):
+        with lock(tmp_path / "runs" / "first" / "run.lock"):
+            if content:
+                (tmp_path / "runs" / "first" / content).touch()
+        assert (tmp_path / "runs").exists() is bool(content)
+
+
+def test_a_take_over_that_was_cut_is_in_nobodys_way_for_long(path: Path) -> None:
+    holder = hold(path)
+    holder.kill()
+    holder.communicate()
+    claim = path.with_name(f".run.lock.{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}")
+    claim.write_text("")
+    with lock(path):
+        assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_lock_that_is_removed_by_hand_comes_back(path: Path) -> None:
+    with lock(path):
+        path.unlink()
+        time.sleep(0.5)
+        with pytest.raises(ConfigError, match="in use"), lock(path):
+            pass
