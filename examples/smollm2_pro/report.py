@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.training.jsonl import figure, read_records
 
 METHODS = {"llamapro": "LLaMA Pro (added blocks)", "all_weights": "all weights"}
 DOMAINS = {"cpp": "C++ (new)", "english": "English (known)", "python": "Python (known)"}
@@ -20,7 +21,7 @@ def read_metrics(path: Path) -> list[dict]:
     """The records of a run."""
     if not path.is_file():
         raise DataError(f"{path} is not there: run examples/smollm2_pro/run.sh first")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_records(path)
 
 
 def curves(records: list[dict]) -> dict[str, list[tuple[int, float]]]:
@@ -28,7 +29,7 @@ def curves(records: list[dict]) -> dict[str, list[tuple[int, float]]]:
     found: dict[str, list[tuple[int, float]]] = {domain: [] for domain in DOMAINS}
     for record in records:
         if record["kind"] == "eval":
-            found[record["name"]].append((record["iteration"], record["loss"]))
+            found[record["name"]].append((record["iteration"], figure(record, "loss")))
     return found
 
 

@@ -17,6 +17,7 @@ sweep() {
   for lr in "$@"; do
     local metrics=$OUT/$method-$lr.jsonl
     [ -e "$metrics.done" ] && continue
+    rm -f "$metrics" # of a start that was cut
     torchrun --nproc-per-node 2 -m megatron_llamapro.pretrain --config $HERE/$method.yaml \
       --training.train_iters "$SWEEP_STEPS" --training.eval_interval "$SWEEP_STEPS" --training.eval_samples 16 \
       --optimizer.lr "$lr" --checkpoint.save null --logging.metrics_file "$metrics"

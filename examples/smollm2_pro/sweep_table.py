@@ -5,19 +5,18 @@ python examples/smollm2_pro/sweep_table.py --metrics_dir DIR
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 
 from megatron_llamapro.config.command import CommandParser, run_command
+from megatron_llamapro.training.jsonl import figure, read_records
 
 DOMAINS = ("cpp", "english", "python")
 
 
 def last_losses(path: Path) -> dict[str, float]:
     """The last held-out loss of each domain."""
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return {record["name"]: record["loss"] for record in records if record["kind"] == "eval"}
+    return {record["name"]: figure(record, "loss") for record in read_records(path) if record["kind"] == "eval"}
 
 
 def method_and_rate(path: Path) -> tuple[str, float]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 
 from megatron_llamapro.config.errors import ConfigError, DataError
+from megatron_llamapro.training.jsonl import figure, read_records
 from megatron_llamapro.training.metrics import BLOCK_FIGURES
 
 Series = list[tuple[int, float]]
@@ -31,28 +31,26 @@ def read_series(path: Path) -> Panels:
     Raises:
         DataError: the file is missing, or holds no records.
     """
-    if not path.is_file():
-        raise DataError(f"{path} is not there: give the metrics.jsonl of a run")
     series: Panels = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for record in read_records(path):
         try:
-            record = json.loads(line)
             for name, value in _values(record).items():
                 series.setdefault(name, []).append((record["iteration"], value))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}, line {number}: not a metrics record: {error!r}") from None
+        except KeyError as error:
+            raise DataError(f"{path}: not a metrics record: {error} is missing in {record}") from None
     if not series:
         raise DataError(f"{path} holds no steps yet")
     return series
 
 
 def _values(record: Mapping) -> dict[tuple[str, str], float]:
+    """What was not finite is NaN, which leaves a gap in the line."""
     if record["kind"] == "eval":
-        return {(f"held-out {record['name']}", ""): record["loss"]}
+        return {(f"held-out {record['name']}", ""): figure(record, "loss")}
     if record["kind"] == "train":
-        return {(TRAIN_PANELS[name], ""): record[name] for name in TRAIN_PANELS}
+        return {(TRAIN_PANELS[name], ""): figure(record, name) for name in TRAIN_PANELS}
     if record["kind"] == "block":
-        return {(panel, f"block {record['layer']}"): record[name] for name, panel in BLOCK_FIGURES.items()}
+        return {(panel, f"block {record['layer']}"): figure(record, name) for name, panel in BLOCK_FIGURES.items()}
     return {}
 
 
