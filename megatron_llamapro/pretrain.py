@@ -14,6 +14,7 @@ from megatron_llamapro.config.errors import LlamaProError, RunError
 from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.runtime.stop import StopRequest
+from megatron_llamapro.training.trackers import check_trackers
 
 
 def main() -> int:
@@ -50,7 +51,10 @@ def main() -> int:
 
 def _parse() -> tuple[RunConfig | None, LlamaProError | None]:
     try:
-        return parse_run_config(), None
+        config = parse_run_config()
+        if os.environ.get("RANK", "0") == "0":  # the rank that reports
+            check_trackers(config.logging)
+        return config, None
     except LlamaProError as error:
         if "WORLD_SIZE" not in os.environ:
             raise
@@ -60,24 +64,18 @@ def _parse() -> tuple[RunConfig | None, LlamaProError | None]:
 def _train(config: RunConfig, stop: StopRequest) -> None:
     from megatron_llamapro.runtime.watchdog import Watchdog
     from megatron_llamapro.training.loop import train
-    from megatron_llamapro.training.metrics import open_writers
+    from megatron_llamapro.training.records import claimed, open_writers
     from megatron_llamapro.training.report import print_report
     from megatron_llamapro.training.setup import set_up
 
-    run = set_up(config)
-    record = print_report(run)
-    writers = []
-    if run.layout.rank == 0:
-        writers = open_writers(
-            config.logging,
-            save=config.checkpoint.save,
-            train_iters=config.training.train_iters,
-            resumed_at=run.state.iteration,
-        )
-    for writer in writers:
-        writer.write(record)
-    hang_minutes = config.training.hang_timeout_minutes
-    train(run, writers, stop, Watchdog(60 * hang_minutes) if hang_minutes else None)
+    with claimed(config):
+        run = set_up(config)
+        record = print_report(run)
+        with open_writers(config, resumed_at=run.state.iteration) as writers:
+            for writer in writers:
+                writer.write(record)
+            hang_minutes = config.training.hang_timeout_minutes
+            train(run, writers, stop, Watchdog(60 * hang_minutes) if hang_minutes else None)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ def check_run_config(config: RunConfig) -> None:
     _check_lora(config)
     if config.training.exit_interval is not None and config.training.exit_interval < 1:
         raise ConfigError("training.exit_interval must be at least 1: leave it out to run to the end")
+    if config.logging.wandb_name is not None and config.logging.wandb_project is None:
+        raise ConfigError("logging.wandb_name is set, but logging.wandb_project is not: set both, or leave it out")
     if not config.model.trainable:
         raise ConfigError("model.trainable is empty: name at least one thing that trains, e.g. added_blocks")
 

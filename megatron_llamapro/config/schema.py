@@ -236,11 +236,15 @@ class LoggingConfig:
     """Steps between figures of every added block: its contribution to the residual stream, gradient norm, and distance
     from the block it was copied from. 0: never. Takes host memory as large as the added blocks, on one replica."""
     metrics_file: str | None = None
-    """JSONL record of every logged step and evaluation; without it, metrics.jsonl in checkpoint.save or here."""
+    """JSONL record of every logged step and evaluation; without it, metrics.jsonl in checkpoint.save or here. One that
+    another run left is moved aside, to metrics.1.jsonl."""
     tensorboard_dir: str | None = None
     """TensorBoard folder (needs the tensorboard package)."""
     wandb_project: str | None = None
-    """Weights & Biases project (needs the wandb package; sends the metrics to its server)."""
+    """Weights & Biases project (needs the wandb package; sends the metrics to its server, or keeps them for it with
+    WANDB_MODE=offline). All starts of a run go on with the same run there."""
+    wandb_name: str | None = None
+    """Name of the run there; without it, that of the folder of the metrics file."""
 
 
 @dataclass(frozen=True)

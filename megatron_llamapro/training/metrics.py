@@ -1,4 +1,5 @@
-"""Where a run's figures go: the console, a JSONL file, TensorBoard, Weights & Biases. Each is one method, `write`.
+"""A run's figures, and their lines on the console. Where else they go: `jsonl.py` and `trackers.py`; `records.py` opens
+all of them. A writer is one method, `write`.
 
 A record is a flat dict with its `kind`: `run` (once a start), `train` (a logged step), `eval` (a held-out set), `block`
 (an added block's diagnostics), `save` (a complete checkpoint).
@@ -6,13 +7,12 @@ A record is a flat dict with its `kind`: `run` (once a start), `train` (a logged
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import errno
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 from megatron_llamapro.checkpoint.report import size_text
-from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import LoggingConfig
 
 Record = Mapping[str, object]
@@ -41,14 +41,14 @@ class ConsoleWriter:
 
     def write(self, record: Record) -> None:
         if record["kind"] == "train":
-            print(self._train_line(record), flush=True)
+            _say(self._train_line(record))
         elif record["kind"] == "eval":
             step = f"step {record['iteration']:>{self.width}}/{self.train_iters}"
-            print(f"{step} │ held-out {record['name']}: loss {record['loss']:.4f}", flush=True)
+            _say(f"{step} │ held-out {record['name']}: loss {record['loss']:.4f}")
         elif record["kind"] == "block":
-            print(self._block_line(record), flush=True)
+            _say(self._block_line(record))
         elif record["kind"] == "save":
-            print(self._save_line(record), flush=True)
+            _say(self._save_line(record))
 
     def _save_line(self, record: Record) -> str:
         line = f"saved step {record['iteration']}: {record['stall_seconds']:.1f} s stall, "
@@ -72,93 +72,15 @@ class ConsoleWriter:
         )
 
 
-class JsonlWriter:
-    """One JSON object a line. A run that continues at step n drops what an earlier start wrote beyond n."""
-
-    def __init__(self, path: Path, *, resumed_at: int) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _lines(path) if resumed_at and _iteration(line) <= resumed_at]
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
-
-    def write(self, record: Record) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines(keepends=True) if path.exists() else []
-
-
-def _iteration(line: str) -> float:
-    """Step of a record; a line cut short by a kill counts as beyond every step."""
+def _say(line: str) -> None:
+    """A line less is no reason to stop training: the file that takes the output may be on a full disk."""
     try:
-        return json.loads(line).get("iteration", 0)
-    except json.JSONDecodeError:
-        return float("inf")
-
-
-class TensorBoardWriter:
-    """Scalars under train/… and eval/<set>."""
-
-    def __init__(self, folder: str) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ConfigError(
-                "logging.tensorboard_dir needs the tensorboard package: pip install tensorboard"
-            ) from None
-        self.writer = SummaryWriter(folder)
-
-    def write(self, record: Record) -> None:
-        for name, value in _scalars(record).items():
-            self.writer.add_scalar(name, value, record["iteration"])
-        self.writer.flush()
-
-
-class WandbWriter:
-    """The same scalars, sent to Weights & Biases."""
-
-    def __init__(self, project: str) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise ConfigError("logging.wandb_project needs the wandb package: pip install wandb") from None
-        self.run = wandb.init(project=project)
-
-    def write(self, record: Record) -> None:
-        scalars = _scalars(record)
-        if scalars:
-            self.run.log(scalars, step=record["iteration"])
-
-
-def _scalars(record: Record) -> dict[str, float]:
-    if record["kind"] == "eval":
-        return {f"eval/{record['name']}": record["loss"]}
-    if record["kind"] == "block":
-        return {f"block {record['layer']}/{name}": record[name] for name in BLOCK_FIGURES}
-    if record["kind"] == "train":
-        return {f"train/{name}": value for name, value in record.items() if name not in ("kind", "iteration")}
-    return {}
+        print(line, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def metrics_path(config: LoggingConfig, *, save: str | None) -> Path:
     """Where the JSONL record goes."""
     return Path(config.metrics_file) if config.metrics_file else Path(save or ".") / "metrics.jsonl"
-
-
-def open_writers(
-    config: LoggingConfig, *, save: str | None, train_iters: int, resumed_at: int
-) -> Sequence[MetricsWriter]:
-    """The configured writers, for the one rank that reports."""
-    writers: list[MetricsWriter] = [
-        ConsoleWriter(train_iters=train_iters),
-        JsonlWriter(metrics_path(config, save=save), resumed_at=resumed_at),
-    ]
-    if config.tensorboard_dir:
-        writers.append(TensorBoardWriter(config.tensorboard_dir))
-    if config.wandb_project:
-        writers.append(WandbWriter(config.wandb_project))
-    return writers

@@ -1,14 +1,14 @@
-"""Where figures go, and that a run that goes on keeps one clean record."""
+"""Figures on the console, and where the record goes."""
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_llamapro.config.schema import LoggingConfig
-from megatron_llamapro.training.metrics import ConsoleWriter, JsonlWriter, TensorBoardWriter, metrics_path
+from megatron_llamapro.training.metrics import ConsoleWriter, metrics_path
 
 STEP = {
     "kind": "train",
@@ -45,35 +45,13 @@ def test_console_lines_are_aligned(capsys: pytest.CaptureFixture) -> None:
     assert fourth.startswith("step   7/100 │ block   4 │ adds 1.23e-02 of the stream")
 
 
-def steps(path: Path) -> list[int]:
-    return [json.loads(line)["iteration"] for line in path.read_text().splitlines()]
-
-
-def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "metrics.jsonl"
-    writer = JsonlWriter(path, resumed_at=0)
-    for step in range(1, 6):
-        writer.write({**STEP, "iteration": step})
-    with path.open("a") as file:
-        file.write('{"kind": "tra')  # killed while writing
-    JsonlWriter(path, resumed_at=3).write({**STEP, "iteration": 4})
-    assert steps(path) == [1, 2, 3, 4]
-    JsonlWriter(path, resumed_at=0)
-    assert steps(path) == []
-
-
-def test_tensorboard(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    writer = TensorBoardWriter(str(tmp_path))
-    writer.write({"kind": "run", "iteration": 0})
-    writer.write(STEP)
-    writer.write(HELD_OUT)
-    writer.write(BLOCK)
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert events.Scalars("block 4/output_norm")[0].value == pytest.approx(0.02)
-    assert events.Scalars("train/loss")[0].value == 1.5 and events.Scalars("eval/cpp")[0].step == 7
+def test_an_output_on_a_full_disk_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = open("/dev/full", "w")  # noqa: SIM115 (closing it is a part of the test)
+    monkeypatch.setattr(sys, "stdout", output)
+    for number in range(1000):  # more than any buffer takes
+        ConsoleWriter(train_iters=1000).write({**STEP, "iteration": number})
+    with pytest.raises(OSError, match="No space left"):  # what it did not take
+        output.close()
 
 
 def test_where_the_record_goes() -> None:

@@ -126,10 +126,9 @@ def test_what_fails_on_the_way_is_not_the_inputs_fault(run_config: Callable, tmp
 def test_a_path_that_cannot_be_is_the_inputs_fault(run_config: Callable, tmp_path: Path) -> None:
     config = run_config(train_iters=1)
     (tmp_path / "file").touch()
-    logging = dataclasses.replace(config.logging, metrics_file=str(tmp_path / "file" / "metrics.jsonl"))
-    result = pretrain(dataclasses.replace(config, logging=logging), tmp_path)
+    result = pretrain(with_data(config, cache_dir=str(tmp_path / "file" / "cache")), tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert ".cache cannot be made: Not a directory: set data.cache_dir" in result.stderr
+    assert "cache cannot be made: Not a directory: set data.cache_dir" in result.stderr
 
 
 def test_torchrun_says_it_once(run_config: Callable, tmp_path: Path) -> None:

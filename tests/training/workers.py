@@ -7,6 +7,7 @@ import resource
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_llamapro.config.schema import RunConfig
@@ -130,3 +131,23 @@ def training_error(config: RunConfig) -> str:
     except LlamaProError as error:
         return str(error)
     return "no error"
+
+
+def front_door(config: RunConfig, folder: Path, environment: dict[str, str]) -> tuple[str, str]:
+    """What pretrain does once the world is there, in `folder`: the message of the error that ends it, and what it
+    prints."""
+    import contextlib
+    import io
+
+    from megatron_llamapro.config.errors import LlamaProError
+    from megatron_llamapro.pretrain import _train
+    from megatron_llamapro.runtime.stop import StopRequest
+
+    os.chdir(folder)
+    os.environ.update(environment)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            _train(config, StopRequest())
+        except LlamaProError as error:
+            return f"{type(error).__name__}: {error}", said.getvalue()
+    return "no error", said.getvalue()

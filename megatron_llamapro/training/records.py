@@ -1,0 +1,128 @@
+"""A run's places and its writers: what no other run may write at the same time, and where the figures go.
+
+`claimed` comes before the model is built, so that a place that is taken or cannot be written is said at once;
+`open_writers` after it, when the run is known to start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_llamapro.config.command import in_one_line
+from megatron_llamapro.config.errors import ConfigError, RunError
+from megatron_llamapro.config.files import write_atomically
+from megatron_llamapro.config.io import to_plain
+from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.runtime.distributed import failing_together
+from megatron_llamapro.runtime.lock import RunLock
+from megatron_llamapro.training.jsonl import JsonlWriter
+from megatron_llamapro.training.metrics import ConsoleWriter, MetricsWriter, metrics_path
+from megatron_llamapro.training.trackers import Guarded, TensorBoardWriter, WandbWriter, is_remote
+
+RUN_ID = "run_id.txt"
+"""In checkpoint.save: the name by which all starts of a run know their records."""
+
+
+@contextlib.contextmanager
+def claimed(config: RunConfig) -> Iterator[None]:
+    """The places that the run writes, for it alone. All ranks call it.
+
+    Raises:
+        ConfigError, RunError: on all ranks: another run writes there, or one cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        with failing_together("the run's folders"):
+            if dist.get_rank() == 0:
+                _check_metrics(_metrics(config))
+                for lock, what in _places(config).items():
+                    with _naming(what):
+                        held.enter_context(RunLock(lock, what))
+        yield
+
+
+def _metrics(config: RunConfig) -> Path:
+    return metrics_path(config.logging, save=config.checkpoint.save)
+
+
+def _check_metrics(path: Path) -> None:
+    what = f"logging.metrics_file ({path})"
+    with _naming(what):
+        if not path.exists():
+            return
+        if not path.is_file():  # /dev/null would be replaced
+            raise ConfigError(f"{what} is not a file: name one")
+        path.open("ab").close()
+
+
+def _places(config: RunConfig) -> Mapping[Path, str]:
+    """Lock files, with what each stands for. A metrics file has one of its own, since several runs may share a folder
+    for theirs."""
+    save, logging, places = config.checkpoint.save, config.logging, {}
+    if save:
+        places[Path(save) / "run.lock"] = f"checkpoint.save ({save})"
+    if logging.metrics_file or not save:
+        metrics = _metrics(config)
+        places[metrics.with_name(f"{metrics.name}.lock")] = f"logging.metrics_file ({metrics})"
+    if logging.tensorboard_dir and not is_remote(logging.tensorboard_dir):
+        events = Path(logging.tensorboard_dir) / "run.lock"
+        places.setdefault(events, f"logging.tensorboard_dir ({logging.tensorboard_dir})")
+    return places
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """An `OSError` as one of ours: a path that cannot be is the configuration's fault, a full disk is not."""
+    try:
+        yield
+    except FileExistsError as error:  # of a folder that was to be made
+        raise ConfigError(f"{what} cannot be written: {error.filename} is not a folder") from None
+    except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        raise ConfigError(f"{what} cannot be written: {in_one_line(error)}") from None
+    except OSError as error:
+        raise RunError(f"{what} cannot be written: {in_one_line(error)}") from None
+
+
+@contextlib.contextmanager
+def open_writers(config: RunConfig, *, resumed_at: int) -> Iterator[Sequence[MetricsWriter]]:
+    """The configured writers, on the one rank that reports; the others have none. All ranks call it.
+
+    Raises:
+        LlamaProError: on all ranks, where one cannot be opened.
+    """
+    writers: list = []
+    with contextlib.ExitStack() as opened:
+        with failing_together("the run's records"):
+            if dist.get_rank() == 0:
+                with _naming("the run's records"):
+                    writers = list(_open(config, resumed_at, opened))
+        yield writers
+
+
+def _open(config: RunConfig, resumed_at: int, opened: contextlib.ExitStack) -> Iterator[MetricsWriter]:
+    run_id, path, logging = _run_id(config, resumed_at), _metrics(config), config.logging
+    yield ConsoleWriter(train_iters=config.training.train_iters)
+    yield opened.enter_context(contextlib.closing(JsonlWriter(path, resumed_at=resumed_at, run_id=run_id)))
+    if logging.tensorboard_dir:
+        events = TensorBoardWriter(logging.tensorboard_dir, resumed_at=resumed_at)
+        yield opened.enter_context(Guarded(events))
+    if logging.wandb_project:
+        plain = to_plain(config)
+        assert isinstance(plain, dict)
+        wandb = WandbWriter(config, folder=path.parent, run_id=run_id, plain_config=plain)
+        yield opened.enter_context(Guarded(wandb))
+
+
+def _run_id(config: RunConfig, resumed_at: int) -> str:
+    """That of the run that goes on, or a new one, which is stored with its checkpoints."""
+    file = Path(config.checkpoint.save) / RUN_ID if config.checkpoint.save else None
+    if file is not None and resumed_at and file.is_file():
+        return file.read_text(encoding="utf-8").strip()
+    run_id = uuid.uuid4().hex[:12]
+    if file is not None:
+        write_atomically(file, f"{run_id}\n")
+    return run_id
