@@ -50,6 +50,7 @@ def test_the_base_is_fine() -> None:
         ({"recompute__num_layers": 2}, r"recompute\.num_layers is set, but recompute\.granularity is None"),
         ({"recompute__modules": ("mlp",)}, "read with selective only"),
         ({"training__exit_interval": 0}, "at least 1"),
+        ({"logging__wandb_name": "first"}, r"logging\.wandb_project is not: set both"),
         ({"model__trainable": ()}, "trainable is empty"),
         ({"model__trainable": ("lora",)}, r"set lora\.rank, e\.g\. 16"),
         ({"lora__rank": 4}, r"have model\.trainable name lora"),
