@@ -6,7 +6,7 @@ A delta checkpoint holds what trains; the rest is loaded from its base. `saver.p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -54,6 +54,9 @@ def training_state(
     """Everything a resumed run needs, as a sharded state dict; of the model only what trains, where there is a
     `delta`. All ranks call it."""
     _note_steps(optimizer, state)
+    if state.num_updates == 0:  # so far all steps were skipped, and the optimizer's first one makes its state
+        for part in torch_adam_parts(optimizer):
+            part.init_state()
     model = model_state(chunks)
     optimizer_state = optimizer.sharded_state_dict(model, is_loading=False, metadata=_METADATA)
     progress = {**asdict(state), **asdict(identity), "scheduler": scheduler.state_dict()}
@@ -93,7 +96,8 @@ def load_checkpoint(
     optimizer.load_state_dict(loaded["optimizer"])
     progress = loaded[PROGRESS]
     scheduler.load_state_dict(progress["scheduler"])
-    state = TrainingState(iteration=progress["iteration"], consumed_samples=progress["consumed_samples"])
+    known = {field.name: progress[field.name] for field in fields(TrainingState) if field.name in progress}
+    state = TrainingState(**known)  # earlier versions had fewer fields
     _note_steps(optimizer, state)
     return state
 
@@ -129,4 +133,4 @@ def _apply_model(chunks: Sequence[torch.nn.Module], loaded: Mapping) -> None:
 
 def _note_steps(optimizer: MegatronOptimizer, state: TrainingState) -> None:
     for part in torch_adam_parts(optimizer):
-        part.lent_step = float(state.iteration)
+        part.lent_step = float(state.num_updates)

@@ -1,7 +1,7 @@
 """Where a run's figures go: the console, a JSONL file, TensorBoard, Weights & Biases. Each is one method, `write`.
 
 A record is a flat dict with its `kind`: `run` (once a start), `train` (a logged step), `eval` (a held-out set), `block`
-(an added block's diagnostics), `save` (a complete checkpoint).
+(an added block's diagnostics), `save` (a complete checkpoint), `skip` (a step without an update).
 """
 
 from __future__ import annotations
@@ -49,6 +49,19 @@ class ConsoleWriter:
             print(self._block_line(record), flush=True)
         elif record["kind"] == "save":
             print(self._save_line(record), flush=True)
+        elif record["kind"] == "skip":
+            print(self._skip_line(record), flush=True)
+
+    def _skip_line(self, record: Record) -> str:
+        line = f"step {record['iteration']:>{self.width}}/{self.train_iters} │ "
+        if record["outcome"] == "left out":
+            return line + f"left out, as training.skip_iterations says; skipped so far: {record['skipped_steps']}"
+        reason = f"loss {record['loss']}, grad norm {record['grad_norm']}"
+        if record["tokens"] == 0:
+            reason = "none of its tokens has loss"
+        return line + (
+            f"no update: {reason}; in a row: {record['skipped_in_a_row']}, skipped so far: {record['skipped_steps']}"
+        )
 
     def _save_line(self, record: Record) -> str:
         line = f"saved step {record['iteration']}: {record['stall_seconds']:.1f} s stall, "
@@ -139,6 +152,8 @@ def _scalars(record: Record) -> dict[str, float]:
         return {f"eval/{record['name']}": record["loss"]}
     if record["kind"] == "block":
         return {f"block {record['layer']}/{name}": record[name] for name in BLOCK_FIGURES}
+    if record["kind"] == "skip":
+        return {"train/skipped_steps": record["skipped_steps"]}
     if record["kind"] == "train":
         return {f"train/{name}": value for name, value in record.items() if name not in ("kind", "iteration")}
     return {}

@@ -15,8 +15,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_llamapro.optimizer.update import gradient_norm, update
 from megatron_llamapro.runtime.distributed import ParallelLayout
 from megatron_llamapro.training.communication import communication
+from megatron_llamapro.training.state import Outcome
 
 Batch = dict[str, torch.Tensor]
 """tokens, labels, loss_mask, position_ids: [b, s] each."""
@@ -41,7 +43,8 @@ class StepResult:
     grad_norm: float
     """Global norm over all trainable parameters, before clipping."""
     learning_rate: float
-    """That the step was taken with."""
+    """That the step was taken with, or would have been."""
+    outcome: Outcome
 
 
 def connect(
@@ -79,7 +82,8 @@ def train_step(
     stop_requested: bool = False,
     before_update: Callable[[], None] | None = None,
 ) -> StepResult:
-    """Forward, backward, clip, update. `batches` holds one iterator a model chunk, all over the same micro-batches;
+    """Forward, backward, clip, update; no update where the loss or the gradient norm is not finite, on no rank, since
+    both are sums over all ranks. `batches` holds one iterator a model chunk, all over the same micro-batches;
     `before_update` is called when all gradients are there."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -94,11 +98,34 @@ def train_step(
     )
     if before_update is not None:
         before_update()
-    learning_rate = get_canonical_lr_for_logging(optimizer.param_groups) or 0.0
-    _, grad_norm, _ = optimizer.step()
-    scheduler.step(increment=1)
     loss = reduce_loss(sums, layout=layout, stop_requested=stop_requested)
-    return StepResult(loss=loss, grad_norm=float(grad_norm or 0.0), learning_rate=learning_rate)
+    grad_norm = gradient_norm(optimizer)
+    finite = math.isfinite(loss.loss) and math.isfinite(grad_norm)
+    if finite:
+        update(optimizer, grad_norm=grad_norm)
+    return StepResult(
+        loss=loss,
+        grad_norm=grad_norm,
+        learning_rate=_end_step(optimizer, scheduler),
+        outcome=Outcome.UPDATED if finite else Outcome.NOT_FINITE,
+    )
+
+
+def leave_out_step(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> StepResult:
+    """A step that reads and computes nothing, and has its place in the schedule."""
+    return StepResult(
+        loss=LossSum(loss=math.nan, num_tokens=0),
+        grad_norm=math.nan,
+        learning_rate=_end_step(optimizer, scheduler),
+        outcome=Outcome.LEFT_OUT,
+    )
+
+
+def _end_step(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> float:
+    """The step's learning rate, and the schedule goes on to the next one's."""
+    learning_rate = get_canonical_lr_for_logging(optimizer.param_groups) or 0.0
+    scheduler.step(increment=1)
+    return learning_rate
 
 
 def run_microbatches(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_llamapro.config.schema import RunConfig
 
 if TYPE_CHECKING:
+    from megatron_llamapro.training.state import TrainingState
     from megatron_llamapro.training.step import StepResult
 
 
@@ -32,6 +33,11 @@ class Records:
         names = ("iteration", "loss", "grad_norm", "learning_rate")
         return [tuple(r[name] for name in names) for r in self.records if r["kind"] == "train"]
 
+    def skips(self) -> list[tuple[int, str, int, int]]:
+        """Step, outcome, and the numbers of skipped ones, of every step without an update."""
+        names = ("iteration", "outcome", "skipped_steps", "skipped_in_a_row")
+        return [tuple(r[name] for name in names) for r in self.records if r["kind"] == "skip"]
+
     def saves(self) -> list[dict]:
         return [record for record in self.records if record["kind"] == "save"]
 
@@ -47,6 +53,7 @@ class Result:
     optimizer_bytes: int
     num_trainable: int
     saves: list
+    skips: list
 
 
 def train(config: RunConfig, sigterm_at: int | None = None) -> Result:
@@ -76,6 +83,7 @@ def train(config: RunConfig, sigterm_at: int | None = None) -> Result:
         optimizer_bytes=sum(value.nbytes for value in state),
         num_trainable=run.report.num_trainable,
         saves=writer.saves(),
+        skips=writer.skips(),
     )
 
 
@@ -90,9 +98,9 @@ def train_on_a_full_disk(config: RunConfig, full_after: int) -> str:
     run = set_up(config)
     healthy, limits = loop._check_healthy, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill(result: StepResult, iteration: int) -> None:
-        healthy(result, iteration)
-        if iteration == full_after + 1 and run.layout.rank == run.layout.world_size - 1:
+    def fill(result: StepResult, state: TrainingState) -> None:
+        healthy(result, state)
+        if state.iteration == full_after + 1 and run.layout.rank == run.layout.world_size - 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
 
     loop._check_healthy = fill
@@ -130,3 +138,22 @@ def training_error(config: RunConfig) -> str:
     except LlamaProError as error:
         return str(error)
     return "no error"
+
+
+def batches(config: RunConfig) -> list[tuple]:
+    """Tokens and labels, [samples, tokens], of each step of a run on one rank."""
+    from megatron_llamapro.data.sampling import train_batches
+    from megatron_llamapro.training.setup import set_up
+
+    samples = config.training.global_batch_size
+    read = train_batches(
+        set_up(config).train_set,
+        num_samples=config.data_order_samples,
+        consumed_samples=0,
+        micro_batch_size=samples,
+        global_batch_size=samples,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+    )
+    steps = [next(read) for _ in range(config.training.train_iters)]
+    return [(step["tokens"], step["labels"]) for step in steps]
