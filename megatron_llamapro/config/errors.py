@@ -30,7 +30,7 @@ class RunError(LlamaProError):
 
 
 class DivergedError(LlamaProError):
-    """A run had no finite loss or gradient for too many steps in a row. Another start would end in the same step."""
+    """A run had nothing to update by for too many steps in a row. Another start would end in the same step."""
 
 
 class PipelinePlanError(LlamaProError):

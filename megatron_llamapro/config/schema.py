@@ -202,8 +202,8 @@ class TrainingConfig:
     exit_interval: int | None = None
     """Save and stop when the step is a multiple of this."""
     max_skipped_steps: int = 10
-    """A step whose loss or gradient norm is not finite updates nothing. After this many in a row the run ends (exit
-    code 65). A bad document makes one or two; a model that has diverged makes every one."""
+    """A step whose loss or gradient norm is not finite, or whose gradient is exactly 0, updates nothing. After so many
+    in a row the run ends (exit code 65). A bad document makes one or two; a model that has diverged makes every one."""
     skip_iterations: tuple[int | str, ...] = ()
     """Steps to leave out because their data are known to be bad, e.g. [700, 1200-1215]. The data count as consumed and
     are not read; all other steps keep their data and their learning rate."""

@@ -29,7 +29,7 @@ def train(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, watchdo
     a `watchdog` is told of every step.
 
     Raises:
-        LlamaProError: too many steps in a row are not finite, no gradient arrives at all, or a checkpoint cannot be
+        LlamaProError: too many steps in a row were skipped, no gradient arrives at all, or a checkpoint cannot be
             written.
     """
     saver = Saver(run) if run.config.checkpoint.save else None
@@ -152,8 +152,8 @@ def _batches(run: Run):
 
 
 def _check_healthy(result: StepResult, state: TrainingState) -> None:
-    """A batch without a gradient may come later; that the first two have none has its reason in the configuration."""
-    if result.outcome is Outcome.UPDATED and result.grad_norm == 0.0 and state.num_updates == 2:
+    """Of a model that has not moved yet a gradient of 0 is no divergence."""
+    if result.grad_norm == 0.0 and state.num_updates == 0 and state.iteration > 1:
         raise for_all_ranks(
             LlamaProError(
                 f"step {state.iteration}: the gradient norm is exactly 0, so nothing learns: look at model.trainable "

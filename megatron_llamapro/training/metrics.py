@@ -56,7 +56,7 @@ class ConsoleWriter:
         line = f"step {record['iteration']:>{self.width}}/{self.train_iters} │ "
         if record["outcome"] == "left out":
             return line + f"left out, as training.skip_iterations says; skipped so far: {record['skipped_steps']}"
-        reason = f"loss {record['loss']}, grad norm {record['grad_norm']}"
+        reason = f"loss {record['loss']:.4f}, grad norm {record['grad_norm']:.4f}"
         if record["tokens"] == 0:
             reason = "none of its tokens has loss"
         return line + (

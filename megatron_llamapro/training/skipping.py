@@ -29,10 +29,10 @@ def skip_record(result: StepResult, state: TrainingState) -> dict[str, object]:
 
 
 def check_converges(result: StepResult, state: TrainingState, *, max_skipped_steps: int) -> None:
-    """Raise `DivergedError`, on all ranks, after the last of too many steps in a row that were not finite."""
-    if result.outcome is not Outcome.NOT_FINITE or state.skipped_in_a_row < max_skipped_steps:
+    """Raise `DivergedError`, on all ranks, after the last of too many steps in a row that were skipped."""
+    if result.outcome is not Outcome.SKIPPED or state.skipped_in_a_row < max_skipped_steps:
         return
-    why = f"the loss is {result.loss.loss} and the gradient norm {result.grad_norm}"
+    why = f"the loss is {result.loss.loss:.4g} and the gradient norm {result.grad_norm:.4g}"
     if not result.loss.num_tokens:
         why = "no token has loss (look at the data's loss_mask)"
     raise for_all_ranks(

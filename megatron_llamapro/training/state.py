@@ -10,8 +10,8 @@ class Outcome(Enum):
     """How a step ended."""
 
     UPDATED = "updated"
-    NOT_FINITE = "not finite"
-    """Its loss or gradient norm was not, so that it updated nothing."""
+    SKIPPED = "skipped"
+    """Its loss or gradient norm was not finite, or the gradient exactly 0, so that it updated nothing."""
     LEFT_OUT = "left out"
     """Because training.skip_iterations names it."""
 
@@ -27,7 +27,7 @@ class TrainingState:
     skipped_steps: list[int] = field(default_factory=list)
     """The steps that updated nothing, counted from 1."""
     skipped_in_a_row: int = 0
-    """Those that were not finite, since the last update."""
+    """Those since the last update that were not left out."""
 
     @property
     def num_updates(self) -> int:
@@ -41,4 +41,4 @@ class TrainingState:
         if outcome is not Outcome.UPDATED:
             self.skipped_steps.append(self.iteration)
         if outcome is not Outcome.LEFT_OUT:
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if outcome is Outcome.NOT_FINITE else 0
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if outcome is Outcome.SKIPPED else 0

@@ -82,9 +82,13 @@ def train_step(
     stop_requested: bool = False,
     before_update: Callable[[], None] | None = None,
 ) -> StepResult:
-    """Forward, backward, clip, update; no update where the loss or the gradient norm is not finite, on no rank, since
-    both are sums over all ranks. `batches` holds one iterator a model chunk, all over the same micro-batches;
-    `before_update` is called when all gradients are there."""
+    """Forward, backward, clip, update. `batches` holds one iterator a model chunk, all over the same micro-batches;
+    `before_update` is called when all gradients are there.
+
+    There is no update where the loss or the gradient norm is not finite, or the norm is 0: the stream of a model that
+    diverged may be so large that the final norm makes nothing of it. Both are sums over all ranks, which therefore
+    agree. That the loss is reduced before the update costs nothing: it is the same all-reduce.
+    """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -100,14 +104,14 @@ def train_step(
         before_update()
     loss = reduce_loss(sums, layout=layout, stop_requested=stop_requested)
     grad_norm = gradient_norm(optimizer)
-    finite = math.isfinite(loss.loss) and math.isfinite(grad_norm)
-    if finite:
+    usable = math.isfinite(loss.loss) and math.isfinite(grad_norm) and grad_norm > 0
+    if usable:
         update(optimizer, grad_norm=grad_norm)
     return StepResult(
         loss=loss,
         grad_norm=grad_norm,
         learning_rate=_end_step(optimizer, scheduler),
-        outcome=Outcome.UPDATED if finite else Outcome.NOT_FINITE,
+        outcome=Outcome.UPDATED if usable else Outcome.SKIPPED,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,16 @@ BLOCK = {
     "distance": 1e-4,
     "output_norm": 0.02,
 }
+SKIP = {
+    "kind": "skip",
+    "iteration": 7,
+    "outcome": "skipped",
+    "loss": math.nan,
+    "grad_norm": math.inf,
+    "tokens": 128,
+    "skipped_steps": 3,
+    "skipped_in_a_row": 2,
+}
 HELD_OUT = {"kind": "eval", "iteration": 7, "name": "cpp", "loss": 1.75, "tokens": 10}
 
 
@@ -43,6 +54,19 @@ def test_console_lines_are_aligned(capsys: pytest.CaptureFixture) -> None:
     assert first.startswith("step   7/100 │ loss  1.5000") and "12,346 tokens/s" in first
     assert third == "step   7/100 │ held-out cpp: loss 1.7500"
     assert fourth.startswith("step   7/100 │ block   4 │ adds 1.23e-02 of the stream")
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, "no update: loss nan, grad norm inf; in a row: 2, skipped so far: 3"),
+        ({"tokens": 0}, "no update: none of its tokens has loss; in a row: 2, skipped so far: 3"),
+        ({"outcome": "left out"}, "left out, as training.skip_iterations says; skipped so far: 3"),
+    ],
+)
+def test_a_step_without_an_update(fields: dict, text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    ConsoleWriter(train_iters=100).write({**SKIP, **fields})
+    assert capsys.readouterr().out == f"step   7/100 │ {text}\n"
 
 
 def steps(path: Path) -> list[int]:
@@ -70,9 +94,11 @@ def test_tensorboard(tmp_path: Path) -> None:
     writer.write(STEP)
     writer.write(HELD_OUT)
     writer.write(BLOCK)
+    writer.write(SKIP)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert events.Scalars("block 4/output_norm")[0].value == pytest.approx(0.02)
+    assert events.Scalars("train/skipped_steps")[0].value == 3
     assert events.Scalars("train/loss")[0].value == 1.5 and events.Scalars("eval/cpp")[0].step == 7
 
 

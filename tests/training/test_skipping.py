@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import workers
 from safetensors.torch import load_file, save_file
 
 from megatron_llamapro.checkpoint.convert import hf_to_megatron
+from megatron_llamapro.checkpoint.folder import LATEST
 from megatron_llamapro.config.schema import BlendEntry, LoraConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.testing.checkpoints import read_tensors, read_with_torch
@@ -42,6 +44,16 @@ LAYOUTS = {
 }
 
 
+def edited(source: Path, folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """The tiny model with its tensors edited, expanded, in Megatron's format."""
+    hf = shutil.copytree(source, folder / "hf")
+    tensors = load_file(hf / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron(hf, folder / "megatron", expansion=Expansion.at(2, 5))
+    return folder / "megatron"
+
+
 @pytest.fixture(scope="module")
 def bad_checkpoints(models: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The models of the other fixtures, with a NaN where only the bad token is."""
@@ -49,13 +61,11 @@ def bad_checkpoints(models: Callable, tmp_path_factory: pytest.TempPathFactory) 
 
     def make(dtype: str) -> Path:
         if dtype not in made:
-            folder = tmp_path_factory.mktemp("bad")
-            hf = shutil.copytree(models(dtype=dtype).original_hf, folder / "hf")
-            tensors = load_file(hf / "model.safetensors")
-            tensors["model.embed_tokens.weight"][BAD_TOKEN] = math.nan
-            save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
-            hf_to_megatron(hf, folder / "megatron", expansion=Expansion.at(2, 5))
-            made[dtype] = folder / "megatron"
+            made[dtype] = edited(
+                models(dtype=dtype).original_hf,
+                tmp_path_factory.mktemp("bad"),
+                lambda tensors: tensors["model.embed_tokens.weight"][BAD_TOKEN].fill_(math.nan),
+            )
         return made[dtype]
 
     return make
@@ -113,9 +123,10 @@ def updates(config: RunConfig, step: int) -> set[float]:
 
 
 CASES = [
-    *((layout, "float32", False) for layout in LAYOUTS),
     ("dp2 overlap", "bfloat16", False),
+    ("tp2 sequence parallel", "float32", False),
     ("pp2", "float32", True),
+    ("pp2 virtual 2 dp2 overlap", "float32", False),
 ]
 
 
@@ -131,7 +142,7 @@ def test_a_nan_changes_nothing(
     good = on_bad_data(save="good", skip_iterations=(BAD_STEP,), **settings)
     skipped, left_out = (run_distributed(workers.train, world_size, config) for config in (bad, good))
     for ours, theirs in zip(skipped, left_out, strict=True):
-        assert ours.skips == [(BAD_STEP, "not finite", 1, 1)] and theirs.skips == [(BAD_STEP, "left out", 1, 0)]
+        assert ours.skips == [(BAD_STEP, "skipped", 1, 1)] and theirs.skips == [(BAD_STEP, "left out", 1, 0)]
         assert ours.figures == theirs.figures and [step for step, *_ in ours.figures] == [1, 3, 4]
     assert same(saved(bad, STEPS), saved(good, STEPS))
     assert updates(bad, STEPS) == updates(good, STEPS) == {STEPS - 1}
@@ -178,36 +189,63 @@ def transformers_training(folder: Path, steps: list[tuple]) -> Iterator[tuple[in
         yield step, loss.item(), norm, rate
 
 
-@pytest.mark.parametrize("layout", ["dp2 overlap"])
-def test_a_resume_remembers(layout: str, on_bad_data: Callable, bad_checkpoints: Callable) -> None:
-    """Cut after every step, the run ends with the bits of the one that was not cut; the bad step saves the ones before
-    it."""
-    world_size, parallel = LAYOUTS[layout]
-    settings = {"checkpoint": bad_checkpoints("float32"), "parallel": parallel}
-    whole = on_bad_data(**settings, save="whole")
-    cut = on_bad_data(**settings, save="cut", exit_interval=1)
-    figures = run_distributed(workers.train, world_size, whole)[0].figures
-    parts = [run_distributed(workers.train, world_size, cut)[0] for _ in range(STEPS)]
-    assert [figure for part in parts for figure in part.figures] == figures
-    assert same(states(saved(whole, STEPS)), states(saved(cut, STEPS)))
-    before, after, later = (states(saved(cut, step)) for step in (BAD_STEP - 1, BAD_STEP, BAD_STEP + 1))
+def go_back(config: RunConfig, step: int) -> None:
+    """Have a run continue from an earlier checkpoint."""
+    (Path(config.checkpoint.save) / LATEST).write_text(f"{step}\n")
+
+
+def with_every_step_saved(config: RunConfig) -> RunConfig:
+    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, save_interval=1))
+
+
+def test_a_resume_remembers(on_bad_data: Callable, bad_checkpoints: Callable) -> None:
+    """The bad step saves what the one before it saved; from there the run ends with the same bits once more."""
+    world_size, parallel = LAYOUTS["dp2 overlap"]
+    config = with_every_step_saved(on_bad_data(checkpoint=bad_checkpoints("float32"), parallel=parallel))
+    whole = run_distributed(workers.train, world_size, config)[0].figures
+    last = states(saved(config, STEPS))
+    before, after, later = (states(saved(config, step)) for step in (BAD_STEP - 1, BAD_STEP, BAD_STEP + 1))
     assert same(before, after) and not same(after, later)
-    assert [updates(cut, step) for step in range(1, STEPS + 1)] == [{1}, {1}, {2}, {3}]
-    progress = [read_progress(Path(cut.checkpoint.save) / f"iter_{step:07d}") for step in range(1, STEPS + 1)]
+    assert [updates(config, step) for step in range(1, STEPS + 1)] == [{1}, {1}, {2}, {3}]
+    progress = [read_progress(Path(config.checkpoint.save) / f"iter_{step:07d}") for step in range(1, STEPS + 1)]
     assert [each["skipped_steps"] for each in progress] == [[], [BAD_STEP], [BAD_STEP], [BAD_STEP]]
     assert [each["skipped_in_a_row"] for each in progress] == [0, 1, 0, 0]
     assert [each["consumed_samples"] for each in progress] == [4, 8, 12, 16]
+    go_back(config, BAD_STEP)
+    rest = run_distributed(workers.train, world_size, config)[0]
+    assert rest.figures == whole[1:] and rest.skips == []
+    assert same(states(saved(config, STEPS)), last) and progress[-1] == read_progress(
+        Path(config.checkpoint.save) / f"iter_{STEPS:07d}"
+    )
 
 
-@pytest.mark.parametrize("layout", ["dp2 overlap", "pp2"])
-def test_a_checkpoint_before_the_first_update(layout: str, on_bad_data: Callable) -> None:
+def test_a_checkpoint_before_the_first_update(on_bad_data: Callable) -> None:
     """The optimizer has no moments yet that could be saved."""
-    world_size, parallel = LAYOUTS[layout]
-    whole = on_bad_data(parallel=parallel, save="whole", skip_iterations=("1-2",))
-    cut = on_bad_data(parallel=parallel, save="cut", skip_iterations=("1-2",), exit_interval=2)
-    figures = run_distributed(workers.train, world_size, whole)[0].figures
-    parts = [run_distributed(workers.train, world_size, cut)[0].figures for _ in range(2)]
-    assert parts == [[], figures] and [step for step, *_ in figures] == [3, 4]
-    assert updates(cut, 2) == {0} and updates(cut, STEPS) == {2}
-    assert same(read_tensors(Path(cut.checkpoint.save) / "iter_0000002"), read_tensors(Path(cut.model.checkpoint)))
-    assert same(states(saved(whole, STEPS)), states(saved(cut, STEPS)))
+    world_size, parallel = LAYOUTS["pp2"]
+    config = with_every_step_saved(on_bad_data(parallel=parallel, skip_iterations=("1-2",)))
+    whole = run_distributed(workers.train, world_size, config)[0].figures
+    last = saved(config, STEPS)
+    assert [updates(config, step) for step in range(1, STEPS + 1)] == [{0}, {0}, {1}, {2}]
+    assert same(
+        read_tensors(Path(config.checkpoint.save) / "iter_0000002"), read_tensors(Path(config.model.checkpoint))
+    )
+    go_back(config, 2)
+    assert run_distributed(workers.train, world_size, config)[0].figures == whole
+    assert [step for step, *_ in whole] == [3, 4] and same(saved(config, STEPS), last)
+
+
+@pytest.mark.parametrize(("most", "left_out", "message"), [(5, (), "no error"), (2, (2,), "step 3: the loss is")])
+def test_a_gradient_that_overflows_is_none(
+    most: int, left_out: tuple[int, ...], message: str, on_bad_data: Callable, models: Callable, tmp_path: Path
+) -> None:
+    """In every step the loss is finite, and so is each gradient, but not the sum of their squares. A step that is left
+    out is neither one more of them in a row, nor does it end the row."""
+    huge = edited(models().original_hf, tmp_path, lambda tensors: tensors["lm_head.weight"].mul_(1e20))
+    config = on_bad_data(checkpoint=huge, max_skipped_steps=most, skip_iterations=left_out)
+    [error] = run_distributed(workers.training_error, 1, config)
+    assert error.startswith(message), error
+    if error == "no error":
+        assert same(read_tensors(Path(config.checkpoint.save)), read_tensors(huge))
+    else:
+        assert "and the gradient norm inf; steps in a row without an update: 2, as many as" in error
+        assert re.search(r"the loss is \d\.\d+e\+20 ", error)
