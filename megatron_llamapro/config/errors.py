@@ -30,7 +30,7 @@ class RunError(LlamaProError):
 
 
 class DivergedError(LlamaProError):
-    """A run had nothing to update by for too many steps in a row. Another start would end in the same step."""
+    """No step of a run could update anything, for too many in a row. Another start would end in the same step."""
 
 
 class PipelinePlanError(LlamaProError):

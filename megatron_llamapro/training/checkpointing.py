@@ -20,6 +20,7 @@ from megatron_llamapro.checkpoint.delta import Delta
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.model.names import unwrapped
 from megatron_llamapro.optimizer.build import torch_adam_parts
+from megatron_llamapro.optimizer.torch_adam import init_state
 from megatron_llamapro.training.delta import check_base, split
 from megatron_llamapro.training.resume import PROGRESS, RunIdentity
 from megatron_llamapro.training.state import TrainingState
@@ -54,9 +55,10 @@ def training_state(
     """Everything a resumed run needs, as a sharded state dict; of the model only what trains, where there is a
     `delta`. All ranks call it."""
     _note_steps(optimizer, state)
-    if state.num_updates == 0:  # so far all steps were skipped, and the optimizer's first one makes its state
-        for part in torch_adam_parts(optimizer):
-            part.init_state()
+    if state.num_updates == 0:  # the optimizer makes its state in its first step, and all so far were skipped
+        for part in optimizer.chained_optimizers:
+            if part.optimizer is not None:
+                init_state(part)
     model = model_state(chunks)
     optimizer_state = optimizer.sharded_state_dict(model, is_loading=False, metadata=_METADATA)
     progress = {**asdict(state), **asdict(identity), "scheduler": scheduler.state_dict()}
@@ -88,7 +90,7 @@ def load_checkpoint(
     """Continue from `folder`: weights, optimizer, schedule; returns the progress. All ranks call it; the layout may be
     another than the one that saved. Errors as above."""
     for part in torch_adam_parts(optimizer):
-        part.init_state()
+        init_state(part)
     model = model_state(chunks)
     optimizer_state = optimizer.sharded_state_dict(model, is_loading=True, metadata=_METADATA)
     loaded = _load(model, {"optimizer": optimizer_state}, folder)

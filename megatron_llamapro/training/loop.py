@@ -152,7 +152,7 @@ def _batches(run: Run):
 
 
 def _check_healthy(result: StepResult, state: TrainingState) -> None:
-    """Of a model that has not moved yet a gradient of 0 is no divergence."""
+    """Raise where no gradient arrives before anything was updated: the reason is in the configuration."""
     if result.grad_norm == 0.0 and state.num_updates == 0 and state.iteration > 1:
         raise for_all_ranks(
             LlamaProError(
@@ -192,7 +192,7 @@ class StepTimer:
         self.started, self.iteration = time.perf_counter(), self.run.state.iteration
 
     def leave_out(self) -> None:
-        """The latest step was none that takes time."""
+        """Do not count the latest step: it took no time."""
         self.iteration += 1
 
     def record(self, result: StepResult) -> dict[str, object]:
@@ -217,7 +217,7 @@ class StepTimer:
 
 
 def _watches(config: RunConfig, iteration: int) -> bool:
-    """Whether the figures of the added blocks are due of a step that has any."""
+    """Whether the added blocks' figures are due. A step that is left out has none."""
     return _due(config.logging.diagnostics_interval, iteration) and not is_left_out(iteration, config.training)
 
 

@@ -23,7 +23,7 @@ class TrainingState:
     iteration: int = 0
     """Steps done, those without an update too."""
     consumed_samples: int = 0
-    """Samples of the data's order that the steps had; with the order it is the whole state of the data."""
+    """Samples of the data's order that these steps stand for; with the order it is the whole state of the data."""
     skipped_steps: list[int] = field(default_factory=list)
     """The steps that updated nothing, counted from 1."""
     skipped_in_a_row: int = 0

@@ -85,9 +85,9 @@ def train_step(
     """Forward, backward, clip, update. `batches` holds one iterator a model chunk, all over the same micro-batches;
     `before_update` is called when all gradients are there.
 
-    There is no update where the loss or the gradient norm is not finite, or the norm is 0: the stream of a model that
-    diverged may be so large that the final norm makes nothing of it. Both are sums over all ranks, which therefore
-    agree. That the loss is reduced before the update costs nothing: it is the same all-reduce.
+    Nothing is updated where the loss or the gradient norm is not finite. The same goes for a norm of exactly 0: a model
+    that diverged may have hidden states so large that the final norm returns zeros. Loss and norm are reduced over all
+    ranks, so all ranks agree.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -126,7 +126,7 @@ def leave_out_step(optimizer: MegatronOptimizer, scheduler: OptimizerParamSchedu
 
 
 def _end_step(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> float:
-    """The step's learning rate, and the schedule goes on to the next one's."""
+    """Advance the schedule. Returns the learning rate of the step that ends."""
     learning_rate = get_canonical_lr_for_logging(optimizer.param_groups) or 0.0
     scheduler.step(increment=1)
     return learning_rate

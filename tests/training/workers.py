@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import resource
 import signal
@@ -112,6 +114,13 @@ def train_on_a_full_disk(config: RunConfig, full_after: int) -> str:
         loop._check_healthy = healthy
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return "no error"
+
+
+def printed(config: RunConfig) -> str:
+    """What a run prints on this rank."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        train(config)
+    return output.getvalue()
 
 
 def set_up_errors(configs: list[RunConfig]) -> list[str]:
