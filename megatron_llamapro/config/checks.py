@@ -6,8 +6,11 @@ the model's shape. All are called before anything is built or written.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import CheckpointConfig, LoraConfig, ParallelConfig, RecomputeConfig, RunConfig
+from megatron_llamapro.config.steps import left_out
 
 _AT_LEAST_ONE = (
     ("parallel", "tensor_model_parallel_size"),
@@ -17,6 +20,7 @@ _AT_LEAST_ONE = (
     ("training", "micro_batch_size"),
     ("training", "global_batch_size"),
     ("training", "eval_samples"),
+    ("training", "max_skipped_steps"),
     ("logging", "log_interval"),
     ("model", "make_vocab_size_divisible_by"),
 )
@@ -51,6 +55,9 @@ def check_run_config(config: RunConfig) -> None:
         raise ConfigError("training.exit_interval must be at least 1: leave it out to run to the end")
     if config.logging.wandb_name is not None and config.logging.wandb_project is None:
         raise ConfigError("logging.wandb_name is set, but logging.wandb_project is not: set both, or leave it out")
+    if config.training.exit_interval is not None and config.checkpoint.save is None:
+        raise ConfigError("training.exit_interval saves and stops: set checkpoint.save to the folder to save in")
+    left_out(config.training)
     if not config.model.trainable:
         raise ConfigError("model.trainable is empty: name at least one thing that trains, e.g. added_blocks")
 
@@ -79,16 +86,39 @@ def _check_data(config: RunConfig) -> None:
         raise ConfigError("data.packing is for data.format chat: text is always packed; leave it out")
     if data.eod_mask_loss and data.format != "text":
         raise ConfigError("data.eod_mask_loss is for data.format text: in chat only answers have loss; leave it out")
-    needed = config.training.train_iters * config.training.global_batch_size
-    if config.data_order_samples < needed:
-        raise ConfigError(
-            f"data.train_samples is {data.train_samples}, but train_iters * global_batch_size needs {needed} samples"
-        )
+    save = config.checkpoint.save
+    if save is None or not Path(save).exists():  # else it may be the rest of a run, of which some had another batch
+        check_samples(config)
     if config.training.eval_interval and not data.valid:
         raise ConfigError("training.eval_interval is set, but data.valid names no held-out set")
 
 
+def check_samples(config: RunConfig, *, iteration: int = 0, consumed_samples: int = 0) -> None:
+    """Raise `ConfigError` where the data's order is too short for the rest of a run: that after step `iteration`, which
+    comes after the first `consumed_samples` samples."""
+    batch, train_iters = config.training.global_batch_size, config.training.train_iters
+    steps, left = train_iters - iteration, config.data_order_samples - consumed_samples
+    needed = steps * batch
+    if steps <= 0 or needed <= left:
+        return
+    if not iteration:
+        raise ConfigError(
+            f"data.train_samples is {left}, but {train_iters} steps of {batch} samples need {needed}: "
+            f"set --data.train_samples {needed}, or --training.train_iters {left // batch}"
+        )
+    smaller = f", or --training.global_batch_size {left // steps} or less" if left >= steps else ""
+    raise ConfigError(
+        f"the run in checkpoint.save has used {consumed_samples} of the {config.data_order_samples} samples of its "
+        f"data's order in {iteration} steps, and {steps} more of {batch} need {needed}: "
+        f"{consumed_samples} + {needed} > {config.data_order_samples}; "
+        f"set --training.train_iters {iteration + left // batch}{smaller}; only a new run can have a longer order"
+    )
+
+
 def _check_retention(checkpoint: CheckpointConfig) -> None:
+    for name in ("save_interval", "async_save", "keep_last", "keep_every"):
+        if checkpoint.save is None and getattr(checkpoint, name):
+            raise ConfigError(f"checkpoint.{name} is set, but nothing is saved: set checkpoint.save, or leave it out")
     for name in ("keep_last", "keep_every"):
         value = getattr(checkpoint, name)
         if value is not None and value < 1:

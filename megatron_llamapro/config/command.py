@@ -1,8 +1,8 @@
 """What every command has in common: one-line errors, exit codes, `--debug`. Imports neither torch nor megatron.
 
-Exit codes: 0 done, 1 a check said no (verify), 2 the user's input (one `error: …` line), 70 a run hung and was
-ended (runtime/watchdog.py), 75 a run failed on its way (one line too), 130 interrupted, 141 nobody reads the output any
-more (both as a shell has them).
+Exit codes: 0 done, 1 a check said no (verify), 2 the user's input (one `error: …` line), 65 a run diverged
+(training/skipping.py; one line too), 70 a run hung and was ended (runtime/watchdog.py), 75 a run failed on its way (one
+line too), 130 interrupted, 141 nobody reads the output any more (both as a shell has them).
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from megatron_llamapro.config.errors import ConfigError, LlamaProError, RunError
+from megatron_llamapro.config.errors import ConfigError, DivergedError, LlamaProError, RunError
 
 USAGE_ERROR = 2
+DIVERGED = os.EX_DATAERR  # 65
 HUNG = 70
 TRY_AGAIN = os.EX_TEMPFAIL  # 75
 INTERRUPTED = 130
@@ -81,7 +82,8 @@ def in_one_line(error: BaseException) -> str:
 
 def exit_code_of(error: BaseException) -> int:
     """Of a program that ends with an error that it says in one line."""
-    return TRY_AGAIN if isinstance(error, RunError) else USAGE_ERROR
+    codes = {RunError: TRY_AGAIN, DivergedError: DIVERGED}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), USAGE_ERROR)
 
 
 def _nobody_reads_the_output() -> bool:
@@ -92,7 +94,7 @@ def _nobody_reads_the_output() -> bool:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` as a program: user errors become one line and exit code 2, a `RunError` one line and 75.
+    """Run `main` as a program: user errors become one line and exit code 2 (`exit_code_of` has the others).
 
     What a `KeyboardInterrupt` carries is printed with it. Errors that are not the user's (bugs) keep their traceback.
     `--debug` on the command line, or `LLAMAPRO_DEBUG=1`, keeps all of them.

@@ -1,4 +1,5 @@
-"""The errors a user can meet. A command prints one as a single `error: …` line and exits with 2 (`RunError`: 75)."""
+"""The errors a user can meet. A command prints one as a single `error: …` line and exits with 2 (`RunError`: 75,
+`DivergedError`: 65)."""
 
 
 class LlamaProError(Exception):
@@ -26,6 +27,10 @@ class DataError(LlamaProError):
 
 class RunError(LlamaProError):
     """A run ended on its way, of what another start may not meet: a file system that failed, a full disk."""
+
+
+class DivergedError(LlamaProError):
+    """No step of a run could update anything, for too many in a row. Another start would end in the same step."""
 
 
 class PipelinePlanError(LlamaProError):

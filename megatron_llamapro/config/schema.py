@@ -201,6 +201,12 @@ class TrainingConfig:
     """Samples of each held-out set that an evaluation reads, evenly spaced; all where it has fewer."""
     exit_interval: int | None = None
     """Save and stop when the step is a multiple of this."""
+    max_skipped_steps: int = 10
+    """A step whose loss or gradient norm is not finite, or whose gradient is exactly 0, updates nothing. After so many
+    in a row the run ends (exit code 65). A bad document makes one or two; a model that has diverged makes every one."""
+    skip_iterations: tuple[int | str, ...] = ()
+    """Steps to leave out because their data are known to be bad, e.g. [700, 1200-1215]. The data count as consumed and
+    are not read; all other steps keep their data and their learning rate."""
     hang_timeout_minutes: float = 8.0
     """End the run when no step ends for so long, with the stack of every rank and the name of the one that the others
     wait for; 0: never. parallel.distributed_timeout_minutes, if it is shorter, ends it without saying who."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,17 +27,25 @@ class BatchSampler:
         global_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
+        iteration: int = 0,
+        left_out: Sequence[range] = (),
     ) -> None:
-        self.starts = range(consumed_samples, num_samples - global_batch_size + 1, global_batch_size)
+        """`iteration` is the number of steps done; of those in `left_out`, counted from 1, nobody reads the samples."""
+        starts = range(consumed_samples, num_samples - global_batch_size + 1, global_batch_size)
+        self.steps = {
+            step: start
+            for step, start in enumerate(starts, iteration + 1)
+            if not any(step in steps for steps in left_out)
+        }
         self.rounds = range(global_batch_size // (micro_batch_size * data_parallel_size))
         self.micro_batch_size = micro_batch_size
         self.rank, self.size = data_parallel_rank, data_parallel_size
 
     def __len__(self) -> int:
-        return len(self.starts) * len(self.rounds)
+        return len(self.steps) * len(self.rounds)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in self.starts:
+        for start in self.steps.values():
             for number in self.rounds:
                 first = start + (number * self.size + self.rank) * self.micro_batch_size
                 yield list(range(first, first + self.micro_batch_size))
@@ -52,12 +60,14 @@ def train_batches(
     global_batch_size: int,
     data_parallel_rank: int,
     data_parallel_size: int,
+    iteration: int = 0,
+    left_out: Sequence[range] = (),
     num_workers: int = 0,
 ) -> Iterator[dict]:
     """This replica's micro-batches, [b, s] tensors by name, until `num_samples` are consumed.
 
-    Raises (when the samples are used up):
-        DataError: asked for more.
+    Raises:
+        DataError: a sample cannot be trained on, or (when the samples are used up) asked for more.
     """
     sampler = BatchSampler(
         num_samples=num_samples,
@@ -66,11 +76,24 @@ def train_batches(
         global_batch_size=global_batch_size,
         data_parallel_rank=data_parallel_rank,
         data_parallel_size=data_parallel_size,
+        iteration=iteration,
+        left_out=left_out,
     )
-    yield from DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers)
+    batches = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers))
+    for step in sampler.steps:
+        for _ in sampler.rounds:
+            yield _next_of(batches, step)
     raise DataError(
         f"all {num_samples} samples of the data's order are used up: set data.train_samples for a longer run"
     )
+
+
+def _next_of(batches: Iterator[dict], step: int) -> dict:
+    try:
+        return next(batches)
+    except DataError as error:
+        reason = str(error).rpartition(f"{DataError.__name__}: ")[2].strip()  # a worker process's ends its traceback
+        raise DataError(f"step {step}: {reason}, or name the step in training.skip_iterations") from error
 
 
 def data_order_fingerprint(data: DataConfig, *, num_samples: int, seed: int) -> dict[str, object]:

@@ -94,6 +94,7 @@ fi
 lives=0
 if [ "$(saved_step)" -le "$started_at" ]; then
     [ "$verdict" = 2 ] && give_up "what is wrong with the input stays wrong"
+    [ "$verdict" = 65 ] && give_up "the same steps would come to the same end: change the run's configuration first"
     lives=$(($(cat "$LIVES" 2>/dev/null || echo 0) + 1))
 fi
 echo "$lives" >"$LIVES"

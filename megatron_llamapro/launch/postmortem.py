@@ -2,7 +2,8 @@
 
 python -m megatron_llamapro.launch.postmortem LOGS      LOGS holds NODE.log of every node
 
-Exit code 2 where the program refused its input: starting it again would change nothing. Needs no torch.
+Exit code 2 where the program refused its input, and 65 where the run diverged: starting it again would change nothing.
+Needs no torch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_llamapro.config.command import HUNG, USAGE_ERROR
+from megatron_llamapro.config.command import DIVERGED, HUNG, USAGE_ERROR
 
 _MOST_BYTES = 4 * 2**20  # of a log, from its end
 
@@ -26,6 +27,9 @@ _FAILURE = re.compile(
 
 # A rank that still ran when another of its node had failed: torchrun ends it, and then reports it as the others.
 _ENDED_BY_TORCHRUN = re.compile(r"Sending process (?P<pid>\d+) closing signal")
+
+# Ends that all ranks agree on, and of which one speaks for all.
+_AGREED = {USAGE_ERROR: "the run was refused", DIVERGED: "the run diverged"}
 
 _RANK = r"^\[[A-Za-z_]+(?P<local_rank>\d+)\]:"  # before every line of a rank
 
@@ -107,13 +111,14 @@ def describe(logs: Mapping[str, str]) -> tuple[str, int]:
     if not found:
         return "no node says that a rank died: a node was lost, or the job was stopped from outside", 0
     first = found[0]
-    if all(failure.code == USAGE_ERROR for failure in found) and (refusal := _refusal(logs.values())):
-        return f"the run was refused: {refusal}", USAGE_ERROR
+    code = first.code
+    if code in _AGREED and all(failure.code == code for failure in found) and (said := _said_for_all(logs.values())):
+        return f"{_AGREED[code]}: {said}", code
     said = f": {first.words.removeprefix('error: ')}" if first.words and first.code > 0 else ""
     return f"rank {first.rank} on {first.node} died first, at {first.time.replace('_', ' ')}: {first.how}{said}", 0
 
 
-def _refusal(logs: Iterable[str]) -> str | None:
+def _said_for_all(logs: Iterable[str]) -> str | None:
     """What one rank says for all, at last."""
     said = [match["text"] for log in logs for match in _LAST_WORDS.finditer(log) if match["text"].startswith("error: ")]
     return said[-1].removeprefix("error: ") if said else None

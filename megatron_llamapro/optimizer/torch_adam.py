@@ -53,20 +53,6 @@ class TorchAdamDistributedOptimizer(ResumableDistributedOptimizer):
     lent_step: float = 0.0
     """Steps taken so far, for a rank whose optimizer holds no state to read them from."""
 
-    def init_state(self) -> None:
-        """Make the optimizer's state exist (zeros), so that there is something to load into.
-
-        Upstream does it by a step with zero gradients; the learning rate 0 keeps that from decaying the weights.
-        """
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-        self._init_optimizer_states_with_dummy_values()
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        for state in self.optimizer.state.values():
-            state["step"].zero_()
-
     def state_dict(self) -> dict:
         """Upstream asserts exactly one `step` among the states: a rank with nothing to train has none."""
         with self._lend_step():
@@ -96,3 +82,23 @@ class TorchAdamDistributedOptimizer(ResumableDistributedOptimizer):
             yield
         finally:
             self.optimizer.state.pop(_LENT, None)
+
+
+def init_state(part: DistributedOptimizer) -> None:
+    """Make an optimizer's state exist (zeros, no steps taken), so that there is something to load into, or to save.
+
+    Upstream does it by a step with zero gradients; the learning rate 0 keeps that from decaying the weights. torch's
+    AdamW counts steps a parameter, Transformer Engine's and Apex's a group.
+    """
+    groups = part.optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = 0.0
+    part._init_optimizer_states_with_dummy_values()
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+        if "step" in group:
+            group["step"] = 0
+    for state in part.optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()

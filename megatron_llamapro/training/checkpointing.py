@@ -6,7 +6,7 @@ A delta checkpoint holds what trains; the rest is loaded from its base. `saver.p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from megatron_llamapro.checkpoint.delta import Delta
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.model.names import unwrapped
 from megatron_llamapro.optimizer.build import torch_adam_parts
+from megatron_llamapro.optimizer.torch_adam import init_state
 from megatron_llamapro.training.delta import check_base, split
 from megatron_llamapro.training.replicas import finish_param_gathers
 from megatron_llamapro.training.resume import PROGRESS, RunIdentity
@@ -56,6 +57,10 @@ def training_state(
     `delta`. All ranks call it."""
     _note_steps(optimizer, state)
     finish_param_gathers(chunks)
+    if state.num_updates == 0:  # the optimizer makes its state in its first step, and all so far were skipped
+        for part in optimizer.chained_optimizers:
+            if part.optimizer is not None:
+                init_state(part)
     model = model_state(chunks)
     optimizer_state = optimizer.sharded_state_dict(model, is_loading=False, metadata=_METADATA)
     progress = {**asdict(state), **asdict(identity), "scheduler": scheduler.state_dict()}
@@ -87,7 +92,7 @@ def load_checkpoint(
     """Continue from `folder`: weights, optimizer, schedule; returns the progress. All ranks call it; the layout may be
     another than the one that saved. Errors as above."""
     for part in torch_adam_parts(optimizer):
-        part.init_state()
+        init_state(part)
     model = model_state(chunks)
     optimizer_state = optimizer.sharded_state_dict(model, is_loading=True, metadata=_METADATA)
     loaded = _load(model, {"optimizer": optimizer_state}, folder)
@@ -95,7 +100,8 @@ def load_checkpoint(
     optimizer.load_state_dict(loaded["optimizer"])
     progress = loaded[PROGRESS]
     scheduler.load_state_dict(progress["scheduler"])
-    state = TrainingState(iteration=progress["iteration"], consumed_samples=progress["consumed_samples"])
+    known = {field.name: progress[field.name] for field in fields(TrainingState) if field.name in progress}
+    state = TrainingState(**known)  # earlier versions had fewer fields
     _note_steps(optimizer, state)
     return state
 
@@ -131,4 +137,4 @@ def _apply_model(chunks: Sequence[torch.nn.Module], loaded: Mapping) -> None:
 
 def _note_steps(optimizer: MegatronOptimizer, state: TrainingState) -> None:
     for part in torch_adam_parts(optimizer):
-        part.lent_step = float(state.iteration)
+        part.lent_step = float(state.num_updates)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Sequence
 
 from megatron_llamapro.config.errors import LlamaProError
+from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.config.steps import is_left_out, left_out
 from megatron_llamapro.data.sampling import train_batches
 from megatron_llamapro.runtime.distributed import for_all_ranks
 from megatron_llamapro.runtime.stop import StopRequest
@@ -18,7 +19,9 @@ from megatron_llamapro.training.metrics import MetricsWriter
 from megatron_llamapro.training.report import peak_memory_gib, work_per_token
 from megatron_llamapro.training.saver import Saver
 from megatron_llamapro.training.setup import Run
-from megatron_llamapro.training.step import StepResult, train_step
+from megatron_llamapro.training.skipping import check_converges, skip_record
+from megatron_llamapro.training.state import Outcome, TrainingState
+from megatron_llamapro.training.step import StepResult, leave_out_step, train_step
 
 
 def train(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, watchdog: Watchdog | None = None) -> None:
@@ -26,8 +29,8 @@ def train(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, watchdo
     a `watchdog` is told of every step.
 
     Raises:
-        LlamaProError: the loss or the gradient norm is not a number, no gradient arrives at all, or a checkpoint cannot
-            be written.
+        LlamaProError: too many steps in a row were skipped, no gradient arrives at all, or a checkpoint cannot be
+            written.
     """
     saver = Saver(run) if run.config.checkpoint.save else None
     try:
@@ -46,6 +49,9 @@ def _loop(
 ) -> None:
     config, state = run.config, run.state
     total = config.training.train_iters
+    if state.iteration >= total:
+        _say(run, f"nothing is left to do: step {state.iteration} of {total} is saved in {config.checkpoint.save}")
+        return
     batches = [_batches(run) for _ in run.chunks]
     if state.iteration == 0:
         _evaluate(run, writers)
@@ -56,11 +62,16 @@ def _loop(
     while state.iteration < total:
         if watchdog:
             watchdog.beat()
-        watched = diagnostics if _due(config.logging.diagnostics_interval, state.iteration + 1) else None
+        watched = diagnostics if _watches(config, state.iteration + 1) else None
         result = _step(run, batches, stop, watched)
-        _check_healthy(result, state.iteration)
+        _check_healthy(result, state)
         last = state.iteration == total
-        if last or state.iteration % config.logging.log_interval == 0:
+        if result.outcome is not Outcome.UPDATED:
+            _write(writers, skip_record(result, state))
+            check_converges(result, state, max_skipped_steps=config.training.max_skipped_steps)
+            if result.outcome is Outcome.LEFT_OUT:
+                timer.leave_out()
+        elif last or state.iteration % config.logging.log_interval == 0:
             _write(writers, timer.record(result))
         if watched is not None:
             for figures in watched.figures():
@@ -100,22 +111,28 @@ def _diagnostics(run: Run) -> BlockDiagnostics | None:
 
 def _step(run: Run, batches: Sequence, stop: StopRequest, watched: BlockDiagnostics | None) -> StepResult:
     training = run.config.training
+    if is_left_out(run.state.iteration + 1, training):
+        result = leave_out_step(run.optimizer, run.scheduler)
+    else:
+        result = _trained(run, batches, stop, watched)
+    run.state.end_step(result.outcome, num_samples=training.global_batch_size)
+    return result
+
+
+def _trained(run: Run, batches: Sequence, stop: StopRequest, watched: BlockDiagnostics | None) -> StepResult:
     with watched.watching() if watched else contextlib.nullcontext():
-        result = train_step(
+        return train_step(
             run.chunks,
             run.optimizer,
             run.scheduler,
             batches,
             layout=run.layout,
             num_microbatches=run.num_microbatches,
-            micro_batch_size=training.micro_batch_size,
+            micro_batch_size=run.config.training.micro_batch_size,
             seq_length=run.config.data.seq_length,
             stop_requested=stop.requested,
             before_update=watched.note_gradients if watched else None,
         )
-    run.state.iteration += 1
-    run.state.consumed_samples += training.global_batch_size
-    return result
 
 
 def _batches(run: Run):
@@ -128,23 +145,19 @@ def _batches(run: Run):
         global_batch_size=training.global_batch_size,
         data_parallel_rank=run.layout.data_rank,
         data_parallel_size=run.layout.data_size,
+        iteration=run.state.iteration,
+        left_out=left_out(training),
         num_workers=run.config.data.num_workers,
     )
 
 
-def _check_healthy(result: StepResult, iteration: int) -> None:
-    if not (math.isfinite(result.loss.loss) and math.isfinite(result.grad_norm)):
+def _check_healthy(result: StepResult, state: TrainingState) -> None:
+    """Raise where no gradient arrives before anything was updated: the reason is in the configuration."""
+    if result.grad_norm == 0.0 and state.num_updates == 0 and state.iteration > 1:
         raise for_all_ranks(
             LlamaProError(
-                f"step {iteration}: the loss is {result.loss.loss} and the gradient norm {result.grad_norm}: lower "
-                "optimizer.lr, or look at the data of this step; the last checkpoint is intact"
-            )
-        )
-    if result.grad_norm == 0.0 and iteration > 1:
-        raise for_all_ranks(
-            LlamaProError(
-                f"step {iteration}: the gradient norm is exactly 0, so nothing learns: look at model.trainable and at "
-                "the data's loss_mask"
+                f"step {state.iteration}: the gradient norm is exactly 0, so nothing learns: look at model.trainable "
+                "and at the data's loss_mask"
             )
         )
 
@@ -178,6 +191,10 @@ class StepTimer:
         """Count from here: what lay between was no step."""
         self.started, self.iteration = time.perf_counter(), self.run.state.iteration
 
+    def leave_out(self) -> None:
+        """Do not count the latest step: it took no time."""
+        self.iteration += 1
+
     def record(self, result: StepResult) -> dict[str, object]:
         """The `train` record of the latest step, speeds averaged since the last record."""
         run = self.run
@@ -197,6 +214,11 @@ class StepTimer:
             "step_seconds": seconds,
             "consumed_samples": run.state.consumed_samples,
         }
+
+
+def _watches(config: RunConfig, iteration: int) -> bool:
+    """Whether the added blocks' figures are due. A step that is left out has none."""
+    return _due(config.logging.diagnostics_interval, iteration) and not is_left_out(iteration, config.training)
 
 
 def _due(interval: int, iteration: int, last: bool = False) -> bool:

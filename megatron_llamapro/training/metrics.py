@@ -2,7 +2,7 @@
 all of them. A writer is one method, `write`.
 
 A record is a flat dict with its `kind`: `run` (once a start), `train` (a logged step), `eval` (a held-out set), `block`
-(an added block's diagnostics), `save` (a complete checkpoint).
+(an added block's diagnostics), `save` (a complete checkpoint), `skip` (a step without an update).
 """
 
 from __future__ import annotations
@@ -49,6 +49,19 @@ class ConsoleWriter:
             _say(self._block_line(record))
         elif record["kind"] == "save":
             _say(self._save_line(record))
+        elif record["kind"] == "skip":
+            _say(self._skip_line(record))
+
+    def _skip_line(self, record: Record) -> str:
+        line = f"step {record['iteration']:>{self.width}}/{self.train_iters} │ "
+        if record["outcome"] == "left out":
+            return line + f"left out, as training.skip_iterations says; skipped so far: {record['skipped_steps']}"
+        reason = f"loss {record['loss']:.4f}, grad norm {record['grad_norm']:.4f}"
+        if record["tokens"] == 0:
+            reason = "none of its tokens has loss"
+        return line + (
+            f"no update: {reason}; in a row: {record['skipped_in_a_row']}, skipped so far: {record['skipped_steps']}"
+        )
 
     def _save_line(self, record: Record) -> str:
         line = f"saved step {record['iteration']}: {record['stall_seconds']:.1f} s stall, "

@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 
 from megatron_llamapro.checkpoint.delta import BASE
-from megatron_llamapro.checkpoint.folder import is_torch_dist, latest_checkpoint, resolve_megatron_checkpoint
+from megatron_llamapro.checkpoint.folder import LATEST, is_torch_dist, latest_checkpoint, resolve_megatron_checkpoint
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.megatron_dist import COMMON_STATE, check_loadable
+from megatron_llamapro.config.checks import check_samples
 from megatron_llamapro.config.errors import CheckpointError, ConfigError
 from megatron_llamapro.config.io import to_plain
 from megatron_llamapro.config.schema import LoraConfig, RunConfig
+from megatron_llamapro.config.steps import left_out
 from megatron_llamapro.data.sampling import check_same_order, data_order_fingerprint
 
 PROGRESS = "progress"
@@ -70,6 +72,7 @@ def checkpoint_to_resume(config: RunConfig, manifest: Manifest, identity: RunIde
     """
     folder = latest_checkpoint(Path(config.checkpoint.save)) if config.checkpoint.save else None
     if folder is None:
+        check_samples(config)
         return None
     if Manifest.read(folder) != manifest:
         raise CheckpointError(
@@ -87,7 +90,20 @@ def checkpoint_to_resume(config: RunConfig, manifest: Manifest, identity: RunIde
                 f"the run in checkpoint.save began with {called} {stored[name]}, now {getattr(identity, name)}: "
                 f"its optimizer state would not fit; {_START_ANEW}"
             )
+    check_samples(config, iteration=stored["iteration"], consumed_samples=stored["consumed_samples"])
+    _check_skips(config, stored)
     return folder
+
+
+def _check_skips(config: RunConfig, stored: Mapping) -> None:
+    """A step that is over cannot be left out any more."""
+    done, skipped = stored["iteration"], set(stored.get("skipped_steps", ()))
+    late = [step for steps in left_out(config.training) for step in steps if step <= done and step not in skipped]
+    if late:
+        raise ConfigError(
+            f"training.skip_iterations names step {late[0]}, but the run continues from step {done} and was trained on "
+            f"it: take it out of the list, or write the step of an earlier checkpoint into checkpoint.save's {LATEST}"
+        )
 
 
 def read_progress(folder: Path) -> dict:

@@ -15,8 +15,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_llamapro.optimizer.update import gradient_norm, update
 from megatron_llamapro.runtime.distributed import ParallelLayout
 from megatron_llamapro.training.communication import communication
+from megatron_llamapro.training.state import Outcome
 
 Batch = dict[str, torch.Tensor]
 """tokens, labels, loss_mask, position_ids: [b, s] each."""
@@ -41,7 +43,8 @@ class StepResult:
     grad_norm: float
     """Global norm over all trainable parameters, before clipping."""
     learning_rate: float
-    """That the step was taken with."""
+    """That the step was taken with, or would have been."""
+    outcome: Outcome
 
 
 def connect(
@@ -80,7 +83,12 @@ def train_step(
     before_update: Callable[[], None] | None = None,
 ) -> StepResult:
     """Forward, backward, clip, update. `batches` holds one iterator a model chunk, all over the same micro-batches;
-    `before_update` is called when all gradients are there."""
+    `before_update` is called when all gradients are there.
+
+    Nothing is updated where the loss or the gradient norm is not finite. The same goes for a norm of exactly 0: a model
+    that diverged may have hidden states so large that the final norm returns zeros. Loss and norm are reduced over all
+    ranks, so all ranks agree.
+    """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -94,11 +102,34 @@ def train_step(
     )
     if before_update is not None:
         before_update()
-    learning_rate = get_canonical_lr_for_logging(optimizer.param_groups) or 0.0
-    _, grad_norm, _ = optimizer.step()
-    scheduler.step(increment=1)
     loss = reduce_loss(sums, layout=layout, stop_requested=stop_requested)
-    return StepResult(loss=loss, grad_norm=float(grad_norm or 0.0), learning_rate=learning_rate)
+    grad_norm = gradient_norm(optimizer)
+    usable = math.isfinite(loss.loss) and math.isfinite(grad_norm) and grad_norm > 0
+    if usable:
+        update(optimizer, grad_norm=grad_norm)
+    return StepResult(
+        loss=loss,
+        grad_norm=grad_norm,
+        learning_rate=_end_step(optimizer, scheduler),
+        outcome=Outcome.UPDATED if usable else Outcome.SKIPPED,
+    )
+
+
+def leave_out_step(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> StepResult:
+    """A step that reads and computes nothing, and has its place in the schedule."""
+    return StepResult(
+        loss=LossSum(loss=math.nan, num_tokens=0),
+        grad_norm=math.nan,
+        learning_rate=_end_step(optimizer, scheduler),
+        outcome=Outcome.LEFT_OUT,
+    )
+
+
+def _end_step(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> float:
+    """Advance the schedule. Returns the learning rate of the step that ends."""
+    learning_rate = get_canonical_lr_for_logging(optimizer.param_groups) or 0.0
+    scheduler.step(increment=1)
+    return learning_rate
 
 
 def run_microbatches(

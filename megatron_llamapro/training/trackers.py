@@ -201,6 +201,8 @@ def _scalars(record: Record) -> dict[str, float]:
         return {f"eval/{record['name']}": record["loss"]}
     if record["kind"] == "block":
         return {f"block {record['layer']}/{name}": record[name] for name in BLOCK_FIGURES}
+    if record["kind"] == "skip":
+        return {"train/skipped_steps": record["skipped_steps"]}
     if record["kind"] == "train":
         figures = {name: value for name, value in record.items() if isinstance(value, (int, float))}
         return {f"train/{name}": value for name, value in figures.items() if name != "iteration"}

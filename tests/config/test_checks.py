@@ -1,12 +1,21 @@
 """Values that cannot go together are refused, and the message says what to do."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from megatron_llamapro.config.checks import check_model, check_run_config, data_parallel_size
+from megatron_llamapro.config.checks import check_model, check_run_config, check_samples, data_parallel_size
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.schema import BlendEntry, DataConfig, ModelConfig, RunConfig, TrainingConfig
+from megatron_llamapro.config.schema import (
+    BlendEntry,
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from megatron_llamapro.config.steps import is_left_out
 
 BASE = RunConfig(
     model=ModelConfig(checkpoint="c"),
@@ -31,6 +40,9 @@ def test_the_base_is_fine() -> None:
     assert data_parallel_size(BASE, 4) == 4
 
 
+BAD_ENTRIES = (0, -1, 11, "3-11", "5-4", "a", "3-", "3..4", "1e2", True)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -39,7 +51,10 @@ def test_the_base_is_fine() -> None:
         ({"optimizer__lr_warmup_fraction": 6.0}, "part of 1"),
         ({"optimizer__min_lr": 1.0}, "above optimizer.lr"),
         ({"data__train": ()}, "data.train is empty"),
-        ({"data__train_samples": 79}, "needs 80 samples"),
+        (
+            {"data__train_samples": 79},
+            r"is 79, but 10 steps of 8 samples need 80: set --data\.train_samples 80, or .* 9",
+        ),
         ({"data__valid": {}, "training__eval_interval": 5}, "names no held-out set"),
         ({"parallel__virtual_pipeline_model_parallel_size": 2}, "at least 2 of each"),
         ({"parallel__pipeline_stage_layers": (3, 3)}, "needs one count"),
@@ -51,6 +66,11 @@ def test_the_base_is_fine() -> None:
         ({"recompute__modules": ("mlp",)}, "read with selective only"),
         ({"training__exit_interval": 0}, "at least 1"),
         ({"logging__wandb_name": "first"}, r"logging\.wandb_project is not: set both"),
+        ({"training__exit_interval": 5}, r"saves and stops: set checkpoint\.save"),
+        ({"checkpoint__save_interval": 5}, r"nothing is saved: set checkpoint\.save"),
+        ({"checkpoint__keep_last": 5}, r"nothing is saved: set checkpoint\.save"),
+        ({"training__max_skipped_steps": 0}, "at least 1"),
+        *(({"training__skip_iterations": (entry,)}, f"has {entry}: name steps") for entry in BAD_ENTRIES),
         ({"model__trainable": ()}, "trainable is empty"),
         ({"model__trainable": ("lora",)}, r"set lora\.rank, e\.g\. 16"),
         ({"lora__rank": 4}, r"have model\.trainable name lora"),
@@ -85,6 +105,29 @@ def test_refused_alone(fields: dict, message: str) -> None:
 def test_refused_for_the_world(fields: dict, world_size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         data_parallel_size(changed(**fields), world_size)
+
+
+def test_the_rest_of_a_run_needs_its_samples() -> None:
+    """Half of 48 samples went in steps of 8; then in steps of 4."""
+    config = changed(data__train_samples=48, training__global_batch_size=4)
+    with pytest.raises(ConfigError, match=r"32 \+ 24 > 48; set --training\.train_iters 8, or .*batch_size 2 or less"):
+        check_samples(config, iteration=4, consumed_samples=32)
+    check_samples(changed(data__train_samples=48, training__train_iters=8), iteration=6, consumed_samples=32)
+    check_samples(config, iteration=10, consumed_samples=48)
+
+
+def test_a_larger_batch_for_the_rest_is_fine(tmp_path: Path) -> None:
+    """What the first steps took is known from the checkpoint only."""
+    larger = changed(data__train_samples=79)
+    with pytest.raises(ConfigError, match="need 80"):
+        check_run_config(changed(data__train_samples=79, checkpoint__save=str(tmp_path / "new")))
+    check_run_config(dataclasses.replace(larger, checkpoint=CheckpointConfig(save=str(tmp_path))))
+    check_samples(larger, iteration=4, consumed_samples=16)
+
+
+def test_steps_to_leave_out() -> None:
+    training = changed(training__skip_iterations=(2, "7-9", "10")).training
+    assert [step for step in range(12) if is_left_out(step, training)] == [2, 7, 8, 9, 10]
 
 
 MODEL = {"num_layers": 6, "num_attention_heads": 8, "num_query_groups": 2, "ffn_hidden_size": 16}

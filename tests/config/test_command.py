@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from megatron_llamapro.config.command import CommandParser, in_one_line, run_command
-from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.config.errors import CheckpointError, DivergedError, RunError
 
 
 def raising(error: BaseException):
@@ -21,6 +21,8 @@ def raising(error: BaseException):
     ("error", "code", "text"),
     [
         (CheckpointError("a\n b"), 2, "error: a b\n"),
+        (DivergedError("the loss is nan"), 65, "error: the loss is nan\n"),
+        (RunError("the disk is full"), 75, "error: the disk is full\n"),
         (
             OSError(errno.ENOSPC, "No space left on device", "/x/y"),
             2,

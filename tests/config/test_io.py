@@ -35,11 +35,18 @@ def test_yaml_and_overrides(run_yaml: Path) -> None:
     assert config.data.valid == {"cpp": "c"}
 
 
+def test_steps_to_leave_out_are_numbers_and_ranges(run_yaml: Path) -> None:
+    run_yaml.write_text(MINIMAL.replace("train_iters: 3", "train_iters: 20, skip_iterations: [7, 12-15]"))
+    assert parsed(run_yaml).training.skip_iterations == (7, "12-15")
+    assert parsed(run_yaml, "--training.skip_iterations", "[3, 4-5]").training.skip_iterations == (3, "4-5")
+
+
 def test_resolved_config_reads_back_equal(run_yaml: Path, tmp_path: Path) -> None:
     config = parsed(
         run_yaml,
         "--parallel.pipeline_model_parallel_size=2",
         "--parallel.pipeline_stage_layers=[3,2]",
+        "--training.skip_iterations=[1,2-3]",
         '--optimizer.param_groups=[{"match": "*.linear_fc2.weight", "lr_mult": 0.5}]',
     )
     resolved = tmp_path / "resolved.yaml"

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import Dataset
 
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.schema import BlendEntry, DataConfig
 from megatron_llamapro.data.sampling import BatchSampler, check_same_order, data_order_fingerprint, train_batches
 
 
-def global_batches(*, consumed: int, size: int, micro: int, total: int, batch: int) -> list[list[int]]:
+def global_batches(
+    *, consumed: int, size: int, micro: int, total: int, batch: int, left_out: tuple[range, ...] = ()
+) -> list[list[int]]:
     """Samples of every step, over all replicas, in the order of the data."""
     samplers = [
         BatchSampler(
@@ -24,6 +27,8 @@ def global_batches(*, consumed: int, size: int, micro: int, total: int, batch: i
             global_batch_size=batch,
             data_parallel_rank=rank,
             data_parallel_size=size,
+            iteration=consumed // batch,
+            left_out=left_out,
         )
         for rank in range(size)
     ]
@@ -44,6 +49,43 @@ def test_every_replica_count_reads_the_same_steps(size: int, micro: int, steps_d
     found = global_batches(consumed=8 * steps_done, size=size, micro=micro, total=total, batch=8)
     whole = [list(range(start, start + 8)) for start in range(0, total - 7, 8)]
     assert found == whole[steps_done:]
+
+
+@given(st.sampled_from([1, 2, 4]), st.integers(0, 5), st.sets(st.integers(1, 6)))
+def test_steps_that_are_left_out_leave_the_others_as_they_are(size: int, steps_done: int, steps: set[int]) -> None:
+    """Also where the run continues after some of them."""
+    named = tuple(range(step, step + 1) for step in steps)
+    found = global_batches(consumed=8 * steps_done, size=size, micro=2, total=48, batch=8, left_out=named)
+    rest = [step for step in range(steps_done + 1, 7) if step not in steps]
+    assert found == [list(range(8 * (step - 1), 8 * step)) for step in rest]
+
+
+class Damaged(Dataset):
+    """Five samples, the fourth of which cannot be trained on."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> dict:
+        if index == 3:
+            raise DataError("the token 600 is beyond the vocabulary")
+        return {"tokens": index}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bad_sample_is_one_line_that_names_its_step(num_workers: int) -> None:
+    """And is not read where its step is left out."""
+    settings = {"num_samples": 5, "consumed_samples": 1, "micro_batch_size": 1, "global_batch_size": 1}
+    settings |= {"data_parallel_rank": 0, "data_parallel_size": 1, "iteration": 6, "num_workers": num_workers}
+    batches = train_batches(Damaged(), **settings)
+    assert [int(next(batches)["tokens"]) for _ in range(2)] == [1, 2]
+    with pytest.raises(DataError) as error:
+        next(batches)
+    assert str(error.value) == (
+        "step 9: the token 600 is beyond the vocabulary, or name the step in training.skip_iterations"
+    )
+    batches = train_batches(Damaged(), **settings, left_out=[range(9, 10)])
+    assert [int(next(batches)["tokens"]) for _ in range(3)] == [1, 2, 4]
 
 
 def test_used_up_data_is_an_error_that_says_so() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_llamapro.config.command import DIVERGED
 from megatron_llamapro.launch.config import read_launch_config
 from megatron_llamapro.launch.slurm import sbatch_script
 
@@ -154,6 +155,17 @@ def test_what_is_refused_is_not_tried_again(container: dict, live: Callable[...,
     life = live(REFUSED, launch=container, PYTHON_IS="1" if container else "")
     assert life.calls == [] and life.returncode == 1
     assert "the run was refused: data.seq_length is 4096" in life.stdout, life.stdout
+
+
+def test_what_diverged_is_tried_again_only_from_a_newer_checkpoint(live: Callable[..., Life]) -> None:
+    """It may have been the machine; from the same checkpoint the same steps come to the same end."""
+    diverged = REFUSED.replace("exitcode  : 2", f"exitcode  : {DIVERGED}")
+    assert live("mkdir -p save; echo 5 >save/latest_checkpointed_iteration.txt\n" + diverged).calls == [
+        "scontrol requeue 7"
+    ]
+    life = live(diverged)
+    assert life.calls == [] and life.returncode == 1
+    assert "the run diverged: data.seq_length" in life.stdout and "gives up: the same steps would come" in life.stdout
 
 
 def test_a_node_that_does_not_see_the_folders(live: Callable[..., Life]) -> None:

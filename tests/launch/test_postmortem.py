@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llamapro.config.command import TRY_AGAIN
+from megatron_llamapro.config.command import DIVERGED, TRY_AGAIN, USAGE_ERROR
 from megatron_llamapro.launch.postmortem import describe
 
 BLOCK = """\
@@ -109,14 +109,14 @@ def test_a_hang_comes_before_what_its_end_aborts() -> None:
     assert line == "rank 0 on n1 died first, at 2026-11-25 16:05:10: exit code 70: hang: rank 1 gave no sign of life"
 
 
-def test_a_refused_input_is_an_end() -> None:
+@pytest.mark.parametrize(("code", "says"), [(USAGE_ERROR, "the run was refused"), (DIVERGED, "the run diverged")])
+def test_what_all_ranks_agree_on_is_an_end(code: int, says: str) -> None:
     earlier = "[default0]:error: the disk is full\n"
-    n1 = earlier + "[default0]:error: data.seq_length is 4096, but …\n" + block(0, 2)
-    line, code = describe({"n1": n1, "n2": block(2, 2)})
-    assert (line, code) == ("the run was refused: data.seq_length is 4096, but …", 2)
+    n1 = earlier + "[default0]:error: data.seq_length is 4096, but …\n" + block(0, code)
+    assert describe({"n1": n1, "n2": block(2, code)}) == (f"{says}: data.seq_length is 4096, but …", code)
 
 
-@pytest.mark.parametrize("code", [2, TRY_AGAIN])
+@pytest.mark.parametrize("code", [USAGE_ERROR, DIVERGED, TRY_AGAIN])
 def test_what_one_rank_alone_met_is_not_the_inputs_fault(code: int) -> None:
     log = block(3, code) + "[default1]:error: data.bin: Input/output error\n"
     line, exit_code = describe({"n1": block(0, 1) + says(0, LOST_BY_GLOO), "n2": log})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -29,6 +30,16 @@ BLOCK = {
     "distance": 1e-4,
     "output_norm": 0.02,
 }
+SKIP = {
+    "kind": "skip",
+    "iteration": 7,
+    "outcome": "skipped",
+    "loss": math.nan,
+    "grad_norm": math.inf,
+    "tokens": 128,
+    "skipped_steps": 3,
+    "skipped_in_a_row": 2,
+}
 HELD_OUT = {"kind": "eval", "iteration": 7, "name": "cpp", "loss": 1.75, "tokens": 10}
 
 
@@ -52,6 +63,19 @@ def test_an_output_on_a_full_disk_stops_nothing(monkeypatch: pytest.MonkeyPatch)
         ConsoleWriter(train_iters=1000).write({**STEP, "iteration": number})
     with pytest.raises(OSError, match="No space left"):  # what it did not take
         output.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, "no update: loss nan, grad norm inf; in a row: 2, skipped so far: 3"),
+        ({"tokens": 0}, "no update: none of its tokens has loss; in a row: 2, skipped so far: 3"),
+        ({"outcome": "left out"}, "left out, as training.skip_iterations says; skipped so far: 3"),
+    ],
+)
+def test_a_step_without_an_update(fields: dict, text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    ConsoleWriter(train_iters=100).write({**SKIP, **fields})
+    assert capsys.readouterr().out == f"step   7/100 │ {text}\n"
 
 
 def test_where_the_record_goes() -> None:

@@ -14,6 +14,7 @@ import torch
 import workers
 
 from megatron_llamapro.checkpoint.convert import legacy, megatron_to_megatron
+from megatron_llamapro.checkpoint.folder import latest_checkpoint
 from megatron_llamapro.config.io import dump_yaml
 from megatron_llamapro.config.schema import BlendEntry, ParallelConfig
 from megatron_llamapro.testing.distributed import run_distributed
@@ -123,6 +124,20 @@ def test_what_fails_on_the_way_is_not_the_inputs_fault(run_config: Callable, tmp
     assert result.stderr.count("\n") == 1
 
 
+def test_a_run_that_diverges_has_an_exit_code_of_its_own(run_config: Callable, tmp_path: Path) -> None:
+    """A learning rate that makes every later loss NaN."""
+    config = run_config(train_iters=6, max_skipped_steps=2)
+    optimizer = dataclasses.replace(config.optimizer, lr=1e19)
+    checkpoint = dataclasses.replace(config.checkpoint, save_interval=2)
+    result = pretrain(dataclasses.replace(config, optimizer=optimizer, checkpoint=checkpoint), tmp_path)
+    assert result.returncode == 65, result.stderr
+    assert result.stderr.startswith("error: step 3: the loss is nan and the gradient norm nan; steps in a row")
+    assert result.stderr.count("\n") == 1 and "lower optimizer.lr" in result.stderr
+    records = [json.loads(line) for line in (tmp_path / "save" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in records if record["kind"] == "skip"] == [2, 3]
+    assert latest_checkpoint(tmp_path / "save") == tmp_path / "save" / "iter_0000002"
+
+
 def test_a_path_that_cannot_be_is_the_inputs_fault(run_config: Callable, tmp_path: Path) -> None:
     config = run_config(train_iters=1)
     (tmp_path / "file").touch()
@@ -146,9 +161,19 @@ def test_a_changed_run_is_refused(run_config: Callable, models: Callable, token_
     other_blend = with_data(config, train=(BlendEntry(str(token_files[0])),))
     other_model = with_model(config, checkpoint=str(models(seed=3).expanded_megatron))
     other_parts = with_model(config, trainable=("added_blocks", "final_norm"))
-    [answers] = run_distributed(workers.set_up_errors, 1, [other_seed, other_blend, other_model, other_parts])
-    expected = ("training.seed", "data.train", "belongs to a run of another model", "began with model.trainable")
-    for part, answer in zip(expected, answers, strict=True):
+    too_late = dataclasses.replace(config, training=dataclasses.replace(config.training, skip_iterations=(1,)))
+    smaller = dataclasses.replace(config.training, train_iters=4, global_batch_size=2)  # the same order
+    too_short = dataclasses.replace(config, training=smaller)
+    cases = {
+        "training.seed": other_seed,
+        "data.train": other_blend,
+        "belongs to a run of another model": other_model,
+        "began with model.trainable": other_parts,
+        "names step 1, but the run continues from step 1": too_late,
+        "4 + 6 > 8; set --training.train_iters 3, or --training.global_batch_size 1 or less": too_short,
+    }
+    [answers] = run_distributed(workers.set_up_errors, 1, list(cases.values()))
+    for part, answer in zip(cases, answers, strict=True):
         assert part in answer
 
 

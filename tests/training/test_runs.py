@@ -140,6 +140,9 @@ def test_a_finished_run_does_nothing_more(run_config: Callable) -> None:
     config = run_config(train_iters=1)
     run_distributed(workers.train, 1, config)
     assert run_distributed(workers.train, 1, config)[0].figures == []
+    assert run_distributed(workers.printed, 1, config) == [
+        f"nothing is left to do: step 1 of 1 is saved in {config.checkpoint.save}\n"
+    ]
 
 
 def test_parameter_group_rules(run_config: Callable, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ HELD_OUT = {"kind": "eval", "iteration": 7, "name": "cpp", "loss": 1.75, "tokens
 
 def test_tensorboard(tmp_path: Path) -> None:
     writer = TensorBoardWriter(str(tmp_path), resumed_at=0)
-    for record in ({"kind": "run", "iteration": 0}, STEP, HELD_OUT, {**BLOCK, "output_norm": 0.02}):
+    skip = {"kind": "skip", "iteration": 7, "skipped_steps": 3}
+    for record in ({"kind": "run", "iteration": 0}, STEP, HELD_OUT, {**BLOCK, "output_norm": 0.02}, skip):
         writer.write(record)
     writer.close(failed=False)
     events = EventAccumulator(str(tmp_path))
@@ -32,6 +33,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert events.Scalars("block 4/output_norm")[0].value == pytest.approx(0.02)
     assert events.Scalars("train/loss")[0].value == 1.5 and events.Scalars("eval/cpp")[0].step == 7
     assert math.isnan(events.Scalars("train/grad_norm")[0].value)
+    assert events.Scalars("train/skipped_steps")[0].value == 3
 
 
 def pretrain(folder: Path, *options: str, site: Path | None = None, **environment: str) -> subprocess.CompletedProcess:

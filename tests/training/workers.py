@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import resource
 import signal
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING
 from megatron_llamapro.config.schema import RunConfig
 
 if TYPE_CHECKING:
+    from megatron_llamapro.training.state import TrainingState
     from megatron_llamapro.training.step import StepResult
 
 
@@ -33,6 +36,11 @@ class Records:
         names = ("iteration", "loss", "grad_norm", "learning_rate")
         return [tuple(r[name] for name in names) for r in self.records if r["kind"] == "train"]
 
+    def skips(self) -> list[tuple[int, str, int, int]]:
+        """Step, outcome, and the numbers of skipped ones, of every step without an update."""
+        names = ("iteration", "outcome", "skipped_steps", "skipped_in_a_row")
+        return [tuple(r[name] for name in names) for r in self.records if r["kind"] == "skip"]
+
     def saves(self) -> list[dict]:
         return [record for record in self.records if record["kind"] == "save"]
 
@@ -48,6 +56,7 @@ class Result:
     optimizer_bytes: int
     num_trainable: int
     saves: list
+    skips: list
 
 
 def train(config: RunConfig, sigterm_at: int | None = None) -> Result:
@@ -77,6 +86,7 @@ def train(config: RunConfig, sigterm_at: int | None = None) -> Result:
         optimizer_bytes=sum(value.nbytes for value in state),
         num_trainable=run.report.num_trainable,
         saves=writer.saves(),
+        skips=writer.skips(),
     )
 
 
@@ -91,9 +101,9 @@ def train_on_a_full_disk(config: RunConfig, full_after: int) -> str:
     run = set_up(config)
     healthy, limits = loop._check_healthy, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill(result: StepResult, iteration: int) -> None:
-        healthy(result, iteration)
-        if iteration == full_after + 1 and run.layout.rank == run.layout.world_size - 1:
+    def fill(result: StepResult, state: TrainingState) -> None:
+        healthy(result, state)
+        if state.iteration == full_after + 1 and run.layout.rank == run.layout.world_size - 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
 
     loop._check_healthy = fill
@@ -105,6 +115,13 @@ def train_on_a_full_disk(config: RunConfig, full_after: int) -> str:
         loop._check_healthy = healthy
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return "no error"
+
+
+def printed(config: RunConfig) -> str:
+    """What a run prints on this rank."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        train(config)
+    return output.getvalue()
 
 
 def set_up_errors(configs: list[RunConfig]) -> list[str]:
@@ -151,3 +168,22 @@ def front_door(config: RunConfig, folder: Path, environment: dict[str, str]) -> 
         except LlamaProError as error:
             return f"{type(error).__name__}: {error}", said.getvalue()
     return "no error", said.getvalue()
+
+
+def batches(config: RunConfig) -> list[tuple]:
+    """Tokens and labels, [samples, tokens], of each step of a run on one rank."""
+    from megatron_llamapro.data.sampling import train_batches
+    from megatron_llamapro.training.setup import set_up
+
+    samples = config.training.global_batch_size
+    read = train_batches(
+        set_up(config).train_set,
+        num_samples=config.data_order_samples,
+        consumed_samples=0,
+        micro_batch_size=samples,
+        global_batch_size=samples,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+    )
+    steps = [next(read) for _ in range(config.training.train_iters)]
+    return [(step["tokens"], step["labels"]) for step in steps]
