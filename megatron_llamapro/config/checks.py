@@ -6,51 +6,74 @@ the model's shape. All are called before anything is built or written.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping
+
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import CheckpointConfig, LoraConfig, ParallelConfig, RecomputeConfig, RunConfig
+from megatron_llamapro.config.values import LARGEST_FLOAT, LARGEST_INT
 
-_AT_LEAST_ONE = (
-    ("parallel", "tensor_model_parallel_size"),
-    ("parallel", "pipeline_model_parallel_size"),
-    ("data", "seq_length"),
-    ("training", "train_iters"),
-    ("training", "micro_batch_size"),
-    ("training", "global_batch_size"),
-    ("training", "eval_samples"),
-    ("logging", "log_interval"),
-    ("model", "make_vocab_size_divisible_by"),
-)
-_NOT_NEGATIVE = (
-    ("training", "eval_interval"),
-    ("training", "hang_timeout_minutes"),
-    ("checkpoint", "save_interval"),
-    ("logging", "diagnostics_interval"),
-    ("optimizer", "lr"),
-    ("optimizer", "min_lr"),
-    ("optimizer", "weight_decay"),
-    ("optimizer", "clip_grad"),
-    ("data", "num_workers"),
-)
+# The least and the most that a number can be. Times end before what a timer takes; a seed and its successors fit into
+# numpy's 32 bits.
+_MINUTES, _SEEDS, _WORKERS = 10**6, 2**31, 1000
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(
+        (
+            "parallel.tensor_model_parallel_size",
+            "parallel.pipeline_model_parallel_size",
+            "data.seq_length",
+            "data.train_samples",
+            "training.train_iters",
+            "training.micro_batch_size",
+            "training.global_batch_size",
+            "training.eval_samples",
+            "training.exit_interval",
+            "logging.log_interval",
+            "model.make_vocab_size_divisible_by",
+        ),
+        (1, LARGEST_INT),
+    ),
+    **dict.fromkeys(("training.eval_interval", "checkpoint.save_interval"), (0, LARGEST_INT)),
+    "logging.diagnostics_interval": (0, LARGEST_INT),
+    **dict.fromkeys(
+        (
+            "optimizer.lr",
+            "optimizer.min_lr",
+            "optimizer.weight_decay",
+            "optimizer.clip_grad",
+            "optimizer.adam_eps",
+        ),
+        (0, LARGEST_FLOAT),
+    ),
+    "data.num_workers": (0, _WORKERS),
+    "training.seed": (0, _SEEDS),
+    "training.hang_timeout_minutes": (0, _MINUTES),
+    "parallel.distributed_timeout_minutes": (1e-3, _MINUTES),
+}
 
 
 def check_run_config(config: RunConfig) -> None:
     """Raise `ConfigError` where values are out of range or contradict each other."""
-    for section, name in _AT_LEAST_ONE:
-        if getattr(getattr(config, section), name) < 1:
-            raise ConfigError(f"{section}.{name} is {getattr(getattr(config, section), name)}: it must be at least 1")
-    for section, name in _NOT_NEGATIVE:
-        if getattr(getattr(config, section), name) < 0:
-            raise ConfigError(f"{section}.{name} is {getattr(getattr(config, section), name)}: it cannot be negative")
+    check_ranges(config, _RANGES)
     _check_optimizer(config)
     _check_data(config)
     _check_parallel(config.parallel)
     _check_retention(config.checkpoint)
     _check_recompute(config.recompute)
     _check_lora(config)
-    if config.training.exit_interval is not None and config.training.exit_interval < 1:
-        raise ConfigError("training.exit_interval must be at least 1: leave it out to run to the end")
     if not config.model.trainable:
         raise ConfigError("model.trainable is empty: name at least one thing that trains, e.g. added_blocks")
+
+
+def check_ranges(config: object, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raise `ConfigError` where one of these fields, by dotted names, is set and below the least or above the most."""
+    for name, (least, most) in ranges.items():
+        value = operator.attrgetter(name)(config)
+        if value is None or least <= value <= most:
+            continue
+        if value > most:
+            raise ConfigError(f"{name} is {value}: it can be {most} at the most")
+        raise ConfigError(f"{name} is {value}: it {'must be at least' if least else 'cannot be negative:'} {least}")
 
 
 def _check_optimizer(config: RunConfig) -> None:
@@ -62,6 +85,9 @@ def _check_optimizer(config: RunConfig) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(optimizer, name) < 1:
             raise ConfigError(f"optimizer.{name} is {getattr(optimizer, name)}: it must be in [0, 1)")
+    for rule in optimizer.param_groups:
+        if min(rule.lr_mult, rule.wd_mult or 0) < 0:
+            raise ConfigError(f"optimizer.param_groups: the multiples of {rule.match} cannot be negative")
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(f"optimizer.min_lr ({optimizer.min_lr}) is above optimizer.lr ({optimizer.lr})")
 

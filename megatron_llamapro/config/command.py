@@ -10,13 +10,17 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_llamapro.config.errors import ConfigError, LlamaProError, RunError
+from megatron_llamapro.config.paths import expand_user
+from megatron_llamapro.config.values import LARGEST_FLOAT
 
 USAGE_ERROR = 2
 HUNG = 70
@@ -24,7 +28,36 @@ TRY_AGAIN = os.EX_TEMPFAIL  # 75
 INTERRUPTED = 130
 OUTPUT_CLOSED = 141
 
-_MOST = 1e30  # of an option: sums and quotients of them stay finite
+
+def _path(text: str) -> Path:
+    try:
+        return Path(expand_user(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def _whole_number(text: str) -> int:
+    if not re.fullmatch(r"[-+]?\d{1,15}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{_short(text)} is no whole number")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{_short(text)} is no number") from None
+    if not abs(value) <= LARGEST_FLOAT:  # NaN neither
+        raise argparse.ArgumentTypeError(f"{_short(text)}: it must be finite")
+    return value
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]}…")
+
+
+# How every command reads options of these types: `~` is the home folder, and numbers are finite.
+_TYPES: dict[type, Callable] = {Path: _path, int: _whole_number, float: _number}
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -33,6 +66,8 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **kwargs) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
+        for kind, read in _TYPES.items():
+            self.register("type", kind, read)
         # On a command and on its sub-commands; these must not reset what was given before them.
         default = argparse.SUPPRESS if " " in kwargs.get("prog", "") else False
         self.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
@@ -60,13 +95,11 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raise `ConfigError` where one of these options, all numbers, is given and not above 0, or not finite."""
+    """Raise `ConfigError` where one of these options, all numbers, is given and not above 0."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and not value > 1 / _MOST:
+        if value is not None and not value > 1 / LARGEST_FLOAT:
             raise ConfigError(f"--{name} is {value:g}: it must be above 0")
-        if value is not None and value > _MOST:
-            raise ConfigError(f"--{name} is {value:g}: it must be finite")
 
 
 def in_one_line(error: BaseException) -> str:
