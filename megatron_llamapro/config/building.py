@@ -9,6 +9,7 @@ from typing import Any
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.fields import fields_of, is_file_path, items_of, required_of
 from megatron_llamapro.config.paths import expand_user
+from megatron_llamapro.config.values import printable
 
 
 def to_plain(value: object) -> object:
@@ -70,7 +71,7 @@ def with_homes(kind: Any, given: Any, name: str = "") -> Any:
         try:
             return expand_user(given)
         except ValueError as error:
-            raise ConfigError(f"{name} is {given!r}: {error}") from None
+            raise ConfigError(f"{printable(name)} is {given!r}: {error}") from None
     if isinstance(given, list):
         return [with_homes(items_of(kind), item, f"{name}[{index}]") for index, item in enumerate(given)]
     if isinstance(given, dict):

@@ -14,6 +14,7 @@ import yaml
 
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.paths import expand_user
+from megatron_llamapro.config.values import printable
 
 _LARGEST_FILE = 16 * 2**20  # bytes
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -93,7 +94,7 @@ def read_document(name: str) -> dict:
     Raises:
         ConfigError: there is no such file, it is no text, no YAML, or holds something else.
     """
-    text = _text_of(name)
+    text, name = _text_of(name), printable(name)
     try:
         document = load(text)
     except ConfigError as error:
@@ -111,6 +112,7 @@ def _text_of(name: str) -> str:
         path = Path(expand_user(name))
     except ValueError as error:
         raise ConfigError(f"{name!r} names no file: {error}") from None
+    name = printable(name)
     if path.is_dir():
         raise ConfigError(f"{name} is a folder: name the YAML file in it")
     try:

@@ -14,8 +14,9 @@ from megatron_llamapro.config.checks import check_run_config
 from megatron_llamapro.config.documents import dump, read_document
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.fields import alternatives_of, fields_of, items_of
-from megatron_llamapro.config.reading import Place, read_text, read_value
+from megatron_llamapro.config.reading import Place, read_text, read_value, shown
 from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.config.values import printable
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -95,10 +96,10 @@ def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
         if word in _FLAGS:
             continue
         if not name.startswith("--") or name == "--":
-            raise ConfigError(f"'{word}' stands behind no option: for a file, write --config {word}")
+            raise ConfigError(f"{shown(word)} stands behind no option: for a file, write --config {printable(word)}")
         text = text if equals else next(words, "")
         if not text or (text.startswith("--") and not equals):
-            raise ConfigError(f"{name} has no value: write {name}=…")
+            raise ConfigError(f"{printable(name)} has no value: write {printable(name)}=…")
         yield name.removeprefix("--"), text
 
 

@@ -18,7 +18,7 @@ from megatron_llamapro.config.documents import load
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.fields import alternatives_of, fields_of, is_optional, required_of
 from megatron_llamapro.config.nearest import suggestion
-from megatron_llamapro.config.values import LARGEST_FLOAT, LARGEST_INT, spelled_as
+from megatron_llamapro.config.values import LARGEST_FLOAT, LARGEST_INT, printable, spelled_as
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
@@ -36,7 +36,7 @@ class Place:
     """Dotted, from the root."""
 
     def __str__(self) -> str:
-        return f"{self.source}{self.name}"
+        return printable(f"{self.source}{self.name}")
 
     def under(self, name: str) -> Place:
         """One of its fields."""
@@ -118,7 +118,7 @@ def _read_fields(kind: Any, value: object, place: Place) -> dict:
         place.refuse(value, f"it is a section: write its fields, e.g. {place.under(first).name}")
     for name in value:
         if name not in hints:
-            place.under(name if isinstance(name, str) and name.isprintable() else shown(name)).is_unknown()
+            place.under(name if isinstance(name, str) else shown(name)).is_unknown()
     read = {name: read_value(hints[name], given, place.under(name)) for name, given in value.items()}
     for name in required_of(kind) if is_entry else ():
         if name not in read:
@@ -196,7 +196,12 @@ def _read_names(value: object, place: Place, kinds: tuple) -> dict:
 
 def _is_word(value: object) -> bool:
     """Whether an example of what to type can hold it."""
-    return isinstance(value, (str, int, float)) and not isinstance(value, bool) and len(str(value)) <= 60
+    return (
+        isinstance(value, (str, int, float))
+        and not isinstance(value, bool)
+        and len(str(value)) <= 60
+        and str(value).isprintable()
+    )
 
 
 _READERS: dict[Any, Callable] = {

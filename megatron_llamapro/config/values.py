@@ -16,3 +16,8 @@ def spelled_as(choices: Collection[str], word: str) -> str:
     """A dtype's other spelling, where that is one of the choices; any other word as it is."""
     other = _OTHER_SPELLING.get(word)
     return other if other in choices and word not in choices else word
+
+
+def printable(text: str) -> str:
+    """A name or path in a line of a message: line breaks and the like as one writes them."""
+    return text if text.isprintable() else repr(text)[1:-1]
