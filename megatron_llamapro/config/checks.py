@@ -8,72 +8,74 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import CheckpointConfig, LoraConfig, ParallelConfig, RecomputeConfig, RunConfig
-from megatron_llamapro.config.values import LARGEST_FLOAT, LARGEST_INT
+from megatron_llamapro.config.values import LARGEST_VOCAB_MULTIPLE
 
-# The least and the most that a number can be. Times end before what a timer takes; a seed and its successors fit into
-# numpy's 32 bits.
-_MINUTES, _SEEDS, _WORKERS = 10**6, 2**31, 1000
-_RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(
-        (
-            "parallel.tensor_model_parallel_size",
-            "parallel.pipeline_model_parallel_size",
-            "data.seq_length",
-            "data.train_samples",
-            "training.train_iters",
-            "training.micro_batch_size",
-            "training.global_batch_size",
-            "training.eval_samples",
-            "training.exit_interval",
-            "logging.log_interval",
-            "model.make_vocab_size_divisible_by",
-        ),
-        (1, LARGEST_INT),
-    ),
-    **dict.fromkeys(("training.eval_interval", "checkpoint.save_interval"), (0, LARGEST_INT)),
-    "logging.diagnostics_interval": (0, LARGEST_INT),
-    **dict.fromkeys(
-        (
-            "optimizer.lr",
-            "optimizer.min_lr",
-            "optimizer.weight_decay",
-            "optimizer.clip_grad",
-            "optimizer.adam_eps",
-        ),
-        (0, LARGEST_FLOAT),
-    ),
-    "data.num_workers": (0, _WORKERS),
-    "training.seed": (0, _SEEDS),
-    "training.hang_timeout_minutes": (0, _MINUTES),
-    "parallel.distributed_timeout_minutes": (1e-3, _MINUTES),
+_AT_LEAST_ONE = (
+    ("parallel", "tensor_model_parallel_size"),
+    ("parallel", "pipeline_model_parallel_size"),
+    ("data", "seq_length"),
+    ("data", "train_samples"),
+    ("training", "train_iters"),
+    ("training", "micro_batch_size"),
+    ("training", "global_batch_size"),
+    ("training", "eval_samples"),
+    ("logging", "log_interval"),
+    ("model", "make_vocab_size_divisible_by"),
+)
+_NOT_NEGATIVE = (
+    ("training", "eval_interval"),
+    ("training", "hang_timeout_minutes"),
+    ("checkpoint", "save_interval"),
+    ("logging", "diagnostics_interval"),
+    ("optimizer", "lr"),
+    ("optimizer", "min_lr"),
+    ("optimizer", "weight_decay"),
+    ("optimizer", "clip_grad"),
+    ("optimizer", "adam_eps"),
+    ("data", "num_workers"),
+    ("training", "seed"),
+)
+# Times end before what a timer takes; a seed and its successors fit into numpy's 32 bits.
+_AT_MOST = {
+    "model.make_vocab_size_divisible_by": LARGEST_VOCAB_MULTIPLE,
+    "data.num_workers": 1000,
+    "training.seed": 2**31,
+    "training.hang_timeout_minutes": 10**6,
+    "parallel.distributed_timeout_minutes": 10**6,
 }
 
 
 def check_run_config(config: RunConfig) -> None:
     """Raise `ConfigError` where values are out of range or contradict each other."""
-    check_ranges(config, _RANGES)
+    check_ranges(config, {f"{section}.{name}": 1 for section, name in _AT_LEAST_ONE})
+    check_ranges(config, {f"{section}.{name}": 0 for section, name in _NOT_NEGATIVE}, _AT_MOST)
     _check_optimizer(config)
     _check_data(config)
     _check_parallel(config.parallel)
     _check_retention(config.checkpoint)
     _check_recompute(config.recompute)
     _check_lora(config)
+    if config.training.exit_interval is not None and config.training.exit_interval < 1:
+        raise ConfigError("training.exit_interval must be at least 1: leave it out to run to the end")
     if not config.model.trainable:
         raise ConfigError("model.trainable is empty: name at least one thing that trains, e.g. added_blocks")
 
 
-def check_ranges(config: object, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Raise `ConfigError` where one of these fields, by dotted names, is set and below the least or above the most."""
-    for name, (least, most) in ranges.items():
+def check_ranges(config: object, least: Mapping[str, int], most: Mapping[str, int] = MappingProxyType({})) -> None:
+    """Raise `ConfigError` where one of these fields, by dotted names, is set and below its least value or above its
+    most."""
+    for name, bound in least.items():
         value = operator.attrgetter(name)(config)
-        if value is None or least <= value <= most:
-            continue
-        if value > most:
-            raise ConfigError(f"{name} is {value}: it can be {most} at the most")
-        raise ConfigError(f"{name} is {value}: it {'must be at least' if least else 'cannot be negative:'} {least}")
+        if value is not None and value < bound:
+            raise ConfigError(f"{name} is {value}: it {f'must be at least {bound}' if bound else 'cannot be negative'}")
+    for name, bound in most.items():
+        value = operator.attrgetter(name)(config)
+        if value is not None and value > bound:
+            raise ConfigError(f"{name} is {value}: it can be {bound} at the most")
 
 
 def _check_optimizer(config: RunConfig) -> None:
@@ -135,6 +137,8 @@ def _check_parallel(parallel: ParallelConfig) -> None:
             f"parallel.pipeline_stage_layers has {len(layers)} entries: it needs one count of layers (0 or more) "
             f"for each of the {stages * (virtual or 1)} (virtual) stages"
         )
+    if parallel.distributed_timeout_minutes <= 0:
+        raise ConfigError("parallel.distributed_timeout_minutes must be above 0: nothing would be waited for")
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ConfigError("parallel.sequence_parallel needs tensor_model_parallel_size above 1: leave it out")
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:

@@ -60,6 +60,9 @@ def _short(text: str) -> str:
 _TYPES: dict[type, Callable] = {Path: _path, int: _whole_number, float: _number}
 
 
+_OF_A_RUN = ("--config", "--print_config")  # and what has a dot: options of a configuration
+
+
 class CommandParser(argparse.ArgumentParser):
     """`ArgumentParser` whose usage errors are one `error: …` line and exit code 2."""
 
@@ -80,13 +83,20 @@ class CommandParser(argparse.ArgumentParser):
         return namespace, unknown
 
     def parse_own_args(self) -> tuple[argparse.Namespace, list[str]]:
-        """The command line's options that are this parser's, and the others, which another one reads."""
-        return super().parse_known_args()
+        """The command line's options that are this parser's, and the others, which another one reads. One of these
+        that is nearly this parser's is an error here."""
+        namespace, others = super().parse_known_args()
+        for word in others:
+            name = word.partition("=")[0]
+            is_a_runs = name in _OF_A_RUN or "." in name
+            if not is_a_runs and (nearest := self._nearest_option([word], cutoff=0.8)):
+                self.error(f"unrecognized arguments: {word}{nearest}")
+        return namespace, others
 
-    def _nearest_option(self, unknown: Sequence[str]) -> str:
+    def _nearest_option(self, unknown: Sequence[str], *, cutoff: float = 0.6) -> str:
         known = [name for action in self._actions for name in action.option_strings]
         options = [argument.partition("=")[0] for argument in unknown if argument.startswith("--")]
-        nearest = difflib.get_close_matches(options[0], known, n=1) if options else []
+        nearest = difflib.get_close_matches(options[0], known, n=1, cutoff=cutoff) if options else []
         return f": did you mean {nearest[0]}?" if nearest else ""
 
     def error(self, message: str) -> NoReturn:

@@ -1,6 +1,7 @@
 """YAML, read and written in one way everywhere. An error names the file and the line. Imports no torch.
 
-Beyond `yaml.safe_load`: a name that is given twice is an error, 1e-4 is a number, and 24:00:00, 010 and dates are text.
+Beyond `yaml.safe_load`: a name that is given twice is an error, 1e-4 is a number, and ~, 24:00:00, 010 and dates are
+text.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in known if tag not in _OTHER_MEANINGS]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        if first != "~"  # null, or the home folder: the field decides
     }
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from megatron_llamapro.config.documents import load
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.fields import alternatives_of, fields_of, is_optional, required_of
+from megatron_llamapro.config.fields import alternatives_of, fields_of, is_file_path, is_optional, required_of
 from megatron_llamapro.config.nearest import suggestion
 from megatron_llamapro.config.values import LARGEST_FLOAT, LARGEST_INT, printable, spelled_as
 
@@ -71,7 +71,9 @@ def read_value(kind: Any, value: object, place: Place) -> Any:
     Raises:
         ConfigError: it is no such value.
     """
-    if value is None and is_optional(kind):
+    if value == "~" and is_optional(kind) and is_file_path(kind):
+        place.refuse(value, "write ~/ for the home folder, or null for none")
+    if (value is None or value == "~") and is_optional(kind):
         return None
     *others, last = (each for each in alternatives_of(kind) if each is not type(None))
     for alternative in others:

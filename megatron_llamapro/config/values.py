@@ -7,6 +7,9 @@ from collections.abc import Collection
 LARGEST_INT, LARGEST_FLOAT = 10**15, 1e30
 """No count, rate or time is near; sums, products and quotients of such numbers stay finite."""
 
+LARGEST_VOCAB_MULTIPLE = 2**20
+"""Of make_vocab_size_divisible_by: what is padded is held, and written."""
+
 # Megatron's and Hugging Face's word for a dtype.
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
 _OTHER_SPELLING = _DTYPES | {long: short for short, long in _DTYPES.items()}

@@ -53,22 +53,13 @@ _SET_BY = {
 
 
 _NOT_REPLACED = re.compile(r"^~|[:=]~/|\$\w|\$[{(]")
-_RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(
-        (
-            "nodes.num_nodes",
-            "nodes.processes_per_node",
-            "nodes.gpus_per_node",
-            "nodes.cpus_per_node",
-            "slurm.signal_seconds",
-            "slurm.max_lives",
-            "slurm.max_lives_without_progress",
-        ),
-        (1, 10**6),
-    ),
-    "max_restarts": (0, 10**6),
-    "rendezvous_port": (1024, 65535),
+_LEAST = {
+    **dict.fromkeys(("nodes.num_nodes", "nodes.processes_per_node", "nodes.gpus_per_node", "nodes.cpus_per_node"), 1),
+    **dict.fromkeys(("slurm.signal_seconds", "slurm.max_lives", "slurm.max_lives_without_progress"), 1),
+    "max_restarts": 0,
+    "rendezvous_port": 1024,
 }
+_MOST = {**dict.fromkeys([*_LEAST], 10**6), "rendezvous_port": 65535}
 
 
 @dataclass(frozen=True)
@@ -165,7 +156,7 @@ def read_launch_config(path: Path, overrides: Sequence[str] = ()) -> LaunchConfi
 def check_launch_config(config: LaunchConfig) -> None:
     """Raise `ConfigError` where values are out of range or contradict each other."""
     nodes, slurm = config.nodes, config.slurm
-    check_ranges(config, _RANGES)
+    check_ranges(config, _LEAST, _MOST)
     if nodes.gpus_per_node is not None and nodes.processes_per_node > nodes.gpus_per_node:
         raise ConfigError(
             f"nodes.processes_per_node ({nodes.processes_per_node}) is more than nodes.gpus_per_node "

@@ -6,7 +6,14 @@ import pytest
 
 from megatron_llamapro.config.checks import check_model, check_run_config, data_parallel_size
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.schema import BlendEntry, DataConfig, ModelConfig, RunConfig, TrainingConfig
+from megatron_llamapro.config.schema import (
+    BlendEntry,
+    DataConfig,
+    ModelConfig,
+    ParamGroupRule,
+    RunConfig,
+    TrainingConfig,
+)
 
 BASE = RunConfig(
     model=ModelConfig(checkpoint="c"),
@@ -50,6 +57,13 @@ def test_the_base_is_fine() -> None:
         ({"recompute__num_layers": 2}, r"recompute\.num_layers is set, but recompute\.granularity is None"),
         ({"recompute__modules": ("mlp",)}, "read with selective only"),
         ({"training__exit_interval": 0}, "at least 1"),
+        ({"data__num_workers": -1}, r"data\.num_workers is -1: it cannot be negative"),
+        ({"data__num_workers": 1001}, r"data\.num_workers is 1001: it can be 1000 at the most"),
+        ({"data__train_samples": 0}, r"data\.train_samples is 0: it must be at least 1"),
+        ({"training__seed": -1}, r"training\.seed is -1: it cannot be negative"),
+        ({"training__hang_timeout_minutes": 1e7}, "at the most"),
+        ({"parallel__distributed_timeout_minutes": 0.0}, "must be above 0"),
+        ({"optimizer__param_groups": (ParamGroupRule("*", lr_mult=-1.0),)}, "multiples of .* cannot be negative"),
         ({"model__trainable": ()}, "trainable is empty"),
         ({"model__trainable": ("lora",)}, r"set lora\.rank, e\.g\. 16"),
         ({"lora__rank": 4}, r"have model\.trainable name lora"),

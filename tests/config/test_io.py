@@ -79,6 +79,7 @@ WRONG = {
     ),
     "no section": ("parallel: 3", "parallel is 3: it is a section: write its fields, e.g. parallel.tensor_model"),
     "octal": ("training: {train_iters: 010}", "training.train_iters is '010': it is a whole number"),
+    "home or nothing": ("checkpoint: {save: ~}", "checkpoint.save is '~': write ~/ for the home folder, or null"),
     "nothing": ("# all of it a comment", "run.yaml is empty"),
     "a list": ("- a", "run.yaml is a list"),
     "open bracket": ("model: [", "run.yaml, line 1: while parsing a flow node, expected the node content"),
@@ -132,11 +133,12 @@ def test_what_may_stand_in_yaml(run_yaml: Path) -> None:
         + MINIMAL.replace(
             "{prefix: a, weight: 2}, {prefix: b}", "&first {prefix: a, weight: 2}, {<<: *first, prefix: b}"
         )
-        + "checkpoint: # nothing yet\nparallel: {tensor_model_parallel_size: '2'}\n"
+        + "checkpoint: # nothing yet\nparallel: {tensor_model_parallel_size: '2'}\nlogging: {wandb_project: ~}\n"
     )
     config = parsed(run_yaml)
     assert [(entry.prefix, entry.weight) for entry in config.data.train] == [("a", 2.0), ("b", 2.0)]
     assert config.parallel.tensor_model_parallel_size == 2 and config.checkpoint.save is None
+    assert config.logging.wandb_project is None
 
 
 def test_missing_file_and_misspelt_option(run_yaml: Path) -> None:

@@ -71,6 +71,19 @@ def test_the_examples_fit_a_run(path: Path) -> None:
         ("log_dir: logs\nslurm: {options: [qos=long]}", "begins with -"),
         ('log_dir: logs\nslurm: {options: ["--qos=a\\n--wrap=b"]}', "line break"),
         ("log_dir: logs\nenvironment: {A B: c}", "no variable's name"),
+        ("log_dir: logs\nenvironment: {PATH: '/x:$PATH'}", 'as a line of setup: export PATH="/x:$PATH"'),
+        ("log_dir: logs\nenvironment: {HF_HOME: ~/hf}", "environment.HF_HOME is '~/hf', and values are taken as they"),
+        ("log_dir: logs\nworking_dir: ~", "working_dir is '~': write ~/ for the home folder, or null for none"),
+        ("log_dir: $SCRATCH/logs", "log_dir is '$SCRATCH/logs': variables such as $SCRATCH are not replaced"),
+        ("log_dir: logs\nslurm: {options: [--chdir=~/x]}", "sbatch does not replace ~"),
+        ("log_dir: logs\nslurm: {job_name: a/b}", "it has no / in it"),
+        ("log_dir: logs\nnodes: {cpus_per_node: 0}", "nodes.cpus_per_node is 0: it must be at least 1"),
+        (
+            "log_dir: logs\nprocesses_per_node: 2",
+            "processes_per_node does not exist: did you mean nodes.processes_per_",
+        ),
+        ("log_dir: logs\nlog_dir: more", "launch.yaml, line 2: 'log_dir' is given twice, first in line 1"),
+        ("log_dir: logs\nenvironment: {A: .nan}", "environment.A is nan: it must be finite"),
         ("log_dir: logs\nrendezvous_port: 80", "rendezvous_port is 80: it must be at least 1024"),
         ("log_dir: logs\ncontainer_mounts: [/shared]", "host:container"),
     ],
@@ -150,6 +163,24 @@ def test_without_a_scheduler(launch_file) -> None:
 def test_a_launch_file_that_is_not_there() -> None:
     done = tool("--launch", "nowhere.yaml", *RUN)
     assert (done.returncode, done.stderr) == (2, "error: nowhere.yaml does not exist\n")
+
+
+def test_homes_are_the_submitters(launch_file, tmp_path: Path) -> None:
+    """The job may run where the home folder is another, or none."""
+    launch = launch_file("log_dir: ~/logs\nworking_dir: ~/\ncontainer_mounts: ['~/a:/a']\ncontainer_image: ~/i.sqsh")
+    (tmp_path / "run.yaml").write_text("model: {checkpoint: ~/model}\ncheckpoint: {save: ~/old}")
+    done = tool("--launch", launch, "--config=~/run.yaml", *RUN[1:-1], "--checkpoint.save=~/save", HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for line in (
+        f"cd {tmp_path} || exit 1",
+        f"LOG_DIR={tmp_path}/logs",
+        f"SAVE={tmp_path}/save",
+        f"CONTAINER=(--container-image={tmp_path}/i.sqsh",
+        f"--container-mounts={tmp_path}/a:/a",
+        f"--config {tmp_path}/run.yaml",
+        f"--model.checkpoint={tmp_path}/model --checkpoint.save={tmp_path}/save &",
+    ):
+        assert line in done.stdout
 
 
 def test_by_hand_and_submit(launch_file) -> None:
