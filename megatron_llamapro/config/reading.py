@@ -75,13 +75,14 @@ def read_value(kind: Any, value: object, place: Place) -> Any:
         place.refuse(value, "write ~/ for the home folder, or null for none")
     if (value is None or value == "~") and is_optional(kind):
         return None
-    *others, last = (each for each in alternatives_of(kind) if each is not type(None))
-    for alternative in others:
+    errors = []
+    for alternative in alternatives_of(kind):
         try:
-            return _read(alternative, value, place)
-        except ConfigError:
-            continue
-    return _read(last, value, place)
+            if alternative is not type(None):
+                return _read(alternative, value, place)
+        except ConfigError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def read_text(kind: Any, text: str, place: Place) -> Any:

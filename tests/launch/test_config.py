@@ -83,7 +83,7 @@ def test_the_examples_fit_a_run(path: Path) -> None:
             "processes_per_node does not exist: did you mean nodes.processes_per_",
         ),
         ("log_dir: logs\nlog_dir: more", "launch.yaml, line 2: 'log_dir' is given twice, first in line 1"),
-        ("log_dir: logs\nenvironment: {A: .nan}", "environment.A is nan: it must be finite"),
+        ("log_dir: logs\nenvironment: {A: .nan}", "environment.A is nan: it is text: write 'nan'"),
         ("log_dir: logs\nrendezvous_port: 80", "rendezvous_port is 80: it must be at least 1024"),
         ("log_dir: logs\ncontainer_mounts: [/shared]", "host:container"),
     ],
