@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, get_origin
 
-import jsonargparse
-
 from megatron_llamapro.config.building import built, missing, to_plain, with_defaults, with_homes
 from megatron_llamapro.config.checks import check_run_config
 from megatron_llamapro.config.documents import dump, read_document
@@ -17,8 +15,6 @@ from megatron_llamapro.config.fields import alternatives_of, fields_of, items_of
 from megatron_llamapro.config.reading import Place, read_text, read_value, shown
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.config.values import printable
-
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 PROG = "torchrun --nproc-per-node N -m megatron_llamapro.pretrain"
 Config = TypeVar("Config")
@@ -40,7 +36,7 @@ def parse_sections(kind: type[Config], args: Sequence[str]) -> Config:
     """Any configuration of this shape (a dataclass of sections and fields), as `parse_run_config` reads its own; values
     are not checked against each other. Errors as above."""
     if {"--help", "-h"} & set(args):
-        _help(kind).print_help()
+        _print_help(kind)
         raise SystemExit(0)
     given = with_homes(kind, _read_arguments(kind, args))
     if "--print_config" in args:
@@ -137,8 +133,11 @@ def _merge(kind: Any, given: dict, more: dict) -> None:
             given[name] = value
 
 
-def _help(kind: type) -> jsonargparse.ArgumentParser:
-    """A parser that knows every field and its docstring."""
+def _print_help(kind: type) -> None:
+    """Every field with its docstring."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog=PROG,
         description="Post-pretrain an expanded LLaMA: one YAML file, every field overridable by its dotted name.",
@@ -151,4 +150,4 @@ def _help(kind: type) -> jsonargparse.ArgumentParser:
     for action in parser._actions:
         if fields_of(fields_of(kind).get(action.dest)):
             action.metavar, action.help = "{…}", "Several of these fields at once, e.g. '{a: 1, b: 2}'"
-    return parser
+    parser.print_help()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_llamapro.checkpoint.options import add_change_options, read_change_options
 from megatron_llamapro.config.command import CommandParser, in_one_line, run_command
 from megatron_llamapro.config.errors import CheckpointError
 
@@ -122,6 +123,19 @@ def test_types_of_options(option: str, capsys: pytest.CaptureFixture) -> None:
             parser.parse_args([*words, option])
         error = capsys.readouterr().err
         assert expected in error and error.count("\n") == 1
+
+
+def test_either_word_for_a_dtype(capsys: pytest.CaptureFixture) -> None:
+    parser = CommandParser(prog="tool")
+    add_change_options(parser)
+    for word, dtype in (("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp32", "float32"), ("fp16", "float16")):
+        assert parser.parse_args(["--dtype", word]).dtype == dtype
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--dtype", "fp8"])
+    assert "invalid choice: 'fp8'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        read_change_options(parser, parser.parse_args(["--init=random", "--init_seed=-1", "--num_added_blocks=1"]))
+    assert "--init_seed is -1: it cannot be negative" in capsys.readouterr().err
 
 
 def test_an_option_that_is_nearly_the_tools_own(capsys: pytest.CaptureFixture) -> None:
