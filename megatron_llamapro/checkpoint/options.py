@@ -6,11 +6,13 @@ import argparse
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_llamapro.checkpoint.layout import DEFAULT_MAX_SHARD_BYTES
 from megatron_llamapro.checkpoint.report import byte_bar
 from megatron_llamapro.config.command import CommandParser
+from megatron_llamapro.config.values import LARGEST_VOCAB_MULTIPLE, spelled_as
 from megatron_llamapro.expansion.options import add_expansion_options, read_expansion_options
 from megatron_llamapro.model.families import WEIGHT_DTYPES
 
@@ -57,7 +59,12 @@ def writing_options(description: str, args: argparse.Namespace) -> Iterator[Opti
 def add_change_options(parser: argparse.ArgumentParser) -> None:
     """Add what may change on the way: added blocks and --dtype."""
     add_expansion_options(parser)
-    parser.add_argument("--dtype", choices=WEIGHT_DTYPES, help="cast the weights (default: keep the source's type)")
+    parser.add_argument(
+        "--dtype",
+        type=partial(spelled_as, WEIGHT_DTYPES),
+        choices=WEIGHT_DTYPES,
+        help="cast the weights (default: keep the source's type)",
+    )
 
 
 def read_change_options(parser: CommandParser, args: argparse.Namespace) -> dict:
@@ -140,6 +147,8 @@ def read_format_options(parser: CommandParser, args: argparse.Namespace) -> Targ
     below = [name for name in names if getattr(args, name) is not None and getattr(args, name) < 1]
     if below:
         parser.error(f"--{below[0]} must be at least 1")
+    if (args.make_vocab_size_divisible_by or 0) > LARGEST_VOCAB_MULTIPLE:
+        parser.error(f"--make_vocab_size_divisible_by can be {LARGEST_VOCAB_MULTIPLE} at the most")
     return legacy(**{name: getattr(args, name) for name in given})
 
 

@@ -6,16 +6,21 @@ the model's shape. All are called before anything is built or written.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import CheckpointConfig, LoraConfig, ParallelConfig, RecomputeConfig, RunConfig
 from megatron_llamapro.config.steps import left_out
+from megatron_llamapro.config.values import LARGEST_VOCAB_MULTIPLE
 
 _AT_LEAST_ONE = (
     ("parallel", "tensor_model_parallel_size"),
     ("parallel", "pipeline_model_parallel_size"),
     ("data", "seq_length"),
+    ("data", "train_samples"),
     ("training", "train_iters"),
     ("training", "micro_batch_size"),
     ("training", "global_batch_size"),
@@ -33,18 +38,24 @@ _NOT_NEGATIVE = (
     ("optimizer", "min_lr"),
     ("optimizer", "weight_decay"),
     ("optimizer", "clip_grad"),
+    ("optimizer", "adam_eps"),
     ("data", "num_workers"),
+    ("training", "seed"),
 )
+# Times end before what a timer takes; a seed and its successors fit into numpy's 32 bits.
+_AT_MOST = {
+    "model.make_vocab_size_divisible_by": LARGEST_VOCAB_MULTIPLE,
+    "data.num_workers": 1000,
+    "training.seed": 2**31,
+    "training.hang_timeout_minutes": 10**6,
+    "parallel.distributed_timeout_minutes": 10**6,
+}
 
 
 def check_run_config(config: RunConfig) -> None:
     """Raise `ConfigError` where values are out of range or contradict each other."""
-    for section, name in _AT_LEAST_ONE:
-        if getattr(getattr(config, section), name) < 1:
-            raise ConfigError(f"{section}.{name} is {getattr(getattr(config, section), name)}: it must be at least 1")
-    for section, name in _NOT_NEGATIVE:
-        if getattr(getattr(config, section), name) < 0:
-            raise ConfigError(f"{section}.{name} is {getattr(getattr(config, section), name)}: it cannot be negative")
+    check_ranges(config, {f"{section}.{name}": 1 for section, name in _AT_LEAST_ONE})
+    check_ranges(config, {f"{section}.{name}": 0 for section, name in _NOT_NEGATIVE}, _AT_MOST)
     _check_optimizer(config)
     _check_data(config)
     _check_parallel(config.parallel)
@@ -62,6 +73,19 @@ def check_run_config(config: RunConfig) -> None:
         raise ConfigError("model.trainable is empty: name at least one thing that trains, e.g. added_blocks")
 
 
+def check_ranges(config: object, least: Mapping[str, int], most: Mapping[str, int] = MappingProxyType({})) -> None:
+    """Raise `ConfigError` where one of these fields, by dotted names, is set and below its least value or above its
+    most."""
+    for name, bound in least.items():
+        value = operator.attrgetter(name)(config)
+        if value is not None and value < bound:
+            raise ConfigError(f"{name} is {value}: it {f'must be at least {bound}' if bound else 'cannot be negative'}")
+    for name, bound in most.items():
+        value = operator.attrgetter(name)(config)
+        if value is not None and value > bound:
+            raise ConfigError(f"{name} is {value}: it can be {bound} at the most")
+
+
 def _check_optimizer(config: RunConfig) -> None:
     optimizer = config.optimizer
     if not 0 <= optimizer.lr_warmup_fraction < 1:
@@ -71,6 +95,9 @@ def _check_optimizer(config: RunConfig) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(optimizer, name) < 1:
             raise ConfigError(f"optimizer.{name} is {getattr(optimizer, name)}: it must be in [0, 1)")
+    for rule in optimizer.param_groups:
+        if min(rule.lr_mult, rule.wd_mult or 0) < 0:
+            raise ConfigError(f"optimizer.param_groups: the multiples of {rule.match} cannot be negative")
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(f"optimizer.min_lr ({optimizer.min_lr}) is above optimizer.lr ({optimizer.lr})")
 
@@ -141,6 +168,8 @@ def _check_parallel(parallel: ParallelConfig) -> None:
             f"parallel.pipeline_stage_layers has {len(layers)} entries: it needs one count of layers (0 or more) "
             f"for each of the {stages * (virtual or 1)} (virtual) stages"
         )
+    if parallel.distributed_timeout_minutes <= 0:
+        raise ConfigError("parallel.distributed_timeout_minutes must be above 0: nothing would be waited for")
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ConfigError("parallel.sequence_parallel needs tensor_model_parallel_size above 1: leave it out")
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:

@@ -10,13 +10,17 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_llamapro.config.errors import ConfigError, DivergedError, LlamaProError, RunError
+from megatron_llamapro.config.paths import expand_user
+from megatron_llamapro.config.values import LARGEST_FLOAT
 
 USAGE_ERROR = 2
 DIVERGED = os.EX_DATAERR  # 65
@@ -25,7 +29,39 @@ TRY_AGAIN = os.EX_TEMPFAIL  # 75
 INTERRUPTED = 130
 OUTPUT_CLOSED = 141
 
-_MOST = 1e30  # of an option: sums and quotients of them stay finite
+
+def _path(text: str) -> Path:
+    try:
+        return Path(expand_user(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def _whole_number(text: str) -> int:
+    if not re.fullmatch(r"[-+]?\d{1,15}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{_short(text)} is no whole number")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{_short(text)} is no number") from None
+    if not abs(value) <= LARGEST_FLOAT:  # NaN neither
+        raise argparse.ArgumentTypeError(f"{_short(text)}: it must be finite")
+    return value
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]}…")
+
+
+# How every command reads options of these types: `~` is the home folder, and numbers are finite.
+_TYPES: dict[type, Callable] = {Path: _path, int: _whole_number, float: _number}
+
+
+_OF_A_RUN = ("--config", "--print_config")  # and what has a dot: options of a configuration
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -34,6 +70,8 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **kwargs) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
+        for kind, read in _TYPES.items():
+            self.register("type", kind, read)
         # On a command and on its sub-commands; these must not reset what was given before them.
         default = argparse.SUPPRESS if " " in kwargs.get("prog", "") else False
         self.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
@@ -46,13 +84,20 @@ class CommandParser(argparse.ArgumentParser):
         return namespace, unknown
 
     def parse_own_args(self) -> tuple[argparse.Namespace, list[str]]:
-        """The command line's options that are this parser's, and the others, which another one reads."""
-        return super().parse_known_args()
+        """The command line's options that are this parser's, and the others, which another one reads. One of these
+        that is nearly this parser's is an error here."""
+        namespace, others = super().parse_known_args()
+        for word in others:
+            name = word.partition("=")[0]
+            is_a_runs = name in _OF_A_RUN or "." in name
+            if not is_a_runs and (nearest := self._nearest_option([word], cutoff=0.8)):
+                self.error(f"unrecognized arguments: {word}{nearest}")
+        return namespace, others
 
-    def _nearest_option(self, unknown: Sequence[str]) -> str:
+    def _nearest_option(self, unknown: Sequence[str], *, cutoff: float = 0.6) -> str:
         known = [name for action in self._actions for name in action.option_strings]
         options = [argument.partition("=")[0] for argument in unknown if argument.startswith("--")]
-        nearest = difflib.get_close_matches(options[0], known, n=1) if options else []
+        nearest = difflib.get_close_matches(options[0], known, n=1, cutoff=cutoff) if options else []
         return f": did you mean {nearest[0]}?" if nearest else ""
 
     def error(self, message: str) -> NoReturn:
@@ -61,13 +106,11 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raise `ConfigError` where one of these options, all numbers, is given and not above 0, or not finite."""
+    """Raise `ConfigError` where one of these options, all numbers, is given and not above 0."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and not value > 1 / _MOST:
+        if value is not None and not value > 1 / LARGEST_FLOAT:
             raise ConfigError(f"--{name} is {value:g}: it must be above 0")
-        if value is not None and value > _MOST:
-            raise ConfigError(f"--{name} is {value:g}: it must be finite")
 
 
 def in_one_line(error: BaseException) -> str:

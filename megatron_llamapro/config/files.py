@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.config.errors import CheckpointError, ConfigError
 
 
 def file_inside(folder: Path, name: str) -> Path | None:
@@ -67,13 +67,22 @@ def check_small(path: Path, num_bytes: int, *, largest: int = LARGEST_SMALL_FILE
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file under another name first, so that a kill leaves the old one, or none."""
     draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    with naming(path):
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+
+
+def check_can_hold(path: Path | None) -> None:
+    """Raise `ConfigError` where no file of this name can be written, before what goes into it is worked out."""
+    if path is not None and path.is_dir():
+        raise ConfigError(f"{path} is a folder: name a file in it")
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: the folder {path.parent} does not exist")
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An `OSError` of what is done through an open descriptor names the file, as one of opening it does."""
+    """An `OSError` of what is done through an open descriptor, or to a draft, names the file."""
     try:
         yield
     except OSError as error:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import re
+import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin
 
-import jsonargparse
-import yaml
-
+from megatron_llamapro.config.building import built, missing, to_plain, with_defaults, with_homes
 from megatron_llamapro.config.checks import check_run_config
+from megatron_llamapro.config.documents import dump, read_document
 from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.fields import alternatives_of, fields_of, items_of
+from megatron_llamapro.config.reading import Place, read_text, read_value, shown
 from megatron_llamapro.config.schema import RunConfig
-
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+from megatron_llamapro.config.values import printable
 
 PROG = "torchrun --nproc-per-node N -m megatron_llamapro.pretrain"
 Config = TypeVar("Config")
-_UNKNOWN_OPTION = re.compile(r"(?:does not accept option|unrecognized arguments:|Option) '?-*([\w.]+)")
 
 
 def parse_run_config(args: Sequence[str] | None = None) -> RunConfig:
@@ -39,82 +35,119 @@ def parse_run_config(args: Sequence[str] | None = None) -> RunConfig:
 def parse_sections(kind: type[Config], args: Sequence[str]) -> Config:
     """Any configuration of this shape (a dataclass of sections and fields), as `parse_run_config` reads its own; values
     are not checked against each other. Errors as above."""
-    parser = _parser(kind)
-    try:
-        namespace = parser.parse_args(list(args))
-    except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError) as error:
-        raise ConfigError(_with_nearest_key(_in_plain_words(" ".join(str(error).split())), kind)) from None
-    for path in namespace.config or ():
-        for name in _unknown_names(kind, yaml.safe_load(Path(path.absolute).read_text(encoding="utf-8"))):
-            raise ConfigError(_with_nearest_key(f"Option '{name}' is not accepted", kind))
-    config = parser.instantiate(namespace)
-    return kind(**{f.name: config[f.name] for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
+    if {"--help", "-h"} & set(args):
+        _print_help(kind)
+        raise SystemExit(0)
+    given = with_homes(kind, _read_arguments(kind, args))
+    if "--print_config" in args:
+        print(dump(with_defaults(kind, given)), end="")
+        raise SystemExit(0)
+    if names := list(missing(kind, given)):
+        files = [text for name, text in _options(args) if name == "config"]
+        remedy = f"write it into {files[-1]}" if files else f"give --{names[0]}, or a file: --config run.yaml"
+        raise ConfigError(f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not set: {remedy}")
+    return built(kind, given)
 
 
-def to_plain(value: object) -> object:
-    """A config as plain dicts, lists, strings and numbers, in the order of its fields."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key: to_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
-    return value
+def options_with_homes(kind: type, args: Sequence[str]) -> list[str]:
+    """Options that say again what `args`, which are without error, say with `~`: for where it is another folder."""
+    given = _read_arguments(kind, args)
+    return [*_differences(given, with_homes(kind, given))]
+
+
+def _differences(before: dict, after: dict, section: str = "--") -> Iterator[str]:
+    for name, value in after.items():
+        if value == before[name]:
+            continue
+        if isinstance(value, dict):
+            yield from _differences(before[name], value, f"{section}{name}.")
+        else:
+            yield f"{section}{name}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def dump_yaml(config: RunConfig) -> str:
     """`config`, every field resolved, as YAML that `--config` reads back."""
-    return yaml.safe_dump(to_plain(config), sort_keys=False)
+    return dump(to_plain(config))
 
 
-def _parser(kind: type) -> jsonargparse.ArgumentParser:
+def _read_arguments(kind: type, args: Sequence[str]) -> dict:
+    """What files and options say, later ones over earlier ones, in plain data; paths as they were written."""
+    given: dict = {}
+    for name, text in _options(args):
+        if name == "config":
+            _merge(kind, given, read_value(kind, read_document(text), Place(kind, f"{text}: ")))
+        else:
+            _set(kind, given, name, text)
+    return given
+
+
+_FLAGS = ("--debug", "--print_config")
+
+
+def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names and values of a command line, in order."""
+    words = iter(args)
+    for word in words:
+        name, equals, text = word.partition("=")
+        if word in _FLAGS:
+            continue
+        if not name.startswith("--") or name == "--":
+            raise ConfigError(f"{shown(word)} stands behind no option: for a file, write --config {printable(word)}")
+        text = text if equals else next(words, "")
+        if not text or (text.startswith("--") and not equals):
+            raise ConfigError(f"{printable(name)} has no value: write {printable(name)}=…")
+        yield name.removeprefix("--"), text
+
+
+def _set(kind: type, given: dict, name: str, text: str) -> None:
+    """What an option says, in its section."""
+    place = Place(kind, "--", name)
+    *sections, last = name.split(".")
+    holder, holds = given, kind
+    for section in sections:
+        holder, holds = holder.setdefault(section, {}), _inside(holds, section, place)
+    inner = _inside(holds, last, place)
+    value = read_text(inner, text, place)
+    if fields_of(inner):
+        _merge(inner, holder.setdefault(last, {}), value)
+    else:
+        holder[last] = value
+
+
+def _inside(kind: Any, name: str, place: Place) -> Any:
+    """The type of a section's field, or of what a name of a mapping has."""
+    if name in fields_of(kind):
+        return fields_of(kind)[name]
+    if name and any(get_origin(each) is dict for each in alternatives_of(kind)):
+        return items_of(kind)
+    place.is_unknown()
+
+
+def _merge(kind: Any, given: dict, more: dict) -> None:
+    """Field by field; lists and mappings are replaced whole."""
+    for name, value in more.items():
+        inner = fields_of(kind)[name]
+        if fields_of(inner):
+            _merge(inner, given.setdefault(name, {}), value)
+        else:
+            given[name] = value
+
+
+def _print_help(kind: type) -> None:
+    """Every field with its docstring."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog=PROG,
         description="Post-pretrain an expanded LLaMA: one YAML file, every field overridable by its dotted name.",
-        exit_on_error=False,
-        allow_abbrev=False,
+        print_config=None,
     )
     parser.add_argument("--config", action="config", help="YAML file with the fields below; may be given again")
+    parser.add_argument("--print_config", action="store_true", help="print all fields, with what is given, and end")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_class_arguments(kind, as_group=True)
-    return parser
-
-
-def _unknown_names(kind: type, data: object) -> Iterator[str]:
-    """Keys that are no fields. jsonargparse refuses them itself, but for those of empty mappings, which it drops."""
-    if not isinstance(data, dict) or not dataclasses.is_dataclass(kind):
-        return
-    hints = get_type_hints(kind)
-    for key, value in data.items():
-        if key not in hints:
-            yield str(key)
-        else:
-            yield from _unknown_names(hints[key], value)
-
-
-def _in_plain_words(message: str) -> str:
-    for name, words in (
-        ("str", "text (in quotes)"),
-        ("tuple", "a list"),
-        ("int", "a whole number"),
-        ("dict", "names with values (A: 1)"),
-    ):
-        message = message.replace(f"Expected a <class '{name}'>", f"Expected {words}")
-    return message.replace("Unexpected config:", "not a file of names with values:")
-
-
-def _with_nearest_key(message: str, kind: type) -> str:
-    """`message`, and the nearest existing key where it names one that does not exist."""
-    unknown = _UNKNOWN_OPTION.search(message)
-    if not unknown:
-        return message
-    names = sorted(_field_names(kind))
-    nearest = difflib.get_close_matches(unknown.group(1).split(".")[-1], names, n=1)
-    return f"{message}: did you mean '{nearest[0]}'?" if nearest else message
-
-
-def _field_names(kind: type) -> set[str]:
-    """Of a configuration, its sections, and what is in their lists."""
-    module = vars(sys.modules[kind.__module__]).values()
-    sections = [x for x in module if isinstance(x, type) and x.__module__ == kind.__module__]
-    return {f.name for section in sections if dataclasses.is_dataclass(section) for f in dataclasses.fields(section)}
+    for action in parser._actions:
+        if fields_of(fields_of(kind).get(action.dest)):
+            action.metavar, action.help = "{…}", "Several of these fields at once, e.g. '{a: 1, b: 2}'"
+    parser.print_help()

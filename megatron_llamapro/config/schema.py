@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_llamapro.config.fields import FilePath
+
 Precision = Literal["bf16", "fp32"]
 LRDecayStyle = Literal["cosine", "linear", "constant"]
 RecomputeGranularity = Literal["full", "selective"]
@@ -25,7 +27,7 @@ LoraBlocks = Literal["originals", "added_blocks", "all"]
 class ModelConfig:
     """What is trained."""
 
-    checkpoint: str
+    checkpoint: FilePath
     """Megatron checkpoint folder to start from, written by tools/convert_checkpoint.py. Its llamapro.json says
     which blocks were added, its config.json the model's shape."""
     trainable: tuple[str, ...] = ("added_blocks",)
@@ -146,7 +148,7 @@ class OptimizerConfig:
 class BlendEntry:
     """One source of training data."""
 
-    prefix: str
+    prefix: FilePath
     """Path of a .bin/.idx pair, without the ending, written by tools/preprocess_data.py or Megatron-LM."""
     weight: float = 1.0
     """Share of the samples that come from it, relative to the other weights."""
@@ -166,11 +168,11 @@ class DataConfig:
     packing: bool = False
     """Of chat. Lay several conversations into a sample, where they fit; later ones see earlier ones, as documents of
     text do. Without it a sample is one conversation and padding."""
-    valid: dict[str, str] = field(default_factory=dict)
+    valid: dict[str, FilePath] = field(default_factory=dict)
     """Held-out sets: name -> prefix. Each is evaluated and reported under its name."""
-    tokenizer: str | None = None
+    tokenizer: FilePath | None = None
     """tokenizer.json, tokenizer.model, or a folder that holds one; without it, the checkpoint's own."""
-    cache_dir: str | None = None
+    cache_dir: FilePath | None = None
     """Folder for index files, on a filesystem that all ranks share; without it, .cache beside the metrics file."""
     train_samples: int | None = None
     """Samples the order of the data is made for; without it, train_iters * global_batch_size. Fix it when a run
@@ -216,7 +218,7 @@ class TrainingConfig:
 class CheckpointConfig:
     """What is kept."""
 
-    save: str | None = None
+    save: FilePath | None = None
     """Folder for checkpoints (iter_0000100, …). A run whose folder already holds one continues from it."""
     save_interval: int = 0
     """Steps between checkpoints; one is always written at the end. 0: only at the end."""
@@ -241,10 +243,10 @@ class LoggingConfig:
     diagnostics_interval: int = 0
     """Steps between figures of every added block: its contribution to the residual stream, gradient norm, and distance
     from the block it was copied from. 0: never. Takes host memory as large as the added blocks, on one replica."""
-    metrics_file: str | None = None
+    metrics_file: FilePath | None = None
     """JSONL record of every logged step and evaluation; without it, metrics.jsonl in checkpoint.save or here. One that
     another run left is moved aside, to metrics.1.jsonl."""
-    tensorboard_dir: str | None = None
+    tensorboard_dir: FilePath | None = None
     """TensorBoard folder (needs the tensorboard package)."""
     wandb_project: str | None = None
     """Weights & Biases project (needs the wandb package; sends the metrics to its server, or keeps them for it with

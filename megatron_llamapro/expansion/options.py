@@ -62,6 +62,8 @@ def read_expansion_options(parser: CommandParser, args: argparse.Namespace) -> E
     init = Init(args.init or Init.COPY.value)
     if args.init_seed is not None and init is not Init.RANDOM:
         parser.error(f"--init_seed is for --init random: {init.value} draws nothing")
+    if (args.init_seed or 0) < 0:
+        parser.error(f"--init_seed is {args.init_seed}: it cannot be negative")
     check_init(init, force=args.force)
     return Expansion(expand, init, args.init_seed or 0)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_llamapro.config.checks import data_parallel_size
 from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.paths import expand_user
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.launch.config import LaunchConfig
 
@@ -83,4 +84,4 @@ def _config_files(run_args: Sequence[str]) -> dict[str, str]:
     """Configuration files as they are named, and their absolute paths."""
     named = [after for word, after in itertools.pairwise(run_args) if word == "--config"]
     named += [word.removeprefix("--config=") for word in run_args if word.startswith("--config=")]
-    return {name: str(Path(name).absolute()) for name in named}
+    return {name: str(Path(expand_user(name)).absolute()) for name in named}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.files import write_atomically
+from megatron_llamapro.config.io import options_with_homes
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.launch.check import check_run, not_there, with_absolute_configs
 from megatron_llamapro.launch.config import LaunchConfig
@@ -19,7 +20,7 @@ from megatron_llamapro.launch.torchrun import commands_by_hand
 def run(launch: LaunchConfig, config: RunConfig, run_args: Sequence[str], *, by_hand: str | None, submit: bool) -> int:
     """Print the job, and submit it where asked. `run_args` are those that `config` was read from."""
     check_run(launch, config, run_args)
-    run_args = with_absolute_configs(run_args)
+    run_args = [*with_absolute_configs(run_args), *options_with_homes(RunConfig, run_args)]
     if by_hand is not None and submit:
         raise ConfigError("--submit is for a scheduler and --by_hand for where there is none: give one of them")
     if by_hand is not None:

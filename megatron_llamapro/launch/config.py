@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_llamapro.config.checks import check_ranges
 from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.fields import FilePath
 from megatron_llamapro.config.io import parse_sections
 
 ContainerRuntime = Literal["pyxis", "apptainer"]
@@ -48,6 +50,16 @@ _SET_BY = {
     "--output": "log_dir",
     "-o": "log_dir",
 }
+
+
+_NOT_REPLACED = re.compile(r"^~|[:=]~/|\$\w|\$[{(]")
+_LEAST = {
+    **dict.fromkeys(("nodes.num_nodes", "nodes.processes_per_node", "nodes.gpus_per_node", "nodes.cpus_per_node"), 1),
+    **dict.fromkeys(("slurm.signal_seconds", "slurm.max_lives", "slurm.max_lives_without_progress"), 1),
+    "max_restarts": 0,
+    "rendezvous_port": 1024,
+}
+_MOST = {**dict.fromkeys([*_LEAST], 10**6), "rendezvous_port": 65535}
 
 
 @dataclass(frozen=True)
@@ -94,22 +106,22 @@ class SlurmConfig:
 class LaunchConfig:
     """How a run is started on a cluster."""
 
-    log_dir: str
+    log_dir: FilePath
     """Folder for the logs, on a file system that all nodes share."""
     nodes: NodesConfig = field(default_factory=NodesConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
-    working_dir: str | None = None
+    working_dir: FilePath | None = None
     """Folder that the ranks run in, shared by all nodes; without it, the one the job is submitted from."""
     setup: tuple[str, ...] = ()
     """Lines of shell for every node before anything else: module load, source …/bin/activate, export ….  In a container
     they run inside it."""
     environment: dict[str, str | int | float] = field(default_factory=dict)
     """Variables on every node, e.g. NCCL_SOCKET_IFNAME: bond0. In a container they win over the image's."""
-    container_image: str | None = None
+    container_image: FilePath | None = None
     """Image that the ranks run in."""
     container_runtime: ContainerRuntime = "pyxis"
     """What runs it: pyxis (srun --container-image) or apptainer."""
-    container_mounts: tuple[str, ...] = ()
+    container_mounts: tuple[FilePath, ...] = ()
     """Folders that are seen inside, as host:container; what has checkpoint.save and log_dir, by one name in both."""
     rendezvous_port: int | None = None
     """Port on the first node, where ranks find each other; without it, one that the job's number gives."""
@@ -133,10 +145,8 @@ def read_launch_config(path: Path, overrides: Sequence[str] = ()) -> LaunchConfi
         ConfigError: a file that is not there, a key that does not exist (with the nearest that does), a value of the
             wrong type, or values that cannot be.
     """
-    if not path.is_file():
-        raise ConfigError(f"launch file {path} is not there")
+    config = parse_sections(LaunchConfig, ["--config", str(path), *overrides])
     try:
-        config = parse_sections(LaunchConfig, ["--config", str(path), *overrides])
         check_launch_config(config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -146,22 +156,12 @@ def read_launch_config(path: Path, overrides: Sequence[str] = ()) -> LaunchConfi
 def check_launch_config(config: LaunchConfig) -> None:
     """Raise `ConfigError` where values are out of range or contradict each other."""
     nodes, slurm = config.nodes, config.slurm
-    for section, name, least in (
-        (nodes, "num_nodes", 1),
-        (nodes, "processes_per_node", 1),
-        (slurm, "signal_seconds", 1),
-        (slurm, "max_lives_without_progress", 1),
-        (config, "max_restarts", 0),
-    ):
-        if getattr(section, name) < least:
-            raise ConfigError(f"{name} is {getattr(section, name)}: it must be at least {least}")
+    check_ranges(config, _LEAST, _MOST)
     if nodes.gpus_per_node is not None and nodes.processes_per_node > nodes.gpus_per_node:
         raise ConfigError(
             f"nodes.processes_per_node ({nodes.processes_per_node}) is more than nodes.gpus_per_node "
             f"({nodes.gpus_per_node}): a rank needs a GPU of its own"
         )
-    if slurm.max_lives is not None and slurm.max_lives < 1:
-        raise ConfigError(f"slurm.max_lives is {slurm.max_lives}: it must be at least 1; leave it out to requeue")
     seconds = _seconds(slurm.time)
     if slurm.signal_seconds >= seconds:
         raise ConfigError(
@@ -173,13 +173,20 @@ def check_launch_config(config: LaunchConfig) -> None:
     for option in slurm.options:
         if not option.startswith("-"):
             raise ConfigError(f"slurm.options has {option!r}: an option of sbatch begins with -, e.g. --qos=long")
+        if "=~" in option:
+            raise ConfigError(f"slurm.options has {option!r}: sbatch does not replace ~: write the path itself")
         if field_name := _SET_BY.get(option.split("=")[0].split()[0]):
             raise ConfigError(f"slurm.options has {option!r}: that is for {field_name}")
-    for name in config.environment:
+    if not slurm.job_name or "/" in slurm.job_name:
+        raise ConfigError(f"slurm.job_name is {slurm.job_name!r}: it names the job's files, so it has no / in it")
+    for name, value in config.environment.items():
         if not _NAME.fullmatch(name):
             raise ConfigError(f"environment names {name!r}, which is no variable's name")
-    if config.rendezvous_port is not None and not 1024 <= config.rendezvous_port <= 65535:
-        raise ConfigError(f"rendezvous_port is {config.rendezvous_port}: it is from 1024 to 65535")
+        if isinstance(value, str) and _NOT_REPLACED.search(value):
+            raise ConfigError(
+                f"environment.{name} is {value!r}, and values are taken as they stand: write it without $ and ~, or "
+                f'as a line of setup: export {name}="{value}"'
+            )
     for mount in config.container_mounts:
         if ":" not in mount:
             raise ConfigError(f"container_mounts has {mount!r}: it is host:container")

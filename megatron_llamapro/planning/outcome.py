@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_llamapro.config.command import CommandParser, check_positive
 from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.files import check_can_hold
 from megatron_llamapro.pipeline.cost import step_work
 from megatron_llamapro.pipeline.job import Job
 
@@ -52,5 +53,6 @@ def add_options(parser: CommandParser) -> None:
 def check_options(args: argparse.Namespace) -> None:
     """Raise `ConfigError` where one of `add_options` cannot be."""
     check_positive(args, "world_size", "peak_tflops", "efficiency", "tokens")
+    check_can_hold(args.output)
     if args.efficiency > 1:
         raise ConfigError(f"--efficiency is {args.efficiency:g}: it is a part of 1, e.g. 0.4")

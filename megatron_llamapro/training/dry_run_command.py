@@ -31,6 +31,8 @@ def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None
     )
 
     check_positive(args, "memory_gib")
+    if args.largest < 0:
+        raise ConfigError(f"--largest is {args.largest}: it cannot be negative")
     model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
     check(config, model, args.world_size)
     ranks = args.ranks or distinct_ranks(config, args.world_size)

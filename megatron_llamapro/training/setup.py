@@ -188,7 +188,7 @@ def _read_source(config: RunConfig) -> Source:
     if config.lora.rank is not None and uses_transformer_engine(config.model.transformer_impl):
         raise ConfigError("lora needs megatron.core's own linears: set model.transformer_impl to local")
     if config.logging.diagnostics_interval and not manifest.plan.added_layers:
-        raise ConfigError("logging.diagnostics_interval is set, but the checkpoint has no added blocks: leave it out")
+        raise ConfigError("logging.diagnostics_interval is set, but the checkpoint has no added blocks: set it to 0")
     tokenizer = load_tokenizer(Path(config.data.tokenizer or folder))
     check_train_files(config.data, vocab_size=shape.vocab_size)
     _make_cache_dir(config)

@@ -3,9 +3,11 @@
 import errno
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from megatron_llamapro.checkpoint.options import add_change_options, read_change_options
 from megatron_llamapro.config.command import CommandParser, in_one_line, run_command
 from megatron_llamapro.config.errors import CheckpointError, DivergedError, RunError
 
@@ -87,6 +89,70 @@ def test_an_option_that_a_command_does_not_have(capsys: pytest.CaptureFixture) -
             parser.parse_args(["make", argument])
         assert end.value.code == 2
         assert capsys.readouterr().err == f"error: unrecognized arguments: {text}\n"
+
+
+OPTIONS = {
+    "--path=~/x": ("path", Path.home() / "x"),
+    "--path=": "argument --path: '': it is empty: name a file or folder",
+    "--path=~nobody-has-this-name/x": "no home folder is known for ~nobody-has-this-name",
+    "--path=$HOME/x": "variables such as $HOME are not replaced",
+    "--count=-3": ("count", -3),
+    "--count=1e3": "argument --count: '1e3' is no whole number",
+    "--count=٣": "is no whole number",
+    f"--count={'9' * 5000}": "…' is no whole number",
+    "--rate=2e-4": ("rate", 2e-4),
+    "--rate=nan": "argument --rate: 'nan': it must be finite",
+    "--rate=-inf": "it must be finite",
+    "--rate=1e300": "it must be finite",
+    "--rate=fast": "argument --rate: 'fast' is no number",
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option[:20])
+def test_types_of_options(option: str, capsys: pytest.CaptureFixture) -> None:
+    """The same in every command, and in its sub-commands."""
+    for words in ([], ["make"]):
+        parser = taking = CommandParser(prog="tool")
+        if words:
+            taking = parser.add_subparsers().add_parser("make")
+        for name, kind in (("--path", Path), ("--count", int), ("--rate", float)):
+            taking.add_argument(name, type=kind)
+        expected = OPTIONS[option]
+        if isinstance(expected, tuple):
+            assert getattr(parser.parse_args([*words, option]), expected[0]) == expected[1]
+            continue
+        with pytest.raises(SystemExit):
+            parser.parse_args([*words, option])
+        error = capsys.readouterr().err
+        assert expected in error and error.count("\n") == 1
+
+
+def test_either_word_for_a_dtype(capsys: pytest.CaptureFixture) -> None:
+    parser = CommandParser(prog="tool")
+    add_change_options(parser)
+    for word, dtype in (("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp32", "float32"), ("fp16", "float16")):
+        assert parser.parse_args(["--dtype", word]).dtype == dtype
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--dtype", "fp8"])
+    assert "invalid choice: 'fp8'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        read_change_options(parser, parser.parse_args(["--init=random", "--init_seed=-1", "--num_added_blocks=1"]))
+    assert "--init_seed is -1: it cannot be negative" in capsys.readouterr().err
+
+
+def test_an_option_that_is_nearly_the_tools_own(capsys: pytest.CaptureFixture) -> None:
+    """What is not its own goes to another parser, which could only say less."""
+    parser = CommandParser(prog="tool")
+    parser.add_argument("--efficiency", type=float)
+    parser.add_argument("--hf_config")
+    rest = ["--config", "run.yaml", "--optimizer.lr", "1", "--data={a: b}"]
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["tool", *rest, "--efficency", "0.5"])
+        parser.parse_own_args()
+    assert "--efficency: did you mean --efficiency?" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["tool", *rest])
+        assert parser.parse_own_args()[1] == rest
 
 
 def test_in_one_line() -> None:

@@ -55,7 +55,51 @@ def test_resolved_config_reads_back_equal(run_yaml: Path, tmp_path: Path) -> Non
 
 
 WRONG = {
-    "misspelt key": (MINIMAL.replace("seq_length", "seq_lenght"), "did you mean 'seq_length'?"),
+    "two blocks": (MINIMAL + "optimizer: {min_lr: 0}", "run.yaml, line 6: 'optimizer' is given twice, first in line 5"),
+    "a name twice": ("optimizer:\n  lr: 1\n  lr: 2", "run.yaml, line 3: 'lr' is given twice, first in line 2"),
+    "no number": (MINIMAL.replace("1e-4", ".nan"), "run.yaml: optimizer.lr is nan: it must be finite"),
+    "no weight": (MINIMAL.replace("weight: 2", "weight: .inf"), "data.train[0].weight is inf: it must be finite"),
+    "a holder of anchors": ("x: &b {prefix: a}", "run.yaml: x does not exist: the top level takes model, data,"),
+    "where anchors stand": ("x: &b {prefix: a}", "an anchor (&x) stands where its value is used first"),
+    "misspelt section": ("trainig: {train_iters: 3}", "trainig does not exist: did you mean training?"),
+    "another section's": ("training: {lr: 3}", "training.lr does not exist: did you mean optimizer.lr?"),
+    "a name that is no text": ("on: 3", "run.yaml: true does not exist"),
+    "paths for entries": (
+        "data: {train: [data/python]}",
+        "data.train[0] is 'data/python': it has names with values: write",
+    ),
+    "the form of an entry": ("data: {train: [data/python]}", "write {prefix: data/python}"),
+    "an entry without its path": ("data: {train: [{weight: 2}]}", "data.train[0] has no prefix: write {prefix: …}"),
+    "an entry's misspelt field": (
+        "data: {train: [{prefx: a}]}",
+        "data.train[0].prefx does not exist: did you mean prefix?",
+    ),
+    "a number for text": ("logging: {wandb_project: 12}", "logging.wandb_project is 12: it is text: write '12'"),
+    "a word for text": (
+        "logging: {wandb_project: on}",
+        "logging.wandb_project is true: it is text: write it in quotes",
+    ),
+    "a number for a switch": ("data: {packing: 1}", "data.packing is 1: it is true or false"),
+    "a word of a list": (
+        "recompute: {modules: [mlpp]}",
+        "recompute.modules[0] is 'mlpp': it is core_attn, mlp or moe, did",
+    ),
+    "no section": ("parallel: 3", "parallel is 3: it is a section: write its fields, e.g. parallel.tensor_model"),
+    "octal": ("training: {train_iters: 010}", "training.train_iters is '010': it is a whole number"),
+    "home or nothing": ("checkpoint: {save: ~}", "checkpoint.save is '~': write ~/ for the home folder, or null"),
+    "nothing": ("# all of it a comment", "run.yaml is empty"),
+    "a list": ("- a", "run.yaml is a list"),
+    "open bracket": ("model: [", "run.yaml, line 1: while parsing a flow node, expected the node content"),
+    "tabs": ("\tmodel: {}", "run.yaml, line 1: while scanning for the next token"),
+    "two documents": ("--- {}\n--- {}", "run.yaml, line 2: expected a single document"),
+    "an object": ("model: !!python/object:os.system x", "run.yaml, line 1: could not determine a constructor"),
+    "deep": ("x: " + "[" * 5000, "run.yaml: too deeply nested"),
+    "a circle": ("optimizer: &a {lr: *a}", "optimizer.lr is {'lr': {'lr':"),
+    "a control character": ("a\1b: 3", "run.yaml: unacceptable character #x0001"),
+    "misspelt key": (
+        MINIMAL.replace("seq_length", "seq_lenght"),
+        "data.seq_lenght does not exist: did you mean data.seq_length?",
+    ),
     "wrong type": (MINIMAL.replace("train_iters: 3", "train_iters: three"), "training.train_iters"),
     "missing field": (MINIMAL.replace("model: {checkpoint: somewhere}", ""), "model.checkpoint"),
     "unknown precision": (MINIMAL.replace("global_batch", "precision: fp8, global_batch"), "fp8"),
@@ -75,15 +119,119 @@ def test_wrong_yaml_is_one_line(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (MINIMAL.encode("utf-16"), "run.yaml is UTF-16: save it as UTF-8"),
+        (b"model: \xff\xff", "run.yaml is no text: byte 8 is not UTF-8"),
+        (b"#" * (2**24 + 1), "run.yaml has more than 16 MiB"),
+    ],
+)
+def test_what_is_no_text(content: bytes, message: str, run_yaml: Path) -> None:
+    run_yaml.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        parsed(run_yaml)
+
+
+def test_what_may_stand_in_yaml(run_yaml: Path) -> None:
+    """Anchors where they are used first, `<<` with its own names over it, numbers in quotes, empty sections, a BOM."""
+    run_yaml.write_text(
+        "\ufeff"
+        + MINIMAL.replace(
+            "{prefix: a, weight: 2}, {prefix: b}", "&first {prefix: a, weight: 2}, {<<: *first, prefix: b}"
+        )
+        + "checkpoint: # nothing yet\nparallel: {tensor_model_parallel_size: '2'}\nlogging: {wandb_project: ~}\n"
+    )
+    config = parsed(run_yaml)
+    assert [(entry.prefix, entry.weight) for entry in config.data.train] == [("a", 2.0), ("b", 2.0)]
+    assert config.parallel.tensor_model_parallel_size == 2 and config.checkpoint.save is None
+    assert config.logging.wandb_project is None
+
+
 def test_missing_file_and_misspelt_option(run_yaml: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         parse_run_config(["--config", "nowhere.yaml"])
-    with pytest.raises(ConfigError, match="did you mean 'tensor_model_parallel_size'"):
+    with pytest.raises(ConfigError, match=r"did you mean --parallel\.tensor_model_parallel_size"):
         parsed(run_yaml, "--parallel.tensor_model_parallel_siz", "2")
 
 
 def test_print_config(run_yaml: Path, capsys: pytest.CaptureFixture) -> None:
+    """All fields, wherever it stands on the command line; also where required ones are missing."""
+    printed = []
+    for arguments in (
+        ["--config", str(run_yaml), "--print_config"],
+        ["--print_config", "--config", str(run_yaml)],
+        ["--print_config"],
+    ):
+        with pytest.raises(SystemExit) as end:
+            parse_run_config(arguments)
+        assert end.value.code == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == dump_yaml(parsed(run_yaml))
+    assert "checkpoint: null" in printed[2] and "tensor_model_parallel_size: 1" in printed[2]
+
+
+def test_later_files_and_options_win(run_yaml: Path, tmp_path: Path) -> None:
+    """Field by field; lists and names with values whole, unless an option gives one name."""
+    (tmp_path / "more.yaml").write_text("data: {valid: {cpp: d}, train: [{prefix: e}]}\noptimizer: {min_lr: 1e-5}\n")
+    config = parsed(
+        run_yaml, "--data.valid.python=f", "--config", str(tmp_path / "more.yaml"), "--optimizer", "{lr: 2}"
+    )
+    assert (config.optimizer.lr, config.optimizer.min_lr) == (2.0, 1e-5)
+    assert config.data.valid == {"cpp": "d"} and [entry.prefix for entry in config.data.train] == ["e"]
+    assert parsed(run_yaml, "--data.valid.python=f").data.valid == {"cpp": "c", "python": "f"}
+
+
+OPTIONS = {
+    "--lr 1e-3": "--lr does not exist: did you mean --optimizer.lr?",
+    "--training.lr=1e-3": "--training.lr does not exist: did you mean --optimizer.lr?",
+    "--train-iters 10": "--train-iters does not exist: did you mean --training.train_iters?",
+    "--trainig.train_iters 10": "did you mean --training.train_iters?",
+    "--num_layers 3": "did you mean --recompute.num_layers?",
+    "--prefix x": "--prefix does not exist: did you mean --data.train=[{prefix: …}]?",
+    "--data.train.prefix x": "did you mean --data.train=[{prefix: …}]?",
+    "--data.train x": "--data.train is 'x': it is a list: write [{prefix: x}]",
+    "--model.trainable added_blocks": "--model.trainable is 'added_blocks': it is a list: write [added_blocks]",
+    "--model.trainable lora,embedding": "it is a list: write [lora, embedding]",
+    "--parallel.pipeline_stage_layers 3,2": "it is a list: write [3, 2]",
+    "--training.precision bf15": "it is bf16 or fp32, did you mean bf16?",
+    "--training.train_iters 1e3": "--training.train_iters is 1000.0: it is a whole number: write 1000",
+    "--optimizer.lr .inf": "--optimizer.lr is inf: it must be finite",
+    "--optimizer.lr 1e300": "no such number is that large",
+    "--training.train_iters 9999999999999999999": "no such number is that large",
+    "--optimizer x.yaml": "it is a section: write its fields, e.g. optimizer.lr",
+    "--optimizer.lr": "--optimizer.lr has no value: write --optimizer.lr=…",
+    "--optimizer.lr --debug": "--optimizer.lr has no value",
+    "--optimizer.lr=": "--optimizer.lr has no value",
+    "run.yaml": "'run.yaml' stands behind no option: for a file, write --config run.yaml",
+    "--config nowhere.yaml": "nowhere.yaml does not exist",
+    "--config .": ". is a folder: name the YAML file in it",
+    "--data.num_workers -1": "data.num_workers is -1: it cannot be negative",
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_wrong_options(options: str, run_yaml: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        parsed(run_yaml, *options.split(" "))
+    assert OPTIONS[options] in str(error.value)
+
+
+def test_either_word_for_a_dtype(run_yaml: Path) -> None:
+    for word, canonical in (("bfloat16", "bf16"), ("bf16", "bf16"), ("float32", "fp32"), ("fp32", "fp32")):
+        config = parsed(run_yaml, "--training.precision", word)
+        assert config.training.precision == canonical and f"precision: {canonical}\n" in dump_yaml(config)
+
+
+def test_nothing_given() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^model\.checkpoint, data\.train, .* are not set: give --model\.checkpoint, or"
+    ):
+        parse_run_config([])
+
+
+def test_help_says_every_field(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as end:
-        parsed(run_yaml, "--print_config")
-    assert end.value.code == 0
-    assert "tensor_model_parallel_size: 1" in capsys.readouterr().out
+        parse_run_config(["--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and "--optimizer.lr LR" in shown and "--model CONFIG" not in shown

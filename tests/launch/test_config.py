@@ -46,29 +46,45 @@ def test_the_examples_fit_a_run(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("log_dir: logs\nnodes: {num_node: 2}", "did you mean 'num_nodes'"),
-        ("log_dirs: logs", "did you mean 'log_dir'"),
+        ("log_dir: logs\nnodes: {num_node: 2}", "did you mean nodes.num_nodes?"),
+        ("log_dirs: logs", "did you mean log_dir?"),
         ("nodes: {num_nodes: 2}", "log_dir"),
         ("log_dir: logs\nnodes: {num_nodes: two}", "num_nodes"),
-        ("log_dir: logs\nnodes: {num_nodes: 0}", "num_nodes is 0: it must be at least 1"),
+        ("log_dir: logs\nnodes: {num_nodes: 0}", "nodes.num_nodes is 0: it must be at least 1"),
         ("log_dir: logs\nnodes: {processes_per_node: 9}", "more than nodes.gpus_per_node"),
         ("log_dir: logs\nslurm: {time: tomorrow}", "slurm.time is 'tomorrow'"),
-        ("log_dir: logs\nslurm: {time: 24:00:00}", "Expected text (in quotes). Got value: 86400"),
+        ("log_dir: logs\nslurm: {time: 90}", "slurm.time is 90: it is text: write '90'"),
         ("log_dir: logs\nslurm: {time: '4:59'}", "signal_seconds is 300, and slurm.time 4:59 is 299 seconds"),
         ("log_dir: logs\nslurm: {time: 0-01, signal_seconds: 3600}", "slurm.time 0-01 is 3600 seconds"),
         ("log_dir: logs\nslurm: {options: ['--nodes=4']}", "that is for nodes.num_nodes"),
         ("log_dir: logs\nslurm: {options: ['-t 90']}", "that is for slurm.time"),
-        ("log_dir: logs\nsetup: module load cuda", "Expected a list"),
-        ("log_dir: logs\nenvironment: [A]", "Expected names with values (A: 1). Got value: ['A']"),
-        ("", "not a file of names with values:"),
-        ("- log_dir", "not a file of names with values:"),
-        ("log_dir: logs\nslrum: {}", "did you mean 'slurm'?"),
-        ("log_dir: logs\nslurm: {partitoin: {}}", "did you mean 'partition'?"),
-        ("log_dir: logs\nslurm: {max_lives: 0}", "leave it out to requeue"),
+        (
+            "log_dir: logs\nsetup: module load cuda",
+            "setup is 'module load cuda': it is a list: write [module load cuda]",
+        ),
+        ("log_dir: logs\nenvironment: [A]", "environment is ['A']: it has names with values: write {NAME: …}"),
+        ("", "launch.yaml is empty"),
+        ("- log_dir", "launch.yaml is a list"),
+        ("log_dir: logs\nslrum: {}", "did you mean slurm?"),
+        ("log_dir: logs\nslurm: {partitoin: {}}", "did you mean slurm.partition?"),
+        ("log_dir: logs\nslurm: {max_lives: 0}", "slurm.max_lives is 0: it must be at least 1"),
         ("log_dir: logs\nslurm: {options: [qos=long]}", "begins with -"),
         ('log_dir: logs\nslurm: {options: ["--qos=a\\n--wrap=b"]}', "line break"),
         ("log_dir: logs\nenvironment: {A B: c}", "no variable's name"),
-        ("log_dir: logs\nrendezvous_port: 80", "from 1024 to 65535"),
+        ("log_dir: logs\nenvironment: {PATH: '/x:$PATH'}", 'as a line of setup: export PATH="/x:$PATH"'),
+        ("log_dir: logs\nenvironment: {HF_HOME: ~/hf}", "environment.HF_HOME is '~/hf', and values are taken as they"),
+        ("log_dir: logs\nworking_dir: ~", "working_dir is '~': write ~/ for the home folder, or null for none"),
+        ("log_dir: $SCRATCH/logs", "log_dir is '$SCRATCH/logs': variables such as $SCRATCH are not replaced"),
+        ("log_dir: logs\nslurm: {options: [--chdir=~/x]}", "sbatch does not replace ~"),
+        ("log_dir: logs\nslurm: {job_name: a/b}", "it has no / in it"),
+        ("log_dir: logs\nnodes: {cpus_per_node: 0}", "nodes.cpus_per_node is 0: it must be at least 1"),
+        (
+            "log_dir: logs\nprocesses_per_node: 2",
+            "processes_per_node does not exist: did you mean nodes.processes_per_",
+        ),
+        ("log_dir: logs\nlog_dir: more", "launch.yaml, line 2: 'log_dir' is given twice, first in line 1"),
+        ("log_dir: logs\nenvironment: {A: .nan}", "environment.A is nan: it is text: write 'nan'"),
+        ("log_dir: logs\nrendezvous_port: 80", "rendezvous_port is 80: it must be at least 1024"),
         ("log_dir: logs\ncontainer_mounts: [/shared]", "host:container"),
     ],
 )
@@ -146,7 +162,25 @@ def test_without_a_scheduler(launch_file) -> None:
 
 def test_a_launch_file_that_is_not_there() -> None:
     done = tool("--launch", "nowhere.yaml", *RUN)
-    assert (done.returncode, done.stderr) == (2, "error: launch file nowhere.yaml is not there\n")
+    assert (done.returncode, done.stderr) == (2, "error: nowhere.yaml does not exist\n")
+
+
+def test_homes_are_the_submitters(launch_file, tmp_path: Path) -> None:
+    """The job may run where the home folder is another, or none."""
+    launch = launch_file("log_dir: ~/logs\nworking_dir: ~/\ncontainer_mounts: ['~/a:/a']\ncontainer_image: ~/i.sqsh")
+    (tmp_path / "run.yaml").write_text("model: {checkpoint: ~/model}\ncheckpoint: {save: ~/old}")
+    done = tool("--launch", launch, "--config=~/run.yaml", *RUN[1:-1], "--checkpoint.save=~/save", HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for line in (
+        f"cd {tmp_path} || exit 1",
+        f"LOG_DIR={tmp_path}/logs",
+        f"SAVE={tmp_path}/save",
+        f"CONTAINER=(--container-image={tmp_path}/i.sqsh",
+        f"--container-mounts={tmp_path}/a:/a",
+        f"--config {tmp_path}/run.yaml",
+        f"--model.checkpoint={tmp_path}/model --checkpoint.save={tmp_path}/save &",
+    ):
+        assert line in done.stdout
 
 
 def test_by_hand_and_submit(launch_file) -> None:

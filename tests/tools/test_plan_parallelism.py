@@ -75,8 +75,14 @@ BAD = {
         "no division of 4 ranks fits into 0.0001 GiB a rank: the smallest needs 0.00155",
     ),
     "no memory": (["--memory_gib", 0], "--memory_gib is 0: it must be above 0"),
-    "no number": (["--peak_tflops", "inf"], "--peak_tflops is inf: it must be finite"),
+    "no number": (["--peak_tflops", "inf"], "argument --peak_tflops: 'inf': it must be finite"),
     "no such blocks": (["--model.trainable=[round_7]"], "model.trainable names 'round_7'"),
+    "nowhere to write": (
+        ["--output", "/nowhere/x.yaml"],
+        "/nowhere/x.yaml cannot be written: the folder /nowhere does not",
+    ),
+    "a folder to write": (["--output", "/tmp"], "/tmp is a folder: name a file in it"),
+    "no option": (["--efficency", 1], "unrecognized arguments: --efficency: did you mean --efficiency?"),
     "no ranks": (["--world_size", 0], "--world_size is 0: it must be above 0"),
 }
 

@@ -65,6 +65,23 @@ def test_the_tool_draws(metrics: Path, tmp_path: Path) -> None:
     assert again.returncode == 2 and "--overwrite" in again.stderr
 
 
+def test_folders_of_runs_and_an_output_without_an_ending(metrics: Path, tmp_path: Path) -> None:
+    """What is printed is what was written."""
+    done = run("--input", tmp_path, tmp_path, "--output", tmp_path / "plot")
+    assert done.returncode == 2 and "runs have the same name" in done.stderr
+    done = run("--input", tmp_path, "--output", tmp_path / "plot")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/plot.png\n"), done.stderr
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    again = run("--input", tmp_path, "--output", tmp_path / "plot")
+    assert again.returncode == 2 and f"{tmp_path}/plot.png exists" in again.stderr
+    for output, message in (
+        (tmp_path, "is a folder: name a file in it"),
+        (tmp_path / "no" / "x.png", "does not exist"),
+    ):
+        done = run("--input", metrics, "--output", output, "--overwrite")
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [("", "no steps yet"), ("{", "line 1: not a metrics record"), ("[]", "line 1")]
 )

@@ -1,0 +1,133 @@
+"""YAML, read and written in one way everywhere. An error names the file and the line. Imports no torch.
+
+Beyond `yaml.safe_load`: a name that is given twice is an error, 1e-4 is a number, and ~, 24:00:00, 010 and dates are
+text.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from pathlib import Path
+from typing import ClassVar
+
+import yaml
+
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.paths import expand_user
+from megatron_llamapro.config.values import printable
+
+_LARGEST_FILE = 16 * 2**20  # bytes
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_TAG = "tag:yaml.org,2002:"
+# Of YAML 1.1, and not wanted: 24:00:00 would be 86400, 010 would be 8, and a lone = has no meaning at all.
+_OTHER_MEANINGS = {f"{_TAG}{name}" for name in ("int", "float", "timestamp", "value")}
+# An integer of more digits than Python converts stays text, and is refused as such.
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]{0,4000})$")
+_FLOAT = re.compile(
+    r"""(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?
+    |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
+    |[-+]?\.(?:inf|Inf|INF)
+    |\.(?:nan|NaN|NAN))$""",
+    re.VERBOSE,
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that stands twice in a mapping, of which the last would win silently."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in known if tag not in _OTHER_MEANINGS]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        if first != "~"  # null, or the home folder: the field decides
+    }
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """As composed, before `<<` adds what its own names may replace."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            name = (key.tag, key.value)
+            if name in lines:
+                problem = f"'{key.value}' is given twice, first in line {lines[name]}: leave one of them out"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            lines[name] = key.start_mark.line + 1
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Also quotes the text 1e-4, which `_Loader` would read as a number."""
+
+
+for _kind, _pattern in (("int", _INT), ("float", _FLOAT)):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"{_TAG}{_kind}", _pattern, list("-+.0123456789"))
+
+
+def dump(value: object) -> str:
+    """Plain data as YAML that `load` reads back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def load(text: str) -> object:
+    """Plain data of YAML text.
+
+    Raises:
+        ConfigError: it is no YAML, without the name of where it is from.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        reason = ", ".join(filter(None, (error.context, error.problem)))
+        spaces = ": indent with spaces" if r"\t" in reason else ""
+        raise ConfigError(f"{line}{' '.join(reason.split())}{spaces}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(" ".join(str(error).split()).replace(' in "<unicode string>",', ",")) from None
+    except RecursionError:
+        raise ConfigError("too deeply nested") from None
+
+
+def read_document(name: str) -> dict:
+    """What a file of names with values holds; `~` in its name is the home folder.
+
+    Raises:
+        ConfigError: there is no such file, it is no text, no YAML, or holds something else.
+    """
+    text, name = _text_of(name), printable(name)
+    try:
+        document = load(text)
+    except ConfigError as error:
+        raise ConfigError(f"{name}, {error}" if str(error).startswith("line ") else f"{name}: {error}") from None
+    if document is None:
+        raise ConfigError(f"{name} is empty: it takes names with values, e.g. training: {{train_iters: 100}}")
+    if not isinstance(document, dict):
+        what = "a list" if isinstance(document, list) else "a single value"
+        raise ConfigError(f"{name} is {what}: it takes names with values, e.g. training: {{train_iters: 100}}")
+    return document
+
+
+def _text_of(name: str) -> str:
+    try:
+        path = Path(expand_user(name))
+    except ValueError as error:
+        raise ConfigError(f"{name!r} names no file: {error}") from None
+    name = printable(name)
+    if path.is_dir():
+        raise ConfigError(f"{name} is a folder: name the YAML file in it")
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+    except OSError as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise ConfigError(f"{name} {reason}") from None
+    if len(content) > _LARGEST_FILE:
+        raise ConfigError(f"{name} has more than {_LARGEST_FILE >> 20} MiB: it is no configuration")
+    if content.startswith(_UTF16):
+        raise ConfigError(f"{name} is UTF-16: save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is no text: byte {error.start + 1} is not UTF-8") from None

@@ -1,0 +1,218 @@
+"""Plain data -> what the fields of a configuration hold, by their types. Imports no torch.
+
+What a value may be is said once, by the dataclasses. What it is not is one line: what was given, what can be, what to
+type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from megatron_llamapro.config.documents import load
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.fields import alternatives_of, fields_of, is_file_path, is_optional, required_of
+from megatron_llamapro.config.nearest import suggestion
+from megatron_llamapro.config.values import LARGEST_FLOAT, LARGEST_INT, printable, spelled_as
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value stands."""
+
+    root: type
+    """The whole configuration."""
+    source: str
+    """What an error begins with: `FILE: `, or the dashes of an option."""
+    name: str = ""
+    """Dotted, from the root."""
+
+    def __str__(self) -> str:
+        return printable(f"{self.source}{self.name}")
+
+    def under(self, name: str) -> Place:
+        """One of its fields."""
+        return dataclasses.replace(self, name=f"{self.name}.{name}" if self.name else name)
+
+    def at(self, index: int) -> Place:
+        """One of its items."""
+        return dataclasses.replace(self, name=f"{self.name}[{index}]")
+
+    def is_unknown(self) -> NoReturn:
+        """Raise the `ConfigError` for a name that does not exist."""
+        dashes = self.source if self.source == "--" else ""
+        raise ConfigError(f"{self} does not exist{suggestion(self.root, self.name, dashes=dashes)}")
+
+    def refuse(self, value: object, what: str) -> NoReturn:
+        """Raise the `ConfigError` for a value that cannot be."""
+        raise ConfigError(f"{self} is {shown(value)}: {what}")
+
+
+def shown(value: object) -> str:
+    """A value as one writes it, not too long."""
+    words = {True: "true", False: "false"}
+    if value is None or isinstance(value, bool):
+        return words.get(value, "null")  # type: ignore[arg-type]
+    return _SHORT.repr(value)
+
+
+def read_value(kind: Any, value: object, place: Place) -> Any:
+    """`value` as a field of type `kind` holds it, in plain data: of a section the fields that were given, a list for
+    a tuple, and of two spellings of a dtype the field's.
+
+    Raises:
+        ConfigError: it is no such value.
+    """
+    if value == "~" and is_optional(kind) and is_file_path(kind):
+        place.refuse(value, "write ~/ for the home folder, or null for none")
+    if (value is None or value == "~") and is_optional(kind):
+        return None
+    errors = []
+    for alternative in alternatives_of(kind):
+        try:
+            if alternative is not type(None):
+                return _read(alternative, value, place)
+        except ConfigError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def read_text(kind: Any, text: str, place: Place) -> Any:
+    """As `read_value`, of what a command line says: text where the field is text, else YAML."""
+    if text == "null" and is_optional(kind):
+        return None
+    if str in alternatives_of(kind) or get_origin(kind) is Literal:
+        return read_value(kind, text, place)
+    return read_value(kind, _loaded(text), place)
+
+
+def _loaded(value: object) -> object:
+    """What text says as YAML; text that is none stays."""
+    try:
+        return load(value) if isinstance(value, str) else value
+    except ConfigError:
+        return value
+
+
+def _read(kind: Any, value: object, place: Place) -> Any:
+    if fields_of(kind):
+        return _read_fields(kind, value, place)
+    read = _READERS[get_origin(kind) or kind]
+    return read(value, place, *([get_args(kind)] if get_args(kind) else []))
+
+
+def _read_fields(kind: Any, value: object, place: Place) -> dict:
+    hints = fields_of(kind)
+    is_entry = place.name.endswith("]")
+    if value is None and not is_entry:  # a section whose lines are all comments
+        return {}
+    if not isinstance(value, dict):
+        first = next(iter(hints))
+        if is_entry:
+            place.refuse(value, f"it has names with values: write {{{first}: {value if _is_word(value) else '…'}}}")
+        place.refuse(value, f"it is a section: write its fields, e.g. {place.under(first).name}")
+    for name in value:
+        if name not in hints:
+            place.under(name if isinstance(name, str) else shown(name)).is_unknown()
+    read = {name: read_value(hints[name], given, place.under(name)) for name, given in value.items()}
+    for name in required_of(kind) if is_entry else ():
+        if name not in read:
+            raise ConfigError(f"{place} has no {name}: write {{{name}: …}}")
+    return read
+
+
+def _read_str(value: object, place: Place) -> str:
+    if not isinstance(value, str):
+        example = f"'{value}'" if isinstance(value, (int, float)) and not isinstance(value, bool) else "it in quotes"
+        place.refuse(value, f"it is text: write {example}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        place.refuse(value, "it is not UTF-8")
+    return value
+
+
+def _read_bool(value: object, place: Place) -> bool:
+    value = _loaded(value)
+    if not isinstance(value, bool):
+        place.refuse(value, "it is true or false")
+    return value
+
+
+def _read_int(value: object, place: Place) -> int:
+    value = _loaded(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        is_whole = isinstance(value, float) and value.is_integer() and abs(value) < LARGEST_INT
+        place.refuse(value, f"it is a whole number{f': write {value:.0f}' if is_whole else ''}")
+    if abs(value) > LARGEST_INT:
+        place.refuse(value, "no such number is that large")
+    return value
+
+
+def _read_float(value: object, place: Place) -> float:
+    value = _loaded(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        place.refuse(value, "it is a number, e.g. 2e-4")
+    if isinstance(value, int):
+        value = _read_int(value, place)
+    if not math.isfinite(value):
+        place.refuse(value, "it must be finite")
+    if abs(value) > LARGEST_FLOAT:
+        place.refuse(value, "no such number is that large")
+    return float(value)
+
+
+def _read_choice(value: object, place: Place, choices: tuple) -> str:
+    if isinstance(value, str) and spelled_as(choices, value) in choices:
+        return spelled_as(choices, value)
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f", did you mean {near[0]}?" if near else ""
+    place.refuse(value, f"it is {' or '.join(filter(None, (', '.join(choices[:-1]), choices[-1])))}{hint}")
+
+
+def _read_list(value: object, place: Place, kinds: tuple) -> list:
+    kind = kinds[0]
+    if not isinstance(value, (list, tuple)):
+        first = next(iter(fields_of(kind)), None)
+        item = str(value) if _is_word(value) else "…"
+        words = ", ".join(word.strip() for word in item.split(","))
+        form = f"[{{{first}: {item}}}]" if first else f"[{words}]"
+        place.refuse(value, f"it is a list: write {form}")
+    return [read_value(kind, item, place.at(index)) for index, item in enumerate(value)]
+
+
+def _read_names(value: object, place: Place, kinds: tuple) -> dict:
+    if not isinstance(value, dict):
+        place.refuse(value, "it has names with values: write {NAME: …}")
+    for name in value:
+        _read_str(name, place)
+    return {name: read_value(kinds[1], item, place.under(name)) for name, item in value.items()}
+
+
+def _is_word(value: object) -> bool:
+    """Whether an example of what to type can hold it."""
+    return (
+        isinstance(value, (str, int, float))
+        and not isinstance(value, bool)
+        and len(str(value)) <= 60
+        and str(value).isprintable()
+    )
+
+
+_READERS: dict[Any, Callable] = {
+    str: _read_str,
+    bool: _read_bool,
+    int: _read_int,
+    float: _read_float,
+    Literal: _read_choice,
+    tuple: _read_list,
+    dict: _read_names,
+}
