@@ -31,9 +31,6 @@ def main() -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace token files that are there")
     args = parser.parse_args()
 
-    from megatron_llamapro.runtime.upstream import import_megatron
-
-    import_megatron()
     from megatron_llamapro.data.preprocess import preprocess
 
     started = time.monotonic()

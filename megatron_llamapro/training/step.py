@@ -76,11 +76,11 @@ def train_step(
     num_microbatches: int,
     micro_batch_size: int,
     seq_length: int,
-    stop_requested: bool = False,
+    stop_requested: Callable[[], bool] = lambda: False,
     before_update: Callable[[], None] | None = None,
 ) -> StepResult:
     """Forward, backward, clip, update. `batches` holds one iterator a model chunk, all over the same micro-batches;
-    `before_update` is called when all gradients are there."""
+    `before_update` is called when all gradients are there, `stop_requested` when the work of the step is done."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -97,7 +97,7 @@ def train_step(
     learning_rate = get_canonical_lr_for_logging(optimizer.param_groups) or 0.0
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)
-    loss = reduce_loss(sums, layout=layout, stop_requested=stop_requested)
+    loss = reduce_loss(sums, layout=layout, stop_requested=stop_requested())
     return StepResult(loss=loss, grad_norm=float(grad_norm or 0.0), learning_rate=learning_rate)
 
 
