@@ -10,8 +10,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
+import _package  # noqa: F401
 from megatron_llamapro.config.command import CommandParser, run_command
 
 
@@ -30,6 +29,8 @@ def main() -> int:
     parser.add_argument("--num_workers", type=int, default=1, metavar="N", help="processes that tokenize (default: 1)")
     parser.add_argument("--overwrite", action="store_true", help="replace token files that are there")
     args = parser.parse_args()
+
+    from tqdm import tqdm
 
     from megatron_llamapro.data.preprocess import preprocess
 

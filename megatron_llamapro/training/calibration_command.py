@@ -6,20 +6,22 @@ import argparse
 import json
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_llamapro.checkpoint.described import describe_model
 from megatron_llamapro.config.files import write_atomically
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.inits import Expansion
-from megatron_llamapro.runtime import cpu
-from megatron_llamapro.runtime.distributed import start_world, stop_world
 from megatron_llamapro.runtime.upstream import import_megatron
 
 
 def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None) -> int:
     """Time the blocks on the ranks that were started (one tensor-parallel group), and write what was found."""
     model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
+
+    import torch.distributed as dist
+
+    from megatron_llamapro.runtime import cpu
+    from megatron_llamapro.runtime.distributed import start_world, stop_world
+
     import_megatron()
     cpu.install()
     from megatron_llamapro.training.calibration import calibrate

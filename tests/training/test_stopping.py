@@ -215,6 +215,37 @@ def test_ctrl_c_below_torchrun(times: int, run_config: Callable, start: Callable
     assert line.endswith(f"step {step}; the same command resumes from it")
 
 
+def records_when_told(config, kind: str, iteration: int) -> list[tuple[str, int]]:
+    """What a run records whose first rank is told to stop when it writes a record."""
+    from megatron_llamapro.runtime.stop import StopRequest
+    from megatron_llamapro.training.loop import train
+    from megatron_llamapro.training.setup import set_up
+
+    class Telling(list):
+        def write(self, record: dict) -> None:
+            self.append((record["kind"], record["iteration"]))
+            if self[-1] == (kind, iteration):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    stop, run = StopRequest(), set_up(config)
+    records = Telling()
+    train(run, [records] if run.layout.rank == 0 else [], stop)
+    return [*records]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_stop_in_an_evaluation_or_a_save_needs_no_further_step(asynchronous: bool, run_config: Callable) -> None:
+    start = [("eval", 0), ("train", 1)]
+    config = run_config(train_iters=6, eval_interval=2)
+    for name, told, rest in (
+        ("step", ("train", 1), [("train", 2), ("save", 2), ("eval", 2)]),  # what is asked for comes first
+        ("eval", ("eval", 2), [("train", 2), ("eval", 2), ("save", 2)]),
+    ):
+        kept = dataclasses.replace(config.checkpoint, save=f"{config.checkpoint.save}-{name}", async_save=asynchronous)
+        [records, _] = run_distributed(records_when_told, 2, dataclasses.replace(config, checkpoint=kept), *told)
+        assert records == start + rest, name
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
