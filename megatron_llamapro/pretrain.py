@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_llamapro.config.command import INTERRUPTED, in_one_line, run_command
 from megatron_llamapro.config.errors import LlamaProError, RunError
+from megatron_llamapro.runtime.console import keep_on_printing
 from megatron_llamapro.runtime.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 def main() -> int:
     """Parse, check, set up, train, close."""
     stop = StopRequest()  # before the imports, which take seconds
+    keep_on_printing()
     try:
         _run(_read(stop), stop)
     except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError):

@@ -32,6 +32,7 @@ ALLOWED = {
         "pipeline",
     },
     "launch": {"config"},
+    "runtime.console": set(),
     "runtime.stop": {"config"},
     "runtime.launched": {"config"},
     "runtime.upstream": set(),
@@ -84,6 +85,7 @@ ALLOWED = {
     "pretrain": {
         "config",
         "runtime",
+        "runtime.console",
         "runtime.launched",
         "runtime.stop",
         "runtime.upstream",
@@ -103,6 +105,7 @@ WITHOUT_TORCH = (
     "model.trainable",
     "pipeline",
     "pipeline.cost",
+    "runtime.console",
     "runtime.stop",
     "runtime.launched",
     "runtime.upstream",

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -83,8 +82,6 @@ class StopRequest:
                     self._hear(signal.Signals(number))
 
     def _hear(self, number: signal.Signals) -> None:
-        if number == signal.SIGHUP:
-            _print_nowhere()
         if self._closed:
             return
         if not self._training and number != signal.SIGUSR1:
@@ -112,16 +109,6 @@ class StopRequest:
 
     def _abort(self) -> None:
         end_at_once(INTERRUPTED, f"error: interrupted at once, what was not saved is lost; {self.kept()}")
-
-
-def _print_nowhere() -> None:
-    """The terminal is gone, and with it what read our output beside it (`| tee`): to print there would be an error,
-    which ends the run before it is saved. Files go on."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
-        with contextlib.suppress(OSError):
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                os.dup2(nowhere, descriptor)
 
 
 @contextlib.contextmanager

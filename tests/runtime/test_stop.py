@@ -63,7 +63,7 @@ def run(
     [
         (INT, 130, f"error: interrupted {BEFORE}"),
         (TERM, 143, f"error: stopped by SIGTERM {BEFORE}"),
-        (HUP, 129, ""),  # nobody is there to read it
+        (HUP, 129, f"error: stopped by SIGHUP {BEFORE}"),
     ],
 )
 def test_before_the_first_step_it_ends_at_once(number: signal.Signals, code: int, line: str) -> None:
@@ -79,7 +79,7 @@ def test_slurms_warning_is_remembered() -> None:
     [
         ((TERM,), 0, "ended\n", ""),
         ((USR1,), 0, "ended\n", ""),
-        ((HUP,), 0, "", ""),
+        ((HUP,), 0, "ended\n", ""),
         ((TERM, 0.7, TERM, USR1), 0, "ended\n", ""),
         ((INT,), 130, "ended\n", SAVES),
         ((INT, 0.1, INT), 130, "ended\n", SAVES),  # one key, heard twice

@@ -197,6 +197,17 @@ def test_a_closed_terminal_saves(run_config: Callable, start: Callable) -> None:
     assert code == 0 and run.saved_step() == losses_of(run)[-1][0] >= 3
 
 
+def test_a_run_outlives_who_reads_its_output(run_config: Callable, start: Callable) -> None:
+    """As `| tee`, when that is killed."""
+    ear, mouth = os.pipe()
+    run = start(run_config(train_iters=4), stdout=mouth, stderr=mouth)
+    os.close(mouth)
+    assert b"stage 0" in os.read(ear, 4096)
+    os.close(ear)
+    code, _ = run.end()
+    assert code == 0 and run.saved_step() == len(losses_of(run)) == 4
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_below_torchrun(times: int, run_config: Callable, start: Callable) -> None:
     """A terminal's Ctrl-C comes to torchrun alone, whose ranks are sessions of their own: it passes on the first as
