@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_llamapro.config.command import INTERRUPTED, in_one_line, run_command
-from megatron_llamapro.config.errors import LlamaProError, RunError
+from megatron_llamapro.config.errors import ConfigError, LlamaProError, RunError
 from megatron_llamapro.runtime.console import keep_on_printing
 from megatron_llamapro.runtime.stop import StopRequest
 
@@ -41,20 +41,28 @@ def _read(stop: StopRequest) -> RunConfig:
     Each rank reads the same files, and so refuses the same. Where one does not see what the others see, it ends alone,
     and the others with it (torchrun's doing), or when they have waited for it for the time that start_world has.
     """
-    from megatron_llamapro.config.io import parse_run_config
     from megatron_llamapro.runtime.launched import world_of_environment
     from megatron_llamapro.training.kept import what_is_kept
     from megatron_llamapro.training.start import read_start
 
     try:
         launched = world_of_environment(os.environ)
-        config = parse_run_config()
+        config = _parse()
         stop.kept = partial(what_is_kept, config.checkpoint.save)
         read_start(config, world_size=launched.world_size if launched else 1)
     except LlamaProError as error:
         error.on_all_of_node = True
         raise
     return config
+
+
+def _parse() -> RunConfig:
+    from megatron_llamapro.config.io import parse_run_config
+
+    try:
+        return parse_run_config()
+    except OSError as error:  # of a name that the user typed
+        raise ConfigError(in_one_line(error)) from None
 
 
 def _run(config: RunConfig, stop: StopRequest) -> None:

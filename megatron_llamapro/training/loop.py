@@ -93,7 +93,7 @@ def _loop(
             stopping = stopping or on_any_rank(stop.requested)
         if stopping and not last:
             keep(finished=True)
-            _say(run, f"stopped after step {state.iteration} of {total}; {stop.kept()}")
+            _say(run, f"stopped after step {state.iteration} of {total}; {what_is_kept(config.checkpoint.save)}")
             return
     _say(run, f"finished {total} steps; " + _where_saved(run))
 
