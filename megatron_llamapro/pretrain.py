@@ -8,57 +8,81 @@ One process needs no torchrun: python -m megatron_llamapro.pretrain --config run
 from __future__ import annotations
 
 import os
+from functools import partial
+from typing import TYPE_CHECKING
 
-from megatron_llamapro.config.command import exit_code_of, in_one_line, run_command
-from megatron_llamapro.config.errors import LlamaProError, RunError
-from megatron_llamapro.config.io import parse_run_config
-from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.config.command import INTERRUPTED, in_one_line, run_command
+from megatron_llamapro.config.errors import ConfigError, LlamaProError, RunError
+from megatron_llamapro.runtime.console import keep_on_printing
 from megatron_llamapro.runtime.stop import StopRequest
 from megatron_llamapro.training.trackers import check_trackers
 
+if TYPE_CHECKING:
+    from megatron_llamapro.config.schema import RunConfig
+
 
 def main() -> int:
-    """Parse, set up, train, close."""
+    """Parse, check, set up, train, close."""
     stop = StopRequest()  # before the imports, which take seconds
-    config, error = _parse()
-    from megatron_llamapro.runtime import cpu
-    from megatron_llamapro.runtime.distributed import raise_together, start_world, stop_world
-    from megatron_llamapro.runtime.upstream import import_megatron
-
-    import_megatron()
-    cpu.install()
-    start_world(timeout_minutes=config.parallel.distributed_timeout_minutes if config else 10.0)
+    keep_on_printing()
     try:
-        raise_together(error)
-        assert config is not None  # raise_together raised otherwise
-        _train(config, stop)
+        _run(_read(stop), stop)
     except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError):
         raise  # a path of the configuration
     except OSError as raised:  # a full disk, a file system that fails
         raise RunError(in_one_line(raised)) from raised
-    except LlamaProError as raised:
-        if not raised.on_all_ranks:
-            raise  # the others are in a collective: to stop the world now would be to wait for them
-        stop_world()
-        if os.environ.get("RANK", "0") != "0":
-            return exit_code_of(raised)  # rank 0 says it
-        raise
     finally:
         stop.close()
-    stop_world()
-    return 0
+    return INTERRUPTED if stop.interrupted else 0
 
 
-def _parse() -> tuple[RunConfig | None, LlamaProError | None]:
+def _read(stop: StopRequest) -> RunConfig:
+    """The configuration, once all that small files tell of it is checked: seconds before there is a world to ask.
+
+    Each rank reads the same files, and so refuses the same. Where one does not see what the others see, it ends alone,
+    and the others with it (torchrun's doing), or when they have waited for it for the time that start_world has.
+    """
+    from megatron_llamapro.runtime.launched import world_of_environment
+    from megatron_llamapro.training.kept import what_is_kept
+    from megatron_llamapro.training.start import read_start
+
     try:
-        config = parse_run_config()
+        launched = world_of_environment(os.environ)
+        config = _parse()
         if os.environ.get("RANK", "0") == "0":  # the rank that reports
             check_trackers(config.logging)
-        return config, None
+        stop.kept = partial(what_is_kept, config.checkpoint.save)
+        read_start(config, world_size=launched.world_size if launched else 1)
     except LlamaProError as error:
-        if "WORLD_SIZE" not in os.environ:
-            raise
-        return None, error
+        error.on_all_of_node = True
+        raise
+    return config
+
+
+def _parse() -> RunConfig:
+    from megatron_llamapro.config.io import parse_run_config
+
+    try:
+        return parse_run_config()
+    except OSError as error:  # of a name that the user typed
+        raise ConfigError(in_one_line(error)) from None
+
+
+def _run(config: RunConfig, stop: StopRequest) -> None:
+    from megatron_llamapro.runtime import cpu
+    from megatron_llamapro.runtime.distributed import start_world, stop_world
+    from megatron_llamapro.runtime.upstream import import_megatron
+
+    import_megatron()
+    cpu.install()
+    start_world(timeout_minutes=config.parallel.distributed_timeout_minutes)
+    try:
+        _train(config, stop)
+    except LlamaProError as raised:
+        if raised.on_all_ranks:  # else the others are in a collective: to stop the world would be to wait for them
+            stop_world()
+        raise
+    stop_world()
 
 
 def _train(config: RunConfig, stop: StopRequest) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import _package  # noqa: F401
 import megatron_llamapro.checkpoint.options as shared
 from megatron_llamapro.checkpoint.report import summary
 from megatron_llamapro.config.command import CommandParser, run_command
@@ -45,9 +46,8 @@ def main() -> int:
 
 
 def _options_of(command: str):
-    if command.endswith("hf"):
-        return [shared.add_shard_option, shared.add_writing_options]
-    return [shared.add_change_options, shared.add_format_options, shared.add_writing_options]
+    change = (shared.add_change_options, shared.add_format_options)
+    return [*((shared.add_shard_option,) if command.endswith("hf") else change), shared.add_writing_options]
 
 
 def _read(parser: CommandParser, args) -> dict:

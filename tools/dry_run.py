@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import _package  # noqa: F401
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.expansion.options import add_expansion_options, read_expansion_options
 

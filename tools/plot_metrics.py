@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import _package  # noqa: F401
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.files import check_can_hold

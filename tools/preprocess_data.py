@@ -10,8 +10,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
+import _package  # noqa: F401
 from megatron_llamapro.config.command import CommandParser, run_command
 
 
@@ -31,9 +30,8 @@ def main() -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace token files that are there")
     args = parser.parse_args()
 
-    from megatron_llamapro.runtime.upstream import import_megatron
+    from tqdm import tqdm
 
-    import_megatron()
     from megatron_llamapro.data.preprocess import preprocess
 
     started = time.monotonic()

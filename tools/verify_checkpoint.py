@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import _package  # noqa: F401
 from megatron_llamapro.checkpoint.options import add_workers_option
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.expansion.plan import Trained

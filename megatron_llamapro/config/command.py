@@ -1,13 +1,16 @@
 """What every command has in common: one-line errors, exit codes, `--debug`. Imports neither torch nor megatron.
 
-Exit codes: 0 done, 1 a check said no (verify), 2 the user's input (one `error: …` line), 65 a run diverged
-(training/skipping.py; one line too), 70 a run hung and was ended (runtime/watchdog.py), 75 a run failed on its way (one
-line too), 130 interrupted, 141 nobody reads the output any more (both as a shell has them).
+Exit codes: 0 done, or a run was told to stop and has saved; 1 a check said no (verify); 2 the user's input (one
+`error: …` line); 65 a run diverged (training/skipping.py; one line too); 70 a run hung and was ended
+(runtime/watchdog.py); 75 a run failed on its way (one line too). As a shell has them: 130 interrupted by Ctrl-C, also
+where a run has saved; 129 and 143 a run was ended before its first step (SIGHUP, SIGTERM); 141 nobody reads the output
+any more.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import re
@@ -20,6 +23,7 @@ from typing import NoReturn
 
 from megatron_llamapro.config.errors import ConfigError, DivergedError, LlamaProError, RunError
 from megatron_llamapro.config.paths import expand_user
+from megatron_llamapro.config.torchrun import tell_torchrun
 from megatron_llamapro.config.values import LARGEST_FLOAT
 
 USAGE_ERROR = 2
@@ -115,7 +119,12 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 
 def in_one_line(error: BaseException) -> str:
     """What an error says; an `OSError` says which file and what the system answered."""
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        text = (
+            f"the module {error.name} is not in this Python ({sys.executable}): activate the environment that this "
+            "program is installed in, or install it (pip install -e . in its folder)"
+        )
+    elif isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}{error.strerror}"
     else:
@@ -136,25 +145,59 @@ def _nobody_reads_the_output() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+def is_first_of_node() -> bool:
+    """Whether this process says what all ranks of its node would."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _is_silent(error: BaseException) -> bool:
+    """Whether another rank says this error."""
+    if not isinstance(error, LlamaProError):
+        return False
+    if error.on_all_ranks:
+        return os.environ.get("RANK", "0") != "0"
+    return error.on_all_of_node and not is_first_of_node()
+
+
+def end_at_once(code: int, line: str) -> NoReturn:
+    """End this process from any of its threads, with a last line from the first rank of its node. What it has forked
+    ends with it."""
+    import multiprocessing
+
+    tell_torchrun(line)
+    if is_first_of_node():
+        with contextlib.suppress(OSError):
+            os.write(2, f"{line}\n".encode())
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` as a program: user errors become one line and exit code 2 (`exit_code_of` has the others).
 
     What a `KeyboardInterrupt` carries is printed with it. Errors that are not the user's (bugs) keep their traceback.
-    `--debug` on the command line, or `LLAMAPRO_DEBUG=1`, keeps all of them.
+    `--debug` on the command line, or `LLAMAPRO_DEBUG=1`, keeps all of them. torchrun is told of either.
     """
     debug = "--debug" in sys.argv[1:] or os.environ.get("LLAMAPRO_DEBUG") == "1"
     try:
         code = main() or 0
         sys.stdout.flush()
         raise SystemExit(code)
-    except (LlamaProError, OSError) as error:
+    except (LlamaProError, OSError, ModuleNotFoundError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads_the_output():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(OUTPUT_CLOSED) from None
         if debug:
             traceback.print_exc()
-        print(f"error: {in_one_line(error)}", file=sys.stderr)
+        line = f"error: {in_one_line(error)}"
+        tell_torchrun(line)
+        if not _is_silent(error):
+            print(line, file=sys.stderr)
         raise SystemExit(exit_code_of(error)) from None
     except KeyboardInterrupt as interrupt:
         print(": ".join(("error: interrupted", *map(str, interrupt.args))), file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    except Exception as bug:
+        tell_torchrun(in_one_line(bug), details=traceback.format_exc())
+        raise

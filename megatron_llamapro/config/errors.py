@@ -7,6 +7,8 @@ class LlamaProError(Exception):
 
     on_all_ranks = False
     """Whether every rank of a distributed program raises it, so that one of them should say it."""
+    on_all_of_node = False
+    """Whether every rank of a node finds it by itself, in the same files, so that the node's first should say it."""
 
 
 class ConfigError(LlamaProError):

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megatron_llamapro.checkpoint.folder import sync
 from megatron_llamapro.config.errors import DataError
@@ -20,6 +19,7 @@ from megatron_llamapro.data.encoding import Chunk, Encoded, Encoder, chunks_of
 from megatron_llamapro.data.token_files import TokenFileInfo, paths_of
 from megatron_llamapro.data.tokenizer import Tokenizer
 from megatron_llamapro.data.worker import EncoderOptions, encode_in_worker, start_worker
+from megatron_llamapro.runtime.upstream import import_megatron
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,9 @@ class _Writer:
         self.draft = draft
         self.tokenizer = tokenizer
         self.chat = chat
+        import_megatron()  # seconds, so after everything that is refused at once
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
         self.dtype = DType.optimal_dtype(tokenizer.vocab_size)
         self.builder = IndexedDatasetBuilder(str(paths_of(draft)[0]), dtype=self.dtype, multimodal=chat)
         self.digest = hashlib.sha256()

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.schema import DataConfig
 from megatron_llamapro.data.token_files import content_digest
+from megatron_llamapro.runtime.stop import children_deaf
+
+_PR_SET_PDEATHSIG = 1
+"""linux/prctl.h"""
 
 
 class BatchSampler:
@@ -79,7 +87,15 @@ def train_batches(
         iteration=iteration,
         left_out=left_out,
     )
-    batches = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers))
+    with children_deaf():
+        batches = iter(
+            DataLoader(
+                dataset,
+                batch_sampler=sampler,
+                num_workers=num_workers,
+                worker_init_fn=partial(_end_with_parent, os.getpid()) if num_workers else None,
+            )
+        )
     for step in sampler.steps:
         for _ in sampler.rounds:
             yield _next_of(batches, step)
@@ -94,6 +110,13 @@ def _next_of(batches: Iterator[dict], step: int) -> dict:
     except DataError as error:
         reason = str(error).rpartition(f"{DataError.__name__}: ")[2].strip()  # a worker process's ends its traceback
         raise DataError(f"step {step}: {reason}, or name the step in training.skip_iterations") from error
+
+
+def _end_with_parent(parent: int, worker: int) -> None:
+    """Have the kernel end this worker with the process that it loads for, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent:  # it has ended already
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def data_order_fingerprint(data: DataConfig, *, num_samples: int, seed: int) -> dict[str, object]:

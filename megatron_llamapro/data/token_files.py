@@ -12,14 +12,20 @@ import json
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.schema import DataFormat
 
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
 _END_BYTES = 2**20
+
+TOKEN_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+"""numpy's name of each type that an index can name (megatron.core's `DType`, which takes seconds to import)."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,16 @@ def read_info(prefix: str | Path) -> TokenFileInfo | None:
 def open_token_file(
     prefix: str | Path, *, vocab_size: int | None = None, data_format: DataFormat = "text"
 ) -> IndexedDataset:
-    """The pair, with its two files checked against each other and, where that is known, against the vocabulary.
+    """The pair, checked by `check_token_file`."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    has_modes = check_token_file(prefix, vocab_size=vocab_size, data_format=data_format)
+    return IndexedDataset(str(prefix), multimodal=has_modes)
+
+
+def check_token_file(prefix: str | Path, *, vocab_size: int | None = None, data_format: DataFormat = "text") -> bool:
+    """Check a pair's two files against each other and, where that is known, against the vocabulary. Returns whether
+    its sequences have modes. Imports no torch.
 
     Raises:
         DataError: a file is missing, empty, damaged or another set's; it is not of `data_format`; or tokens lie beyond
@@ -81,7 +96,7 @@ def open_token_file(
             f"{prefix} holds the token {info.max_token}, but the model's vocabulary has {vocab_size}: it was made with "
             "another tokenizer; preprocess the text again"
         )
-    return IndexedDataset(str(prefix), multimodal=has_modes)
+    return has_modes
 
 
 def _check_sizes(bin_path: Path, index_path: Path) -> bool:
@@ -94,7 +109,7 @@ def _check_sizes(bin_path: Path, index_path: Path) -> bool:
     if len(start) < header.size:
         raise DataError(damaged)
     magic, version, code, num_sequences, num_documents = header.unpack(start)
-    if magic != b"MMIDIDX\x00\x00" or version != 1 or code not in DType._value2member_map_:
+    if magic != b"MMIDIDX\x00\x00" or version != 1 or code not in TOKEN_TYPES:
         raise DataError(f"{index_path} is not an index of token files, or of a version that is not known")
     least = header.size + num_sequences * (4 + 8) + num_documents * 8
     if num_sequences == 0:
@@ -102,7 +117,7 @@ def _check_sizes(bin_path: Path, index_path: Path) -> bool:
     if index_path.stat().st_size not in (least, least + num_sequences):
         raise DataError(damaged)
     lengths = numpy.fromfile(index_path, dtype=numpy.int32, count=num_sequences, offset=header.size)
-    width = numpy.dtype(DType.dtype_from_code(code)).itemsize
+    width = numpy.dtype(TOKEN_TYPES[code]).itemsize
     expected = int(lengths.sum(dtype=numpy.int64)) * width
     if bin_path.stat().st_size != expected:
         raise DataError(

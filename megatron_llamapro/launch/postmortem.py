@@ -25,8 +25,10 @@ _FAILURE = re.compile(
     r"exitcode +: (?P<code>-?\d+) \(pid: (?P<pid>\d+)\)"
 )
 
-# A rank that still ran when another of its node had failed: torchrun ends it, and then reports it as the others.
+# A rank that still ran when another of its node had failed: torchrun ends it, and then reports it as the others. It
+# ends by the signal, or as one that was told to stop; with another code, it was ending by itself already.
 _ENDED_BY_TORCHRUN = re.compile(r"Sending process (?P<pid>\d+) closing signal")
+_AS_TOLD = (0, -signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGHUP)
 
 # Ends that all ranks agree on, and of which one speaks for all.
 _AGREED = {USAGE_ERROR: "the run was refused", DIVERGED: "the run diverged"}
@@ -59,6 +61,8 @@ class Failure:
     code: int
     words: str
     follows: bool
+    ended: bool
+    """Whether torchrun sent it the signal to end while it was ending by itself."""
 
     @property
     def how(self) -> str:
@@ -77,9 +81,9 @@ def failures(node: str, log: str) -> Iterator[Failure]:
     words = {match["local_rank"]: match for match in _LAST_WORDS.finditer(log)}
     lost = {match["local_rank"]: match.start() for match in _LOST_ANOTHER.finditer(log)}
     for found in _FAILURE.finditer(log):
-        if found["pid"] in ended:
-            continue
         said, code = words.get(found["local_rank"]), int(found["code"])
+        if found["pid"] in ended and code in _AS_TOLD:
+            continue
         yield Failure(
             time=found["time"],
             node=node,
@@ -87,16 +91,19 @@ def failures(node: str, log: str) -> Iterator[Failure]:
             code=code,
             words=said["text"] if said else "",
             follows=code != -signal.SIGKILL and lost.get(found["local_rank"], -1) >= (said.start() if said else 0),
+            ended=found["pid"] in ended,
         )
 
 
 def order(failure: Failure) -> tuple:
     """By what others follow: first a rank that ended a hang, whose end may abort others; one that does not say that it
-    lost another; one that was killed from outside; one that a signal ended, after which it says nothing; one that says
-    something, since one rank may speak for all; then by time, of which torchrun knows the second in which it looked."""
+    lost another; one that had ended when torchrun looked; one that was killed from outside; one that a signal ended,
+    after which it says nothing; one that says something, since one rank may speak for all; then by time, of which
+    torchrun knows the second."""
     return (
         failure.code != HUNG,
         failure.follows,
+        failure.ended,
         failure.code != -signal.SIGKILL,
         failure.code > 0,
         not failure.words,
@@ -111,9 +118,9 @@ def describe(logs: Mapping[str, str]) -> tuple[str, int]:
     if not found:
         return "no node says that a rank died: a node was lost, or the job was stopped from outside", 0
     first = found[0]
-    code = first.code
-    if code in _AGREED and all(failure.code == code for failure in found) and (said := _said_for_all(logs.values())):
-        return f"{_AGREED[code]}: {said}", code
+    codes = {first.code, *(failure.code for failure in found if not failure.ended)}
+    if codes == {first.code} and first.code in _AGREED and (said := _said_for_all(logs.values())):
+        return f"{_AGREED[first.code]}: {said}", first.code
     said = f": {first.words.removeprefix('error: ')}" if first.words and first.code > 0 else ""
     return f"rank {first.rank} on {first.node} died first, at {first.time.replace('_', ' ')}: {first.how}{said}", 0
 

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_llamapro.config.errors import CheckpointError, LlamaProError
+from megatron_llamapro.config.command import TRY_AGAIN, end_at_once
+from megatron_llamapro.config.errors import CheckpointError, LlamaProError, RunError
 from megatron_llamapro.config.schema import ParallelConfig
+from megatron_llamapro.runtime.launched import check_device, world_of_environment
 
 Found = TypeVar("Found")
 
@@ -49,19 +52,40 @@ class ParallelLayout:
 def start_world(*, timeout_minutes: float = 10.0) -> None:
     """Start torch's default process group from torchrun's environment, or a world of one without it.
 
-    NCCL where there is a CUDA device, else gloo.
+    NCCL where there is a CUDA device, else gloo. Where the ranks do not find one another in the time, the process ends.
+
+    Raises:
+        ConfigError: the environment is no rank's, or this node has no GPU for this rank.
+        RunError: the ranks did not find one another.
     """
     if dist.is_initialized():
         return
+    launched = world_of_environment(os.environ)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        check_device(local_rank, num_devices=torch.cuda.device_count())
+        torch.cuda.set_device(local_rank)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+    if launched is None:
+        rendezvous = Path(tempfile.mkdtemp(prefix="llamapro-")) / "rendezvous"
+        dist.init_process_group(backend, init_method=rendezvous.as_uri(), rank=0, world_size=1, timeout=timeout)
         return
-    rendezvous = Path(tempfile.mkdtemp(prefix="llamapro-")) / "rendezvous"
-    dist.init_process_group(backend, init_method=rendezvous.as_uri(), rank=0, world_size=1, timeout=timeout)
+    failed = (
+        f"the ranks did not find one another in {timeout_minutes:g} minutes (parallel.distributed_timeout_minutes): "
+        f"this is {launched}: are all of them started, and does this node reach that one?"
+    )
+    # torch takes the time for each of several steps, tries again, and then prints a page. This comes before it.
+    seconds = timeout.total_seconds()
+    deadline = threading.Timer(max(seconds - 1, seconds / 2), lambda: end_at_once(TRY_AGAIN, f"error: {failed}"))
+    deadline.daemon = True
+    deadline.start()
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise RunError(f"{failed} ({reason(error)})") from None
+    finally:
+        deadline.cancel()
 
 
 def start_model_parallel(parallel: ParallelConfig, *, seed: int) -> ParallelLayout:
@@ -104,17 +128,19 @@ def stop_world() -> None:
         dist.destroy_process_group()
 
 
-def world_size_from_environment() -> int:
-    """Ranks that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def from_first_rank(value: Found) -> Found:
     """What the first rank gives, on all ranks, which all call it. What is in a folder they decide so: one rank may see
     a file that another does not see yet, and then goes another way, to a collective that nobody else comes to."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_any_rank(flag: bool) -> bool:
+    """Whether it is set on some rank. All ranks call it."""
+    flags = torch.tensor([float(flag)], device=torch.cuda.current_device())
+    dist.all_reduce(flags)
+    return bool(flags.item())
 
 
 def for_all_ranks(error: LlamaProError) -> LlamaProError:

@@ -23,6 +23,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from megatron_llamapro.config.command import HUNG
+from megatron_llamapro.config.torchrun import tell_torchrun
 
 _GRACE_SECONDS = 5.0
 _KEY = "llamapro/hang"
@@ -70,7 +71,9 @@ class Watchdog:
         text = "".join(traceback.format_list(stack))
         _say(f"rank {self.rank}: no step for {self.timeout_seconds:g} s; it is at\n{text}")
         try:
-            _say(self._verdict(stack))
+            said = self._verdict(stack)
+            _say(said)
+            tell_torchrun(said)
             self._wait_for_readers()
         finally:
             os._exit(HUNG)

@@ -6,14 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_llamapro.checkpoint.described import describe_model
 from megatron_llamapro.config.files import check_can_hold, write_atomically
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.inits import Expansion
-from megatron_llamapro.runtime import cpu
-from megatron_llamapro.runtime.distributed import start_world, stop_world
 from megatron_llamapro.runtime.upstream import import_megatron
 
 
@@ -21,6 +17,12 @@ def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None
     """Time the blocks on the ranks that were started (one tensor-parallel group), and write what was found."""
     check_can_hold(args.calibrate)
     model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
+
+    import torch.distributed as dist
+
+    from megatron_llamapro.runtime import cpu
+    from megatron_llamapro.runtime.distributed import start_world, stop_world
+
     import_megatron()
     cpu.install()
     from megatron_llamapro.training.calibration import calibrate

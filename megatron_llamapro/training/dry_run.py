@@ -15,18 +15,14 @@ from itertools import islice
 import torch
 
 from megatron_llamapro.checkpoint.described import DescribedModel
-from megatron_llamapro.config.checks import data_parallel_size
-from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.model.freeze import StageReport
-from megatron_llamapro.planning.fitting import check_fits
+from megatron_llamapro.planning.fitting import check_runs_dry
 from megatron_llamapro.runtime.counting import CountingMode, Counts, Held, Kind, Saved
 from megatron_llamapro.runtime.distributed import process_groups
 from megatron_llamapro.runtime.fake import fake_world, watched_messages
 from megatron_llamapro.training.setup import Machine, Run, build_machine
 from megatron_llamapro.training.step import Batch, train_step
-
-MAX_WORLD_SIZE = 4096
 
 
 @dataclass(frozen=True)
@@ -59,18 +55,6 @@ def distinct_ranks(config: RunConfig, world_size: int) -> list[int]:
     return [stage * (world_size // stages) for stage in range(stages)]
 
 
-def check(config: RunConfig, model: DescribedModel, world_size: int) -> None:
-    """Raise `ConfigError` where the job could not start."""
-    if not 1 <= world_size <= MAX_WORLD_SIZE:
-        raise ConfigError(f"--world_size is {world_size}: it is from 1 to {MAX_WORLD_SIZE:,}")
-    if model.shape.is_moe:
-        raise ConfigError(
-            "a model with experts cannot run dry: which of them a token goes through is known from data only"
-        )
-    data_parallel_size(config, world_size)
-    check_fits(config, model.shape, model.plan)
-
-
 def dry_run(
     config: RunConfig, model: DescribedModel, *, world_size: int, rank: int, num_largest: int = 0
 ) -> RankReport:
@@ -80,7 +64,7 @@ def dry_run(
     Raises:
         ConfigError: the job could not start.
     """
-    check(config, model, world_size)
+    check_runs_dry(config, model, world_size)
     started = time.perf_counter()
     with fake_world(rank, world_size):
         machine = build_machine(config, model.shape, model.plan, load=lambda models: None)

@@ -12,15 +12,25 @@ from megatron_llamapro.config.command import check_positive
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.inits import Expansion
-from megatron_llamapro.runtime import cpu
+from megatron_llamapro.planning.fitting import check_runs_dry
 from megatron_llamapro.runtime.upstream import import_megatron
 
 
 def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None) -> int:
     """Run the ranks, printing each when it is done (as JSON all at the end). Returns the exit code."""
+    check_positive(args, "memory_gib")
+    if args.largest < 0:
+        raise ConfigError(f"--largest is {args.largest}: it cannot be negative")
+    model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
+    check_runs_dry(config, model, args.world_size)
+    if not all(0 <= rank < args.world_size for rank in args.ranks or ()):
+        raise ConfigError(f"--ranks names a rank that a job of {args.world_size} does not have")
+
+    from megatron_llamapro.runtime import cpu
+
     import_megatron()
     cpu.install()
-    from megatron_llamapro.training.dry_run import check, distinct_ranks, dry_run
+    from megatron_llamapro.training.dry_run import distinct_ranks, dry_run
     from megatron_llamapro.training.dry_run_report import (
         arithmetic_of,
         describe,
@@ -30,14 +40,7 @@ def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None
         total_line,
     )
 
-    check_positive(args, "memory_gib")
-    if args.largest < 0:
-        raise ConfigError(f"--largest is {args.largest}: it cannot be negative")
-    model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
-    check(config, model, args.world_size)
     ranks = args.ranks or distinct_ranks(config, args.world_size)
-    if not all(0 <= rank < args.world_size for rank in ranks):
-        raise ConfigError(f"--ranks names a rank that a job of {args.world_size} does not have")
     if not args.json:
         print(heading(config, model, world_size=args.world_size), flush=True)
     arithmetic = arithmetic_of(config, model, world_size=args.world_size)

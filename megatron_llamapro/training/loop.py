@@ -10,11 +10,12 @@ from megatron_llamapro.config.errors import LlamaProError
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.config.steps import is_left_out, left_out
 from megatron_llamapro.data.sampling import train_batches
-from megatron_llamapro.runtime.distributed import for_all_ranks
+from megatron_llamapro.runtime.distributed import for_all_ranks, on_any_rank
 from megatron_llamapro.runtime.stop import StopRequest
 from megatron_llamapro.runtime.watchdog import Watchdog
 from megatron_llamapro.training.diagnostics import BlockDiagnostics
 from megatron_llamapro.training.evaluation import evaluate
+from megatron_llamapro.training.kept import what_is_kept
 from megatron_llamapro.training.metrics import MetricsWriter
 from megatron_llamapro.training.report import peak_memory_gib, work_per_token
 from megatron_llamapro.training.saver import Saver
@@ -57,8 +58,19 @@ def _loop(
         _evaluate(run, writers)
     diagnostics = _diagnostics(run)
     timer = StepTimer(run)
-    saved_at = state.iteration if state.iteration else None
     unwatched = watchdog.paused if watchdog else contextlib.nullcontext
+
+    def keep(*, finished: bool) -> None:
+        """Save this step, if it is not saved; `finished`: and wait until it is on the disk."""
+        if not saver:
+            return
+        with unwatched():
+            if state.iteration != saver.latest:
+                _write(writers, *saver.save())
+            _write(writers, *(saver.finish() if finished else []))
+        timer.restart()
+
+    stop.begin(saves=saver is not None)
     while state.iteration < total:
         if watchdog:
             watchdog.beat()
@@ -77,24 +89,24 @@ def _loop(
             for figures in watched.figures():
                 _write(writers, {"kind": "block", "iteration": state.iteration, **figures})
             timer.restart()
+        if saver:
+            _write(writers, *saver.poll())
+        stopping = result.loss.stop_requested or _exits(config.training.exit_interval, state.iteration)
+        if stopping:  # first of all: a scheduler does not wait for an evaluation
+            keep(finished=True)
         if _due(config.training.eval_interval, state.iteration, last):
             with unwatched():
                 _evaluate(run, writers)
             timer.restart()
-        if saver:
-            _write(writers, *saver.poll())
-        stopping = result.loss.stop_requested or _exits(config.training.exit_interval, state.iteration)
-        if saver and (stopping or last or _due(config.checkpoint.save_interval, state.iteration)):
-            with unwatched():
-                records = saver.save()
-                records += saver.finish() if stopping or last else []
-            _write(writers, *records)
-            saved_at = state.iteration
-            timer.restart()
+            stopping = stopping or on_any_rank(stop.requested)
+        if stopping or last or _due(config.checkpoint.save_interval, state.iteration):
+            keep(finished=stopping or last)
+            stopping = stopping or on_any_rank(stop.requested)
         if stopping and not last:
-            _say(run, f"stopped after step {state.iteration} of {total}" + _where_saved(run, saved_at))
+            keep(finished=True)
+            _say(run, f"stopped after step {state.iteration} of {total}; {what_is_kept(config.checkpoint.save)}")
             return
-    _say(run, f"finished {total} steps" + _where_saved(run, saved_at))
+    _say(run, f"finished {total} steps; " + _where_saved(run))
 
 
 def _diagnostics(run: Run) -> BlockDiagnostics | None:
@@ -130,7 +142,7 @@ def _trained(run: Run, batches: Sequence, stop: StopRequest, watched: BlockDiagn
             num_microbatches=run.num_microbatches,
             micro_batch_size=run.config.training.micro_batch_size,
             seq_length=run.config.data.seq_length,
-            stop_requested=stop.requested,
+            stop_requested=lambda: stop.requested,
             before_update=watched.note_gradients if watched else None,
         )
 
@@ -240,7 +252,6 @@ def _say(run: Run, text: str) -> None:
         print(text, flush=True)
 
 
-def _where_saved(run: Run, saved_at: int | None) -> str:
-    if saved_at is None:
-        return "; nothing was saved (set checkpoint.save to keep the model)"
-    return f"; checkpoint: {run.config.checkpoint.save}, step {saved_at}"
+def _where_saved(run: Run) -> str:
+    save = run.config.checkpoint.save
+    return f"checkpoint: {save}, step {run.state.iteration}" if save else what_is_kept(save)

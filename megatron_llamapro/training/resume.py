@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_llamapro.checkpoint.delta import BASE
-from megatron_llamapro.checkpoint.folder import LATEST, is_torch_dist, latest_checkpoint, resolve_megatron_checkpoint
+from megatron_llamapro.checkpoint.folder import LATEST, latest_checkpoint
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.megatron_dist import COMMON_STATE, check_loadable
 from megatron_llamapro.config.checks import check_samples
@@ -48,19 +47,6 @@ def run_identity(config: RunConfig) -> RunIdentity:
         param_groups=[to_plain(rule) for rule in config.optimizer.param_groups],
         lora=to_plain(config.lora),
     )
-
-
-def starting_checkpoint(config: RunConfig) -> Path:
-    """The folder that the run starts from: model.checkpoint, or where it is gone the base that the run has of it.
-
-    Raises:
-        CheckpointError: neither is there.
-    """
-    given = Path(config.model.checkpoint)
-    base = Path(config.checkpoint.save) / BASE if config.checkpoint.save else None
-    if base is not None and not given.exists() and is_torch_dist(base):
-        return base
-    return resolve_megatron_checkpoint(given)
 
 
 def checkpoint_to_resume(config: RunConfig, manifest: Manifest, identity: RunIdentity) -> Path | None:

@@ -70,6 +70,8 @@ class Saver:
         self._origin = self._folder / self._delta.base if self._delta else run.source.folder
         self._queue = AsyncCallsQueue()
         self._pending: _Save | None = None
+        self.latest: int | None = None
+        """The step that was saved last, or is being saved."""
 
     def _make_delta(self):
         source = self._run.source
@@ -115,7 +117,7 @@ class Saver:
 
     def _begin(self) -> _Save:
         """The folder to write into. Its name is new: what a killed run still writes goes elsewhere."""
-        iteration = self._run.state.iteration
+        iteration = self.latest = self._run.state.iteration
         name = from_first_rank(uuid.uuid4().hex[:8])
         folder = iteration_folder(self._folder, iteration)
         save = _Save(iteration, folder, folder.with_name(f"{folder.name}.{name}.tmp"), time.monotonic())

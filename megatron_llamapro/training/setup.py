@@ -14,15 +14,12 @@ from torch.utils.data import Dataset
 
 from megatron_llamapro.checkpoint.adapters import AdapterRecord
 from megatron_llamapro.checkpoint.manifest import Manifest
-from megatron_llamapro.checkpoint.megatron_dist import check_loadable
-from megatron_llamapro.config.checks import data_parallel_size
 from megatron_llamapro.config.errors import CheckpointError, ConfigError, DataError, LlamaProError
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
-from megatron_llamapro.data.dataset import CheckedDataset, build_train_dataset, build_valid_datasets, check_train_files
+from megatron_llamapro.data.dataset import CheckedDataset, build_train_dataset, build_valid_datasets
 from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.build import LlamaModel, build_model
-from megatron_llamapro.model.families import model_shape, read_hf_config
 from megatron_llamapro.model.freeze import StageReport, freeze
 from megatron_llamapro.model.frozen import skip_frozen_work
 from megatron_llamapro.model.lora import add_adapters
@@ -30,16 +27,14 @@ from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.model.spec import uses_transformer_engine
 from megatron_llamapro.model.trainable import first_trainable_layer
 from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler, check_apex
-from megatron_llamapro.planning.fitting import check_fits
 from megatron_llamapro.runtime.distributed import ParallelLayout, from_first_rank, raise_together, start_model_parallel
 from megatron_llamapro.training.checkpointing import load_checkpoint, load_model
 from megatron_llamapro.training.metrics import metrics_path
 from megatron_llamapro.training.replicas import skip_collectives_of_one
-from megatron_llamapro.training.resume import RunIdentity, checkpoint_to_resume, run_identity, starting_checkpoint
+from megatron_llamapro.training.resume import RunIdentity, checkpoint_to_resume, run_identity
+from megatron_llamapro.training.start import read_start
 from megatron_llamapro.training.state import TrainingState
 from megatron_llamapro.training.step import connect
-
-_MANIFEST_DTYPE = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -177,20 +172,11 @@ def _checked_source(config: RunConfig) -> Source:
 
 def _read_source(config: RunConfig) -> Source:
     check_apex()
-    data_parallel_size(config, torch.distributed.get_world_size())
-    folder = starting_checkpoint(config)
-    check_loadable(folder)
-    shape = model_shape(read_hf_config(folder))
-    manifest = Manifest.read(folder)
-    manifest.check_fits(shape)
-    check_fits(config, shape, manifest.plan)
-    _check_precision(config, manifest, folder)
+    start = read_start(config, world_size=torch.distributed.get_world_size())
+    folder, manifest, shape = start.folder, start.manifest, start.shape
     if config.lora.rank is not None and uses_transformer_engine(config.model.transformer_impl):
         raise ConfigError("lora needs megatron.core's own linears: set model.transformer_impl to local")
-    if config.logging.diagnostics_interval and not manifest.plan.added_layers:
-        raise ConfigError("logging.diagnostics_interval is set, but the checkpoint has no added blocks: set it to 0")
-    tokenizer = load_tokenizer(Path(config.data.tokenizer or folder))
-    check_train_files(config.data, vocab_size=shape.vocab_size)
+    tokenizer = load_tokenizer(start.tokenizer)
     _make_cache_dir(config)
     held_out = build_valid_datasets(config.data, vocab_size=shape.vocab_size, eod=tokenizer.eod)
     identity = run_identity(config)
@@ -201,16 +187,6 @@ def _read_source(config: RunConfig) -> Source:
             f"(tools/convert_checkpoint.py megatron-to-megatron --source {folder} --target MERGED)"
         )
     return Source(folder, manifest, shape, tokenizer, held_out, identity, resume_from)
-
-
-def _check_precision(config: RunConfig, manifest: Manifest, folder: Path) -> None:
-    """Weights are trained in the type they are stored in: a cast would change every original weight unseen."""
-    wanted = _MANIFEST_DTYPE[config.training.precision]
-    if manifest.dtype != wanted:
-        raise ConfigError(
-            f"training.precision is {config.training.precision}, but {folder} holds {manifest.dtype} weights: "
-            f"convert it with --dtype {wanted}, or change training.precision"
-        )
 
 
 def wrapped(model: LlamaModel, parallel: ParallelConfig) -> DistributedDataParallel:

@@ -79,11 +79,11 @@ def train_step(
     num_microbatches: int,
     micro_batch_size: int,
     seq_length: int,
-    stop_requested: bool = False,
+    stop_requested: Callable[[], bool] = lambda: False,
     before_update: Callable[[], None] | None = None,
 ) -> StepResult:
     """Forward, backward, clip, update. `batches` holds one iterator a model chunk, all over the same micro-batches;
-    `before_update` is called when all gradients are there.
+    `before_update` is called when all gradients are there, `stop_requested` when the work of the step is done.
 
     Nothing is updated where the loss or the gradient norm is not finite. The same goes for a norm of exactly 0: a model
     that diverged may have hidden states so large that the final norm returns zeros. Loss and norm are reduced over all
@@ -102,7 +102,7 @@ def train_step(
     )
     if before_update is not None:
         before_update()
-    loss = reduce_loss(sums, layout=layout, stop_requested=stop_requested)
+    loss = reduce_loss(sums, layout=layout, stop_requested=stop_requested())
     grad_norm = gradient_norm(optimizer)
     usable = math.isfinite(loss.loss) and math.isfinite(grad_norm) and grad_norm > 0
     if usable:

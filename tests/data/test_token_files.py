@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.data.token_files import content_digest, open_token_file, paths_of, read_info
+from megatron_llamapro.data.token_files import TOKEN_TYPES, content_digest, open_token_file, paths_of, read_info
 
 
 def cut(path: Path, num_bytes: int) -> None:
@@ -77,3 +77,9 @@ def test_side_file_of_other_tokens_does_not_count(copied_pair: Path) -> None:
     assert info is not None
     dataclasses.replace(info, bin_bytes=info.bin_bytes + 2).write(paths_of(copied_pair)[2])
     assert read_info(copied_pair) is None
+
+
+def test_token_types_are_megatrons() -> None:
+    from megatron.core.datasets.indexed_dataset import DType
+
+    assert {each.value: each.name for each in DType} == TOKEN_TYPES

@@ -43,7 +43,7 @@ def test_a_kill_comes_before_what_it_caused() -> None:
     )
 
 
-@pytest.mark.parametrize("code", [-15, -9, 0])
+@pytest.mark.parametrize("code", [-15, -9, 0, 143])
 def test_what_torchrun_ended_died_of_something_else(code: int) -> None:
     """Also by SIGKILL, 30 seconds later, since ranks that wait for a dead one do not hear SIGTERM."""
     log = (
@@ -55,6 +55,14 @@ def test_what_torchrun_ended_died_of_something_else(code: int) -> None:
     assert describe({"n1": log})[0] == (
         "rank 0 on n1 died first, at 2026-11-25 16:05:10: exit code 1: the disk is full"
     )
+
+
+def test_a_neighbour_that_ends_sooner_is_not_the_first() -> None:
+    """Python takes a while to end after an error; a rank that lost it may be gone before."""
+    log = says(1, "ZeroDivisionError: division by zero") + says(0, LOST_BY_GLOO) + CLOSED.format(pid=201)
+    line, code = describe({"n1": log + block(0, 1) + block(1, 1)})
+    assert line == "rank 1 on n1 died first, at 2026-11-25 16:05:10: exit code 1: ZeroDivisionError: division by zero"
+    assert code == 0
 
 
 @pytest.mark.parametrize("lost", [LOST_BY_GLOO, LOST_BY_STORE])

@@ -146,11 +146,13 @@ def test_a_path_that_cannot_be_is_the_inputs_fault(run_config: Callable, tmp_pat
     assert "cache cannot be made: Not a directory: set data.cache_dir" in result.stderr
 
 
-def test_torchrun_says_it_once(run_config: Callable, tmp_path: Path) -> None:
+def test_torchrun_says_it_once_and_at_the_end(run_config: Callable, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     result = pretrain(with_model(run_config(), checkpoint="nowhere"), tmp_path, launcher=torchrun)
     assert result.returncode != 0
-    assert result.stderr.count("error: nowhere is not a folder") == 1
+    lines, said = result.stderr.splitlines(), "error: nowhere is not a folder: give the folder of a Megatron checkpoint"
+    assert lines.count(said) == 1
+    assert lines[-2].endswith(said) and set(lines[-1]) == {"="}, result.stderr
 
 
 def test_a_changed_run_is_refused(run_config: Callable, models: Callable, token_files: tuple[Path, Path]) -> None:

@@ -1,0 +1,79 @@
+"""What small files tell of a run before torch is imported, which takes seconds: the model that it starts from, whether
+it can be trained as configured, and whether data and tokenizer are there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_llamapro.checkpoint.delta import BASE
+from megatron_llamapro.checkpoint.folder import is_torch_dist, resolve_megatron_checkpoint
+from megatron_llamapro.checkpoint.manifest import Manifest
+from megatron_llamapro.checkpoint.megatron_dist import check_loadable
+from megatron_llamapro.config.checks import data_parallel_size
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.data.token_files import check_token_file
+from megatron_llamapro.data.tokenizer import tokenizer_file
+from megatron_llamapro.model.families import model_shape, read_hf_config
+from megatron_llamapro.model.shape import ModelShape
+from megatron_llamapro.planning.fitting import check_fits
+
+_MANIFEST_DTYPE = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run starts from, and what it says of itself."""
+
+    folder: Path
+    manifest: Manifest
+    shape: ModelShape
+    tokenizer: Path
+
+
+def read_start(config: RunConfig, *, world_size: int) -> Start:
+    """Check what can be checked without torch. Needs no process group, and writes nothing.
+
+    Raises:
+        LlamaProError: anything in the configuration, the checkpoint or the data that cannot be trained with.
+    """
+    data_parallel_size(config, world_size)
+    folder = _starting_checkpoint(config)
+    check_loadable(folder)
+    shape = model_shape(read_hf_config(folder))
+    manifest = Manifest.read(folder)
+    manifest.check_fits(shape)
+    check_fits(config, shape, manifest.plan)
+    _check_precision(config, manifest, folder)
+    if config.logging.diagnostics_interval and not manifest.plan.added_layers:
+        raise ConfigError("logging.diagnostics_interval is set, but the checkpoint has no added blocks: set it to 0")
+    tokenizer = tokenizer_file(Path(config.data.tokenizer or folder))
+    for entry in config.data.train:
+        check_token_file(entry.prefix, vocab_size=shape.vocab_size, data_format=config.data.format)
+    for prefix in config.data.valid.values():
+        check_token_file(prefix, vocab_size=shape.vocab_size, data_format=config.data.format)
+    return Start(folder, manifest, shape, tokenizer)
+
+
+def _starting_checkpoint(config: RunConfig) -> Path:
+    """The folder that the run starts from: model.checkpoint, or where it is gone the base that the run has of it.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    given = Path(config.model.checkpoint)
+    base = Path(config.checkpoint.save) / BASE if config.checkpoint.save else None
+    if base is not None and not given.exists() and is_torch_dist(base):
+        return base
+    return resolve_megatron_checkpoint(given)
+
+
+def _check_precision(config: RunConfig, manifest: Manifest, folder: Path) -> None:
+    """Weights are trained in the type they are stored in: a cast would change every original weight unseen."""
+    wanted = _MANIFEST_DTYPE[config.training.precision]
+    if manifest.dtype != wanted:
+        raise ConfigError(
+            f"training.precision is {config.training.precision}, but {folder} holds {manifest.dtype} weights: "
+            f"convert it with --dtype {wanted}, or change training.precision"
+        )

@@ -1,0 +1,121 @@
+"""What a configuration or a path decides is refused before torch is imported, which takes seconds: here its import is
+an error of its own. And what is said where something is not installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from megatron_llamapro.config.io import dump_yaml
+
+ROOT = Path(__file__).parents[2]
+PRETRAIN = "-m megatron_llamapro.pretrain --config {run} "
+# What is typed, and what is said of it. {run} is a configuration that is right, {model} a Hugging Face model.
+REFUSED = {
+    PRETRAIN + "--training.train_iters 0": "training.train_iters is 0",
+    PRETRAIN + "--model.checkpoint nowhere": "nowhere is not a folder",
+    PRETRAIN + '--data.train [{{"prefix":"nowhere"}}]': "nowhere.bin is not there",
+    PRETRAIN + "--data.valid.x nowhere": "nowhere.bin is not there",
+    PRETRAIN + "--data.tokenizer nowhere": "nowhere is not there: give a tokenizer file",
+    PRETRAIN + "--data.seq_length 4096": "data.seq_length is 4096, but the model was made for",
+    PRETRAIN + "--training.precision bf16": "holds float32 weights",
+    PRETRAIN + "--parallel.tensor_model_parallel_size 2": "1 ranks cannot be divided",
+    "-m megatron_llamapro.pretrain --config nowhere.yaml": "nowhere.yaml",
+    "tools/preprocess_data.py --input nowhere --tokenizer {model} --output_prefix x": "nowhere is not there",
+    "tools/preprocess_data.py --input {run} --tokenizer nowhere --output_prefix x": "nowhere is not there",
+    "tools/train_tokenizer.py --input nowhere --vocab_size 300 --output_dir x": "nowhere is not there",
+    "tools/convert_checkpoint.py hf-to-megatron --source nowhere --target x": "nowhere is not a folder",
+    "tools/convert_checkpoint.py hf-to-megatron --source {model} --target {model}": "overlap",
+    "tools/convert_checkpoint.py hf-to-megatron --source {model} --target x --num_added_blocks 99": "99",
+    "tools/expand_checkpoint.py --source nowhere --target x --num_added_blocks 1": "nowhere is not a folder",
+    "tools/verify_checkpoint.py --original nowhere --expanded nowhere": "nowhere is not a folder",
+    "tools/inspect_checkpoint.py --checkpoint nowhere": "nowhere is not a folder",
+    "tools/dry_run.py --config {run} --world_size 1 --model.checkpoint nowhere": "nowhere is not there",
+    "tools/dry_run.py --config {run} --world_size 3": "is not a multiple of",
+    "tools/plan_parallelism.py --config {run} --world_size 1 --model.checkpoint nowhere": "nowhere is not there",
+    "tools/plan_pipeline.py --config {run} --world_size 1": "there is one stage",
+    "tools/plan_pipeline.py --config {run} --world_size 1 --calibrate x --model.checkpoint nowhere": "nowhere is not",
+    "tools/launch_slurm.py --config {run} --launch nowhere": "launch file nowhere is not there",
+    "tools/plot_metrics.py --input nowhere --output x.png": "nowhere is not there",
+}
+
+
+@pytest.fixture
+def run_yaml(run_config: Callable, tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(dump_yaml(run_config()))
+    return tmp_path / "run.yaml"
+
+
+def typed(
+    command: str, *, options: list[str] | None = None, variables: Mapping[str, str] | None = None
+) -> tuple[int, str, str]:
+    """Exit code and output of a command of this repository."""
+    done = subprocess.run(
+        [sys.executable, *(options or []), *command.split()],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **(variables or {})},
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def without_torch(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "first" / "torch").mkdir(parents=True)
+    (tmp_path / "first" / "torch" / "__init__.py").write_text("raise RuntimeError('torch is imported')\n")
+    return {"PYTHONPATH": str(tmp_path / "first")}
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_it_is_refused_before_torch_is_imported(
+    command: str, run_yaml: Path, without_torch: dict, models: Callable
+) -> None:
+    line = command.format(run=run_yaml, model=models().original_hf)
+    code, out, errors = typed(line, variables=without_torch)
+    assert (code, out) == (2, ""), errors
+    assert errors.startswith("error: ") and errors.count("\n") == 1, errors
+    assert REFUSED[command] in errors
+
+
+def test_a_rank_of_several_refuses_by_itself(run_yaml: Path, without_torch: dict) -> None:
+    """In the same words on all, of which the first of a node says them."""
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "1"}
+    command = PRETRAIN.format(run=run_yaml) + "--parallel.tensor_model_parallel_size 4"
+    assert typed(command, variables={**without_torch, **place}) == (2, "", "")
+    code, _, errors = typed(command, variables={**without_torch, **place, "LOCAL_RANK": "0"})
+    assert code == 2 and errors.startswith("error: 2 ranks cannot be divided") and errors.count("\n") == 1
+
+
+def test_a_right_one_goes_on_to_torch(run_yaml: Path, without_torch: dict) -> None:
+    assert "torch is imported" in typed(PRETRAIN.format(run=run_yaml), variables=without_torch)[2]
+
+
+@pytest.fixture(scope="module")
+def packages_but_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of everything that is installed here, but for torch."""
+    folder = tmp_path_factory.mktemp("packages")
+    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not path.name.startswith(("torch", "__editable__")):
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+def test_without_torch_it_says_so(run_yaml: Path, packages_but_torch: Path) -> None:
+    variables = {"PYTHONPATH": str(packages_but_torch)}
+    code, out, errors = typed(PRETRAIN.format(run=run_yaml), options=["-S"], variables=variables)
+    assert (code, out, errors.count("\n")) == (2, "", 1), errors
+    assert errors.startswith(f"error: the module torch is not in this Python ({sys.executable}): ")
+
+
+@pytest.mark.parametrize("tool", sorted(path.name for path in (ROOT / "tools").glob("[!_]*.py")))
+def test_without_the_package_a_tool_says_so(tool: str) -> None:
+    code, out, errors = typed(f"tools/{tool} --help", options=["-S"], variables={"PYTHONPATH": ""})
+    assert (code, out, errors.count("\n")) == (2, "", 1), errors
+    assert errors.startswith(f"error: the module megatron_llamapro is not in this Python ({sys.executable}): ")
