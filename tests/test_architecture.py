@@ -68,7 +68,7 @@ ALLOWED = {
         "optimizer",
         "data",
     },
-    "testing": {"config", "model.shape", "checkpoint", "runtime", "training"},
+    "testing": {"config", "model.families", "model.rotary", "model.shape", "checkpoint", "runtime", "training"},
     "pretrain": {"config", "runtime", "training"},
 }
 WITHOUT_TORCH = (
@@ -78,6 +78,7 @@ WITHOUT_TORCH = (
     "model.refused",
     "model.shape",
     "model.hf_fields",
+    "model.rope_fields",
     "model.families",
     "model.trainable",
     "pipeline",
