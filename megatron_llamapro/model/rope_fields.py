@@ -47,7 +47,9 @@ def read_rope(config: Mapping, *, default_base: float) -> Rope:
     name, read = next(iter(objects.items()), (_NEWER, {}))
     theta = read if _THETA in read else {_THETA: config.get(_THETA, default_base)}
     if theta[_THETA] is None:
-        raise CheckpointError(f"config.json has rope_theta null, which transformers cannot compute with: {_REMEDY}")
+        raise CheckpointError(
+            "config.json has rope_theta null, on which transformers fails: remove it, or give a number"
+        )
     rope = Rope(number(theta, _THETA), _scaling(config, name, read))
     for other, found in objects.items():
         if (scaling := _scaling(config, other, found)) != rope.scaling:
