@@ -92,7 +92,7 @@ def check_args(args: object, shape: ModelShape, *, where: Path) -> None:
 
 
 def _text(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
 def _expected(shape: ModelShape, said: dict) -> Iterator[tuple[str, object]]:

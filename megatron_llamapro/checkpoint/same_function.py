@@ -56,7 +56,8 @@ class Watched(OpenTensors):
 
 def _with_short_window(config: Mapping) -> dict:
     window = config.get("sliding_window", _LONGEST_WINDOW + 1)  # absent, it is long in some families
-    shorter = {"sliding_window": _LONGEST_WINDOW} if window is not None and window > _LONGEST_WINDOW else {}
+    is_longer = isinstance(window, int) and window > _LONGEST_WINDOW
+    shorter = {"sliding_window": _LONGEST_WINDOW} if is_longer else {}
     return {**{name: value for name, value in config.items() if name != MANIFEST_KEY}, **shorter}
 
 

@@ -49,7 +49,6 @@ def version() -> str | None:
     return __version__ if tuple(map(int, __version__.split(".")[:2])) >= _OLDEST else None
 
 
-@torch.no_grad()
 def their_model(config: Mapping, model: TensorSource, tokens: torch.Tensor) -> TheirModel:
     """The model of `config`, with the tensors of `model`, on `tokens` [b, s].
 
@@ -57,9 +56,17 @@ def their_model(config: Mapping, model: TensorSource, tokens: torch.Tensor) -> T
         CheckpointError: transformers fails on the configuration, or wants other tensors than the checkpoint has.
     """
     try:
-        causal = _without_memory(config)
+        return _computed(config, model, tokens)
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a version may raise is its refusal
-        raise CheckpointError(f"transformers {version()} fails on config.json: {_first_line(error)}") from error
+        first_line = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        raise CheckpointError(f"transformers {version()} fails on config.json: {first_line}") from error
+
+
+@torch.no_grad()
+def _computed(config: Mapping, model: TensorSource, tokens: torch.Tensor) -> TheirModel:
+    causal = _without_memory(config)
     base = causal.model
     base.rotary_emb = type(base.rotary_emb)(config=causal.config)
     base.embed_tokens = torch.nn.Identity()  # a table, looked up here
@@ -122,7 +129,3 @@ def _experts(model: TensorSource, prefix: str, parts: tuple[str, ...]) -> torch.
         torch.cat([model.tensor(f"{prefix}.{expert}.{part}.weight").float() for part in parts]) for expert in experts
     ]
     return torch.stack(rows)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
