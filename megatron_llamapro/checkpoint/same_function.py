@@ -13,7 +13,7 @@ from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.sources import OpenTensors
 from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.model.families import MANIFEST_KEY, model_shape
+from megatron_llamapro.model.families import MANIFEST_KEY, model_shape, spelled_for_all
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,17 @@ def check_function(source: Watched, result: Watched) -> Check:
         problem = str(error)
     if problem:
         return Check("function", ok=False, text=f"by this program's reading {equal}, but {problem}")
-    return Check("function", ok=True, text=f"{equal}, by this program and by transformers {version()}, which agree")
+    # What 4 reads nothing of, it is told in the spelling that it reads: of that, this program's reading is not proven.
+    told = ", told what rope_parameters say" if _told(source.config) != source.config else ""
+    agree = f"by this program and by transformers {version()}{told}, which agree"
+    return Check("function", ok=True, text=f"{equal}, {agree}")
+
+
+def _told(config: Mapping) -> Mapping:
+    """`config` for transformers: as it is, unless that is version 4."""
+    from megatron_llamapro.checkpoint.transformers_model import version
+
+    return spelled_for_all(config) if (version() or "").startswith("4.") else config
 
 
 def _against_transformers(source: Watched, result: Watched, tokens: torch.Tensor, ours: torch.Tensor) -> str | None:
@@ -95,7 +105,7 @@ def _against_transformers(source: Watched, result: Watched, tokens: torch.Tensor
     from megatron_llamapro.checkpoint.transformers_model import their_model, version
     from megatron_llamapro.model.rotary import inverse_frequencies
 
-    before, after = (their_model(model.config, model, tokens) for model in (source, result))
+    before, after = (their_model(_told(model.config), model, tokens) for model in (source, result))
     for model, theirs in ((source, before), (result, after)):
         if not torch.allclose(inverse_frequencies(model.shape), theirs.frequencies, rtol=1e-5, atol=0):
             return f"transformers {version()} reads other rotary embeddings from {model.checkpoint.folder}/config.json"
