@@ -25,7 +25,8 @@ def number(
     """A number above 0. Null is none: transformers puts no default in its place."""
     value = config.get(name, default)
     if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= sys.float_info.max:
-        raise CheckpointError(f"config.json has {name} {value!r}: it must be a number above 0")
+        what = "a number" if int in kinds else "a number with a point, as 1.0,"
+        raise CheckpointError(f"config.json has {name} {value!r}: it must be {what} above 0")
     return float(value)
 
 
