@@ -72,7 +72,7 @@ def _computed(config: Mapping, model: TensorSource, tokens: torch.Tensor) -> The
     base.embed_tokens = torch.nn.Identity()  # a table, looked up here
     for name, module in base.named_modules():
         _stream(module, f"model.{name}", model)
-    hidden = base(inputs_embeds=embedded(model, tokens), use_cache=False).last_hidden_state
+    hidden = base(inputs_embeds=embedded(model, tokens), use_cache=False, return_dict=True).last_hidden_state
     head = projected(model, hidden, is_tied=causal.config.tie_word_embeddings)
     return TheirModel(head, base.rotary_emb.inv_freq)
 

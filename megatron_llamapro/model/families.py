@@ -112,7 +112,7 @@ FAMILIES: dict[str, Family] = {
             requirements=(_NO_LAYER_TYPES,),
             windows=Windows.EVERY_LAYER,
             defaults={"num_key_value_heads": 8, "sliding_window": 4096},
-            not_null=("num_key_value_heads",),
+            not_null=("num_key_value_heads", "layer_types"),
         ),
         Family(
             "qwen2",
@@ -235,7 +235,7 @@ def family_of(config: Mapping) -> Family:
     for name in family.not_null:
         if name in config and config[name] is None:
             raise CheckpointError(
-                f"config.json has {name} null, on which transformers fails: remove it, or give a number"
+                f"config.json has {name} null, on which transformers fails: remove it, or give a value"
             )
     return family
 

@@ -53,7 +53,7 @@ def logits(config: dict, shapes: dict[str, tuple[int, ...]]) -> list:
     if wrong:
         raise ValueError(f"the tensors do not fit: {wrong}")
     with torch.no_grad():
-        return model.eval()(torch.tensor(TOKENS), use_cache=False).logits.tolist()
+        return model.eval()(torch.tensor(TOKENS), use_cache=False, return_dict=True).logits.tolist()
 
 
 def _read(config: dict, folder: Path) -> Any:

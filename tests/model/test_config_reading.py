@@ -101,6 +101,7 @@ REFUSED = {
         {"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
         "4.57 and later read a mistral that has it as a ministral",
     ),
+    "a mistral that it takes for one too": ({"model_type": "mistral", "layer_types": None}, "layer_types null"),
     "experts counted twice": (
         {"model_type": "mixtral", "num_local_experts": 8, "num_experts": 4},
         "num_local_experts 8, num_experts 4",
