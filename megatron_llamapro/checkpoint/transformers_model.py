@@ -24,6 +24,9 @@ from megatron_llamapro.config.errors import CheckpointError
 _OLDEST = (4, 56)
 """Versions before do not have the classes that are used here, or read newer fields by other rules."""
 
+# Fields that name code, some of which transformers would fetch and run.
+_CODE = re.compile(r"auto_map|_?(attn|experts)_implementation(_internal)?|quantization_config")
+
 # transformers 5 computes a Mixtral with other modules than its files have: theirs, what of the file's they are made of.
 _ROUTER = re.compile(r"(model\.layers\.\d+)\.mlp\.gate\.weight")
 _EXPERTS = re.compile(r"(model\.layers\.\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
@@ -80,13 +83,13 @@ def _computed(config: Mapping, model: TensorSource, tokens: torch.Tensor) -> The
 def _without_memory(config: Mapping) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    # The file, and not its fields, as some decisions are made of it. No code is taken from anywhere.
-    fields = {name: value for name, value in config.items() if name != "auto_map"}
+    # As a file, since some decisions are made of that.
+    fields = {name: value for name, value in config.items() if not _CODE.fullmatch(name)}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(fields))
         read = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(read, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_config(read, dtype=torch.float32, attn_implementation="sdpa").eval()
 
 
 def _stream(module: torch.nn.Module, name: str, model: TensorSource) -> None:

@@ -157,6 +157,20 @@ def test_without_transformers_it_says_what_is_not_shown(
     assert "not that config.json is read as it should be: that takes transformers, 4.56 or newer" in line.text
 
 
+def test_code_that_a_configuration_names_is_not_looked_for(tiny_model: Tiny) -> None:
+    names = {
+        "auto_map": {"AutoConfig": "nobody/nothing--code.Config", "AutoModelForCausalLM": "code.Model"},
+        "attn_implementation": "nobody/nothing",
+        "_attn_implementation": "nobody/nothing",
+        "experts_implementation": "nobody/nothing",
+    }
+    with SourceFiles() as files:
+        model = OpenTensors(open_checkpoint(tiny_model()), files)
+        config = model.checkpoint.config
+        found = their_model({**config, **names}, model, TOKENS)
+        assert torch.equal(found.logits, their_model(config, model, TOKENS).logits)
+
+
 def test_what_transformers_fails_on_is_one_line(tiny_model: Tiny, tmp_path: Path) -> None:
     with SourceFiles() as files:
         model = OpenTensors(open_checkpoint(tiny_model()), files)
