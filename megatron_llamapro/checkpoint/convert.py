@@ -47,6 +47,7 @@ from megatron_llamapro.model.families import (
     MANIFEST_KEY,
     expanded_hf_config,
     model_shape,
+    spelled_for_all,
 )
 from megatron_llamapro.model.shape import ModelShape
 
@@ -267,6 +268,7 @@ def _target_model(source: Checkpoint, expansion: Expansion, dtype: str | None) -
     config = {key: value for key, value in source.config.items() if key != MANIFEST_KEY}
     if plan.num_rounds > source.plan.num_rounds:
         config = expanded_hf_config(config, plan)
+    config = spelled_for_all(config)
     return _Model(plan, config, model_shape(config), dtype or source.dtype, expansion)
 
 

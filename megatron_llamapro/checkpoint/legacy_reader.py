@@ -9,11 +9,12 @@ from pathlib import Path
 
 from megatron_llamapro.checkpoint.folder import LATEST, RELEASE, iteration_folder
 from megatron_llamapro.checkpoint.legacy_grid import Entry, Grid, LayerSpec, check_grid, chunk_entries
+from megatron_llamapro.checkpoint.megatron_args import MEGATRON_GLOBALS, check_args
 from megatron_llamapro.checkpoint.megatron_legacy import RANK_FILE, Copies, copy_of, pieces_of
 from megatron_llamapro.checkpoint.megatron_model import MegatronTensor, open_megatron
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
 from megatron_llamapro.checkpoint.streaming import state_of
-from megatron_llamapro.checkpoint.torch_archive import TORCH_GLOBALS, ArchivedTensor, DamagedArchiveError, read_archive
+from megatron_llamapro.checkpoint.torch_archive import ArchivedTensor, DamagedArchiveError, read_archive
 from megatron_llamapro.checkpoint.weight_map import EMBEDDING, weights_of
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside, read_small
@@ -24,32 +25,6 @@ _RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 
 _RankKey = tuple[int, int]
 """Tensor rank and stage."""
-
-
-class _LegacyGlobals:
-    """What the pickles of Megatron-LM's own checkpoints name besides tensors. Nothing of it is imported or called."""
-
-    _NAMES = frozenset(
-        {
-            *TORCH_GLOBALS,
-            "argparse.Namespace",
-            "types.SimpleNamespace",
-            "_io.BytesIO",
-            "_codecs.encode",
-            "signal.Signals",
-            "numpy.ndarray",
-            "numpy.dtype",
-            "numpy.core.multiarray._reconstruct",
-            "numpy.core.multiarray.scalar",
-            "numpy._core.multiarray._reconstruct",
-            "numpy._core.multiarray.scalar",
-            "torch.device",
-            *(f"torch.{name}" for name in ("float32", "float16", "bfloat16", "int64", "uint8")),
-        }
-    )
-
-    def __contains__(self, path: object) -> bool:
-        return path in self._NAMES or (isinstance(path, str) and path.startswith("megatron."))
 
 
 def is_legacy(folder: Path) -> bool:
@@ -82,7 +57,10 @@ def open_legacy(folder: Path) -> Checkpoint:
     model = read_hf_model(folder)
     paths = {_rank(path): _file_of(path) for path in sorted(ranks.glob("mp_rank_*")) if path.is_dir()}
     states = {path: state_of(path) for path in paths.values()}
-    files = {rank: (path, _chunks(path)) for rank, path in paths.items()}
+    held = {rank: _state(path) for rank, path in paths.items()}
+    files = {rank: (path, _chunks(path, held[rank])) for rank, path in paths.items()}
+    for state in held.values():
+        check_args(state.get("args"), model.shape, where=ranks)
     opened = _Opened(ranks, files, model.shape)
     checkpoint = open_megatron(folder, Format.LEGACY, model, opened.tensors(), states=states)
     return replace(checkpoint, division=str(opened.grid), stage_layers=opened.grid.stage_layers)
@@ -104,14 +82,18 @@ def _file_of(folder: Path) -> Path:
     return path
 
 
-def _chunks(path: Path) -> list[dict]:
-    """The state of each chunk in a rank's file."""
+def _state(path: Path) -> dict:
+    """What a rank's file holds."""
     try:
         with path.open("rb") as file:
-            state = read_archive(file, admitted=_LegacyGlobals())
+            state = read_archive(file, admitted=MEGATRON_GLOBALS)
     except DamagedArchiveError as error:
         raise CheckpointError(f"{path} was not loaded: {error}") from None
-    state = state if isinstance(state, dict) else {}
+    return state if isinstance(state, dict) else {}
+
+
+def _chunks(path: Path, state: Mapping) -> list[dict]:
+    """The state of each chunk in a rank's file."""
     numbered = [key for key in state if isinstance(key, str) and re.fullmatch(r"model\d{1,4}", key)]
     keys = ["model"] if "model" in state else sorted(numbered, key=lambda key: int(key.removeprefix("model")))
     chunks = [state[key] for key in keys]

@@ -21,6 +21,7 @@ from megatron_llamapro.checkpoint.dist_index import INDEX_NAME, IndexedTensor, S
 from megatron_llamapro.checkpoint.divided import DividedTensor, Part, is_stacked, unstacked
 from megatron_llamapro.checkpoint.folder import TORCH_DIST_MARK
 from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, TargetFile, TargetLayout, parts_of
+from megatron_llamapro.checkpoint.megatron_args import check_common_state
 from megatron_llamapro.checkpoint.megatron_model import MegatronTensor, matrix, open_megatron
 from megatron_llamapro.checkpoint.opened import BasePart, Checkpoint, Format
 from megatron_llamapro.checkpoint.streaming import allow_many_open_files, state_of
@@ -91,6 +92,7 @@ def open_torch_dist(folder: Path) -> Checkpoint:
             one whose pickles would run code; a delta whose base is not there.
     """
     folder, model = Path(folder), read_hf_model(folder)
+    check_common_state(folder, COMMON_STATE, model.shape)
     indexed = _indexed_weights(folder)
     delta = Delta.read(folder)
     base = delta.base_of(folder) if delta else None

@@ -172,7 +172,7 @@ def _args(shape: ModelShape, target: LegacyTarget) -> object:
         position_embedding_type="rope",
         add_position_embedding=True,
         use_rotary_position_embeddings=False,
-        rotary_base=int(shape.rotary_base),
+        rotary_base=int(shape.rotary_base) if shape.rotary_base.is_integer() else shape.rotary_base,
         rotary_percent=1.0,
         rotary_interleaved=False,
         add_bias_linear=shape.add_bias_linear,

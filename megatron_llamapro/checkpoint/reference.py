@@ -30,11 +30,21 @@ def logits(model: TensorSource, tokens: torch.Tensor) -> torch.Tensor:
     shape = model.shape
     angles = torch.outer(torch.arange(tokens.shape[1]), inverse_frequencies(shape))  # [s, d / 2]
     rotation = (angles.cos().repeat(1, 2), angles.sin().repeat(1, 2))
-    hidden = model.tensor("model.embed_tokens.weight")[tokens].float()
+    hidden = embedded(model, tokens)
     for layer in range(shape.num_layers):
         hidden = _block(model, layer, hidden, rotation)
     hidden = _norm(hidden, model.tensor("model.norm.weight"), shape)
-    head = model.tensor("model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight")
+    return projected(model, hidden, is_tied=shape.tie_word_embeddings)
+
+
+def embedded(model: TensorSource, tokens: torch.Tensor) -> torch.Tensor:
+    """tokens [b, s] → [b, s, h], float32."""
+    return model.tensor("model.embed_tokens.weight")[tokens].float()
+
+
+def projected(model: TensorSource, hidden: torch.Tensor, *, is_tied: bool) -> torch.Tensor:
+    """hidden [b, s, h], behind the last norm → logits [b, s, vocabulary]; `is_tied`: by the embedding."""
+    head = model.tensor("model.embed_tokens.weight" if is_tied else "lm_head.weight")
     return torch.cat([functional.linear(hidden, rows.float()) for rows in head.split(_HEAD_ROWS)], dim=-1)
 
 

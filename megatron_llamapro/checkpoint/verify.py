@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_llamapro.checkpoint.adapters import rows_of, unmerged_hash
 from megatron_llamapro.checkpoint.added_blocks import AddedBlocks, BlockReport, BlockState
@@ -21,30 +20,13 @@ from megatron_llamapro.checkpoint.convert import default_workers
 from megatron_llamapro.checkpoint.hf_reader import check_stored_head
 from megatron_llamapro.checkpoint.lineage import name_now, original_name
 from megatron_llamapro.checkpoint.opened import Checkpoint
-from megatron_llamapro.checkpoint.sources import OpenTensors, open_checkpoint
+from megatron_llamapro.checkpoint.same_function import Check, Watched, check_function
+from megatron_llamapro.checkpoint.sources import open_checkpoint
 from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles, hash_rows, nothing
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.plan import Trained
 from megatron_llamapro.model.families import ITEMSIZES
 from megatron_llamapro.model.shape import ModelShape
-
-if TYPE_CHECKING:
-    import torch
-
-_NUM_TOKENS = 32  # the sequence that the function is compared on
-
-
-@dataclass(frozen=True)
-class Check:
-    """One claim, and whether it holds."""
-
-    name: str
-    ok: bool
-    text: str
-    """What was found, with numbers and names."""
-
-    def __str__(self) -> str:
-        return f"{'ok  ' if self.ok else 'FAIL'} {self.name}: {self.text}"
 
 
 def verify(
@@ -91,7 +73,7 @@ def verify(
             yield _check_blocks(blocks, trained)
         may_differ = trained is Trained.ADDED_BLOCKS and kept.moved(kept.earlier)
         if not quick and not may_differ and not any(block.state is BlockState.TRAINED for block in blocks):
-            yield _check_function(*(_Watched(model, files, result.dtype, progress) for model in (source, result)))
+            yield check_function(*(Watched(model, files, result.dtype, progress) for model in (source, result)))
 
 
 def _hashes(
@@ -105,25 +87,6 @@ def _hashes(
         return hash_rows(rows, tensor, ITEMSIZES[dtype], progress=progress)
 
     return dict(zip(checkpoint.tensors, pool.map(hash_of, checkpoint.tensors), strict=True))
-
-
-class _Watched(OpenTensors):
-    """Tensors in one type, that report every byte that is read of them."""
-
-    def __init__(self, checkpoint: Checkpoint, files: SourceFiles, dtype: str, progress: Progress) -> None:
-        super().__init__(checkpoint, files)
-        self._wanted, self._progress = dtype, progress
-
-    def tensor(self, name: str) -> torch.Tensor:
-        tensor = super().tensor(name)
-        self._progress(tensor.nbytes)
-        return tensor.to(_torch_dtype(self._wanted))
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    import torch
-
-    return getattr(torch, name)
 
 
 def _check_lineage(source: Checkpoint, result: Checkpoint) -> Check:
@@ -229,20 +192,3 @@ def _check_blocks(blocks: Sequence[BlockReport], trained: Trained) -> Check:
         if layers:
             parts.append(f"{', '.join(layers)}: {state.value}")
     return Check("added blocks", ok=True, text="; ".join(parts))
-
-
-def _check_function(source: _Watched, result: _Watched) -> Check:
-    """Logits of both models on the same random tokens, each computed from its own weights, block by block."""
-    import torch
-
-    from megatron_llamapro.checkpoint.reference import logits
-
-    shape = source.shape
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(shape.vocab_size, (1, min(_NUM_TOKENS, shape.max_position_embeddings)), generator=generator)
-    before, after = logits(source, tokens), logits(result, tokens)
-    where = f"on {tokens.shape[1]} random tokens"
-    if torch.equal(before, after):
-        return Check("function", ok=True, text=f"logits are equal, bit for bit, {where}")
-    largest = (before - after).abs().max().item()
-    return Check("function", ok=False, text=f"logits differ by up to {largest:.3g} {where}")

@@ -160,7 +160,10 @@ def _end_of_sequence(backend: _Backend, file: Path) -> int:
     """The end-of-sequence id: sentencepiece's own, or what the files beside tokenizer.json say."""
     if isinstance(backend, _SentencePieceBackend) and backend.eos_id >= 0:
         return backend.eos_id
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+    files = ["tokenizer_config.json", "special_tokens_map.json"]
+    if "added_tokens_decoder" not in _json(file.with_name(files[0])):
+        files.reverse()  # as transformers does: without that table, the older file wins
+    for name in files:
         token = _json(file.with_name(name)).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):

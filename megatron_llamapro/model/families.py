@@ -15,8 +15,9 @@ from pathlib import Path
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside, read_small
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.hf_fields import count, flag, number, rope_parameters, rope_scaling
+from megatron_llamapro.model.hf_fields import count, flag, number
 from megatron_llamapro.model.refused import REFUSED
+from megatron_llamapro.model.rope_fields import read_rope, with_older_spelling
 from megatron_llamapro.model.shape import ModelShape
 
 CONFIG_NAME = "config.json"
@@ -66,9 +67,15 @@ class Family:
     """Lists with one entry a layer, extended with the plan."""
     layer_count_fields: tuple[str, ...] = ()
     """Counts of layers from the first on, moved with the plan."""
+    rotary_base: float = 10000.0
+    """Where config.json does not say."""
     defaults: Mapping[str, object] = field(default_factory=dict)
     """What transformers takes for a field that config.json does not have, where it is not what the readers below
     take."""
+    not_null: tuple[str, ...] = ()
+    """Fields that may be absent, but on whose null transformers fails."""
+    hidden_size_divides: bool = False
+    """Whether transformers wants heads to divide `hidden_size` also where `head_dim` is given."""
 
 
 _SOME_BIASES = (
@@ -78,20 +85,34 @@ _SOME_BIASES = (
 _EVERY_FAMILY = (
     Requirement("hidden_act", "silu", "only SwiGLU blocks (hidden_act silu) are known"),
     Requirement("attention_dropout", 0.0, "an identity block must compute the same every time"),
+    Requirement("is_causal", True, "transformers 5 then lets a token attend to later ones"),
+    Requirement("partial_rotary_factor", 1.0, "rotary embeddings turn whole heads in the model here"),
+    Requirement("per_layer_config", None, "layers that differ in their sizes are not known"),
+    Requirement("configuration_files", None, "transformers may read another of these files in place of config.json"),
 )
-_QWEN_DEFAULTS = {"sliding_window": 4096, "max_window_layers": 28}
+_NO_LAYER_TYPES = Requirement(
+    "layer_types",
+    None,
+    "versions of transformers differ in what they make of it in this family (4.57 and later read a mistral that has "
+    "it as a ministral, 4.56 ignores it)",
+)
+_QWEN_DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family(
             "llama",
+            requirements=(_NO_LAYER_TYPES,),
             bias_fields=("attention_bias", "mlp_bias"),
+            hidden_size_divides=True,
         ),
         Family(
             "mistral",
+            requirements=(_NO_LAYER_TYPES,),
             windows=Windows.EVERY_LAYER,
             defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+            not_null=("num_key_value_heads", "layer_types"),
         ),
         Family(
             "qwen2",
@@ -99,6 +120,7 @@ FAMILIES: dict[str, Family] = {
             windows=Windows.BY_LAYER_TYPE,
             layer_count_fields=("max_window_layers",),
             defaults=_QWEN_DEFAULTS,
+            not_null=("head_dim",),
         ),
         Family(
             "qwen3",
@@ -107,21 +129,24 @@ FAMILIES: dict[str, Family] = {
             windows=Windows.BY_LAYER_TYPE,
             layer_count_fields=("max_window_layers",),
             defaults={**_QWEN_DEFAULTS, "head_dim": 128},
+            not_null=("head_dim",),
         ),
         Family(
             "mixtral",
             requirements=(
+                _NO_LAYER_TYPES,
                 Requirement("router_jitter_noise", 0.0, "an identity block must compute the same every time"),
             ),
             has_experts=True,
             windows=Windows.EVERY_LAYER,
+            rotary_base=1e6,
             defaults={
                 "num_key_value_heads": 8,
                 "rms_norm_eps": 1e-5,
-                "rope_theta": 1e6,
                 "num_local_experts": 8,
                 "num_experts_per_tok": 2,
             },
+            not_null=("num_key_value_heads",),
         ),
     )
 }
@@ -207,6 +232,11 @@ def family_of(config: Mapping) -> Family:
                 f"config.json has {requirement.field} {value!r}, only {requirement.value!r} is supported: "
                 f"{requirement.reason}"
             )
+    for name in family.not_null:
+        if name in config and config[name] is None:
+            raise CheckpointError(
+                f"config.json has {name} null, on which transformers fails: remove it, or give a value"
+            )
     return family
 
 
@@ -221,15 +251,15 @@ def model_shape(config: Mapping) -> ModelShape:
     config = {**family.defaults, **config}
     all_biases = _has_all_biases(config, family)
     counts = {ours: count(config, theirs, largest) for ours, theirs, largest in _COUNTS}
-    rope = rope_parameters(config)
+    rope = read_rope(config, default_base=family.rotary_base)
     return ModelShape(
         **counts,
-        **_heads(config, heads=counts["num_attention_heads"], hidden_size=counts["hidden_size"]),
+        **_heads(config, family, heads=counts["num_attention_heads"], hidden_size=counts["hidden_size"]),
         **_experts(config, family),
         **_windows(config, family, num_layers=counts["num_layers"]),
-        layernorm_epsilon=number(config, "rms_norm_eps", default=1e-6),
-        rotary_base=number(rope, "rope_theta", default=10000.0),
-        rope_scaling=rope_scaling(rope),
+        layernorm_epsilon=number(config, "rms_norm_eps", default=1e-6, kinds=(float,)),
+        rotary_base=rope.base,
+        rope_scaling=rope.scaling,
         tie_word_embeddings=flag(config, "tie_word_embeddings", default=False),
         add_qkv_bias=family.add_qkv_bias or all_biases,
         add_bias_linear=all_biases,
@@ -245,11 +275,11 @@ def _has_all_biases(config: Mapping, family: Family) -> bool:
     return any(flags.values())
 
 
-def _heads(config: Mapping, *, heads: int, hidden_size: int) -> dict[str, int]:
+def _heads(config: Mapping, family: Family, *, heads: int, hidden_size: int) -> dict[str, int]:
     groups = count(config, "num_key_value_heads", heads, default=heads)
     if heads % groups:
         raise CheckpointError(f"config.json has {heads} attention heads, which {groups} key-value heads do not divide")
-    if config.get("head_dim") is None and hidden_size % heads:
+    if hidden_size % heads and (config.get("head_dim") is None or family.hidden_size_divides):
         raise CheckpointError(f"config.json has hidden_size {hidden_size}, which {heads} heads do not divide")
     channels = count(config, "head_dim", 100_000, default=hidden_size // heads)
     if channels % 2:
@@ -266,6 +296,11 @@ def _experts(config: Mapping, family: Family) -> dict[str, int]:
         raise CheckpointError(
             "config.json has num_experts_per_tok 1: transformers weighs a single expert by 1 whatever its logit, which "
             "megatron.core's router cannot"
+        )
+    if config.get("num_experts", experts) != experts:
+        raise CheckpointError(
+            f"config.json has num_local_experts {experts}, num_experts {config['num_experts']!r}: transformers 5 reads "
+            "the latter, 4 the former; leave the right one"
         )
     if experts * config["num_hidden_layers"] > _MOST_EXPERTS:
         raise CheckpointError(
@@ -292,7 +327,7 @@ def _layer_types(config: Mapping, family: Family, num_layers: int) -> list[str]:
         return [_SLIDING if has_window else _FULL] * num_layers
     if family.windows is Windows.NONE:
         return [_FULL] * num_layers
-    has_window = has_window and flag(config, "use_sliding_window", default=False)
+    has_window = flag(config, "use_sliding_window", default=False) and has_window
     types = config.get("layer_types")
     if types is None:
         first = config["max_window_layers"]
@@ -313,6 +348,11 @@ def _layer_types(config: Mapping, family: Family, num_layers: int) -> list[str]:
 def _check_per_layer(field_name: str, values: object, num_layers: int) -> None:
     if not isinstance(values, list) or len(values) != num_layers:
         raise CheckpointError(f"config.json: {field_name} has no value for each of the {num_layers} layers")
+
+
+def spelled_for_all(config: Mapping) -> dict:
+    """`config`, with what transformers 5 alone would read also as 4 reads it."""
+    return with_older_spelling(config, default_base=family_of(config).rotary_base)
 
 
 def expanded_hf_config(config: Mapping, plan: ExpansionPlan) -> dict:

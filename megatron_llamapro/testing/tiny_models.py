@@ -24,7 +24,7 @@ TINY_FAMILIES: dict[str, dict] = {
         "max_window_layers": 2,
         **_WINDOW,
     },
-    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "rms_norm_eps": 0.05},  # so large that it matters
     "qwen3, alternating windows": {"model_type": "qwen3", "head_dim": 8, "layer_types": _ALTERNATING, **_WINDOW},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
 }

@@ -211,11 +211,11 @@ def test_configuration_travels_with_its_layer_count_and_manifest(tiny_llama: Tin
     assert manifest == json.loads((tmp_path / "megatron" / "llamapro.json").read_text())
 
 
-def test_layer_types_are_extended(damaged: Tiny, tmp_path: Path) -> None:
-    source = damaged(config={"layer_types": ["a", "b", "c", "d"]})
+def test_layer_types_are_extended(tiny_llama: Tiny, tmp_path: Path) -> None:
+    source = tiny_llama(**TINY_FAMILIES["qwen3, alternating windows"])
     expand_hf(source, tmp_path / "expanded", expansion=ADDED)
     config = json.loads((tmp_path / "expanded" / "config.json").read_text())
-    assert config["layer_types"] == ["a", "b", "b", "c", "d", "d"]
+    assert [kind[0] for kind in config["layer_types"]] == ["f", "s", "s", "f", "s", "s"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 import resource
 import shutil
 import struct
@@ -15,24 +14,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_llamapro.checkpoint.convert import hf_to_megatron, legacy, megatron_to_hf, megatron_to_megatron
 from megatron_llamapro.config.errors import LlamaProError
 from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.testing.checkpoints import stack_layers
+from megatron_llamapro.testing.fuzzing import fuzz_settings
 
 Tiny = Callable[..., Path]
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
-SEEDED = settings(
-    max_examples=EXAMPLES,
-    derandomize="FUZZ_EXAMPLES" not in os.environ,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+SEEDED = fuzz_settings(150)
 MAX_GROWTH_BYTES = 500 * 2**20
 
 NUMBERS = st.sampled_from([0, -1, 1, 2, 3, 2**31, 2**63, 10**30, 0.5, -0.0, float("nan"), float("inf"), 1e308])

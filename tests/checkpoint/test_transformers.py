@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +72,19 @@ def test_expanded_equals_original(settings: dict, tiny_model: Tiny, tmp_path: Pa
         expanded = load(folder)
         assert expanded.dtype == load(source).dtype
         assert torch.equal(logits_of(expanded), expected)
+
+
+def test_exports_are_spelled_for_transformers_4_too(tiny_model: Tiny, tmp_path: Path) -> None:
+    """It reads nothing of rope_parameters, which is all that transformers 5 writes."""
+    source = tiny_model(**MODELS["llama3 scaling, head_dim given"])
+    assert "rope_theta" not in json.loads((source / "config.json").read_text())
+    expand_hf(source, tmp_path / "hf", expansion=Expansion.at(1))
+    hf_to_megatron(source, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "through")
+    scaling = {name: value for name, value in LLAMA_3_SCALING.items() if name != "rope_theta"}
+    for folder in (tmp_path / "hf", tmp_path / "through"):
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["rope_theta"], config["rope_scaling"]) == (10000.0, scaling)
 
 
 @pytest.mark.parametrize("family", ONE_OF_EACH_FAMILY)

@@ -66,6 +66,30 @@ def test_where_the_end_of_sequence_is_read(source: str, tokenizer_folder: Path, 
     assert load_tokenizer(tmp_path, eod_token="a").eod == load_tokenizer(tmp_path).encode("a")[0]
 
 
+ADDED = {str(i): {"content": word, "special": True} for i, word in enumerate(["<unk>", "<s>", "</s>"])}
+EOS_FILES = {
+    "of one file": ({"eos_token": "<s>"}, {}),
+    "of the other": ({}, {"eos_token": "<s>"}),
+    "of null and text": ({"eos_token": None}, {"eos_token": "<s>"}),
+    "of both, which differ": ({"eos_token": "</s>"}, {"eos_token": "<s>"}),
+    "of both, which differ, with a table": ({"eos_token": "</s>", "added_tokens_decoder": ADDED}, {"eos_token": "<s>"}),
+}
+
+
+@pytest.mark.parametrize(("config", "tokens"), EOS_FILES.values(), ids=EOS_FILES.keys())
+def test_the_end_of_sequence_is_that_of_transformers(
+    config: dict, tokens: dict, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    shutil.copy(tokenizer_folder / "tokenizer.json", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(tokens))
+    assert load_tokenizer(tmp_path).eod == AutoTokenizer.from_pretrained(tmp_path).eos_token_id
+
+
 def test_refusals(tokenizer_folder: Path, tmp_path: Path) -> None:
     shutil.copy(tokenizer_folder / "tokenizer.json", tmp_path)
     (tmp_path / "other.model").write_bytes(b"no model")

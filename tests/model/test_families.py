@@ -284,15 +284,22 @@ def test_refused_in_one_line_with_the_reason(config: dict, message: str) -> None
 
 
 def test_expanded_config_has_every_per_layer_field_extended() -> None:
-    config = {**LLAMA_2, "num_hidden_layers": 4, "layer_types": list("abcd"), "llamapro": {"old": "manifest"}}
+    kinds = {"a": "full_attention", "b": "sliding_attention"}
+    model = {**QWEN3_4B, **WINDOWED}
+    config = {
+        **model,
+        "num_hidden_layers": 4,
+        "layer_types": [kinds[k] for k in "abab"],
+        "llamapro": {"old": "manifest"},
+    }
     plan = ExpansionPlan.unexpanded(4).expand((2, 5))
-    expected = {**LLAMA_2, "num_hidden_layers": 6, "layer_types": list("abbcdd")}
+    expected = {**model, "num_hidden_layers": 6, "max_window_layers": 38, "layer_types": [kinds[k] for k in "abbabb"]}
     assert expanded_hf_config(config, plan) == expected
     assert config["num_hidden_layers"] == 4
 
 
 def test_per_layer_field_of_the_wrong_length() -> None:
-    config = {**LLAMA_2, "num_hidden_layers": 4, "layer_types": ["a"]}
+    config = {**QWEN3_4B, "num_hidden_layers": 4, "layer_types": ["full_attention"]}
     with pytest.raises(CheckpointError, match="layer_types has no value for each of the 4 layers"):
         expanded_hf_config(config, ExpansionPlan.unexpanded(4).expand((4,)))
 

@@ -50,8 +50,9 @@ def hf_model(folder: Path):
 LLAMAS = {
     "gqa": {},
     "mha tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
-    "llama3 rope, head_dim": {
+    "llama3 rope, head_dim, epsilon": {
         "head_dim": 32,
+        "rms_norm_eps": 0.05,
         "rope_parameters": {
             "rope_type": "llama3",
             "rope_theta": 500000.0,

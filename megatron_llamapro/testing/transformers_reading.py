@@ -1,0 +1,92 @@
+"""What a version of transformers makes of a config.json. Imports nothing of this package, so that environments without
+it run this file too: `python transformers_reading.py CASES.jsonl READINGS.jsonl`, a configuration a line.
+
+A reading is what the model is (`frequencies` of the rotary embeddings, `shapes` of the weights under the names that the
+file has for them, `logits` on `TOKENS` with `weight`s that depend on their names and shapes only), or `error`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+TOKENS = [[5, 3, 60, 1, 1, 17, 42, 8, 33, 2, 50, 21]]
+
+
+def weight(name: str, shape: tuple[int, ...]) -> Any:
+    """A float32 tensor that is the same wherever it is asked for."""
+    import torch
+
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    return 1 + 0.2 * noise if "norm" in name else 0.3 * noise
+
+
+def frequencies(config: dict) -> list[float]:
+    """Of the rotary embeddings. Raises whatever transformers raises."""
+    with tempfile.TemporaryDirectory() as folder:
+        read = _read(config, Path(folder))
+    family = read.model_type
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    rotary = getattr(module, f"{family.capitalize()}RotaryEmbedding")(config=read)
+    assert rotary.attention_scaling == 1
+    return rotary.inv_freq.tolist()
+
+
+def logits(config: dict, shapes: dict[str, tuple[int, ...]]) -> list:
+    """Of a checkpoint that has these tensors and no others. Raises whatever transformers raises, and ValueError where
+    the model wants others."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        _read(config, Path(folder))
+        tensors = {name: weight(name, tuple(shape)) for name, shape in shapes.items()}
+        save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+    if wrong:
+        raise ValueError(f"the tensors do not fit: {wrong}")
+    with torch.no_grad():
+        return model.eval()(torch.tensor(TOKENS), use_cache=False, return_dict=True).logits.tolist()
+
+
+def _read(config: dict, folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    (folder / "config.json").write_text(json.dumps(config))
+    return AutoConfig.from_pretrained(folder)
+
+
+def reading(config: dict, shapes: dict | None) -> dict:
+    """Everything of a configuration; the logits only where it is said which tensors there are."""
+    try:
+        found: dict = {"frequencies": frequencies(config)}
+        if shapes is not None:
+            found["logits"] = logits(config, shapes)
+        return found
+    except Exception as error:  # whatever a version may raise is its refusal
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+
+
+def main(cases: str, readings: str) -> None:
+    """Read every line of a file, `{"config": …, "shapes": … or null}`, and write a reading each."""
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)  # the models are tiny
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with open(cases) as lines, open(readings, "w") as out:
+        for line in lines:
+            case = json.loads(line)
+            print(json.dumps(reading(case["config"], case["shapes"])), file=out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
