@@ -39,8 +39,8 @@ _TYPES: dict[str, str] = {
     "glm4_moe_lite ernie4_5_moe dots1 minimax_m2 longcat_flash exaone_moe hunyuan_v1_moe solar_open mellum jetmoe",
     FUSED: "phi3 phi3small qwen baichuan internlm2 chatglm glm dbrx",
     OTHER_BLOCKS: "mamba mamba2 falcon_mamba jamba rwkv xlstm recurrent_gemma qwen3_next qwen3_5 qwen3_5_text "
-    "qwen3_5_moe qwen3_5_moe_text nemotron_h falcon_h1 bamba zamba zamba2 lfm2 lfm2_moe granitemoehybrid olmo_hybrid minimax "
-    "kimi_linear",
+    "qwen3_5_moe qwen3_5_moe_text nemotron_h falcon_h1 bamba zamba zamba2 lfm2 lfm2_moe granitemoehybrid olmo_hybrid "
+    "minimax kimi_linear",
     PLUS_ONE: "gemma vaultgemma",
     UNGATED: "arcee nemotron apertus jais2 nanochat",
     LATENT: "minicpm3 youtu",
@@ -50,7 +50,7 @@ _TYPES: dict[str, str] = {
     SOME_WINDOWS: "ministral cwm",
     MORE_THAN_TEXT: "llava llava_next llava_onevision mllama mistral3 qwen2_vl qwen2_5_vl qwen3_vl qwen2_audio "
     "qwen2_5_omni internvl internvl_chat idefics2 idefics3 smolvlm paligemma phi4_multimodal pixtral voxtral",
-    UNEVEN: "decilm openelm",
+    UNEVEN: "deci nemotron-nas openelm",
 }
 """Reason → the model types that it is the reason for."""
 

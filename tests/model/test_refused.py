@@ -44,7 +44,7 @@ EVIDENCE: Mapping[str, str] = {
 }
 ELSEWHERE = {
     *("stablelm_epoch", "orion", "minicpm", "kimi_k2", "phi3small", "qwen", "baichuan", "internlm", "internlm2"),
-    *("chatglm", "internvl_chat", "decilm", "openelm", "Yi"),
+    *("chatglm", "internvl_chat", "deci", "nemotron-nas", "openelm", "Yi"),
 }
 """Types of models that bring their own code."""
 
