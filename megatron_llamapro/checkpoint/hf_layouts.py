@@ -37,6 +37,17 @@ def quantised(config: Mapping) -> str | None:
 _MULTIMODAL = "the model reads more than text: only a text model alone can be expanded, so save its language model"
 _FUSED = "these projections are stored fused, which the weight map has no rows for: save the model with separate ones"
 
+_OTHER_FORMAT = "it is in {}: take the model in Hugging Face's format, with safetensors"
+
+FOLDERS: tuple[tuple[str, str], ...] = (
+    ("adapter_config.json", "it is a PEFT adapter: load it with its model, merge_and_unload(), and save the model"),
+    ("*.gguf", "it is GGUF, a format for llama.cpp, mostly quantised: take the model that it was made from"),
+    ("consolidated*", _OTHER_FORMAT.format("Meta's or Mistral's own format")),
+    ("tf_model*.h5", _OTHER_FORMAT.format("TensorFlow's format")),
+    ("flax_model*.msgpack", _OTHER_FORMAT.format("Flax's format")),
+)
+"""Files of a folder without safetensors weights → what it is. The first that is found counts."""
+
 SIGNS: tuple[tuple[str, str], ...] = (
     (
         r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_shape|scales|SCB|absmax|W_q)$"

@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from megatron_llamapro.checkpoint.folder import LATEST, TORCH_DIST_MARK
+from megatron_llamapro.checkpoint.hf_layouts import FOLDERS
 from megatron_llamapro.checkpoint.hf_tensors import Entry, check_tensors, named
 from megatron_llamapro.checkpoint.layout import StoredTensor, whole
 from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME, Manifest
@@ -35,6 +36,7 @@ def open_hf(folder: Path) -> Checkpoint:
             the wrong shape or of an unsupported type, a model that is not supported.
     """
     folder = Path(folder)
+    _check_format(folder)
     model = read_hf_model(folder)
     config, shape = model.config, model.shape
     manifest = _read_manifest(folder, config, shape)
@@ -57,6 +59,15 @@ def open_hf(folder: Path) -> Checkpoint:
         stored_head=head,
         other_dtypes=types.others,
     )
+
+
+def _check_format(folder: Path) -> None:
+    """Raise `CheckpointError` for a folder of another format that is known."""
+    if any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        return
+    for pattern, meaning in FOLDERS:
+        if any(folder.glob(pattern)):
+            raise CheckpointError(f"{folder}: {meaning}")
 
 
 def check_stored_head(checkpoint: Checkpoint, files: SourceFiles) -> None:

@@ -54,13 +54,14 @@ def named(entries: Mapping[str, Entry], shape: ModelShape) -> dict[str, Entry]:
 
 
 def _with_one_prefix(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    renamed = {**entries}
     if _NORM in entries:
-        return {**entries}
+        return renamed
     if _MODEL + _NORM in entries:
-        return {name.removeprefix(_MODEL): entry for name, entry in entries.items()}
-    if _NORM.removeprefix(_MODEL) in entries:
-        return {name if name == _HEAD else _MODEL + name: entry for name, entry in entries.items()}
-    return {**entries}
+        renamed = {name.removeprefix(_MODEL): entry for name, entry in entries.items()}
+    elif _NORM.removeprefix(_MODEL) in entries:
+        renamed = {name if name == _HEAD else _MODEL + name: entry for name, entry in entries.items()}
+    return renamed if len(renamed) == len(entries) else {**entries}  # else two had become one
 
 
 def _split_experts(entries: Mapping[str, Entry], shape: ModelShape) -> dict[str, Entry]:
@@ -80,14 +81,14 @@ def _split_experts(entries: Mapping[str, Entry], shape: ModelShape) -> dict[str,
 
 
 def _rename(entries: dict[str, Entry], name: str, wanted: str) -> None:
-    if name in entries:
+    if name in entries and wanted not in entries:
         entries[wanted] = entries.pop(name)
 
 
 def _split(entries: dict[str, Entry], name: str, whole: Shape, parts: list[str], part: Shape) -> None:
     """Replace a tensor of shape `whole` by the parts of shape `part` that lie in it one behind the other."""
     held = entries.get(name)
-    if held is None or held.shape != whole or held.dtype not in _DTYPES:
+    if held is None or held.shape != whole or held.dtype not in _DTYPES or entries.keys() & {*parts}:
         return
     num_bytes = math.prod(part) * ITEMSIZES[_DTYPES[held.dtype]]
     del entries[name]

@@ -76,7 +76,9 @@ def _dtype(folder: Path, tensors: Mapping[str, MegatronTensor], manifest: Manife
     if manifest is not None and any(tensor.dtype == manifest.dtype for tensor in tensors.values()):
         return manifest.dtype
     found = sorted({tensor.dtype for tensor in tensors.values()})
-    if len(found) != 1 or found[0] not in ITEMSIZES:
+    if len(found) > 1:
+        raise CheckpointError(f"{folder} mixes weights of type {' and '.join(found)}: save it in one type")
+    if not found or found[0] not in ITEMSIZES:
         known = ", ".join(ITEMSIZES)
         raise CheckpointError(f"{folder} holds weights of type {', '.join(found)}: it must be one of {known}")
     return found[0]

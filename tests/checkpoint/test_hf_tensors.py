@@ -185,6 +185,56 @@ def test_names_that_are_not_the_models_own(edit: Callable, message: str, damaged
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
 
 
+TWICE = {
+    "stacked experts and single ones": (
+        TINY_FAMILIES["mixtral"],
+        lambda tensors: {**tensors, "model.layers.0.mlp.experts.down_proj": torch.ones(4, 64, 96)},
+        "otherwise than Mixtral's",
+    ),
+    "a router under both names": (
+        TINY_FAMILIES["mixtral"],
+        lambda tensors: {**tensors, "model.layers.0.mlp.gate.weight": torch.ones(4, 64)},
+        r"has the tensor model\.layers\.0\.mlp\.gate\.weight",
+    ),
+    "`model.` twice, and once": (
+        {},
+        lambda tensors: {**{f"model.{name}": v for name, v in tensors.items()}, HEAD: tensors[HEAD] + 1},
+        "take model. off the names of all",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "edit", "message"), TWICE.values(), ids=TWICE.keys())
+def test_a_tensor_under_two_names(settings: dict, edit: Callable, message: str, damaged: Tiny, tmp_path: Path) -> None:
+    """Neither is taken for the other, and none is lost."""
+    with pytest.raises(CheckpointError, match=message):
+        hf_to_megatron(rewrite(damaged(**settings), edit), tmp_path / "megatron")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_config.json", r"it is a PEFT adapter: load it with its model, merge_and_unload\(\)"),
+        ("llama-2-7b.Q4_K_M.gguf", "it is GGUF"),
+        ("consolidated.00.pth", "Meta's or Mistral's own format"),
+        ("consolidated.safetensors", "Meta's or Mistral's own format"),
+        ("tf_model.h5", "TensorFlow's format"),
+        ("flax_model.msgpack", "Flax's format"),
+    ],
+)
+def test_folders_of_other_formats(name: str, message: str, damaged: Tiny, tmp_path: Path) -> None:
+    """With a config.json or without; where there are safetensors besides, these are taken."""
+    source = damaged()
+    (source / name).touch()
+    open_hf(source)
+    (source / SINGLE).unlink()
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=message) as refusal:
+            hf_to_megatron(source, tmp_path / "megatron")
+        assert "\n" not in str(refusal.value) and str(source) in str(refusal.value)
+        (source / "config.json").unlink(missing_ok=True)
+
+
 def test_every_sign_is_tried_and_none_is_a_familys_own_name(tiny_model: Tiny) -> None:
     plain = load_file(tiny_model() / SINGLE)
     said = [str(what_they_are([name for name in edit(plain) if name not in plain], [])) for edit, _ in FOREIGN.values()]
