@@ -157,6 +157,8 @@ def _read_headers(paths: Iterable[Path]) -> dict[str, Entry]:
     for path in paths:
         found = _read_header(path)
         for name in found:
+            if not name.isprintable():
+                raise CheckpointError(f"{path} names a tensor {name[:80]!r}: it is damaged")
             if name in entries:
                 raise CheckpointError(
                     f"{path.parent}: the tensor {name[:200]} is in two shards, {entries[name].path.name} and "
