@@ -22,16 +22,16 @@ DEQUANTISE: dict[str, str] = {
 
 def quantised(config: Mapping) -> str | None:
     """What config.json says of quantised weights, with what to do; None where it says nothing."""
-    method = None
-    if isinstance(config.get("quantization_config"), Mapping):
-        method = config["quantization_config"].get("quant_method")
-        method = method if isinstance(method, str) and method.isprintable() else "by an unnamed method"
+    settings = config.get("quantization_config")
+    if isinstance(settings, Mapping):
+        method = str(settings.get("quant_method"))[:40]
+        said = f"quantization_config of quant_method {method!r}"
     elif isinstance(config.get("quantization"), Mapping):
-        method = "mlx"
-    if method is None:
+        method, said = "mlx", "quantization, which is MLX's"
+    else:
         return None
-    remedy = DEQUANTISE.get(method)
-    return f"{_QUANTISED}{f', {remedy}' if remedy else ''} (config.json says {method[:40]})"
+    remedy = f", {DEQUANTISE[method]}" if method in DEQUANTISE else ""
+    return f"config.json has {said}: {_QUANTISED}{remedy}"
 
 
 _MULTIMODAL = "the model reads more than text: only a text model alone can be expanded, so save its language model"

@@ -274,9 +274,9 @@ QUANTISED: Mapping[str, tuple[dict, Callable[[Tensors], Tensors], str]] = {
     "GPTQ": (
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
         PACKED,
-        r"made from \(config.json says gptq",
+        "quant_method 'gptq': quantised weights cannot be expanded: take the model that they were made from$",
     ),
-    "AWQ": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, PACKED, "config.json says awq"),
+    "AWQ": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, PACKED, "quant_method 'awq'"),
     "fp8": ({"quantization_config": FP8}, to_fp8, r"FineGrainedFP8Config\(dequantize=True\).*save_original_format"),
     "bitsandbytes": (
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
@@ -289,7 +289,7 @@ QUANTISED: Mapping[str, tuple[dict, Callable[[Tensors], Tensors], str]] = {
         "compressed-tensors",
     ),
     "MLX": ({"quantization": {"group_size": 64, "bits": 4}}, BYTES, "mlx_lm.convert --dequantize"),
-    "a method without a name": ({"quantization_config": {}}, PACKED, "by an unnamed method"),
+    "a method without a name": ({"quantization_config": {}}, PACKED, "quant_method 'None'"),
     "plain after all": (
         {"quantization_config": FP8},
         lambda tensors: tensors,
