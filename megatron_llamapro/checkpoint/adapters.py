@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.casting import MergedRows
+from megatron_llamapro.checkpoint.casting import MergedRows, cast
 from megatron_llamapro.checkpoint.layout import StoredTensor, is_whole, parts_of
 from megatron_llamapro.checkpoint.megatron_model import MegatronTensor
 from megatron_llamapro.checkpoint.opened import Adapter, Checkpoint
@@ -19,6 +19,7 @@ from megatron_llamapro.checkpoint.streaming import FileState, Rows, SourceFiles,
 from megatron_llamapro.checkpoint.weight_map import Weight, weights_of
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside, read_small
+from megatron_llamapro.model.families import ITEMSIZES
 
 RECORD_NAME = "llamapro_lora.json"
 FORMAT_VERSION = 1
@@ -122,9 +123,15 @@ def _adapters_of(
     return {name: Adapter(a, b, record.scaling) for name, b in parts.items()}
 
 
-def rows_of(checkpoint: Checkpoint, name: str, files: SourceFiles) -> Rows:
-    """Rows of a checkpoint's tensor, merged with its adapter where it has one."""
-    itemsize = checkpoint.itemsize
+def rows_of(checkpoint: Checkpoint, name: str, files: SourceFiles, *, dtype: str | None = None) -> Rows:
+    """Rows of a checkpoint's tensor, merged with its adapter where it has one, in `dtype` (default: the type that it
+    is stored in)."""
+    stored = checkpoint.dtype_of(name)
+    return cast(_stored_rows(checkpoint, name, files), source=stored, target=dtype or stored, name=name)
+
+
+def _stored_rows(checkpoint: Checkpoint, name: str, files: SourceFiles) -> Rows:
+    itemsize = ITEMSIZES[checkpoint.dtype_of(name)]
     rows = StoredRows(checkpoint.tensors[name], files, itemsize)
     adapter = checkpoint.adapters.get(name)
     if adapter is None:

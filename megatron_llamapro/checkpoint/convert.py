@@ -27,7 +27,7 @@ from megatron_llamapro.checkpoint.hf_reader import check_stored_head, open_hf
 from megatron_llamapro.checkpoint.hf_writer import config_text, hf_layout
 from megatron_llamapro.checkpoint.layout import DEFAULT_MAX_SHARD_BYTES, TargetLayout
 from megatron_llamapro.checkpoint.legacy_grid import LayerSpec
-from megatron_llamapro.checkpoint.lineage import check_base, check_provable, name_now, target_manifest
+from megatron_llamapro.checkpoint.lineage import check_base, name_now, target_manifest
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.megatron_dist import torch_dist_layout
 from megatron_llamapro.checkpoint.megatron_legacy import LegacyTarget, legacy_layout
@@ -208,7 +208,6 @@ def _convert(
         check_stored_head(opened, files)
         if model.dtype != opened.dtype:
             check_base(opened, lambda name: stored_hash(opened.tensors[name], files, opened.itemsize))
-        check_provable(opened, dtype=model.dtype, files=files)
         origins = Origins(opened, files, model.plan, model.dtype, model.expansion.init, model.expansion.seed)
         jobs = _jobs(origins, layout, model)
         journal = _journal(draft, _fingerprint(opened, model, layout), layout)
@@ -262,6 +261,12 @@ class _Model:
 def _target_model(source: Checkpoint, expansion: Expansion, dtype: str | None) -> _Model:
     if dtype is not None and dtype not in ITEMSIZES:
         raise CheckpointError(f"dtype '{dtype}' is not known: it is one of {', '.join(ITEMSIZES)}")
+    if source.other_dtypes and dtype is None:
+        name, other = next(iter(source.other_dtypes.items()))
+        raise CheckpointError(
+            f"{source.folder} mixes types: {name} is {other}, most are {source.dtype}: say --dtype {source.dtype}, or "
+            f"--dtype {other}"
+        )
     plan = expansion.expand(source.plan)
     if expansion.init is Init.ZERO_NORM and source.shape.add_qkv_bias:
         raise ExpansionError("init zero_norm makes no identity of blocks with biases of queries, keys and values")

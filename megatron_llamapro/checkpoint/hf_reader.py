@@ -4,59 +4,70 @@ tensors are not touched."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from megatron_llamapro.checkpoint.folder import LATEST, TORCH_DIST_MARK
+from megatron_llamapro.checkpoint.hf_layouts import FOLDERS
+from megatron_llamapro.checkpoint.hf_tensors import Entry, check_tensors, named
 from megatron_llamapro.checkpoint.layout import StoredTensor, whole
 from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME, Manifest
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
 from megatron_llamapro.checkpoint.streaming import SourceFiles, state_of, stored_hash
-from megatron_llamapro.checkpoint.weight_map import EMBEDDING, OUTPUT_LAYER, Shape, hf_shapes, is_known_extra
+from megatron_llamapro.checkpoint.weight_map import EMBEDDING, OUTPUT_LAYER, hf_shapes, is_known_extra
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside, read_small
-from megatron_llamapro.model.families import MANIFEST_KEY, read_hf_model
+from megatron_llamapro.model.families import ITEMSIZES, MANIFEST_KEY, read_hf_model
 from megatron_llamapro.model.shape import ModelShape
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_DTYPES = {theirs: ours for ours, theirs in SAFETENSORS_DTYPES.items()}
-
 _HEAD, _EMBEDDING = (row.hugging_face[0][0] for row in (OUTPUT_LAYER, EMBEDDING))
-
-_Entry = tuple[str, Shape, Path, int]
-"""Their dtype, shape, file, offset of the bytes in it."""
 
 
 def open_hf(folder: Path) -> Checkpoint:
     """A Hugging Face checkpoint, with its configuration and lineage.
 
     Raises:
-        CheckpointError: no checkpoint, a missing or truncated shard, a tensor that is missing, unknown, of the wrong
-            shape or of an unsupported or mixed type, a model that is not supported.
+        CheckpointError: no checkpoint, a missing or truncated shard, a tensor that is missing, unknown, there twice, of
+            the wrong shape or of an unsupported type, a model that is not supported.
     """
     folder = Path(folder)
+    _check_format(folder)
     model = read_hf_model(folder)
     config, shape = model.config, model.shape
     manifest = _read_manifest(folder, config, shape)
-    entries: dict[str, _Entry] = {}
     states = {path: state_of(path) for path in _shards(folder)}
-    for path in states:
-        entries.update(_read_header(path))
-    _check_index(folder, entries)
-    dtype = _check_tensors(folder, entries, shape)
-    tensors = {name: _stored(entries[name]) for name in hf_shapes(shape)}
-    if manifest is not None and manifest.dtype != dtype:
-        raise CheckpointError(
-            f"{folder}: its tensors are {dtype}, its manifest is of {manifest.dtype} ones: other software has saved it "
-            "in another type, so what it was made from can't be proven any more; take the checkpoint it was made from"
-        )
+    stored = _read_headers(states)
+    _check_index(folder, stored, shape)
+    entries = named(stored, shape)
+    types = check_tensors(folder, entries, shape, config)
     head = _stored_head(folder, entries) if shape.tie_word_embeddings else None
-    return Checkpoint(folder, Format.HUGGING_FACE, config, shape, manifest, dtype, tensors, states, stored_head=head)
+    return Checkpoint(
+        folder,
+        Format.HUGGING_FACE,
+        config,
+        shape,
+        # Where other software trained an export, it may have saved it in another type.
+        manifest and manifest.stored_as(types.most),
+        types.most,
+        {name: _stored(entries[name]) for name in hf_shapes(shape)},
+        states,
+        stored_head=head,
+        other_dtypes=types.others,
+    )
+
+
+def _check_format(folder: Path) -> None:
+    """Raise `CheckpointError` for a folder of another format that is known."""
+    if any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        return
+    for pattern, meaning in FOLDERS:
+        if any(folder.glob(pattern)):
+            raise CheckpointError(f"{folder}: {meaning}")
 
 
 def check_stored_head(checkpoint: Checkpoint, files: SourceFiles) -> None:
@@ -65,7 +76,8 @@ def check_stored_head(checkpoint: Checkpoint, files: SourceFiles) -> None:
     head = checkpoint.stored_head
     if head is None:
         return
-    ours, theirs = (stored_hash(held, files, checkpoint.itemsize) for held in (checkpoint.tensors[_EMBEDDING], head))
+    itemsize = ITEMSIZES[checkpoint.dtype_of(_EMBEDDING)]
+    ours, theirs = (stored_hash(held, files, itemsize) for held in (checkpoint.tensors[_EMBEDDING], head))
     if ours != theirs:
         raise _another_head(checkpoint.folder)
 
@@ -77,7 +89,7 @@ def _another_head(folder: Path) -> CheckpointError:
     )
 
 
-def _stored_head(folder: Path, entries: Mapping[str, _Entry]) -> StoredTensor | None:
+def _stored_head(folder: Path, entries: Mapping[str, Entry]) -> StoredTensor | None:
     if _HEAD not in entries:
         return None
     if entries[_HEAD][:2] != entries[_EMBEDDING][:2]:  # type and shape
@@ -85,9 +97,8 @@ def _stored_head(folder: Path, entries: Mapping[str, _Entry]) -> StoredTensor | 
     return _stored(entries[_HEAD])
 
 
-def _stored(entry: _Entry) -> StoredTensor:
-    _, size, path, offset = entry
-    return whole(size, path, offset)
+def _stored(entry: Entry) -> StoredTensor:
+    return whole(entry.shape, entry.path, entry.offset)
 
 
 def _read_manifest(folder: Path, config: Mapping, shape: ModelShape) -> Manifest | None:
@@ -140,7 +151,24 @@ def _weight_map(index: Path) -> dict[str, str]:
     return names
 
 
-def _read_header(path: Path) -> dict[str, _Entry]:
+def _read_headers(paths: Iterable[Path]) -> dict[str, Entry]:
+    """Every tensor of all files."""
+    entries: dict[str, Entry] = {}
+    for path in paths:
+        found = _read_header(path)
+        for name in found:
+            if not name.isprintable():
+                raise CheckpointError(f"{path} names a tensor {name[:80]!r}: it is damaged")
+            if name in entries:
+                raise CheckpointError(
+                    f"{path.parent}: the tensor {name[:200]} is in two shards, {entries[name].path.name} and "
+                    f"{path.name}, and programs differ in which they take: save the model again, or restore its shards"
+                )
+        entries.update(found)
+    return entries
+
+
+def _read_header(path: Path) -> dict[str, Entry]:
     """Every tensor of a file. The library says whether the header is sound (offsets within the file, no overlap, no
     gap); what it does not tell is where a tensor begins."""
     try:
@@ -151,7 +179,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
             header = json.loads(file.read(length))
         start = 8 + length
         entries = {
-            name: (entry["dtype"], tuple(entry["shape"]), path, start + entry["data_offsets"][0])
+            name: Entry(entry["dtype"], tuple(entry["shape"]), path, start + entry["data_offsets"][0])
             for name, entry in header.items()
             if name != "__metadata__"
         }
@@ -164,48 +192,13 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     return entries
 
 
-def _check_index(folder: Path, entries: Mapping[str, _Entry]) -> None:
-    """Every tensor that the index promises is in the shard it names."""
+def _check_index(folder: Path, entries: Mapping[str, Entry], shape: ModelShape) -> None:
+    """Every tensor that the index promises is in the shard it names, but for what can be left out."""
     index = folder / INDEX_FILE
     if not index.is_file() or (folder / SINGLE_FILE).is_file():
         return
     for name, shard in _weight_map(index).items():
-        if name not in entries or entries[name][2].name != shard:
+        if name not in entries and is_known_extra(name, shape):
+            continue
+        if name not in entries or entries[name].path.name != shard:
             raise CheckpointError(f"{folder / shard} lacks the tensor {name}, which {INDEX_FILE} says it holds")
-
-
-def _check_tensors(folder: Path, entries: Mapping[str, _Entry], shape: ModelShape) -> str:
-    """Check names, shapes and types; return the one type of all."""
-    expected = hf_shapes(shape)
-    missing = [name for name in expected if name not in entries]
-    if missing:
-        raise CheckpointError(f"{folder} lacks the tensor {missing[0]}{_and_more(missing)}")
-    unknown = [name for name in entries if name not in expected and not is_known_extra(name, shape)]
-    if unknown:
-        raise CheckpointError(
-            f"{folder} has the tensor {unknown[0][:200]}{_and_more(unknown)}, which this model family does not "
-            "have: it would be lost"
-        )
-    dtypes: dict[str, str] = {}
-    for name, size in expected.items():
-        dtype, stored, _, _ = entries[name]
-        if stored != size:
-            raise CheckpointError(f"{folder}: {name} has shape {stored}, config.json makes it {size}")
-        dtypes.setdefault(dtype, name)
-    return _one_dtype(folder, dtypes)
-
-
-def _one_dtype(folder: Path, dtypes: Mapping[str, str]) -> str:
-    for dtype, name in dtypes.items():
-        if dtype not in _DTYPES:
-            raise CheckpointError(f"{folder}: {name} is stored as {dtype}: only {', '.join(_DTYPES)} are supported")
-    if len(dtypes) > 1:
-        (one, first), (other, second) = list(dtypes.items())[:2]
-        raise CheckpointError(
-            f"{folder} mixes types: {first} is {one}, {second} is {other}: save the model in one type"
-        )
-    return _DTYPES[next(iter(dtypes))]
-
-
-def _and_more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""

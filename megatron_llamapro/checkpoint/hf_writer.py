@@ -9,7 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.hf_reader import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
+from megatron_llamapro.checkpoint.hf_reader import INDEX_FILE, SINGLE_FILE
+from megatron_llamapro.checkpoint.hf_tensors import SAFETENSORS_DTYPES
 from megatron_llamapro.checkpoint.layout import DEFAULT_MAX_SHARD_BYTES, StoredTensor, TargetFile, TargetLayout, whole
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.weight_map import Shape, hf_shapes

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.report import size_text
 from megatron_llamapro.checkpoint.sources import open_checkpoint
-from megatron_llamapro.checkpoint.weight_map import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, Weight, weights_of
+from megatron_llamapro.checkpoint.weight_map import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, Weight, iter_hf, weights_of
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.families import ITEMSIZES
 from megatron_llamapro.model.shape import ModelShape
@@ -45,6 +46,8 @@ class Inspection:
     base: Path | None = None
     """Where the frozen weights of a delta checkpoint lie."""
     num_base_tensors: int = 0
+    other_dtypes: Mapping[str, str] = field(default_factory=dict)
+    """Of the tensors that are stored in another type than `dtype`, by name."""
     num_adapters: int = 0
     """Low-rank ones beside the weights, which every reader merges."""
 
@@ -65,6 +68,7 @@ class Inspection:
             "format": self.format,
             "family": self.family,
             "dtype": self.dtype,
+            "other_dtypes": dict(self.other_dtypes),
             "shape": asdict(self.shape),
             "source": self.source,
             "num_layers": self.plan.num_layers,
@@ -86,7 +90,7 @@ class Inspection:
             *([("delta of", f"{self.base}, for {self.num_base_tensors} tensors")] if self.base else []),
             (
                 "family",
-                f"{self.family}, {self.dtype}" + (f", made from {self.source}" if self.source else ""),
+                f"{self.family}, {self._types}" + (f", made from {self.source}" if self.source else ""),
             ),
             ("layers", f"{self.plan.num_layers}, of which {len(self.plan.added_layers)} added"),
             ("plan", drawing(self.plan, tie_word_embeddings=size.tie_word_embeddings)),
@@ -105,6 +109,15 @@ class Inspection:
             *((part.name, f"{part.num_parameters:,} parameters, {size_text(part.num_bytes)}") for part in self.parts),
         ]
         return "\n".join(f"{name:<16}{text}" for name, text in rows)
+
+    @property
+    def _types(self) -> str:
+        others = sorted(set(self.other_dtypes.values()))
+        if not others:
+            return self.dtype
+        count = len(self.other_dtypes)
+        tensors = f"{count} tensor{'s' * (count > 1)} of {' and '.join(others)}"
+        return f"{self.dtype}, but {tensors} (to convert it needs --dtype)"
 
     def _stages(self) -> list[tuple[str, str]]:
         """Which blocks lie where."""
@@ -145,6 +158,7 @@ def inspect(folder: Path) -> Inspection:
         format=opened.format.value,
         family=opened.config["model_type"],
         dtype=opened.dtype,
+        other_dtypes=opened.other_dtypes,
         shape=opened.shape,
         plan=plan,
         source=opened.manifest.source.name if opened.manifest else None,
@@ -153,7 +167,7 @@ def inspect(folder: Path) -> Inspection:
         base=opened.base.folder if opened.base else None,
         num_adapters=opened.num_adapters,
         num_base_tensors=len(opened.base.delta.base_hashes) if opened.base else 0,
-        parts=tuple(_part(name, belongs, opened.shape, plan, opened.dtype) for name, belongs in _PARTS.items()),
+        parts=tuple(_part(name, belongs, opened) for name, belongs in _PARTS.items()),
     )
 
 
@@ -166,16 +180,11 @@ _PARTS: dict[str, Callable[[Weight, ExpansionPlan], bool]] = {
 }
 
 
-def _part(
-    name: str,
-    belongs: Callable[[Weight, ExpansionPlan], bool],
-    shape: ModelShape,
-    plan: ExpansionPlan,
-    dtype: str,
-) -> Part:
-    weights = [weight for weight in weights_of(shape) if belongs(weight, plan)]
-    num_parameters = sum(math.prod(weight.megatron_shape) for weight in weights)
-    return Part(name, num_parameters, num_parameters * ITEMSIZES[dtype])
+def _part(name: str, belongs: Callable[[Weight, ExpansionPlan], bool], opened: Checkpoint) -> Part:
+    weights = [weight for weight in weights_of(opened.shape) if belongs(weight, opened.plan)]
+    sizes = {name: math.prod(size) for _, name, size in iter_hf(weights)}
+    num_bytes = sum(ITEMSIZES[opened.dtype_of(name)] * size for name, size in sizes.items())
+    return Part(name, sum(sizes.values()), num_bytes)
 
 
 def drawing(plan: ExpansionPlan, *, tie_word_embeddings: bool) -> str:

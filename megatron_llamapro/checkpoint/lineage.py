@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from megatron_llamapro.checkpoint.adapters import rows_of
 from megatron_llamapro.checkpoint.manifest import Manifest, Source, config_sha256, tool_versions
 from megatron_llamapro.checkpoint.opened import Checkpoint
-from megatron_llamapro.checkpoint.streaming import SourceFiles, hash_rows
 from megatron_llamapro.checkpoint.weight_map import hf_name_in_layer, hf_shapes, layer_of
-from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.inits import Expansion, Init
 from megatron_llamapro.expansion.plan import ExpansionPlan
 
@@ -58,7 +55,7 @@ def target_manifest(
     `hashes`.
 
     What an expanded source's manifest says of the original tensors is kept, not made anew from tensors that may have
-    been trained since; a source that was never expanded is its own original.
+    been trained or cast since; a source that was never expanded is its own original.
     """
     known, is_new_round = source.manifest, plan.num_rounds > source.plan.num_rounds
     if known and not is_new_round and known.dtype == dtype:
@@ -67,34 +64,18 @@ def target_manifest(
     if is_new_round:
         seed = expansion.seed if expansion.init is Init.RANDOM else None
         rounds = {"inits": (*rounds["inits"], expansion.init.value), "init_seeds": (*rounds["init_seeds"], seed)}
-    if known and known.plan.num_rounds and known.dtype == dtype:
-        return dataclasses.replace(known, plan=plan, tool_versions=tool_versions(), **rounds)
+    if known and known.plan.num_rounds:
+        return dataclasses.replace(known.stored_as(dtype), plan=plan, tool_versions=tool_versions(), **rounds)
     names = {name: original_name(name, plan) for name in hashes}
     return Manifest(
         family=source.config["model_type"],
         dtype=dtype,
         plan=plan,
         **rounds,
-        source=known.source if known and known.plan.num_rounds else _source_of(source),
+        source=_source_of(source),
         original_hashes={first: hashes[name] for name, first in names.items() if first is not None},
         tool_versions=tool_versions(),
     )
-
-
-def check_provable(source: Checkpoint, *, dtype: str, files: SourceFiles) -> None:
-    """Raise `CheckpointError` where a cast would make new hashes of tensors that are no longer the original ones."""
-    known = source.manifest
-    if known is None or not known.plan.num_rounds or known.dtype == dtype:
-        return
-    for name, tensor in source.tensors.items():
-        first = original_name(name, known.plan)
-        if first is None:
-            continue
-        if hash_rows(rows_of(source, name, files), tensor, source.itemsize) != known.original_hashes.get(first):
-            raise CheckpointError(
-                f"{source.folder}: {name} is not the original tensor any more, so a cast would lose the proof of which "
-                "ones are: convert without --dtype"
-            )
 
 
 def check_base(source: Checkpoint, hash_of: Callable[[str], str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -17,11 +17,13 @@ from megatron_llamapro.config.errors import CheckpointError, ExpansionError
 from megatron_llamapro.config.files import file_inside, read_small
 from megatron_llamapro.expansion.inits import Init
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.families import WEIGHT_DTYPES
+from megatron_llamapro.model.families import MANIFEST_KEY, WEIGHT_DTYPES
 from megatron_llamapro.model.shape import ModelShape
 
 MANIFEST_NAME = "llamapro.json"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""Written is the least that says all, so that earlier versions of this program read what they understand: 2 has a
+`hash_dtype`, 1 has none, since it is `dtype`."""
 HASH_FUNCTION = "blake3"
 """Four times as fast as SHA-256 here, so that hashing is never what a conversion waits for."""
 
@@ -48,17 +50,30 @@ class Manifest:
     plan: ExpansionPlan
     source: Source
     original_hashes: Mapping[str, str]
-    """BLAKE3 of every original tensor's bytes in `dtype`, by its Hugging Face name in the first source model."""
+    """BLAKE3 of every original tensor's bytes in `hash_dtype`, by its Hugging Face name in the first source model."""
     inits: tuple[str, ...] = ()
     """What the added blocks of each round began as (`expansion.inits.Init`)."""
     init_seeds: tuple[int | None, ...] = ()
     """The seed that each round's were drawn with; None: they were not drawn, or it was not noted yet."""
     tool_versions: Mapping[str, str] = field(default_factory=dict)
+    hashed_as: str | None = None
+    """`hash_dtype`, where it is not `dtype`: the weights were cast after the hashes were made."""
+
+    @property
+    def hash_dtype(self) -> str:
+        """Type of the bytes that `original_hashes` are of."""
+        return self.hashed_as or self.dtype
+
+    def stored_as(self, dtype: str) -> Manifest:
+        """The manifest of the same model with its weights in `dtype`. Hashes stay what they are: those of the first
+        source's own bytes, which a cast one can be held against by casting the source too."""
+        return replace(self, dtype=dtype, hashed_as=None if dtype == self.hash_dtype else self.hash_dtype)
 
     def to_json(self) -> dict:
         """Plain data; `from_json` gives the equal manifest back."""
+        hashed_as = {"hash_dtype": self.hashed_as} if self.hashed_as else {}
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSIONS[bool(hashed_as)],
             "family": self.family,
             "dtype": self.dtype,
             "plan": self.plan.to_json(),
@@ -66,6 +81,7 @@ class Manifest:
             "init_seeds": list(self.init_seeds),
             "source": vars(self.source),
             "hash_function": HASH_FUNCTION,
+            **hashed_as,
             "original_hashes": dict(self.original_hashes),
             "tool_versions": dict(self.tool_versions),
         }
@@ -79,9 +95,11 @@ class Manifest:
         """
         if not isinstance(data, dict):
             raise CheckpointError(f"{where}: the manifest is not a JSON object")
-        if data.get("format_version") != FORMAT_VERSION:
+        version = data.get("format_version")
+        if version not in FORMAT_VERSIONS:
+            known = " and ".join(map(str, FORMAT_VERSIONS))
             raise CheckpointError(
-                f"{where}: manifest format {data.get('format_version')!r}, this version reads {FORMAT_VERSION}: "
+                f"{where}: manifest format {version!r}, this version reads {known}: "
                 "use the version of megatron-llamapro that wrote it, or convert the model again"
             )
         try:
@@ -95,6 +113,7 @@ class Manifest:
                 source=_source(data["source"]),
                 original_hashes={_text(k): _text(v) for k, v in data["original_hashes"].items()},
                 tool_versions={_text(k): _text(v) for k, v in data["tool_versions"].items()},
+                hashed_as=_dtype(data["hash_dtype"]) if version == 2 else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError, ExpansionError) as error:
             raise CheckpointError(f"{where}: damaged manifest ({error!r}): convert the model again") from None
@@ -125,7 +144,8 @@ class Manifest:
         if self.plan.num_layers != shape.num_layers:
             raise CheckpointError(
                 f"{where}: its manifest is for {self.plan.num_layers} layers, its config.json for {shape.num_layers}: "
-                "one of the two files belongs to another model"
+                f"one of the two is of another model; without {MANIFEST_NAME} and {MANIFEST_KEY} in config.json it is "
+                "taken as a model that was never expanded"
             )
 
 

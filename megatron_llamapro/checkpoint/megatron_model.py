@@ -51,7 +51,9 @@ def open_megatron(
     if (Path(folder) / MANIFEST_NAME).exists():
         manifest = Manifest.read(folder)
         manifest.check_fits(shape, where=folder)
-    dtype = manifest.dtype if manifest else _one_dtype(folder, tensors)
+    dtype = _dtype(folder, tensors, manifest)
+    if manifest is not None:
+        manifest = manifest.stored_as(dtype)
     found: dict[str, StoredTensor] = {}
     weights = weights_of(shape)
     for weight in weights:
@@ -69,9 +71,14 @@ def open_megatron(
     return Checkpoint(folder, format, model.config, shape, manifest, dtype, found, used)
 
 
-def _one_dtype(folder: Path, tensors: Mapping[str, MegatronTensor]) -> str:
+def _dtype(folder: Path, tensors: Mapping[str, MegatronTensor], manifest: Manifest | None) -> str:
+    """What weights must be: what the manifest says, or what they all are, where other software wrote them since."""
+    if manifest is not None and any(tensor.dtype == manifest.dtype for tensor in tensors.values()):
+        return manifest.dtype
     found = sorted({tensor.dtype for tensor in tensors.values()})
-    if len(found) != 1 or found[0] not in ITEMSIZES:
+    if len(found) > 1:
+        raise CheckpointError(f"{folder} mixes weights of type {' and '.join(found)}: save it in one type")
+    if not found or found[0] not in ITEMSIZES:
         known = ", ".join(ITEMSIZES)
         raise CheckpointError(f"{folder} holds weights of type {', '.join(found)}: it must be one of {known}")
     return found[0]

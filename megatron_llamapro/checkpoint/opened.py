@@ -58,7 +58,7 @@ class Checkpoint:
     shape: ModelShape
     manifest: Manifest | None
     dtype: str
-    """Of all weights, e.g. bfloat16."""
+    """Of all weights, or of most where `other_dtypes` has some; e.g. bfloat16."""
     tensors: Mapping[str, StoredTensor]
     """Under Hugging Face's names, in the order of the forward pass."""
     states: Mapping[Path, FileState] = field(default_factory=dict)
@@ -73,6 +73,8 @@ class Checkpoint:
     """Where the weights lie that did not train, if this is a delta checkpoint."""
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     """Of some tensors, by the same names; `checkpoint.adapters.rows_of` merges them."""
+    other_dtypes: Mapping[str, str] = field(default_factory=dict)
+    """Of the tensors that are stored in another type than `dtype`, by name."""
 
     @property
     def plan(self) -> ExpansionPlan:
@@ -86,10 +88,15 @@ class Checkpoint:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a weight."""
+        """Bytes of a weight in `dtype`."""
         return ITEMSIZES[self.dtype]
+
+    def dtype_of(self, name: str) -> str:
+        """The type that a tensor is stored in."""
+        return self.other_dtypes.get(name, self.dtype)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
-        return self.itemsize * sum(tensor.num_rows * tensor.num_columns for tensor in self.tensors.values())
+        sizes = {name: tensor.num_rows * tensor.num_columns for name, tensor in self.tensors.items()}
+        return sum(ITEMSIZES[self.dtype_of(name)] * size for name, size in sizes.items())

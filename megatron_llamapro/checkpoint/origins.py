@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_llamapro.checkpoint.adapters import rows_of
-from megatron_llamapro.checkpoint.casting import MeanRows, NormalRows, OneRows, ZeroRows, cast
+from megatron_llamapro.checkpoint.casting import MeanRows, NormalRows, OneRows, ZeroRows
 from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.streaming import Rows, SourceFiles
 from megatron_llamapro.checkpoint.weight_map import Weight, hf_name_in_layer, is_block_norm, is_norm
@@ -45,7 +45,7 @@ class Origins:
 
     def _own(self, name: str) -> Rows:
         """The source's tensor."""
-        return cast(rows_of(self.source, name, self.files), source=self.source.dtype, target=self.dtype, name=name)
+        return rows_of(self.source, name, self.files, dtype=self.dtype)
 
     def _copy(self, layer: Layer, name: str) -> Rows:
         return self._own(hf_name_in_layer(name, layer.parent_layer))

@@ -14,6 +14,7 @@ from megatron_llamapro.checkpoint.legacy_reader import is_legacy, open_legacy
 from megatron_llamapro.checkpoint.megatron_dist import open_torch_dist
 from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.streaming import SourceFiles
+from megatron_llamapro.model.families import ITEMSIZES
 from megatron_llamapro.model.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class OpenTensors:
 
     def __init__(self, checkpoint: Checkpoint, files: SourceFiles) -> None:
         self.checkpoint, self._files = checkpoint, files
-        self.shape, self.dtype = checkpoint.shape, checkpoint.dtype
+        self.shape = checkpoint.shape
 
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor, as it is stored; with its adapter, where it has one.
@@ -61,7 +62,7 @@ class OpenTensors:
         """
         import torch
 
-        stored = self.checkpoint.tensors[name]
-        values = numpy.empty((stored.num_rows, stored.num_columns * self.checkpoint.itemsize), numpy.uint8)
+        stored, dtype = self.checkpoint.tensors[name], self.checkpoint.dtype_of(name)
+        values = numpy.empty((stored.num_rows, stored.num_columns * ITEMSIZES[dtype]), numpy.uint8)
         rows_of(self.checkpoint, name, self._files).fill(0, values)
-        return torch.from_numpy(values).view(getattr(torch, self.dtype)).reshape(stored.shape)
+        return torch.from_numpy(values).view(getattr(torch, dtype)).reshape(stored.shape)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from megatron_llamapro.checkpoint.adapters import rows_of, unmerged_hash
 from megatron_llamapro.checkpoint.added_blocks import AddedBlocks, BlockReport, BlockState
-from megatron_llamapro.checkpoint.casting import cast
 from megatron_llamapro.checkpoint.convert import default_workers
 from megatron_llamapro.checkpoint.hf_reader import check_stored_head
 from megatron_llamapro.checkpoint.lineage import name_now, original_name
@@ -50,6 +49,9 @@ def verify(
     source, result = open_checkpoint(original), open_checkpoint(expanded)
     if result.manifest is None:
         raise CheckpointError(f"{expanded} has no manifest, so nothing says which of its blocks were added")
+    if result.other_dtypes:
+        other = next(iter(result.other_dtypes.values()))
+        raise CheckpointError(f"{expanded} mixes {result.dtype} and {other}: convert it with --dtype, then verify")
     lineage = _check_lineage(source, result)
     yield lineage
     if not lineage.ok:
@@ -62,7 +64,8 @@ def verify(
             check_stored_head(checkpoint, files)
         hashes = _hashes(result, result.dtype, files, pool, progress)
         kept = _Kept(source, result, _hashes(source, result.dtype, files, pool, progress), hashes)
-        yield from _check_originals(kept)
+        yield _check_originals(kept)
+        yield _check_manifest(kept, _hashes_as_noted(kept, files, pool, progress))
         if result.base is not None:
             yield _check_base(result, hashes, files)
         if kept.earlier:
@@ -83,7 +86,7 @@ def _hashes(
 
     def hash_of(name: str) -> str:
         tensor = checkpoint.tensors[name]
-        rows = cast(rows_of(checkpoint, name, files), source=checkpoint.dtype, target=dtype, name=name)
+        rows = rows_of(checkpoint, name, files, dtype=dtype)
         return hash_rows(rows, tensor, ITEMSIZES[dtype], progress=progress)
 
     return dict(zip(checkpoint.tensors, pool.map(hash_of, checkpoint.tensors), strict=True))
@@ -139,18 +142,47 @@ class _Kept:
         return [self.now(name) for name in names if self.actual[self.now(name)] != self.expected[name]]
 
 
-def _check_originals(kept: _Kept) -> Iterator[Check]:
-    """Tensors of the first source model are the original's, bit for bit, and have the manifest's hashes."""
+def _check_originals(kept: _Kept) -> Check:
+    """Tensors of the first source model are the original's, bit for bit."""
     source, result, number = kept.source, kept.result, len(kept.originals)
-    how = f", after the cast from {source.dtype} to {result.dtype}" if source.dtype != result.dtype else ""
+    types = sorted({source.dtype, *source.other_dtypes.values()})
+    how = f", after the cast from {' and '.join(types)} to {result.dtype}" if types != [result.dtype] else ""
     moved = kept.moved(kept.originals)
-    yield _check_none(moved, "original tensors", f"of {number} moved", f"{number} bit-identical{how}")
+    return _check_none(moved, "original tensors", f"of {number} moved", f"{number} bit-identical{how}")
+
+
+def _hashes_as_noted(
+    kept: _Kept, files: SourceFiles, pool: ThreadPoolExecutor, progress: Progress
+) -> Mapping[str, str] | None:
+    """Hashes of the original tensors, by their names in `source`, in the type that the manifest noted them in: those
+    of `result`, or of `source` where `result` was cast since; None where both were."""
+    source, result = kept.source, kept.result
     assert result.manifest is not None
-    names = {kept.now(name): original_name(name, source.plan) for name in kept.originals}
-    noted = result.manifest.original_hashes
-    differing = [name for name, first in names.items() if kept.actual[name] != noted.get(str(first))]
+    noted_in = result.manifest.hash_dtype
+    if result.dtype == noted_in:
+        return {name: kept.actual[kept.now(name)] for name in kept.originals}
+    if source.dtype == noted_in and not source.other_dtypes:
+        return _hashes(source, noted_in, files, pool, progress)
+    return None
+
+
+def _check_manifest(kept: _Kept, hashes: Mapping[str, str] | None) -> Check:
+    """Tensors of the first source model have the hashes that the manifest noted when they were first converted."""
+    source, manifest, number = kept.source, kept.result.manifest, len(kept.originals)
+    assert manifest is not None
+    if hashes is None:
+        text = (
+            f"nothing is proven: its hashes are of {manifest.hash_dtype} tensors, and both models are of another type; "
+            f"compare with the {manifest.hash_dtype} original"
+        )
+        return Check("manifest", ok=True, text=text)
+    noted = {name: manifest.original_hashes.get(str(original_name(name, source.plan))) for name in kept.originals}
+    differing = [name for name in kept.originals if hashes[name] != noted[name]]
+    if differing and source.plan.num_rounds and not kept.moved(differing):
+        text = f"{_some(differing)} of {number} do not have their hash, nor have they in the original: trained before"
+        return Check("manifest", ok=True, text=text)
     problem = f"of {number} original tensors do not have their hash"
-    yield _check_none(differing, "manifest", problem, f"{number} original tensors have their hash")
+    return _check_none([*map(kept.now, differing)], "manifest", problem, f"{number} original tensors have their hash")
 
 
 def _check_base(result: Checkpoint, hashes: Mapping[str, str], files: SourceFiles) -> Check:

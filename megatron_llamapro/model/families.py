@@ -16,7 +16,7 @@ from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside, read_small
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.hf_fields import count, flag, number
-from megatron_llamapro.model.refused import REFUSED
+from megatron_llamapro.model.refused import reason_for
 from megatron_llamapro.model.rope_fields import read_rope, with_older_spelling
 from megatron_llamapro.model.shape import ModelShape
 
@@ -220,7 +220,7 @@ def family_of(config: Mapping) -> Family:
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        reason = REFUSED.get(model_type) if isinstance(model_type, str) else None
+        reason = reason_for(config)
         raise CheckpointError(
             f"model_type {model_type!r} is not supported: {f'{reason}; ' if reason else ''}"
             f"known are {', '.join(sorted(FAMILIES))}"

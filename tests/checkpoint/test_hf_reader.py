@@ -91,6 +91,10 @@ ONE_FILE = {
         "truncated or not",
     ),
     "tensors that overlap": (lambda f: edit_header(f / SINGLE, overlap), "truncated or not"),
+    "a tensor's name of two lines": (
+        lambda f: edit_tensors(f, lambda t: t.update({"model\nerror: ok": torch.ones(1)})),
+        r"names a tensor 'model\\nerror: ok': it is damaged",
+    ),
     "no weights": (lambda f: (f / SINGLE).unlink(), f"no {SINGLE} and no {INDEX}"),
     "weights in pickles only": (
         lambda f: (f / SINGLE).rename(f / "pytorch_model.bin"),

@@ -37,6 +37,16 @@ def test_one_of_a_time_before_seeds_were_noted(tmp_path: Path) -> None:
     assert Manifest.read(tmp_path) == dataclasses.replace(MANIFEST, init_seeds=(None, None))
 
 
+def test_a_cast_keeps_the_hashes_and_says_of_what_they_are(tmp_path: Path) -> None:
+    """As format 2, which a version that does not know it refuses; cast back, it is what it was, as format 1."""
+    cast = MANIFEST.stored_as("float32")
+    assert (cast.dtype, cast.hash_dtype, cast.original_hashes) == ("float32", "bfloat16", MANIFEST.original_hashes)
+    assert (cast.to_json()["format_version"], MANIFEST.to_json()["format_version"]) == (2, 1)
+    cast.write(tmp_path)
+    assert Manifest.read(tmp_path) == cast == MANIFEST.stored_as("float16").stored_as("float32")
+    assert cast.stored_as("bfloat16") == MANIFEST
+
+
 def test_hash_of_a_config_does_not_depend_on_its_order() -> None:
     assert config_sha256({"a": 1, "b": [2]}) == config_sha256({"b": [2], "a": 1}) != config_sha256({"a": 1})
 
@@ -45,9 +55,14 @@ GOOD = MANIFEST.to_json()
 LAYERS = GOOD["plan"]["layers"]
 DAMAGED = {
     "no object": ([], "not a JSON object"),
-    "another version": ({**GOOD, "format_version": 2}, "manifest format 2, this version reads 1"),
+    "another version": ({**GOOD, "format_version": 3}, "manifest format 3, this version reads 1 and 2"),
     "no version": ({}, "manifest format None"),
     "a missing field": ({k: v for k, v in GOOD.items() if k != "dtype"}, "damaged manifest .*dtype"),
+    "a type of the hashes that no weight has": (
+        {**GOOD, "format_version": 2, "hash_dtype": "int4"},
+        "damaged manifest .*int4",
+    ),
+    "no type of the hashes": ({**GOOD, "format_version": 2}, "damaged manifest .*hash_dtype"),
     "a plan that is none": ({**GOOD, "plan": {"layers": [], "num_rounds": 0}}, "damaged manifest"),
     "a plan of many rounds": ({**GOOD, "plan": {**GOOD["plan"], "num_rounds": 3 * 10**9}}, "more rounds than layers"),
     "a plan with a parent that is not there": (

@@ -46,7 +46,7 @@ def test_the_page(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
     make_inputs(source, workplace(tmp_path))
     data = {**CONFIGURATION["data"], "seq_length": 32}
     (tmp_path / "mixed.yaml").write_text(yaml.safe_dump({**CONFIGURATION, **TINY, "data": data}))
-    train, plot, expand, look, train_again, check, export = commands(PAGE)
+    train, plot, expand, look, train_again, check, export, expand_tuned, check_tuned = commands(PAGE)
     run(train, tmp_path)
     records = [json.loads(line) for line in (tmp_path / "runs/first/metrics.jsonl").read_text().splitlines()]
     assert {record["name"] for record in records if record["kind"] == "eval"} == {"new", "general"}
@@ -61,6 +61,24 @@ def test_the_page(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
     checks = {claim.name: claim for claim in verify(tmp_path / "runs/first", tmp_path / "runs/second")}
     assert all(claim.ok for claim in checks.values()) and "trained" in checks["added blocks"].text
     assert all(claim.ok for claim in verify(source, tmp_path / "llama-2-7b-pro-2-hf", quick=True))
+    tune(tmp_path / "llama-2-7b-pro-2-hf", tmp_path / "llama-2-7b-pro-tuned")
+    run(expand_tuned.replace("--num_added_blocks 8", "--num_added_blocks 3"), tmp_path)
+    said = run(check_tuned, tmp_path)
+    assert "FAIL" not in said and "its hashes are of float32 tensors" in said
+    moved = {claim.name: claim for claim in verify(source, tmp_path / "llama-2-7b-pro-3", quick=True)}
+    assert not moved["original tensors"].ok and moved["manifest"].ok
+
+
+def tune(source: Path, target: Path) -> None:
+    """Every weight, in bfloat16, by transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    model.save_pretrained(target)
 
 
 def test_the_weights_are_shares() -> None:

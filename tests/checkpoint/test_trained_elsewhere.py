@@ -1,0 +1,150 @@
+"""Models of this program that other software trained, and saved in another type: every way on is open, and what the
+manifest's hashes prove is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, megatron_to_hf, megatron_to_megatron
+from megatron_llamapro.checkpoint.inspection import inspect
+from megatron_llamapro.checkpoint.manifest import Manifest
+from megatron_llamapro.checkpoint.verify import Check, verify
+from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.plan import Trained
+
+Tiny = Callable[..., Path]
+ADDED, TOKENS = Expansion.at(2, 5), torch.arange(3, 43)[None]
+
+
+def fine_tune(source: Path, target: Path, *, dtype: torch.dtype, only: tuple[int, ...] | None = None) -> Path:
+    """A step of SGD in transformers, on all weights or on those of some layers, saved by transformers."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = only is None or any(f".layers.{layer}." in name for layer in only)
+    model(TOKENS, labels=TOKENS).loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    model.save_pretrained(target)
+    return target
+
+
+def checked(original: Path, expanded: Path, **options: object) -> dict[str, Check]:
+    return {check.name: check for check in verify(original, expanded, **options)}
+
+
+@pytest.fixture
+def export(tiny_llama: Tiny, tmp_path: Path) -> Path:
+    """An expanded model in float32, by way of Megatron."""
+    hf_to_megatron(tiny_llama(), tmp_path / "megatron", expansion=ADDED)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "export")
+    return tmp_path / "export"
+
+
+def test_added_blocks_trained_in_bfloat16(export: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
+    """The float32 original still proves that no original tensor moved but by the cast."""
+    tuned = fine_tune(export, tmp_path / "tuned", dtype=torch.bfloat16, only=(2, 5))
+    assert "bfloat16, made from tiny" in str(inspect(tuned))
+    found = checked(tiny_llama(), tuned)
+    assert all(check.ok for check in found.values()), found
+    assert found["original tensors"].text == "39 bit-identical, after the cast from float32 to bfloat16"
+    assert found["manifest"].text == "39 original tensors have their hash"
+    assert found["added blocks"].text == "2, 5: trained"
+
+
+def test_another_original_of_the_right_type_has_no_hash(export: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
+    """It equals the tuned model in bfloat16, and is not what that was made of."""
+    tuned = fine_tune(export, tmp_path / "tuned", dtype=torch.bfloat16, only=(2, 5))
+    rounded = tmp_path / "rounded"
+    AutoModelForCausalLM.from_pretrained(tiny_llama(), dtype=torch.bfloat16).float().save_pretrained(rounded)
+    found = checked(rounded, tuned)
+    assert [name for name, check in found.items() if not check.ok] == ["manifest"]
+    assert "original tensors do not have their hash" in found["manifest"].text
+
+
+def test_an_original_of_neither_type_proves_what_it_can(export: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
+    tuned = fine_tune(export, tmp_path / "tuned", dtype=torch.bfloat16, only=(2, 5))
+    expand = AutoModelForCausalLM.from_pretrained(tiny_llama(), dtype=torch.bfloat16)
+    expand.save_pretrained(tmp_path / "bfloat16")
+    found = checked(tmp_path / "bfloat16", tuned)
+    assert all(check.ok for check in found.values())
+    assert found["manifest"].text.startswith("nothing is proven: its hashes are of float32 tensors")
+
+
+def test_all_weights_trained_in_bfloat16_and_every_way_on(export: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
+    """Expanded again, to Megatron and back, cast back: hashes and lineage stay those of the first source."""
+    tuned = fine_tune(export, tmp_path / "tuned", dtype=torch.bfloat16)
+    first = Manifest.read(export)
+    again = Expansion.at(0, 7)
+    expand_hf(tuned, tmp_path / "hf", expansion=again)
+    hf_to_megatron(tuned, tmp_path / "megatron-2", expansion=again)
+    megatron_to_hf(tmp_path / "megatron-2", tmp_path / "back")
+    megatron_to_megatron(tmp_path / "megatron-2", tmp_path / "float32", dtype="float32")
+    for name in ("hf", "megatron-2", "back", "float32"):
+        manifest = Manifest.read(tmp_path / name)
+        assert (manifest.source, manifest.original_hashes) == (first.source, first.original_hashes)
+        assert (manifest.hash_dtype, manifest.plan.added_layers) == ("float32", (0, 3, 6, 7))
+        found = checked(tuned, tmp_path / name)
+        assert all(check.ok for check in found.values()), found
+        assert {"original tensors", "earlier rounds", "added blocks", "function"} <= found.keys()
+        moved = checked(tiny_llama(), tmp_path / name, quick=True, trained=Trained.ADDED_BLOCKS)
+        assert not moved["original tensors"].ok
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["llamapro"]["hash_dtype"] == "float32"
+    loaded = [AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits for folder in (tuned, tmp_path / "hf")]
+    assert torch.equal(*loaded)
+
+
+def test_all_weights_trained_in_the_same_type(export: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
+    """Another round is not blamed for what had moved before it; the round that moved it is."""
+    tuned = fine_tune(export, tmp_path / "tuned", dtype=torch.float32)
+    expand_hf(tuned, tmp_path / "hf", expansion=Expansion.at(0, 7))
+    found = checked(tuned, tmp_path / "hf")
+    assert all(check.ok for check in found.values()), found
+    assert "39 do not have their hash, nor have they in the original: trained before" in found["manifest"].text
+    assert not checked(tiny_llama(), tuned)["manifest"].ok
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    found = checked(tuned, tmp_path / "hf", quick=True)
+    assert not found["original tensors"].ok and not found["manifest"].ok
+
+
+def test_a_trained_model_can_be_cast(export: Path, tmp_path: Path) -> None:
+    """Originals among it that moved: the record of them stays what it is."""
+    tuned = fine_tune(export, tmp_path / "tuned", dtype=torch.float32)
+    expand_hf(tuned, tmp_path / "hf", expansion=Expansion.at(0), dtype="bfloat16")
+    manifest = Manifest.read(tmp_path / "hf")
+    assert (manifest.dtype, manifest.hash_dtype) == ("bfloat16", "float32")
+    assert manifest.original_hashes == Manifest.read(export).original_hashes
+
+
+def test_a_megatron_checkpoint_that_was_saved_in_another_type(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """As Megatron-LM writes it, with the llamapro.json of what it was made from put beside."""
+    hf_to_megatron(tiny_llama(), tmp_path / "float32", expansion=ADDED)
+    hf_to_megatron(tiny_llama(), tmp_path / "theirs", expansion=ADDED, dtype="bfloat16")
+    Manifest.read(tmp_path / "float32").write(tmp_path / "theirs")
+    megatron_to_hf(tmp_path / "theirs", tmp_path / "hf")
+    manifest = Manifest.read(tmp_path / "hf")
+    assert manifest == dataclasses.replace(Manifest.read(tmp_path / "float32"), dtype="bfloat16", hashed_as="float32")
+    assert all(check.ok for check in verify(tiny_llama(), tmp_path / "hf"))
+
+
+def test_a_manifest_of_another_number_of_layers_says_how_to_do_without(export: Path, tmp_path: Path) -> None:
+    """As merging tools leave it in config.json."""
+    path = export / "config.json"
+    (export / "llamapro.json").unlink()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 5}))
+    with pytest.raises(
+        CheckpointError, match=r"without llamapro\.json and llamapro in config\.json it is taken as a model"
+    ):
+        hf_to_megatron(export, tmp_path / "target")
