@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, 1 a check said no (verify), 2 the user's input (one `error: …` line), 70 a run hung and was
 ended (runtime/watchdog.py), 75 a run failed on its way (one line too), 130 interrupted, 141 nobody reads the output any
-more (both as a shell has them).
+more, 143 terminated (these three as a shell has them).
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import argparse
 import difflib
 import os
 import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import NoReturn
 
 from megatron_llamapro.config.errors import ConfigError, LlamaProError, RunError
@@ -23,6 +25,7 @@ HUNG = 70
 TRY_AGAIN = os.EX_TEMPFAIL  # 75
 INTERRUPTED = 130
 OUTPUT_CLOSED = 141
+TERMINATED = 143
 
 _MOST = 1e30  # of an option: sums and quotients of them stay finite
 
@@ -69,6 +72,20 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
             raise ConfigError(f"--{name} is {value:g}: it must be finite")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: an interrupt that is called by its name."""
+
+
+def end_when_terminated() -> None:
+    """Have SIGTERM unwind this program as Ctrl-C does, so that it removes what it began to write."""
+
+    def end(signum: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the removing short
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+
+
 def in_one_line(error: BaseException) -> str:
     """What an error says; an `OSError` says which file and what the system answered."""
     if isinstance(error, OSError) and error.strerror:
@@ -111,5 +128,6 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         print(f"error: {in_one_line(error)}", file=sys.stderr)
         raise SystemExit(exit_code_of(error)) from None
     except KeyboardInterrupt as interrupt:
-        print(": ".join(("error: interrupted", *map(str, interrupt.args))), file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        word, code = ("terminated", TERMINATED) if isinstance(interrupt, Terminated) else ("interrupted", INTERRUPTED)
+        print(": ".join((f"error: {word}", *map(str, interrupt.args))), file=sys.stderr)
+        raise SystemExit(code) from None

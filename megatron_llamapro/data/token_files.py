@@ -7,7 +7,6 @@ mode, as those of multimodal sets: 1 what the assistant says, 0 the rest.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from dataclasses import asdict, dataclass
@@ -18,8 +17,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.schema import DataFormat
-
-_END_BYTES = 2**20
+from megatron_llamapro.data.inputs import paths_of
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,6 @@ class TokenFileInfo:
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-
-def paths_of(prefix: str | Path) -> tuple[Path, Path, Path]:
-    """The .bin, the .idx and our side file of a prefix."""
-    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
 
 
 def read_info(prefix: str | Path) -> TokenFileInfo | None:
@@ -110,23 +103,3 @@ def _check_sizes(bin_path: Path, index_path: Path) -> bool:
             "belong together, or one is cut short; preprocess the text again"
         )
     return index_path.stat().st_size == least + num_sequences
-
-
-def content_digest(prefix: str | Path) -> str:
-    """A hash that changes when the pair's content does: the side file's (with the index, which has the answers of
-    conversations), else of the index and both ends of the tokens (a whole hash of hundreds of gigabytes would delay
-    every start)."""
-    info = read_info(prefix)
-    if info is not None and info.num_answer_tokens is None:
-        return info.bin_sha256
-    bin_path, index_path, _ = paths_of(prefix)
-    digest = hashlib.sha256(index_path.read_bytes())
-    if info is not None:
-        return hashlib.sha256(digest.digest() + bytes.fromhex(info.bin_sha256)).hexdigest()
-    size = bin_path.stat().st_size
-    with bin_path.open("rb") as file:
-        digest.update(file.read(_END_BYTES))
-        file.seek(max(size - _END_BYTES, 0))
-        digest.update(file.read(_END_BYTES))
-    digest.update(str(size).encode())
-    return digest.hexdigest()

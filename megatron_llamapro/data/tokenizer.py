@@ -128,14 +128,15 @@ def load_tokenizer(path: Path, *, eod_token: str | None = None) -> Tokenizer:
     Raises:
         DataError: there is none, it is damaged, or its end-of-sequence token is not known.
     """
-    file = _tokenizer_file(Path(path))
+    file = tokenizer_file(Path(path))
     is_json = file.suffix == ".json"
     backend = _JsonBackend(file) if is_json else _SentencePieceBackend(file)
     eod = _named_token(backend, eod_token, file) if eod_token else _end_of_sequence(backend, file)
     return Tokenizer(backend, eod=eod, path=file)
 
 
-def _tokenizer_file(path: Path) -> Path:
+def tokenizer_file(path: Path) -> Path:
+    """The file in `path` that defines a tokenizer. Raises `DataError` where there is none."""
     if path.is_dir():
         for name in (JSON_NAME, MODEL_NAME):
             if (path / name).is_file():

@@ -1,0 +1,61 @@
+"""Output that is complete or not there: written aside, and nothing left of it where it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_llamapro.checkpoint.folder import clear, locked
+from megatron_llamapro.config.errors import RunError
+
+_OF_THE_PATH = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+"""Errors that another try meets again: the user's."""
+
+
+@contextlib.contextmanager
+def folder_made(folder: Path) -> Iterator[None]:
+    """The folder, made with its parents; those that were made are gone again where the block fails."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):  # not empty, or never made
+                path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def draft_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target` to write in, gone at the end.
+
+    One process at a time has it. That of a process that was killed is cleared by the next one.
+
+    Raises:
+        CheckpointError: another process has it.
+    """
+    draft = target.with_name(f".{target.name}.tokens.partial")
+    with folder_made(target.parent), locked(draft, target):
+        try:
+            clear(draft)
+            yield draft
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(target: Path | str) -> Iterator[None]:
+    """A failure of the file system, e.g. a full disk, and of memory is a `RunError`: another try may succeed."""
+    try:
+        yield
+    except _OF_THE_PATH:
+        raise
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        reason = error.strerror or "a file took a part of what was written"  # numpy says no more
+        raise RunError(f"{target} was not written: {reason}{where}: make room, then try again") from error
+    except MemoryError:
+        raise RunError(f"{target} was not written: memory ran out") from None
