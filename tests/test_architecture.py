@@ -35,7 +35,7 @@ ALLOWED = {
     "runtime": {"config"},
     "model": {"config", "expansion", "model.rotary", "model.shape", "model.trainable", "pipeline", "pipeline.cost"},
     "optimizer": {"config", "model"},
-    "data": {"config", "checkpoint"},
+    "data": {"config", "checkpoint", "runtime"},
     "planning": {
         "config",
         "expansion",

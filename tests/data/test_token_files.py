@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.data.token_files import content_digest, open_token_file, paths_of, read_info
+from megatron_llamapro.data.token_files import open_token_file, paths_of, read_info
 
 
 def cut(path: Path, num_bytes: int) -> None:
@@ -58,18 +58,6 @@ def test_vocabulary(pair: Path) -> None:
     open_token_file(pair, vocab_size=info.max_token + 1)
     with pytest.raises(DataError, match="another tokenizer"):
         open_token_file(pair, vocab_size=info.max_token)
-
-
-def test_digest_follows_the_content(copied_pair: Path, pair: Path) -> None:
-    """With our side file it is the tokens' own hash; without it (Megatron-LM's files) the ends' and the index'."""
-    assert content_digest(copied_pair) == content_digest(pair)
-    bin_path, _, info_path = paths_of(copied_pair)
-    info_path.unlink()
-    first = content_digest(copied_pair)
-    data = bytearray(bin_path.read_bytes())
-    data[-2] ^= 1
-    bin_path.write_bytes(data)
-    assert content_digest(copied_pair) != first
 
 
 def test_side_file_of_other_tokens_does_not_count(copied_pair: Path) -> None:
