@@ -3,6 +3,8 @@
 PYTHON ?= python3
 STEPS ?= 30
 FUZZ_EXAMPLES ?= 5000
+# Tests whose number of examples FUZZ_EXAMPLES sets, themselves or by megatron_llamapro.testing.fuzzing.
+FUZZED = $(shell grep -rlE 'FUZZ_EXAMPLES|testing\.fuzzing' tests --include='test_*.py')
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -13,7 +15,7 @@ DEMO_READY := $(VENV)/.demo-ready
 help:
 	@echo "make demo    grow a real LLaMA, train it on C++, show the picture (STEPS=$(STEPS))"
 	@echo "make test    all tests"
-	@echo "make fuzz    damaged checkpoints by the thousand (FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) of each kind)"
+	@echo "make fuzz    damaged checkpoints, configurations and texts by the thousand (FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) of each kind)"
 	@echo "make smoke   the whole way with a tiny random LLaMA, in a minute"
 	@echo "make check   lint, format and types"
 
@@ -27,7 +29,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 fuzz: $(READY)
-	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/checkpoint/test_fuzz.py -n 2 --timeout 3600
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest $(FUZZED) -n 2 --timeout 3600
 
 check: $(READY)
 	$(BIN)/ruff check .
