@@ -35,6 +35,8 @@ class CheckedDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.dataset[index]
+        if min(int(sample["tokens"].min()), int(sample["labels"].min())) < 0:
+            raise DataError(f"{self.name} holds a token below 0: it is damaged, preprocess the text again")
         largest = max(int(sample["tokens"].max()), int(sample["labels"].max()))
         if largest >= self.vocab_size:
             raise DataError(

@@ -19,6 +19,12 @@ from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.schema import DataFormat
 from megatron_llamapro.data.inputs import paths_of
 
+_HEADER = struct.Struct("<9sQBQQ")
+"""Of an index: magic, version, type of the tokens, sequences, documents."""
+_TOKEN_TYPES = (numpy.uint8, numpy.uint16, numpy.int16, numpy.int32, numpy.int64)
+_PIECE = 2**20
+"""Sequences that are looked at at a time."""
+
 
 @dataclass(frozen=True)
 class TokenFileInfo:
@@ -63,7 +69,7 @@ def open_token_file(
     for path in (bin_path, index_path):
         if not path.is_file():
             raise DataError(f"{path} is not there: {prefix} must be the path of a .bin/.idx pair without the ending")
-    has_modes = _check_sizes(bin_path, index_path)
+    has_modes = _check_index(bin_path, index_path)
     if has_modes and data_format == "text":
         raise DataError(f"{prefix} holds conversations: set data.format to chat, or preprocess text")
     if data_format == "chat" and not has_modes:
@@ -77,24 +83,23 @@ def open_token_file(
     return IndexedDataset(str(prefix), multimodal=has_modes)
 
 
-def _check_sizes(bin_path: Path, index_path: Path) -> bool:
-    """The sizes in the index add up to the tokens' file. megatron.core looks when it reads beyond the end, in the
-    middle of training, or not at all. Returns whether the sequences have modes: a byte each at the index' end."""
-    damaged = f"{index_path} is damaged: preprocess the text again"
-    header = struct.Struct("<9sQBQQ")  # magic, version, token type, sequences, documents
+def _check_index(bin_path: Path, index_path: Path) -> bool:
+    """The index is one, and says of the tokens' file what is so. megatron.core looks when it reads beyond the end, in
+    the middle of training, or not at all. Returns whether the sequences have modes: a byte each at the index' end."""
+    damaged = DataError(f"{index_path} is damaged: preprocess the text again")
     with index_path.open("rb") as file:
-        start = file.read(header.size)
-    if len(start) < header.size:
-        raise DataError(damaged)
-    magic, version, code, num_sequences, num_documents = header.unpack(start)
-    if magic != b"MMIDIDX\x00\x00" or version != 1 or code not in DType._value2member_map_:
+        start = file.read(_HEADER.size)
+    if len(start) < _HEADER.size:
+        raise damaged
+    magic, version, code, num_sequences, num_documents = _HEADER.unpack(start)
+    if magic != b"MMIDIDX\x00\x00" or version != 1 or code not in map(DType.code_from_dtype, _TOKEN_TYPES):
         raise DataError(f"{index_path} is not an index of token files, or of a version that is not known")
-    least = header.size + num_sequences * (4 + 8) + num_documents * 8
+    least = _HEADER.size + num_sequences * (4 + 8) + num_documents * 8
     if num_sequences == 0:
         raise DataError(f"{index_path} holds no documents")
-    if index_path.stat().st_size not in (least, least + num_sequences):
-        raise DataError(damaged)
-    lengths = numpy.fromfile(index_path, dtype=numpy.int32, count=num_sequences, offset=header.size)
+    if num_documents < 2 or index_path.stat().st_size not in (least, least + num_sequences):
+        raise damaged
+    lengths, pointers, documents = _arrays(index_path, num_sequences, num_documents)
     width = numpy.dtype(DType.dtype_from_code(code)).itemsize
     expected = int(lengths.sum(dtype=numpy.int64)) * width
     if bin_path.stat().st_size != expected:
@@ -102,4 +107,36 @@ def _check_sizes(bin_path: Path, index_path: Path) -> bool:
             f"{bin_path} has {bin_path.stat().st_size} bytes, {index_path.name} describes {expected}: the two do not "
             "belong together, or one is cut short; preprocess the text again"
         )
+    if not _follow(lengths, pointers, width) or not _rise(documents, num_sequences):
+        raise damaged
     return index_path.stat().st_size == least + num_sequences
+
+
+def _arrays(index_path: Path, num_sequences: int, num_documents: int) -> tuple[numpy.ndarray, ...]:
+    """Tokens of each sequence, where it begins in bytes, and at which sequence each document does; not read yet."""
+    found, place = [], _HEADER.size
+    for dtype, count in ((numpy.int32, num_sequences), (numpy.int64, num_sequences), (numpy.int64, num_documents)):
+        array = numpy.memmap(index_path, dtype=dtype, mode="r", offset=place, shape=(count,))
+        found.append(array)
+        place += array.nbytes
+    return tuple(found)
+
+
+def _follow(lengths: numpy.ndarray, pointers: numpy.ndarray, width: int) -> bool:
+    """Whether every sequence begins where the one before it ends."""
+    start = 0
+    for first in range(0, len(lengths), _PIECE):
+        part = lengths[first : first + _PIECE].astype(numpy.int64) * width
+        ends = start + numpy.cumsum(part)
+        if part.min() < 0 or not numpy.array_equal(ends - part, pointers[first : first + _PIECE]):
+            return False
+        start = ends[-1]
+    return True
+
+
+def _rise(documents: numpy.ndarray, num_sequences: int) -> bool:
+    """Whether documents have the sequences from the first to the last, in order."""
+    if documents[0] != 0 or documents[-1] != num_sequences:
+        return False
+    pieces = (documents[first : first + _PIECE + 1] for first in range(0, len(documents), _PIECE))
+    return all(numpy.all(numpy.diff(piece) >= 0) for piece in pieces)
