@@ -55,7 +55,11 @@ def writing(target: Path | str) -> Iterator[None]:
         raise
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        reason = error.strerror or "a file took a part of what was written"  # numpy says no more
-        raise RunError(f"{target} was not written: {reason}{where}: make room, then try again") from error
+        raise RunError(f"{target} was not written: {reason_of(error)}{where}: make room, then try again") from error
     except MemoryError:
         raise RunError(f"{target} was not written: memory ran out") from None
+
+
+def reason_of(error: OSError) -> str:
+    """What the system answered; numpy tells no more than how much it wrote."""
+    return error.strerror or "a file took a part of what was written: is the disk full, or a quota reached?"

@@ -19,6 +19,7 @@ from numpy.lib.format import open_memmap
 
 from megatron_llamapro.checkpoint.folder import sync
 from megatron_llamapro.config.errors import DataError, LlamaProError, RunError
+from megatron_llamapro.data.drafts import reason_of
 
 _CONTENTS = "files.json"
 """Names and sizes of the others; written last."""
@@ -46,9 +47,8 @@ def naming_the_cache(cache_dir: Path) -> Iterator[None]:
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise DataError(f"{cache_dir} cannot be made or written in: {error.strerror}: {advice}") from None
     except OSError as error:
-        reason = error.strerror or "a file took a part of what was written"  # numpy says no more
         raise RunError(
-            f"the order of the samples was not written to {cache_dir}: {reason}: make room, or {advice}"
+            f"the order of the samples was not written to {cache_dir}: {reason_of(error)}: make room, or {advice}"
         ) from error
 
 

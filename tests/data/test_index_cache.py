@@ -171,7 +171,7 @@ def test_what_cannot_be_a_cache(sources: Sources, tmp_path: Path) -> None:
     ("error", "kind", "text"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), RunError, "No space left on device: make room"),
-        (OSError("100 requested and 50 written"), RunError, "a file took a part of what was written: make room"),
+        (OSError("100 requested and 50 written"), RunError, r"is the disk full, or a quota reached\?: make room"),
         (PermissionError(errno.EACCES, "Permission denied"), DataError, "Permission denied: set data.cache_dir"),
     ],
 )
