@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,15 @@ from pathlib import Path
 from megatron_llamapro.checkpoint.folder import clear, locked
 from megatron_llamapro.config.errors import RunError
 
-_OF_THE_PATH = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
-"""Errors that another try meets again: the user's."""
+_OF_THE_PATH = {
+    *(errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+}
+
+
+def is_of_the_path(error: OSError) -> bool:
+    """Whether another try meets the error again, until another path is given; a full disk may have room by then."""
+    return error.errno in _OF_THE_PATH
 
 
 @contextlib.contextmanager
@@ -51,9 +59,9 @@ def writing(target: Path | str) -> Iterator[None]:
     """A failure of the file system, e.g. a full disk, and of memory is a `RunError`: another try may succeed."""
     try:
         yield
-    except _OF_THE_PATH:
-        raise
     except OSError as error:
+        if is_of_the_path(error):
+            raise
         where = f" ({error.filename})" if error.filename else ""
         raise RunError(f"{target} was not written: {reason_of(error)}{where}: make room, then try again") from error
     except MemoryError:

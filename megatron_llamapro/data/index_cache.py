@@ -19,7 +19,7 @@ from numpy.lib.format import open_memmap
 
 from megatron_llamapro.checkpoint.folder import sync
 from megatron_llamapro.config.errors import DataError, LlamaProError, RunError
-from megatron_llamapro.data.drafts import reason_of
+from megatron_llamapro.data.drafts import is_of_the_path, reason_of
 
 _CONTENTS = "files.json"
 """Names and sizes of the others; written last."""
@@ -44,9 +44,9 @@ def naming_the_cache(cache_dir: Path) -> Iterator[None]:
     advice = "set data.cache_dir to a folder for the order of the samples"
     try:
         yield
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise DataError(f"{cache_dir} cannot be made or written in: {error.strerror}: {advice}") from None
     except OSError as error:
+        if is_of_the_path(error):
+            raise DataError(f"{cache_dir} cannot be made or written in: {error.strerror}: {advice}") from None
         raise RunError(
             f"the order of the samples was not written to {cache_dir}: {reason_of(error)}: make room, or {advice}"
         ) from error
