@@ -122,7 +122,7 @@ def build_train_dataset(
         error = found
     folder = _agreed(error, folder)
     try:
-        train = train or build(folder)
+        train = build(folder) if train is None else train
     except LlamaProError as found:
         error = found
     except (OSError, EOFError, ValueError) as found:

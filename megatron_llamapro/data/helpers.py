@@ -38,19 +38,22 @@ class Helper:
         self.process = context.Process(target=_main, args=(theirs, function, args), daemon=True)
         self.name, self.advice = name, advice
         resource_tracker.ensure_running()  # its start would unblock the signals
-        signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_PARENT)
         try:
-            self.process.start()
+            with _blocked(_OF_THE_PARENT):
+                self.process.start()
+        except BaseException:  # a signal that waited
+            self.__exit__()
+            raise
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_PARENT)
             theirs.close()
 
     def __enter__(self) -> Helper:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.process.kill()
-        self.process.join()
+        if self.process.pid is not None:
+            self.process.kill()
+            self.process.join()
         self.connection.close()
 
     def send(self, item: object) -> None:
@@ -74,6 +77,16 @@ class Helper:
         if code == -signal.SIGKILL:
             how = "was killed (SIGKILL), as the system does when memory runs out"
         return RunError(f"{self.name} (process {self.process.pid}) {how}: {self.advice}")
+
+
+@contextlib.contextmanager
+def _blocked(signals: set[signal.Signals]) -> Iterator[None]:
+    """Signals that wait meanwhile, and never come to a process that is started."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _main(connection: Connection, function: Function, args: tuple) -> None:
