@@ -5,6 +5,7 @@ Imports neither torch nor megatron, so that a wrong file is refused at once.
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Sequence
@@ -100,7 +101,7 @@ def _kind(start: bytes, *, jsonl: bool) -> tuple[str, str | None] | None:
 
 
 def _new_name(path: Path) -> Path:
-    """A name for the text of a file: corpus.jsonl.gz becomes corpus.jsonl."""
+    """A name that no file has, for the text of one: corpus.jsonl.gz becomes corpus.jsonl."""
     name = path.name.partition(".")[0] or "text"
-    new = path.with_name(f"{name}.jsonl")
-    return new if new != path else path.with_name(f"{name}.lines.jsonl")
+    names = itertools.chain(["jsonl", "lines.jsonl"], (f"lines.{number}.jsonl" for number in itertools.count(2)))
+    return next(new for new in (path.with_name(f"{name}.{ending}") for ending in names) if not new.exists())

@@ -94,6 +94,13 @@ def test_the_command_works(kind: str, tmp_path: Path) -> None:
     assert made.suffix == ".jsonl" and made.read_bytes().removeprefix(b"\xef\xbb\xbf") == TEXT
 
 
+def test_the_command_replaces_no_file(tmp_path: Path) -> None:
+    for name in ("corpus.jsonl.gz", "corpus.jsonl", "corpus.lines.jsonl"):
+        (tmp_path / name).write_bytes(gzip.compress(TEXT))
+    with pytest.raises(DataError, match=r"> \S+corpus\.lines\.2\.jsonl$"):
+        check_text_files([tmp_path / "corpus.jsonl.gz"], jsonl=True)
+
+
 GOOD: dict[str, bytes] = {
     "text": TEXT,
     "a mark": b"\xef\xbb\xbf" + TEXT,
