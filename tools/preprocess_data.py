@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import _package  # noqa: F401
-from megatron_llamapro.config.command import CommandParser, run_command
+from megatron_llamapro.config.command import CommandParser, end_when_terminated, run_command
+from megatron_llamapro.data.inputs import check_request
 
 
 def main() -> int:
@@ -29,24 +30,24 @@ def main() -> int:
     parser.add_argument("--num_workers", type=int, default=1, metavar="N", help="processes that tokenize (default: 1)")
     parser.add_argument("--overwrite", action="store_true", help="replace token files that are there")
     args = parser.parse_args()
+    end_when_terminated()
+    settings = {name: getattr(args, name) for name in ("tokenizer", "num_workers", "overwrite")}
+    check_request(args.input, args.output_prefix, **settings)  # before the imports, which take seconds
 
     from tqdm import tqdm
 
     from megatron_llamapro.data.preprocess import preprocess
 
-    started = time.monotonic()
-    total = sum(path.stat().st_size for path in args.input if path.is_file())
+    started, total = time.monotonic(), sum(path.stat().st_size for path in args.input)
     with tqdm(desc="tokenizing", total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         done = preprocess(
             args.input,
             args.output_prefix,
-            tokenizer=args.tokenizer,
+            **settings,
             json_key=args.json_key,
             eod_token=args.eod_token,
             chat=args.chat,
             chat_template=args.chat_template,
-            num_workers=args.num_workers,
-            overwrite=args.overwrite,
             progress=bar.update,
         )
     seconds = time.monotonic() - started

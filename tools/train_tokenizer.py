@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import _package  # noqa: F401
-from megatron_llamapro.config.command import CommandParser, run_command
+from megatron_llamapro.config.command import CommandParser, end_when_terminated, run_command
 
 
 def main() -> int:
@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument("--json_key", default="text", help="field of a .jsonl line that holds the text (default: text)")
     parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer.model that is there")
     args = parser.parse_args()
+    end_when_terminated()
 
     from megatron_llamapro.data.train_tokenizer import train_tokenizer
 

@@ -130,7 +130,7 @@ def staged(
     draft = draft_of(target)
     _check_target(target, overwrite=overwrite, sources=sources)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(draft, target):
+    with locked(draft, target):
         try:
             _restore(target)
             _check_target(target, overwrite=overwrite, sources=sources)
@@ -165,8 +165,12 @@ def _check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -
 
 
 @contextlib.contextmanager
-def _locked(draft: Path, target: Path) -> Iterator[None]:
-    """Make the draft folder and hold its lock, which the kernel frees when this process ends, however it ends."""
+def locked(draft: Path, target: Path) -> Iterator[None]:
+    """Make the draft folder and hold its lock, which the kernel frees when this process ends, however it ends.
+
+    Raises:
+        CheckpointError: another process holds it, or something else is in its place.
+    """
     busy = CheckpointError(f"another process is writing {target}: wait for it, or choose another target")
     if draft.is_symlink() or draft.is_file():
         raise CheckpointError(f"{draft} is in the way, and no folder of this program's: remove it, then try again")

@@ -15,10 +15,12 @@ import difflib
 import os
 import re
 import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from megatron_llamapro.config.errors import ConfigError, DivergedError, LlamaProError, RunError
@@ -32,6 +34,7 @@ HUNG = 70
 TRY_AGAIN = os.EX_TEMPFAIL  # 75
 INTERRUPTED = 130
 OUTPUT_CLOSED = 141
+TERMINATED = 143
 
 
 def _path(text: str) -> Path:
@@ -117,6 +120,20 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
             raise ConfigError(f"--{name} is {value:g}: it must be above 0")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: an interrupt that is called by its name."""
+
+
+def end_when_terminated() -> None:
+    """Have SIGTERM unwind this program as Ctrl-C does, so that it removes what it began to write."""
+
+    def end(signum: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the removing short
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+
+
 def in_one_line(error: BaseException) -> str:
     """What an error says; an `OSError` says which file and what the system answered."""
     if isinstance(error, ModuleNotFoundError) and error.name:
@@ -196,8 +213,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             print(line, file=sys.stderr)
         raise SystemExit(exit_code_of(error)) from None
     except KeyboardInterrupt as interrupt:
-        print(": ".join(("error: interrupted", *map(str, interrupt.args))), file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        word, code = ("terminated", TERMINATED) if isinstance(interrupt, Terminated) else ("interrupted", INTERRUPTED)
+        print(": ".join((f"error: {word}", *map(str, interrupt.args))), file=sys.stderr)
+        raise SystemExit(code) from None
     except Exception as bug:
         tell_torchrun(in_one_line(bug), details=traceback.format_exc())
         raise

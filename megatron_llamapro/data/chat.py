@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import itertools
 import re
+import reprlib
 from pathlib import Path
 
+from megatron_llamapro.config.command import in_one_line
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.data.encoding import Encoder, Segment, valid_unicode
+from megatron_llamapro.data.encoding import Encoder, Segment
+from megatron_llamapro.data.json_lines import json_name, shown
 from megatron_llamapro.data.tokenizer import JSON_NAME, Tokenizer
 
 Message = dict[str, object]
 """role and content, and whatever else a template may read."""
 
+_LONGEST_REASON = 300
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"}
 _NOT_A_MESSAGE = 'messages are {"role": …, "content": …} (or {"from": …, "value": …}), with text in both'
@@ -65,7 +69,7 @@ class ChatTemplate:
                 messages, chat_template=self.text, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # whatever the template's own expressions raise
-            raise ValueError(f"the chat template refuses it: {error}") from None
+            raise ValueError(f"the chat template refuses it: {in_one_line(error)[:_LONGEST_REASON]}") from None
 
     def answer(self, messages: list[Message], number: int, text: str) -> tuple[int, int]:
         """From which character to which of the conversation's `text` the message `number` is an answer.
@@ -102,7 +106,7 @@ class ChatEncoder(Encoder):
         """None where the assistant says nothing."""
         place = f"{where}: '{self.json_key}'"
         if not isinstance(value, list) or not value:
-            raise DataError(f"{place} holds no list of messages")
+            raise DataError(f"{place} holds {json_name(value) if value else 'no messages'}, not a list of messages")
         read = [self._message(message, f"{place}, message {number}") for number, message in enumerate(value, 1)]
         messages = [message for message, _ in read]
         answering = [number for number, (_, is_answer) in enumerate(read) if is_answer and number]
@@ -113,7 +117,7 @@ class ChatEncoder(Encoder):
             spans = [self.template.answer(messages, number, text) for number in answering]
         except ValueError as error:
             raise DataError(f"{where}: {error}") from None
-        return self._marked(text, spans)
+        return self._marked(self.mended(text), spans)
 
     def _message(self, value: object, where: str) -> tuple[Message, bool]:
         """A message, and whether it is an answer to learn."""
@@ -127,12 +131,16 @@ class ChatEncoder(Encoder):
             raise DataError(f"{where}: {_NOT_A_MESSAGE}")
         role = _SHAREGPT.get(role, role)
         if role not in _ROLES and not re.search(rf"""['"]{re.escape(role)}['"]""", self.template.text):
-            raise DataError(f"{where} has the role '{role}', which is none of {', '.join(sorted(_ROLES))}: rename it")
+            raise DataError(
+                f"{where} has the role {shown([role])}, which is none of {', '.join(sorted(_ROLES))}: rename it"
+            )
         weight = value.get("weight", 1)
         if weight not in (0, 1):
-            raise DataError(f"{where} has the weight {weight!r}: it is 1, or 0 for an answer that is not to be learned")
+            raise DataError(
+                f"{where} has the weight {reprlib.repr(weight)}: it is 1, or 0 for an answer that is not to be learned"
+            )
         others = {name: item for name, item in value.items() if name not in ("from", "value", "weight")}
-        message: Message = {**others, "role": role, "content": valid_unicode(content)}
+        message: Message = {**others, "role": role, "content": content}
         return message, role == "assistant" and weight == 1
 
     def _marked(self, text: str, spans: list[tuple[int, int]]) -> list[Segment]:

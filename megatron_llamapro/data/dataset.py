@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import Dataset
 
-from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.config.errors import DataError, LlamaProError
 from megatron_llamapro.config.schema import DataConfig
-from megatron_llamapro.data.conversations import ConversationConfig, ConversationDataset, HeldOutConversations
+from megatron_llamapro.data.blending import megatron_dataset
+from megatron_llamapro.data.conversations import ConversationDataset, HeldOutConversations
+from megatron_llamapro.data.identity import content_digest
+from megatron_llamapro.data.index_cache import is_whole, make_cache_dir, new_order, unreadable
 from megatron_llamapro.data.sample import Sample, sample_of
-from megatron_llamapro.data.token_files import content_digest, open_token_file
+from megatron_llamapro.data.token_files import open_token_file
 from megatron_llamapro.data.tokenizer import Tokenizer
+from megatron_llamapro.runtime.distributed import from_first_rank, raise_together
 
 
 class CheckedDataset(Dataset):
@@ -32,6 +35,8 @@ class CheckedDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.dataset[index]
+        if min(int(sample["tokens"].min()), int(sample["labels"].min())) < 0:
+            raise DataError(f"{self.name} holds a token below 0: it is damaged, preprocess the text again")
         largest = max(int(sample["tokens"].max()), int(sample["labels"].max()))
         if largest >= self.vocab_size:
             raise DataError(
@@ -94,36 +99,51 @@ def build_train_dataset(
     """The blended training set, with an order made for `num_samples`. All ranks call it; rank 0 builds the indices.
 
     Raises:
-        DataError: a pair is missing, damaged or of another vocabulary. If that can differ between ranks, let them
-            agree on `check_train_files` first: an error on one rank leaves the others waiting.
+        DataError: a pair is missing, damaged or of another vocabulary (if that can differ between ranks, let them
+            agree on `check_train_files` first: an error on one rank leaves the others waiting); or a rank cannot read
+            what rank 0 wrote.
+        RunError: the disk is full.
     """
     check_train_files(data, vocab_size=vocab_size)
-    shared = {
-        "random_seed": seed,
-        "sequence_length": data.seq_length,
-        "tokenizer": tokenizer,
-        "blend_per_split": [_blend(data), None, None],
-        "path_to_cache": str(cache_dir / _cache_name(data)),
-    }
-    if data.format == "chat":
-        kind, config = ConversationDataset, ConversationConfig(**shared, packing=data.packing)
-    else:
-        kind = GPTDataset
-        config = GPTDatasetConfig(
-            **shared,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=data.eod_mask_loss,
-            create_attention_mask=False,
-        )
+
+    def build(folder: Path) -> Dataset:
+        return megatron_dataset(data, num_samples=num_samples, seed=seed, tokenizer=tokenizer, folder=folder)
+
+    order = {"num_samples": num_samples, "seed": seed, "tokenizer": tokenizer.unique_identifiers}
+    folder, train, error = Path(), None, None
     try:
-        train, _, _ = BlendedMegatronDatasetBuilder(kind, [num_samples, 0, 0], lambda: True, config).build()
-    except ModuleNotFoundError as missing:
-        raise DataError(
-            f"megatron.core's compiled dataset helper is missing ({missing.name}): install the megatron-core wheel for "
-            "this Python and platform"
-        ) from None
+        if _is_first_rank():
+            make_cache_dir(cache_dir)
+            folder = cache_dir / _order_name(data, order)
+            if not is_whole(folder):
+                with new_order(folder) as draft:
+                    train = build(draft)
+    except LlamaProError as found:
+        error = found
+    folder = _agreed(error, folder)
+    try:
+        train = build(folder) if train is None else train
+    except LlamaProError as found:
+        error = found
+    except (OSError, EOFError, ValueError) as found:
+        error = unreadable(folder, found)
+    _agreed(error, folder)
+    assert train is not None  # _agreed raised otherwise
     return CheckedDataset(train, name=", ".join(entry.prefix for entry in data.train), vocab_size=vocab_size)
+
+
+def _is_first_rank() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _agreed(error: LlamaProError | None, folder: Path) -> Path:
+    """The first rank's folder. All ranks call it; where one has an error, all raise it."""
+    if torch.distributed.is_initialized():
+        raise_together(error)
+        return from_first_rank(folder)
+    if error is not None:
+        raise error
+    return folder
 
 
 def conversation_sets(train_set: CheckedDataset) -> list[ConversationDataset]:
@@ -133,16 +153,12 @@ def conversation_sets(train_set: CheckedDataset) -> list[ConversationDataset]:
     return [part for part in sets if isinstance(part, ConversationDataset)]
 
 
-def _blend(data: DataConfig) -> tuple[list[str], list[float] | None]:
-    """One set needs no blending, and then no process group either."""
-    prefixes = [entry.prefix for entry in data.train]
-    return prefixes, [entry.weight for entry in data.train] if len(prefixes) > 1 else None
-
-
-def _cache_name(data: DataConfig) -> str:
-    """megatron.core's cache key holds the paths of the files, not their content; this name does."""
-    digests = [content_digest(entry.prefix) for entry in data.train]
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
+def _order_name(data: DataConfig, order: Mapping[str, object]) -> str:
+    """All that the index files depend on. megatron.core's own names have the paths of the token files, and not what is
+    in them."""
+    files = [[entry.prefix, entry.weight, content_digest(entry.prefix)] for entry in data.train]
+    settings = {"files": files, "seq_length": data.seq_length, "format": data.format, "packing": data.packing, **order}
+    return f"order-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def build_valid_datasets(data: DataConfig, *, vocab_size: int, eod: int) -> dict[str, Dataset]:

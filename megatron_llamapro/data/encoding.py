@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import abc
 import array
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.data.json_lines import field_of, json_name, valid_unicode
 from megatron_llamapro.data.tokenizer import Tokenizer
 
 CHUNK_BYTES = 2**20
@@ -47,6 +47,8 @@ class Encoded:
     """Of every document the segments: number of tokens, and whether it is an answer."""
     num_empty: int
     """Documents that there is nothing to learn from, which are left out."""
+    num_mended: int
+    """Documents with lone surrogates, which are read as U+FFFD."""
     num_bytes: int
 
 
@@ -66,34 +68,34 @@ class Encoder(abc.ABC):
     def __init__(self, tokenizer: Tokenizer, json_key: str) -> None:
         self.tokenizer = tokenizer
         self.json_key = json_key
+        self._mended = False
 
     def __call__(self, chunk: Chunk) -> Encoded:
         """Raises `DataError` with file and line where a line is not a JSON object with what is needed under the key."""
-        tokens, documents, num_empty = array.array("i"), [], 0
+        tokens, documents, num_empty, num_mended = array.array("i"), [], 0, 0
         for number, line in enumerate(chunk.lines, chunk.first_line):
             if not line.strip():
                 continue
             where = f"{chunk.path}, line {number}"
-            segments = self.segments(self._value(line, where), where)
+            self._mended = False
+            segments = self.segments(field_of(line, self.json_key, where), where)
             num_empty += not segments
+            num_mended += self._mended
             for segment in segments:
                 tokens.extend(segment.ids)
             if segments:
                 documents.append(tuple((len(segment.ids), segment.is_answer) for segment in segments))
-        return Encoded(tokens, tuple(documents), num_empty, chunk.num_bytes)
+        return Encoded(tokens, tuple(documents), num_empty, num_mended, chunk.num_bytes)
 
     @abc.abstractmethod
     def segments(self, value: object, where: str) -> list[Segment]:
         """The document's, none where there is nothing to learn from. Raises `DataError` where it is of another kind."""
 
-    def _value(self, line: bytes, where: str) -> object:
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON: {error}") from None
-        if not isinstance(record, dict) or self.json_key not in record:
-            raise DataError(f"{where}: no field '{self.json_key}': name the field to read with --json_key")
-        return record[self.json_key]
+    def mended(self, text: str) -> str:
+        """`valid_unicode`, and a note of where it is another text."""
+        valid = valid_unicode(text)
+        self._mended = self._mended or valid is not text
+        return valid
 
 
 class TextEncoder(Encoder):
@@ -101,11 +103,7 @@ class TextEncoder(Encoder):
 
     def segments(self, value: object, where: str) -> list[Segment]:
         if not isinstance(value, str):
-            raise DataError(f"{where}: '{self.json_key}' holds {type(value).__name__}, not text")
-        ids = self.tokenizer.encode(valid_unicode(value))
+            advice = "; conversations need --chat" if isinstance(value, list) else ""
+            raise DataError(f"{where}: {self.json_key!r} holds {json_name(value)}, not text{advice}")
+        ids = self.tokenizer.encode(self.mended(value))
         return [Segment([*ids, self.tokenizer.eod])] if ids else []
-
-
-def valid_unicode(text: str) -> str:
-    """Without lone surrogates, which JSON may escape and no tokenizer takes."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import multiprocessing
-import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +12,12 @@ import numpy
 
 from megatron_llamapro.checkpoint.folder import sync
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.data.encoding import Chunk, Encoded, Encoder, chunks_of
-from megatron_llamapro.data.token_files import TokenFileInfo, paths_of
+from megatron_llamapro.data.drafts import draft_folder, writing
+from megatron_llamapro.data.encoding import Encoded, chunks_of
+from megatron_llamapro.data.inputs import check_request, paths_of
+from megatron_llamapro.data.token_files import TokenFileInfo
 from megatron_llamapro.data.tokenizer import Tokenizer
-from megatron_llamapro.data.worker import EncoderOptions, encode_in_worker, start_worker
+from megatron_llamapro.data.worker import EncoderOptions, encoded
 from megatron_llamapro.runtime.upstream import import_megatron
 
 
@@ -29,6 +28,8 @@ class Preprocessed:
     info: TokenFileInfo
     num_empty: int
     """Documents without text, or conversations without an answer, left out."""
+    num_mended: int
+    """Documents with lone surrogates, which are read as U+FFFD."""
 
     @property
     def summary(self) -> str:
@@ -36,8 +37,9 @@ class Preprocessed:
         answers = self.info.num_answer_tokens
         kind, wanted = ("documents", "text") if answers is None else ("conversations", "an answer")
         empty = f", {self.num_empty:,} without {wanted} left out" if self.num_empty else ""
+        mended = f", {self.num_mended:,} with lone surrogates (read as U+FFFD)" if self.num_mended else ""
         marked = "" if answers is None else f" ({answers:,} of answers)"
-        return f"{self.info.num_documents:,} {kind}{empty}, {self.info.num_tokens:,} tokens{marked}"
+        return f"{self.info.num_documents:,} {kind}{empty}{mended}, {self.info.num_tokens:,} tokens{marked}"
 
 
 def preprocess(
@@ -63,60 +65,27 @@ def preprocess(
     Raises:
         DataError: an input, the tokenizer or the chat template is missing or damaged, nothing is left to write, or the
             output is there already (unless `overwrite`).
+        RunError: the disk is full, or a worker was killed.
     """
-    _check(inputs, output_prefix, overwrite)
+    check_request(inputs, output_prefix, tokenizer=tokenizer, num_workers=num_workers, overwrite=overwrite)
     options = EncoderOptions(tokenizer, eod_token, json_key, chat, chat_template)
     encoder = options.make()
-    with _encoded(chunks_of(inputs), encoder, options, num_workers) as encoded, _draft(output_prefix) as draft:
-        num_empty = 0
+    parts = encoded(chunks_of(inputs), encoder, options, num_workers)
+    with writing(output_prefix), draft_folder(output_prefix) as folder, contextlib.closing(parts):
+        num_empty = num_mended = 0
+        draft = folder / output_prefix.name
         with contextlib.closing(_Writer(draft, encoder.tokenizer, chat=chat)) as writer:
-            for part in encoded:
+            for part in parts:
                 writer.add(part)
                 num_empty += part.num_empty
+                num_mended += part.num_mended
                 progress(part.num_bytes)
             if not writer.num_documents:
                 wanted = "conversations with an answer" if chat else "documents with text"
                 raise DataError(f"{', '.join(map(str, inputs))}: no {wanted}, so there is nothing to write")
             info = writer.finish()
         _publish(draft, output_prefix, info)
-    return Preprocessed(info, num_empty)
-
-
-def _check(inputs: Sequence[Path], output_prefix: Path, overwrite: bool) -> None:
-    for path in inputs:
-        if not path.is_file():
-            raise DataError(f"{path} is not there: give jsonl files, one document a line")
-    for path in paths_of(output_prefix):
-        if path.exists() and not overwrite:
-            raise DataError(f"{path} exists: choose another --output_prefix, or give --overwrite")
-        if path in inputs:
-            raise DataError(f"{path} is an input and would be written: choose another --output_prefix")
-    output_prefix.parent.mkdir(parents=True, exist_ok=True)
-
-
-@contextlib.contextmanager
-def _encoded(
-    chunks: Iterable[Chunk], encoder: Encoder, options: EncoderOptions, num_workers: int
-) -> Iterator[Iterator[Encoded]]:
-    """The encoded chunks, in order; with workers, a few are under way at a time, so that memory stays bounded."""
-    if num_workers <= 1:
-        yield map(encoder, chunks)
-        return
-    places = threading.Semaphore(4 * num_workers)
-
-    def admitted() -> Iterator[Chunk]:
-        for chunk in chunks:
-            places.acquire()
-            yield chunk
-
-    def released(results: Iterator[Encoded]) -> Iterator[Encoded]:
-        for result in results:
-            places.release()
-            yield result
-
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(num_workers, initializer=start_worker, initargs=(options,)) as pool:
-        yield released(pool.imap(encode_in_worker, admitted()))
+    return Preprocessed(info, num_empty, num_mended)
 
 
 class _Writer:
@@ -169,17 +138,6 @@ class _Writer:
             bin_sha256=self.digest.hexdigest(),
             num_answer_tokens=self.num_answer_tokens if self.chat else None,
         )
-
-
-@contextlib.contextmanager
-def _draft(output_prefix: Path) -> Iterator[Path]:
-    """A prefix beside the output's, whose files are gone afterwards."""
-    draft = output_prefix.with_name(f".{output_prefix.name}.partial-{os.getpid()}")
-    try:
-        yield draft
-    finally:
-        for path in paths_of(draft):
-            path.unlink(missing_ok=True)
 
 
 def _publish(draft: Path, output_prefix: Path, info: TokenFileInfo) -> None:

@@ -11,8 +11,8 @@ from functools import partial
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.config.schema import DataConfig
-from megatron_llamapro.data.token_files import content_digest
+from megatron_llamapro.config.schema import BlendEntry, DataConfig
+from megatron_llamapro.data.identity import content_digest, is_content
 from megatron_llamapro.runtime.stop import children_deaf
 
 _PR_SET_PDEATHSIG = 1
@@ -143,14 +143,30 @@ _WHERE_SET = {
 }
 
 
-def check_same_order(stored: Mapping[str, object], current: Mapping[str, object]) -> None:
-    """Raise `DataError` where a continued run would read its samples in another order than it began with."""
+def check_same_order(
+    stored: Mapping[str, object], current: Mapping[str, object], *, train: Sequence[BlendEntry] = ()
+) -> None:
+    """Raise `DataError` where a continued run would read its samples in another order than it began with.
+
+    `train`, which `current` is of, tells whether the hashes that earlier versions stored are of the same data.
+    """
     stored = {"format": "text", "packing": False, **stored}  # earlier versions had nothing else
     for name, where in _WHERE_SET.items():
-        if stored.get(name) != current[name]:
+        if stored.get(name) != current[name] and not (name == "blend" and _is_blend(stored.get(name), train)):
             was, now = (f" ({value})" if name != "blend" else "" for value in (stored.get(name), current[name]))
             raise DataError(
                 f"the run in checkpoint.save began with another {where}{was}, now{now or ' changed'}: the rest of its "
                 "data would come in another order; restore it, or start a new run in another checkpoint.save with "
                 "model.checkpoint set to this one"
             )
+
+
+def _is_blend(stored: object, train: Sequence[BlendEntry]) -> bool:
+    return (
+        isinstance(stored, list)
+        and len(stored) == len(train)
+        and all(
+            weight == entry.weight and is_content(digest, entry.prefix)
+            for (digest, weight), entry in zip(stored, train, strict=True)
+        )
+    )

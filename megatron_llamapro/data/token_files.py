@@ -7,7 +7,6 @@ mode, as those of multimodal sets: 1 what the assistant says, 0 the rest.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from dataclasses import asdict, dataclass
@@ -18,14 +17,19 @@ import numpy
 
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.schema import DataFormat
+from megatron_llamapro.data.inputs import paths_of
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-_END_BYTES = 2**20
+_HEADER = struct.Struct("<9sQBQQ")
+"""Of an index: magic, version, type of the tokens, sequences, documents."""
+_PIECE = 2**20
+"""Sequences that are looked at at a time."""
 
-TOKEN_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
-"""numpy's name of each type that an index can name (megatron.core's `DType`, which takes seconds to import)."""
+TOKEN_TYPES = {1: "uint8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+"""numpy's name of each type of tokens that an index can name: those of megatron.core's `DType`, which takes seconds to
+import, without the types that are no tokens'."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,6 @@ class TokenFileInfo:
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-
-def paths_of(prefix: str | Path) -> tuple[Path, Path, Path]:
-    """The .bin, the .idx and our side file of a prefix."""
-    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
 
 
 def read_info(prefix: str | Path) -> TokenFileInfo | None:
@@ -85,7 +84,7 @@ def check_token_file(prefix: str | Path, *, vocab_size: int | None = None, data_
     for path in (bin_path, index_path):
         if not path.is_file():
             raise DataError(f"{path} is not there: {prefix} must be the path of a .bin/.idx pair without the ending")
-    has_modes = _check_sizes(bin_path, index_path)
+    has_modes = _check_index(bin_path, index_path)
     if has_modes and data_format == "text":
         raise DataError(f"{prefix} holds conversations: set data.format to chat, or preprocess text")
     if data_format == "chat" and not has_modes:
@@ -99,24 +98,23 @@ def check_token_file(prefix: str | Path, *, vocab_size: int | None = None, data_
     return has_modes
 
 
-def _check_sizes(bin_path: Path, index_path: Path) -> bool:
-    """The sizes in the index add up to the tokens' file. megatron.core looks when it reads beyond the end, in the
-    middle of training, or not at all. Returns whether the sequences have modes: a byte each at the index' end."""
-    damaged = f"{index_path} is damaged: preprocess the text again"
-    header = struct.Struct("<9sQBQQ")  # magic, version, token type, sequences, documents
+def _check_index(bin_path: Path, index_path: Path) -> bool:
+    """The index is one, and says of the tokens' file what is so. megatron.core looks when it reads beyond the end, in
+    the middle of training, or not at all. Returns whether the sequences have modes: a byte each at the index' end."""
+    damaged = DataError(f"{index_path} is damaged: preprocess the text again")
     with index_path.open("rb") as file:
-        start = file.read(header.size)
-    if len(start) < header.size:
-        raise DataError(damaged)
-    magic, version, code, num_sequences, num_documents = header.unpack(start)
+        start = file.read(_HEADER.size)
+    if len(start) < _HEADER.size:
+        raise damaged
+    magic, version, code, num_sequences, num_documents = _HEADER.unpack(start)
     if magic != b"MMIDIDX\x00\x00" or version != 1 or code not in TOKEN_TYPES:
         raise DataError(f"{index_path} is not an index of token files, or of a version that is not known")
-    least = header.size + num_sequences * (4 + 8) + num_documents * 8
+    least = _HEADER.size + num_sequences * (4 + 8) + num_documents * 8
     if num_sequences == 0:
         raise DataError(f"{index_path} holds no documents")
-    if index_path.stat().st_size not in (least, least + num_sequences):
-        raise DataError(damaged)
-    lengths = numpy.fromfile(index_path, dtype=numpy.int32, count=num_sequences, offset=header.size)
+    if num_documents < 2 or index_path.stat().st_size not in (least, least + num_sequences):
+        raise damaged
+    lengths, pointers, documents = _arrays(index_path, num_sequences, num_documents)
     width = numpy.dtype(TOKEN_TYPES[code]).itemsize
     expected = int(lengths.sum(dtype=numpy.int64)) * width
     if bin_path.stat().st_size != expected:
@@ -124,24 +122,36 @@ def _check_sizes(bin_path: Path, index_path: Path) -> bool:
             f"{bin_path} has {bin_path.stat().st_size} bytes, {index_path.name} describes {expected}: the two do not "
             "belong together, or one is cut short; preprocess the text again"
         )
+    if not _follow(lengths, pointers, width) or not _rise(documents, num_sequences):
+        raise damaged
     return index_path.stat().st_size == least + num_sequences
 
 
-def content_digest(prefix: str | Path) -> str:
-    """A hash that changes when the pair's content does: the side file's (with the index, which has the answers of
-    conversations), else of the index and both ends of the tokens (a whole hash of hundreds of gigabytes would delay
-    every start)."""
-    info = read_info(prefix)
-    if info is not None and info.num_answer_tokens is None:
-        return info.bin_sha256
-    bin_path, index_path, _ = paths_of(prefix)
-    digest = hashlib.sha256(index_path.read_bytes())
-    if info is not None:
-        return hashlib.sha256(digest.digest() + bytes.fromhex(info.bin_sha256)).hexdigest()
-    size = bin_path.stat().st_size
-    with bin_path.open("rb") as file:
-        digest.update(file.read(_END_BYTES))
-        file.seek(max(size - _END_BYTES, 0))
-        digest.update(file.read(_END_BYTES))
-    digest.update(str(size).encode())
-    return digest.hexdigest()
+def _arrays(index_path: Path, num_sequences: int, num_documents: int) -> tuple[numpy.ndarray, ...]:
+    """Tokens of each sequence, where it begins in bytes, and at which sequence each document does; not read yet."""
+    found, place = [], _HEADER.size
+    for dtype, count in ((numpy.int32, num_sequences), (numpy.int64, num_sequences), (numpy.int64, num_documents)):
+        array = numpy.memmap(index_path, dtype=dtype, mode="r", offset=place, shape=(count,))
+        found.append(array)
+        place += array.nbytes
+    return tuple(found)
+
+
+def _follow(lengths: numpy.ndarray, pointers: numpy.ndarray, width: int) -> bool:
+    """Whether every sequence begins where the one before it ends."""
+    start = 0
+    for first in range(0, len(lengths), _PIECE):
+        part = lengths[first : first + _PIECE].astype(numpy.int64) * width
+        ends = start + numpy.cumsum(part)
+        if part.min() < 0 or not numpy.array_equal(ends - part, pointers[first : first + _PIECE]):
+            return False
+        start = ends[-1]
+    return True
+
+
+def _rise(documents: numpy.ndarray, num_sequences: int) -> bool:
+    """Whether documents have the sequences from the first to the last, in order."""
+    if documents[0] != 0 or documents[-1] != num_sequences:
+        return False
+    pieces = (documents[first : first + _PIECE + 1] for first in range(0, len(documents), _PIECE))
+    return all(numpy.all(numpy.diff(piece) >= 0) for piece in pieces)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
+import io
+import os
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.config.errors import DataError, LlamaProError
+from megatron_llamapro.data.drafts import folder_made, writing
+from megatron_llamapro.data.helpers import Helper
+from megatron_llamapro.data.json_lines import decoded, field_of, json_name, valid_unicode
+from megatron_llamapro.data.text_files import check_text_files, is_jsonl
 from megatron_llamapro.data.tokenizer import MODEL_NAME
+
+_LEAST, _MOST = 260, 10_000_000  # tokens: the bytes, the three special ones, and one to learn
+_LONGEST_BYTES = 2**16
+"""Of a sentence. sentencepiece leaves longer ones out, without a word."""
 
 
 def train_tokenizer(
@@ -19,46 +28,67 @@ def train_tokenizer(
     Raises:
         DataError: an input cannot be read, the vocabulary is too large or too small for it, or the model is there
             already (unless `overwrite`).
+        RunError: the disk is full, or the process that trains was killed.
     """
     target = output_dir / MODEL_NAME
     if target.exists() and not overwrite:
         raise DataError(f"{target} exists: choose another --output_dir, or give --overwrite")
-    for path in inputs:
-        if not path.is_file():
-            raise DataError(f"{path} is not there: give text or jsonl files")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".training-") as folder:
-        draft = Path(folder) / MODEL_NAME
-        _train(_sentences(inputs, json_key), draft, vocab_size)
-        draft.replace(target)
+    if not _LEAST <= vocab_size <= _MOST:
+        raise DataError(f"--vocab_size is {vocab_size}: give a number of tokens from {_LEAST} to {_MOST:,}")
+    check_text_files(inputs)
+    advice = "nothing was written; try again, where memory is short on less text"
+    # In a process of its own: this one then hears Ctrl-C and SIGTERM, which sentencepiece does not.
+    with (
+        writing(target),
+        folder_made(output_dir),
+        Helper("the training", _train, inputs, json_key, vocab_size, advice=advice) as helper,
+    ):
+        model = helper.receive()
+        if isinstance(model, LlamaProError):
+            raise model
+        _write(target, model)
     return target
 
 
-def _train(sentences: Iterator[str], draft: Path, vocab_size: int) -> None:
+def _write(target: Path, model: bytes) -> None:
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_bytes(model)
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _train(connection: Connection, inputs: Sequence[Path], json_key: str, vocab_size: int) -> None:
+    """Send the model, or the error."""
     from sentencepiece import SentencePieceTrainer
 
+    model = io.BytesIO()
+    sentences = _Sentences(inputs, json_key)
     try:
-        with draft.open("wb") as file:
-            SentencePieceTrainer.train(
-                sentence_iterator=sentences,
-                model_writer=file,
-                vocab_size=vocab_size,
-                model_type="bpe",
-                byte_fallback=True,
-                character_coverage=0.9995,
-                normalization_rule_name="identity",  # code's white space and text's letters stay as they are
-                remove_extra_whitespaces=False,
-                split_digits=True,
-                unk_id=0,
-                bos_id=1,
-                eos_id=2,
-                pad_id=-1,
-                max_sentence_length=2**16,
-                num_threads=1,  # the same model from the same text
-                minloglevel=2,
-            )
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",  # code's white space and text's letters stay as they are
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            max_sentence_length=_LONGEST_BYTES,
+            num_threads=1,  # the same model from the same text
+            minloglevel=2,
+        )
     except RuntimeError as error:
+        if sentences.error is not None:
+            raise sentences.error from None
         raise DataError(f"no tokenizer of {vocab_size} tokens can be made of this text: {_reason(error)}") from None
+    connection.send(model.getvalue())
 
 
 def _reason(error: RuntimeError) -> str:
@@ -66,20 +96,38 @@ def _reason(error: RuntimeError) -> str:
     return str(error).rpartition("] ")[2].strip() or "there is too little of it"
 
 
-def _sentences(inputs: Sequence[Path], json_key: str) -> Iterator[str]:
-    for path in inputs:
-        with path.open(encoding="utf-8", errors="replace") as file:
+class _Sentences:
+    """The lines of the texts. sentencepiece turns an error in them into text of its own, so it is kept."""
+
+    def __init__(self, inputs: Sequence[Path], json_key: str) -> None:
+        self.inputs, self.json_key = inputs, json_key
+        self.error: Exception | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for path in self.inputs:
+                yield from self._of(path)
+        except (DataError, OSError) as error:
+            self.error = error
+            raise
+
+    def _of(self, path: Path) -> Iterator[str]:
+        jsonl = is_jsonl(path)
+        with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                text = _text(line, json_key, f"{path}, line {number}") if path.suffix == ".jsonl" else line
-                yield from filter(None, text.splitlines())
+                where = f"{path}, line {number}"
+                text = self._text(line, where) if jsonl and line.strip() else decoded(line, where)
+                for sentence in text.splitlines():
+                    yield from _pieces(valid_unicode(sentence))
+
+    def _text(self, line: bytes, where: str) -> str:
+        text = field_of(line, self.json_key, where)
+        if not isinstance(text, str):
+            raise DataError(f"{where}: {self.json_key!r} holds {json_name(text)}, not text")
+        return text
 
 
-def _text(line: str, json_key: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error}") from None
-    text = record.get(json_key) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise DataError(f"{where}: no text in the field '{json_key}': name the field with --json_key")
-    return text
+def _pieces(sentence: str) -> Iterator[str]:
+    """The sentence, in pieces that sentencepiece takes; none where it is empty."""
+    step = len(sentence) if len(sentence.encode()) <= _LONGEST_BYTES else _LONGEST_BYTES // 4  # a letter has 4 at most
+    yield from (sentence[start : start + step] for start in range(0, len(sentence), step or 1))

@@ -1,14 +1,20 @@
-"""A preprocessing worker: which encoder it makes, and what it does with a chunk. It imports neither torch nor megatron,
-so that it starts at once."""
+"""Preprocessing workers: which encoder they make, and what they do with a chunk.
+
+Nothing imported here imports torch or megatron, so that they start at once.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.config.errors import DataError, LlamaProError
 from megatron_llamapro.data.chat import ChatEncoder, ChatTemplate
 from megatron_llamapro.data.encoding import Chunk, Encoded, Encoder, TextEncoder
+from megatron_llamapro.data.helpers import Helper, answers_in_order
 from megatron_llamapro.data.tokenizer import load_tokenizer
 
 
@@ -33,16 +39,30 @@ class EncoderOptions:
         return ChatEncoder(tokenizer, self.json_key or "messages", ChatTemplate(tokenizer.path, self.chat_template))
 
 
-_worker_encoder: Encoder | None = None
+def serve(connection: Connection, options: EncoderOptions) -> None:
+    """Encode the chunks that come, one after the other; what is wrong with one is the answer to it."""
+    encoder = options.make()
+    while True:
+        chunk: Chunk = connection.recv()
+        try:
+            answer = encoder(chunk)
+        except LlamaProError as error:
+            answer = error
+        connection.send(answer)
 
 
-def start_worker(options: EncoderOptions) -> None:
-    """Make this process's encoder, once."""
-    global _worker_encoder
-    _worker_encoder = options.make()
+def encoded(chunks: Iterable[Chunk], encoder: Encoder, options: EncoderOptions, num_workers: int) -> Iterator[Encoded]:
+    """The encoded chunks, in order: by `encoder` here, or by as many workers.
 
-
-def encode_in_worker(chunk: Chunk) -> Encoded:
-    """Encode with this process's encoder."""
-    assert _worker_encoder is not None
-    return _worker_encoder(chunk)
+    Raises:
+        DataError: of a line.
+        RunError: a worker was killed.
+    """
+    if num_workers <= 1:
+        yield from map(encoder, chunks)
+        return
+    advice = "nothing was written; try again, where memory is short with a smaller --num_workers"
+    with contextlib.ExitStack() as stack:
+        names = [f"worker {number} of {num_workers}" for number in range(1, num_workers + 1)]
+        helpers = [stack.enter_context(Helper(name, serve, options, advice=advice)) for name in names]
+        yield from answers_in_order(helpers, chunks)

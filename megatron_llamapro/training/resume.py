@@ -67,7 +67,7 @@ def checkpoint_to_resume(config: RunConfig, manifest: Manifest, identity: RunIde
         )
     check_loadable(folder)
     stored = read_progress(folder)
-    check_same_order(stored["data_order"], identity.data_order)
+    check_same_order(stored["data_order"], identity.data_order, train=config.data.train)
     stored.setdefault("lora", to_plain(LoraConfig()))  # earlier versions had none
     for called in ("model.trainable", "optimizer.param_groups", "lora"):
         name = called.rpartition(".")[2]

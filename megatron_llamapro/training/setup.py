@@ -14,9 +14,10 @@ from torch.utils.data import Dataset
 
 from megatron_llamapro.checkpoint.adapters import AdapterRecord
 from megatron_llamapro.checkpoint.manifest import Manifest
-from megatron_llamapro.config.errors import CheckpointError, ConfigError, DataError, LlamaProError
+from megatron_llamapro.config.errors import CheckpointError, ConfigError, LlamaProError
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
 from megatron_llamapro.data.dataset import CheckedDataset, build_train_dataset, build_valid_datasets
+from megatron_llamapro.data.index_cache import make_cache_dir
 from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.build import LlamaModel, build_model
@@ -177,7 +178,7 @@ def _read_source(config: RunConfig) -> Source:
     if config.lora.rank is not None and uses_transformer_engine(config.model.transformer_impl):
         raise ConfigError("lora needs megatron.core's own linears: set model.transformer_impl to local")
     tokenizer = load_tokenizer(start.tokenizer)
-    _make_cache_dir(config)
+    make_cache_dir(_cache_dir(config))
     held_out = build_valid_datasets(config.data, vocab_size=shape.vocab_size, eod=tokenizer.eod)
     identity = run_identity(config)
     resume_from = checkpoint_to_resume(config, manifest, identity)
@@ -224,13 +225,3 @@ def _cache_dir(config: RunConfig) -> Path:
     """The folder for the order of the samples."""
     metrics = metrics_path(config.logging, save=config.checkpoint.save)
     return Path(config.data.cache_dir or metrics.parent / ".cache")
-
-
-def _make_cache_dir(config: RunConfig) -> None:
-    folder = _cache_dir(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{folder} cannot be made: {error.strerror}: set data.cache_dir to a folder for the order of the samples"
-        ) from None

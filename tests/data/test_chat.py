@@ -143,8 +143,8 @@ def test_other_names_of_the_same(encoder: Callable) -> None:
 
 
 BAD = {
-    "no list": ("hello", "holds no list of messages"),
-    "empty": ([], "holds no list of messages"),
+    "no list": ("hello", "not a list of messages"),
+    "empty": ([], "not a list of messages"),
     "no message": (["hello"], "message 1: messages are"),
     "no text": ([{"role": "user", "content": [{"type": "text"}]}], "message 1: messages are"),
     "another name": (

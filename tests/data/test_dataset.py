@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.schema import BlendEntry, DataConfig
@@ -91,6 +92,15 @@ def test_token_beyond_the_vocabulary(pair: Path) -> None:
     held_out = HeldOutDataset(str(pair), seq_length=16, vocab_size=131)
     with pytest.raises(DataError, match="another tokenizer"):
         CheckedDataset(held_out, name="x", vocab_size=10)[0]
+
+
+def test_token_below_zero(tokenizer_folder: Path, tmp_path: Path) -> None:
+    builder = IndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=numpy.int32)
+    builder.add_document(numpy.array([5, 6, -7, 8, 9, 2], dtype=numpy.int32), [6])
+    builder.finalize(str(tmp_path / "x.idx"))
+    held_out = HeldOutDataset(str(tmp_path / "x"), seq_length=4, vocab_size=131)
+    with pytest.raises(DataError, match="below 0"):
+        CheckedDataset(held_out, name="x", vocab_size=131)[0]
 
 
 def blend_worker(entries: tuple[BlendEntry, ...], tokenizer_folder: Path, cache: Path) -> list[int]:

@@ -47,11 +47,24 @@ def test_empty_documents_are_left_out(tokenizer_folder: Path, tmp_path: Path) ->
 
 
 BAD_LINES = {
-    "not json": ("{text", "line 2: not JSON"),
-    "not an object": ("[1]", "no field 'text'"),
-    "no such field": ('{"content": "x"}', "--json_key"),
-    "not text": ('{"text": 5}', "holds int, not text"),
-    "not utf-8": (b'{"text": "\xff"}', "not JSON"),
+    "not json": ("{text", "line 2: not JSON: Expecting property name enclosed in double quotes at column 2$"),
+    "not an object": ("[1]", "a list, not an object with the field 'text'"),
+    "no such field": (
+        '{"content": "x", "a\\nb": 1}',
+        r"no field 'text', but 'content', 'a\\nb': name the field to read with --json_key",
+    ),
+    "not text": ('{"text": 5}', "holds a number, not text"),
+    "null": ('{"text": null}', "holds null, not text"),
+    "a conversation": ('{"text": []}', "conversations need --chat"),
+    "an empty object": ("{}", "the object is empty"),
+    "not utf-8": (b'{"text": "\xff"}', "not UTF-8: invalid start byte at byte 11"),
+    "an encoded surrogate": (b'{"text": "\xed\xa0\x80"}', "not UTF-8: invalid continuation byte at byte 11"),
+    "cut": ('{"text": "x', "not JSON: Unterminated string starting at column 10"),
+    "cut after a colon": ('{"text":', "at column 9: the line ends too early"),
+    "an enormous integer": (f'{{"text": "x", "id": {"7" * 5000}}}', "holds an integer of thousands of digits"),
+    "nested": ("[" * 100_000, "nested too deep"),
+    "only NaN": ("NaN", "a number, not an object"),
+    "NaN for text": ('{"text": NaN}', "holds a number, not text"),
 }
 
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy
+import psutil
 import pytest
 
 from megatron_llamapro.config.errors import DataError
@@ -39,14 +44,64 @@ def test_training_is_repeatable(jsonl: Path, sentencepiece_model: Path, tmp_path
     assert again.read_bytes() == sentencepiece_model.read_bytes()
 
 
-def test_training_refusals(jsonl: Path, sentencepiece_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no tokenizer of 100000 tokens"):
-        train_tokenizer([jsonl], tmp_path, vocab_size=100_000)
-    assert not list(tmp_path.iterdir())
+REFUSED: dict[str, tuple[str, bytes, int, str]] = {
+    "too many tokens": ("a.txt", b"abc\n" * 100, 100_000, "no tokenizer of 100000 tokens .* Vocabulary size too high"),
+    "too few tokens": ("a.txt", "αβγδεζηθικλμνξοπρστυφχψω\n".encode() * 9, 260, "no tokenizer of 260 .*smaller than"),
+    "fewer than bytes": ("a.txt", b"abc\n", 20, "--vocab_size is 20: give a number of tokens from 260 to 10,000,000"),
+    "negative": ("a.txt", b"abc\n", -5, "--vocab_size is -5: give"),
+    "absurd": ("a.txt", b"abc\n", 10**12, "--vocab_size is 1000000000000: give"),
+    "empty": ("a.txt", b"", 300, "no tokenizer of 300 tokens can be made of this text"),
+    "empty lines": ("a.txt", b"\n\n", 300, "no tokenizer of 300 tokens can be made of this text"),
+    "not UTF-8": ("a.txt", b"abc\nx\xff\n", 300, r"a\.txt, line 2: not UTF-8: invalid start byte at byte 2"),
+    "not JSON": ("a.jsonl", b'{"text": "abc"}\n{"text": \n', 300, r"a\.jsonl, line 2: not JSON: .* too early"),
+    "no field": ("a.jsonl", b'{"content": "abc"}\n', 300, r"a\.jsonl, line 1: no field 'text', but 'content': name"),
+    "no text": ("a.jsonl", b'{"text": 5}\n', 300, r"a\.jsonl, line 1: 'text' holds a number, not text"),
+    "compressed": ("a.txt.gz", b"\x1f\x8b\x08", 300, "is compressed with gzip"),
+    "a list of documents": ("a.json", b'[\n{"text": "a"}\n]', 300, "is a JSON list"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_training_refusals_leave_nothing(case: str, tmp_path: Path) -> None:
+    name, content, vocab_size, message = REFUSED[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        train_tokenizer([tmp_path / name], tmp_path / "new" / "tokenizer", vocab_size=vocab_size)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_tokenizer_is_kept(jsonl: Path, sentencepiece_model: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--overwrite"):
         train_tokenizer([jsonl], sentencepiece_model.parent, vocab_size=400)
     with pytest.raises(DataError, match="not there"):
         train_tokenizer([tmp_path / "none"], tmp_path / "out", vocab_size=400)
+
+
+def test_long_lines_and_odd_texts_are_learned(tmp_path: Path) -> None:
+    """sentencepiece leaves lines above 64 KiB out, and takes no lone surrogates."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "häufig " * 20_000 + "\ud800"}))
+    path = train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "out", vocab_size=290)
+    assert len(load_tokenizer(path).encode("häufig häufig")) <= 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_training_is_ended(number: signal.Signals, tmp_path: Path) -> None:
+    """The tool by SIGTERM, which sentencepiece does not hear; the process that trains by the system."""
+    words = numpy.random.default_rng(0).integers(97, 123, size=(200_000, 8), dtype=numpy.uint8)
+    (tmp_path / "a.txt").write_bytes(b"\n".join(bytes(word) for word in words) * 3)
+    command = [sys.executable, "tools/train_tokenizer.py", "--input", str(tmp_path / "a.txt"), "--vocab_size", "30000"]
+    tool = subprocess.Popen([*command, "--output_dir", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    while not (helpers := [one for one in psutil.Process(tool.pid).children() if "spawn_main" in str(one.cmdline())]):
+        assert tool.poll() is None
+    (tool if number == signal.SIGTERM else helpers[0]).send_signal(number)
+    _, error = tool.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        assert (tool.returncode, error) == (143, "error: terminated\n")
+    else:
+        assert tool.returncode == 75 and error.count("\n") == 1
+        assert error.startswith(f"error: the training (process {helpers[0].pid}) was killed (SIGKILL), as the system")
+    assert not helpers[0].is_running() and [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 EOS_SOURCES = {

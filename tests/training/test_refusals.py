@@ -143,7 +143,7 @@ def test_a_path_that_cannot_be_is_the_inputs_fault(run_config: Callable, tmp_pat
     (tmp_path / "file").touch()
     result = pretrain(with_data(config, cache_dir=str(tmp_path / "file" / "cache")), tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert "cache cannot be made: Not a directory: set data.cache_dir" in result.stderr
+    assert "cannot be made or written in: Not a directory: set data.cache_dir" in result.stderr
 
 
 def test_torchrun_says_it_once_and_at_the_end(run_config: Callable, tmp_path: Path) -> None:
