@@ -10,39 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import check_small, file_inside, naming, read_small
+from megatron_llamapro.config.files import file_inside, naming, read_small
 
 LATEST = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 """What that file holds, and the folder beside it is called, where a checkpoint is not one of a run's."""
 TORCH_DIST_MARK = "metadata.json"
 """Written last by whoever writes torch_dist, so that its presence means a complete checkpoint."""
-
-CARRIED_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""What belongs to a model besides weights and configuration, and travels with it unchanged."""
-
-
-def carry_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config and chat template, as far as `source` has them.
-
-    Raises:
-        CheckpointError: one is a link out of `source` (copying it would publish another file), or absurdly large.
-    """
-    for name in CARRIED_FILES:
-        if (path := file_inside(source, name)) is not None:
-            check_small(path, path.stat().st_size)
-            shutil.copyfile(path, target / name)
+INDEX_NAME = ".metadata"
+"""Of torch_dist: where its tensors lie."""
 
 
 def iteration_folder(save: Path, iteration: int) -> Path:
@@ -137,7 +113,7 @@ def staged(
             if not resume:
                 clear(draft)
             yield draft
-            _sync_tree(draft)
+            sync_tree(draft)
             if journal is not None:
                 (draft / journal).unlink()
                 sync(draft)
@@ -237,7 +213,8 @@ def _move_into_place(draft: Path, target: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """`sync` a folder and everything in it."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)

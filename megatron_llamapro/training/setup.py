@@ -13,6 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.utils.data import Dataset
 
 from megatron_llamapro.checkpoint.adapters import AdapterRecord
+from megatron_llamapro.checkpoint.carried import carried_files
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.megatron_dist import check_loadable
 from megatron_llamapro.config.checks import data_parallel_size
@@ -189,6 +190,7 @@ def _read_source(config: RunConfig) -> Source:
         raise ConfigError("lora needs megatron.core's own linears: set model.transformer_impl to local")
     if config.logging.diagnostics_interval and not manifest.plan.added_layers:
         raise ConfigError("logging.diagnostics_interval is set, but the checkpoint has no added blocks: leave it out")
+    carried_files(folder)  # what cannot be copied to the run's checkpoints is said now, not at the first of them
     tokenizer = load_tokenizer(Path(config.data.tokenizer or folder))
     check_train_files(config.data, vocab_size=shape.vocab_size)
     _make_cache_dir(config)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_llamapro.checkpoint.convert import Options, expand_hf, hf_to_megatron, legacy, megatron_to_hf
-from megatron_llamapro.checkpoint.folder import carry_files, latest_checkpoint, resolve_megatron_checkpoint, staged
+from megatron_llamapro.checkpoint.folder import latest_checkpoint, resolve_megatron_checkpoint, staged
 from megatron_llamapro.checkpoint.inspection import inspect
 from megatron_llamapro.checkpoint.verify import verify
 from megatron_llamapro.config.errors import CheckpointError
@@ -392,16 +392,6 @@ def test_what_is_no_megatron_checkpoint(tiny_llama: Tiny, tmp_path: Path) -> Non
         resolve_megatron_checkpoint(tiny_llama())
     with pytest.raises(CheckpointError, match="nowhere is not a folder"):
         resolve_megatron_checkpoint(tmp_path / "nowhere")
-
-
-def test_only_known_files_are_carried(tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    target.mkdir()
-    for name in ("tokenizer.model", "chat_template.jinja", "modeling_evil.py", "README.md"):
-        (source / name).write_text(name)
-    carry_files(source, target)
-    assert names(target) == ["chat_template.jinja", "tokenizer.model"]
 
 
 def link(folder: Path, name: str, target: Path) -> None:
