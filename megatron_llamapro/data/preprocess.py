@@ -16,6 +16,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megatron_llamapro.checkpoint.folder import sync
 from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.config.files import check_fetched
 from megatron_llamapro.data.encoding import Chunk, Encoded, Encoder, chunks_of
 from megatron_llamapro.data.token_files import TokenFileInfo, paths_of
 from megatron_llamapro.data.tokenizer import Tokenizer
@@ -86,6 +87,7 @@ def _check(inputs: Sequence[Path], output_prefix: Path, overwrite: bool) -> None
     for path in inputs:
         if not path.is_file():
             raise DataError(f"{path} is not there: give jsonl files, one document a line")
+        check_fetched(path, error=DataError)
     for path in paths_of(output_prefix):
         if path.exists() and not overwrite:
             raise DataError(f"{path} exists: choose another --output_prefix, or give --overwrite")

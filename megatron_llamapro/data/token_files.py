@@ -17,6 +17,7 @@ import numpy
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.config.files import check_fetched
 from megatron_llamapro.config.schema import DataFormat
 
 _END_BYTES = 2**20
@@ -70,6 +71,7 @@ def open_token_file(
     for path in (bin_path, index_path):
         if not path.is_file():
             raise DataError(f"{path} is not there: {prefix} must be the path of a .bin/.idx pair without the ending")
+        check_fetched(path, error=DataError)
     has_modes = _check_sizes(bin_path, index_path)
     if has_modes and data_format == "text":
         raise DataError(f"{prefix} holds conversations: set data.format to chat, or preprocess text")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.config.files import check_fetched
 from megatron_llamapro.data.tokenizer import MODEL_NAME
 
 
@@ -26,6 +27,7 @@ def train_tokenizer(
     for path in inputs:
         if not path.is_file():
             raise DataError(f"{path} is not there: give text or jsonl files")
+        check_fetched(path, error=DataError)
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".training-") as folder:
         draft = Path(folder) / MODEL_NAME

@@ -427,17 +427,3 @@ def test_a_pipe_is_not_waited_for(name: str, damaged: Tiny, tmp_path: Path) -> N
     os.mkfifo(source / name)
     with pytest.raises(CheckpointError, match="is not a regular file"):
         hf_to_megatron(source, tmp_path / "it")
-
-
-def test_the_hugging_face_caches_links_are_followed(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """snapshots/<revision>/model.safetensors → ../../blobs/<hash>"""
-    blobs, snapshot = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "abc"
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    for number, path in enumerate(tiny_llama().iterdir()):
-        (blobs / str(number)).write_bytes(path.read_bytes())
-        (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
-    hf_to_megatron(snapshot, tmp_path / "it")
-    hf_to_megatron(tiny_llama(), tmp_path / "direct")
-    for name in ("__0_0.distcp", "tokenizer.json"):
-        assert (tmp_path / "it" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
