@@ -63,10 +63,11 @@ def carried_files(folder: Path) -> dict[str, Path]:
 
 
 def _names(folder: Path) -> list[str]:
-    """A name without a wildcard counts whether or not it is there: a link to nothing is an error."""
+    """A name without a wildcard counts whether or not it is there: a link to nothing is an error. Hidden files that
+    match are others', such as macOS' `._name` beside each file."""
     plain = [name for name in CARRIED_FILES if "*" not in name]
-    found = (folder.glob(pattern) for pattern in CARRIED_FILES if "*" in pattern)
-    return [*plain, *sorted(str(path.relative_to(folder)) for paths in found for path in paths)]
+    found = [path for pattern in CARRIED_FILES if "*" in pattern for path in folder.glob(pattern)]
+    return [*plain, *sorted(str(path.relative_to(folder)) for path in found if not path.name.startswith("."))]
 
 
 def without_code(config: Mapping) -> dict:

@@ -11,7 +11,7 @@ _MOST = 3  # folders that a line names
 
 # With or without the hub's address before it; a path has lost one of its slashes.
 _HUB_ID = re.compile(r"(?:hf:/+|(?:https?:/+)?(?:huggingface|hf)\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)(?:/tree/[\w.-]+)?")
-_PARTS_OF_A_REPOSITORY = ("snapshots", "blobs", "refs")
+_PARTS_OF_A_REPOSITORY = ("snapshots", "blobs", "refs", ".no_exist")
 _CONFIG = "config.json"
 _CACHED_MODEL = re.compile(r"models--(.+)")
 

@@ -102,6 +102,7 @@ def test_only_known_files_are_carried(tmp_path: Path) -> None:
     ]
     left = [
         "README.md",
+        "additional_chat_templates/._rag.jinja",
         "additional_chat_templates/.rag.jinja.swp",
         "additional_chat_templates/more/nested.jinja",
         "modeling_evil.py",

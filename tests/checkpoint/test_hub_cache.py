@@ -144,7 +144,9 @@ def test_a_folder_of_the_cache_names_its_snapshots(tiny_llama: Tiny, tmp_path: P
     snapshot = download(tiny_llama(), tmp_path / "hub")
     repository = tmp_path / "hub" / "models--x--y"
     blob = next((repository / "blobs").iterdir())
-    for path in (repository, repository / "snapshots", repository / "blobs", repository / "refs" / "main", blob):
+    (repository / ".no_exist").mkdir()
+    folders = [repository, *(repository / name for name in ("snapshots", "blobs", "refs", ".no_exist"))]
+    for path in (*folders, repository / "refs" / "main", blob):
         answers = opened(path)
         train, tokenize = answers.pop("train"), answers["tokenize"]
         assert "hf-to-megatron writes one" in train or f"give its snapshot, {snapshot}" in train
