@@ -15,10 +15,11 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from megatron_llamapro.checkpoint.carried import carry_files
 from megatron_llamapro.checkpoint.convert import megatron_to_megatron
 from megatron_llamapro.checkpoint.delta import Delta
-from megatron_llamapro.checkpoint.dist_index import INDEX_NAME, read_index
-from megatron_llamapro.checkpoint.folder import TORCH_DIST_MARK, carry_files, staged
+from megatron_llamapro.checkpoint.dist_index import read_index
+from megatron_llamapro.checkpoint.folder import INDEX_NAME, TORCH_DIST_MARK, staged
 from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME
 from megatron_llamapro.checkpoint.megatron_dist import COMMON_STATE, is_training_state, open_torch_dist
 from megatron_llamapro.checkpoint.streaming import SourceFiles, stored_hash

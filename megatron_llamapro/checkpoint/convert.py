@@ -22,7 +22,8 @@ from blake3 import blake3
 
 import megatron_llamapro
 from megatron_llamapro.checkpoint.adapters import unmerged_hash
-from megatron_llamapro.checkpoint.folder import carry_files, clear, draft_of, staged
+from megatron_llamapro.checkpoint.carried import carry_files, without_code
+from megatron_llamapro.checkpoint.folder import clear, draft_of, staged
 from megatron_llamapro.checkpoint.hf_reader import check_stored_head, open_hf
 from megatron_llamapro.checkpoint.hf_writer import config_text, hf_layout
 from megatron_llamapro.checkpoint.layout import DEFAULT_MAX_SHARD_BYTES, TargetLayout
@@ -70,6 +71,8 @@ class Conversion:
     seconds: float
     num_merged: int = 0
     """Adapters that became part of their weights."""
+    left_out_code: bool = False
+    """Whether config.json named code of the model's own, which `without_code` left out."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +241,7 @@ def _convert(
         is_foreign=opened.manifest is None and opened.format is not Format.HUGGING_FACE,
         seconds=time.monotonic() - started,
         num_merged=opened.num_adapters,
+        left_out_code=without_code(opened.config) != opened.config,
     )
 
 
@@ -270,7 +274,7 @@ def _target_model(source: Checkpoint, expansion: Expansion, dtype: str | None) -
     plan = expansion.expand(source.plan)
     if expansion.init is Init.ZERO_NORM and source.shape.add_qkv_bias:
         raise ExpansionError("init zero_norm makes no identity of blocks with biases of queries, keys and values")
-    config = {key: value for key, value in source.config.items() if key != MANIFEST_KEY}
+    config = without_code({key: value for key, value in source.config.items() if key != MANIFEST_KEY})
     if plan.num_rounds > source.plan.num_rounds:
         config = expanded_hf_config(config, plan)
     config = spelled_for_all(config)

@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_llamapro.checkpoint.folder import INDEX_NAME
 from megatron_llamapro.checkpoint.pickles import NEW_OBJECT, Call, Global, Pairs, Record, dumps, instance, load
 from megatron_llamapro.checkpoint.weight_map import Shape
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside, read_small
 from megatron_llamapro.model.families import ITEMSIZES
-
-INDEX_NAME = ".metadata"
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"

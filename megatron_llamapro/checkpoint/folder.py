@@ -10,39 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import check_small, file_inside, naming, read_small
+from megatron_llamapro.config.files import file_inside, naming, read_small
+from megatron_llamapro.config.hints import broken_link, hint_where_nothing_is
 
 LATEST = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 """What that file holds, and the folder beside it is called, where a checkpoint is not one of a run's."""
 TORCH_DIST_MARK = "metadata.json"
 """Written last by whoever writes torch_dist, so that its presence means a complete checkpoint."""
-
-CARRIED_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""What belongs to a model besides weights and configuration, and travels with it unchanged."""
-
-
-def carry_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config and chat template, as far as `source` has them.
-
-    Raises:
-        CheckpointError: one is a link out of `source` (copying it would publish another file), or absurdly large.
-    """
-    for name in CARRIED_FILES:
-        if (path := file_inside(source, name)) is not None:
-            check_small(path, path.stat().st_size)
-            shutil.copyfile(path, target / name)
+INDEX_NAME = ".metadata"
+"""Of torch_dist: where its tensors lie."""
+_HUGGING_FACE = ("*.safetensors", "pytorch_model*.bin")
 
 
 def iteration_folder(save: Path, iteration: int) -> Path:
@@ -79,7 +57,8 @@ def resolve_megatron_checkpoint(path: Path) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder: give the folder of a Megatron checkpoint")
+        hint = hint_where_nothing_is(path) or "give the folder of a Megatron checkpoint"
+        raise CheckpointError(f"{path} is not a folder: {hint}")
     folder = path if is_torch_dist(path) else latest_checkpoint(path)
     if any((folder or path).glob("mp_rank_*")):
         raise CheckpointError(
@@ -88,15 +67,18 @@ def resolve_megatron_checkpoint(path: Path) -> Path:
         )
     if folder is None or not is_torch_dist(folder):
         raise CheckpointError(
-            f"{folder or path} is not a Megatron checkpoint: it has no {TORCH_DIST_MARK} "
+            f"{folder or path} is not a Megatron checkpoint: it has no {TORCH_DIST_MARK} of one "
             "(tools/convert_checkpoint.py hf-to-megatron writes one)"
         )
     return folder
 
 
 def is_torch_dist(folder: Path) -> bool:
-    """Whether a folder holds a complete checkpoint in torch_dist format."""
-    return (folder / TORCH_DIST_MARK).is_file()
+    """Whether a folder holds a complete checkpoint in torch_dist format. Others call a file metadata.json too, so
+    beside Hugging Face's weights it says nothing."""
+    if not (folder / TORCH_DIST_MARK).is_file():
+        return False
+    return (folder / INDEX_NAME).exists() or not any(any(folder.glob(pattern)) for pattern in _HUGGING_FACE)
 
 
 def draft_of(target: Path) -> Path:
@@ -137,7 +119,7 @@ def staged(
             if not resume:
                 clear(draft)
             yield draft
-            _sync_tree(draft)
+            sync_tree(draft)
             if journal is not None:
                 (draft / journal).unlink()
                 sync(draft)
@@ -150,13 +132,15 @@ def staged(
 
 
 def _check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
-    real = target.resolve()
+    real = Path(os.path.realpath(target))  # `resolve` raises where links are a loop
     for source in sources:
         inside = Path(source).resolve()
         if real == inside or real in inside.parents or inside in real.parents:
             raise CheckpointError(f"the target {target} and the source {source} overlap: choose another target")
     if target.is_symlink():
         raise CheckpointError(f"{target} is a link: give the folder itself")
+    if (broken := broken_link(target)) is not None:
+        raise CheckpointError(f"{target} cannot be a target: {broken}")
     if target.is_dir():
         if not overwrite and any(target.iterdir()):
             raise CheckpointError(f"{target} exists and is not empty: choose another target, or give --overwrite")
@@ -241,7 +225,8 @@ def _move_into_place(draft: Path, target: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """`sync` a folder and everything in it."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)

@@ -19,6 +19,7 @@ from megatron_llamapro.checkpoint.streaming import SourceFiles, state_of, stored
 from megatron_llamapro.checkpoint.weight_map import EMBEDDING, OUTPUT_LAYER, hf_shapes, is_known_extra
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside, read_small
+from megatron_llamapro.config.hints import fetch_rest
 from megatron_llamapro.model.families import ITEMSIZES, MANIFEST_KEY, read_hf_model
 from megatron_llamapro.model.shape import ModelShape
 
@@ -124,7 +125,8 @@ def _shards(folder: Path) -> list[Path]:
     for name in sorted(set(_weight_map(index).values())):
         shard = file_inside(folder, name)
         if shard is None:
-            raise CheckpointError(f"{folder} lacks the shard {name}, which {INDEX_FILE} names")
+            rest = fetch_rest(folder) or "copy it there"
+            raise CheckpointError(f"{folder} lacks the shard {name}, which {INDEX_FILE} names: {rest}")
         shards.append(shard)
     return shards
 
@@ -135,7 +137,8 @@ def _what_is_there(folder: Path) -> str:
         return "it has only pytorch_model*.bin, which runs code when read: save it as safetensors first"
     if any((folder / name).is_file() for name in (TORCH_DIST_MARK, LATEST)):
         return "it is a Megatron checkpoint: megatron-to-hf and megatron-to-megatron read it"
-    return f"no {SINGLE_FILE} and no {INDEX_FILE}: give the folder of a Hugging Face checkpoint"
+    instead = fetch_rest(folder) or "give the folder of a Hugging Face checkpoint"
+    return f"no {SINGLE_FILE} and no {INDEX_FILE}: {instead}"
 
 
 def _weight_map(index: Path) -> dict[str, str]:

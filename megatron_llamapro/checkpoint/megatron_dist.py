@@ -17,9 +17,9 @@ from typing import BinaryIO
 
 from megatron_llamapro.checkpoint.adapters import is_adapter, with_adapters
 from megatron_llamapro.checkpoint.delta import DELTA_NAME, Delta
-from megatron_llamapro.checkpoint.dist_index import INDEX_NAME, IndexedTensor, Section, index_bytes, read_index
+from megatron_llamapro.checkpoint.dist_index import IndexedTensor, Section, index_bytes, read_index
 from megatron_llamapro.checkpoint.divided import DividedTensor, Part, is_stacked, unstacked
-from megatron_llamapro.checkpoint.folder import TORCH_DIST_MARK
+from megatron_llamapro.checkpoint.folder import INDEX_NAME, TORCH_DIST_MARK
 from megatron_llamapro.checkpoint.layout import Piece, StoredTensor, TargetFile, TargetLayout, parts_of
 from megatron_llamapro.checkpoint.megatron_args import check_common_state
 from megatron_llamapro.checkpoint.megatron_model import MegatronTensor, matrix, open_megatron

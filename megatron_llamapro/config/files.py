@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_llamapro.config.errors import CheckpointError, ConfigError
+from megatron_llamapro.config.errors import CheckpointError, ConfigError, LlamaProError
+
+POINTER_START = b"version https://git-lfs.github.com/spec/"
+IS_POINTER = "is a Git-LFS pointer, not the file itself: run `git lfs pull` in its folder, then try again"
+_LARGEST_POINTER = 1024  # bytes, as Git-LFS itself has it
+
+_CACHED_REPOSITORY = re.compile(r"(models|datasets|spaces)--.+")
+_SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 
 
 def file_inside(folder: Path, name: str) -> Path | None:
     """The file of a checkpoint folder; None where it has none of that name.
 
-    Links are followed, but not out of the folder: only into the blobs of the Hugging Face cache that it lies in
-    (…/snapshots/<revision> beside …/blobs).
+    Links are followed, but not out of the folder: only into the blobs of the Hugging Face cache that it lies in.
 
     Raises:
-        CheckpointError: it is a link to somewhere else or in a loop, or no regular file (reading a pipe would wait).
+        CheckpointError: it is a link to somewhere else or in a loop, no regular file (reading a pipe would wait), or
+            only a Git-LFS pointer.
     """
     path = Path(folder) / name
     try:
@@ -26,7 +34,10 @@ def file_inside(folder: Path, name: str) -> Path | None:
         real, home = path.resolve(strict=True), Path(folder).resolve()
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
-            raise CheckpointError(f"{path} is a link to a file that is not there") from None
+            raise CheckpointError(
+                f"{path} is a link to a file that is not there, {path.readlink()}: copy models with `cp -rL`, mount "
+                "the whole cache, or fetch it again"
+            ) from None
         return None
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop, in Python before 3.13
         reason = getattr(error, "strerror", None) or error
@@ -35,12 +46,36 @@ def file_inside(folder: Path, name: str) -> Path | None:
         return None
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path} is not a regular file")
-    homes = [home]
-    if home.parent.name == "snapshots":
-        homes.append(home.parent.parent / "blobs")
-    if not any(allowed in real.parents for allowed in homes):
+    if home not in real.parents and not _is_blob_of(home, real):
         raise CheckpointError(f"{path} is a link out of its folder, to {real}: copy the file there, then try again")
+    check_fetched(path)
     return path
+
+
+def _is_blob_of(home: Path, real: Path) -> bool:
+    """Whether a file is a blob of the Hugging Face cache that a folder lies in (both without links).
+
+    The folder is REPOSITORY/snapshots/REVISION or below it, the blob REPOSITORY/blobs/ETAG; or, since huggingface_hub
+    2.0, in the store that all repositories of the cache share: CACHE/blobs/<2 hex digits>/<64 hex digits>.
+    """
+    for snapshot in (home, *home.parents):
+        if snapshot.parent.name != "snapshots":
+            continue
+        repository = snapshot.parent.parent
+        shared = repository.parent / "blobs"
+        if repository / "blobs" in real.parents:
+            return True
+        if _CACHED_REPOSITORY.fullmatch(repository.name) and shared in real.parents:
+            return _SHARED_BLOB.fullmatch(real.relative_to(shared).as_posix()) is not None
+    return False
+
+
+def check_fetched(path: Path, *, error: type[LlamaProError] = CheckpointError) -> None:
+    """Raise `error` where a file is only what Git-LFS keeps in its place until it is pulled."""
+    with Path(path).open("rb") as file:
+        is_small = os.fstat(file.fileno()).st_size <= _LARGEST_POINTER
+        if is_small and file.read(len(POINTER_START)) == POINTER_START:
+            raise error(f"{path} {IS_POINTER}")
 
 
 LARGEST_SMALL_FILE = 256 * 2**20

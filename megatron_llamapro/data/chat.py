@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_llamapro.config.command import in_one_line
 from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.config.files import IS_POINTER, POINTER_START
 from megatron_llamapro.data.encoding import Encoder, Segment
 from megatron_llamapro.data.json_lines import json_name, shown
 from megatron_llamapro.data.tokenizer import JSON_NAME, Tokenizer
@@ -42,7 +43,9 @@ class ChatTemplate:
             raise DataError(f"{tokenizer}: conversations need a folder whose tokenizer is called {JSON_NAME}")
         logging.set_verbosity_error()  # it tells of models that it does not find
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(tokenizer.parent, local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                tokenizer.parent, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # of many kinds
             raise DataError(f"{tokenizer.parent}: transformers cannot read the tokenizer: {error}") from None
         own = self._tokenizer.chat_template
@@ -51,6 +54,8 @@ class ChatTemplate:
         self.text = _read(template) if template else own
         if not self.text:
             raise DataError(f"{tokenizer.parent} has no chat template: give one with --chat_template FILE.jinja")
+        if self.text.startswith(POINTER_START.decode()):
+            raise DataError(f"the chat template {template or f'in {tokenizer.parent}'} {IS_POINTER}")
         for name in ("bos_token", "eos_token"):
             if re.search(rf"\b{name}\b", self.text) and not getattr(self._tokenizer, name):
                 raise DataError(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.config.files import check_fetched
 from megatron_llamapro.config.schema import DataFormat
 from megatron_llamapro.data.inputs import paths_of
 
@@ -84,6 +85,7 @@ def check_token_file(prefix: str | Path, *, vocab_size: int | None = None, data_
     for path in (bin_path, index_path):
         if not path.is_file():
             raise DataError(f"{path} is not there: {prefix} must be the path of a .bin/.idx pair without the ending")
+        check_fetched(path, error=DataError)
     has_modes = _check_index(bin_path, index_path)
     if has_modes and data_format == "text":
         raise DataError(f"{prefix} holds conversations: set data.format to chat, or preprocess text")

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.config.files import check_fetched
+from megatron_llamapro.config.hints import hint_inside, hint_where_nothing_is
 
 JSON_NAME, MODEL_NAME = "tokenizer.json", "tokenizer.model"
+
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* 0\n")  # a token in base64, and its number
+_OTHER_FILES = ("tekken.json", "tiktoken.model", "vocab.json", "vocab.txt")
+_WANTED = "give a tokenizer file, or a folder with one"
+_MAKE_JSON = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW) of transformers"
 
 
 class _Backend(Protocol):
@@ -62,7 +70,7 @@ class Tokenizer:
         if not isinstance(self._backend, _JsonBackend):
             raise DataError(
                 f"{self.path} cannot tell special tokens in a conversation: make a {JSON_NAME} of it "
-                "(AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW) of transformers), and give that"
+                f"({_MAKE_JSON}), and give that"
             )
         return self._backend.encode_with_offsets(text)
 
@@ -78,7 +86,9 @@ class _JsonBackend:
         try:
             self._tokenizer = FastTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{path} is not a tokenizer: {error}") from None
+            beside = path.with_name(JSON_NAME)
+            instead = f": give {beside}" if path != beside and beside.is_file() else ""
+            raise DataError(f"{path} is not a tokenizer: {error}{instead}") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
@@ -105,7 +115,9 @@ class _SentencePieceBackend:
         try:
             self._processor = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise DataError(f"{path} is not a sentencepiece model: {error}") from None
+            is_tiktoken = _TIKTOKEN_LINE.match(path.read_bytes()[:1000])
+            reason = f"it is tiktoken's, as in Meta's original/: give the model's {JSON_NAME}" if is_tiktoken else error
+            raise DataError(f"{path} is not a sentencepiece model: {reason}") from None
         self.vocab_size = self._processor.vocab_size()
         self.eos_id = self._processor.eos_id()
 
@@ -129,6 +141,7 @@ def load_tokenizer(path: Path, *, eod_token: str | None = None) -> Tokenizer:
         DataError: there is none, it is damaged, or its end-of-sequence token is not known.
     """
     file = tokenizer_file(Path(path))
+    check_fetched(file, error=DataError)
     is_json = file.suffix == ".json"
     backend = _JsonBackend(file) if is_json else _SentencePieceBackend(file)
     eod = _named_token(backend, eod_token, file) if eod_token else _end_of_sequence(backend, file)
@@ -141,12 +154,20 @@ def tokenizer_file(path: Path) -> Path:
         for name in (JSON_NAME, MODEL_NAME):
             if (path / name).is_file():
                 return path / name
-        raise DataError(f"{path} has no {JSON_NAME} and no {MODEL_NAME}: give a tokenizer file, or a folder with one")
+        raise DataError(f"{path} has no {JSON_NAME} and no {MODEL_NAME}: {_instead(path)}")
     if not path.is_file():
-        raise DataError(f"{path} is not there: give a tokenizer file, or a folder with one")
+        raise DataError(f"{path} is not there: {hint_where_nothing_is(path) or _WANTED}")
     if path.suffix not in (".json", ".model"):
         raise DataError(f"{path} is no known tokenizer: give a {JSON_NAME} or a sentencepiece .model file")
     return path
+
+
+def _instead(folder: Path) -> str:
+    """What to give instead of a folder without a tokenizer of either kind."""
+    others = [name for name in _OTHER_FILES if (folder / name).is_file()]
+    if others:
+        return f"it has {others[0]}, so make a {JSON_NAME} of it ({_MAKE_JSON}), and give that"
+    return hint_inside(folder, JSON_NAME) or _WANTED
 
 
 def _named_token(backend: _Backend, token: str, file: Path) -> int:
@@ -182,6 +203,7 @@ def _end_of_sequence(backend: _Backend, file: Path) -> int:
 def _json(path: Path) -> dict:
     if not path.is_file():
         return {}
+    check_fetched(path, error=DataError)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside, read_small
+from megatron_llamapro.config.hints import hint_inside, hint_where_nothing_is
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.model.hf_fields import count, flag, number
 from megatron_llamapro.model.refused import reason_for
@@ -197,11 +198,12 @@ def read_hf_config(folder: Path) -> dict:
     path = file_inside(folder, CONFIG_NAME)
     if path is None:
         if not Path(folder).is_dir():
-            raise CheckpointError(f"{folder} is not a folder: give the folder of a checkpoint")
-        raise CheckpointError(
-            f"{folder} has no config.json: give the folder of a checkpoint; to Megatron-LM's own, copy the model's "
-            "config.json first"
+            hint = hint_where_nothing_is(folder) or "give the folder of a checkpoint"
+            raise CheckpointError(f"{folder} is not a folder: {hint}")
+        hint = hint_inside(folder, CONFIG_NAME) or (
+            "give the folder of a checkpoint; to Megatron-LM's own, copy the model's config.json first"
         )
+        raise CheckpointError(f"{folder} has no config.json: {hint}")
     try:
         config = json.loads(read_small(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
 from megatron_llamapro.checkpoint.adapters import AdapterRecord
-from megatron_llamapro.checkpoint.folder import LATEST, carry_files, iteration_folder, sync
+from megatron_llamapro.checkpoint.carried import carry_files
+from megatron_llamapro.checkpoint.folder import LATEST, iteration_folder, sync, sync_tree
 from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME
 from megatron_llamapro.config.errors import LlamaProError, RunError
 from megatron_llamapro.config.io import dump_yaml
@@ -149,7 +150,7 @@ class Saver:
             if dist.get_rank() == 0:
                 self._write_small_files(save.draft)
                 publish(save.draft, save.folder)
-                save.num_bytes = sum(path.stat().st_size for path in save.folder.iterdir())
+                save.num_bytes = sum(path.stat().st_size for path in save.folder.rglob("*") if path.is_file())
         with failing_together(f"{self._folder}: older checkpoints could not be removed"):
             if dist.get_rank() == 0:
                 prune(
@@ -201,9 +202,7 @@ class Saver:
 
 def publish(draft: Path, folder: Path) -> None:
     """Make a finished folder the newest checkpoint of its run."""
-    for path in draft.iterdir():
-        sync(path)
-    sync(draft)
+    sync_tree(draft)
     if folder.exists():
         shutil.rmtree(folder)
     draft.rename(folder)

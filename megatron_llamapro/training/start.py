@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_llamapro.checkpoint.carried import carried_files
 from megatron_llamapro.checkpoint.delta import BASE
 from megatron_llamapro.checkpoint.folder import is_torch_dist, resolve_megatron_checkpoint
 from megatron_llamapro.checkpoint.manifest import Manifest
@@ -48,6 +49,7 @@ def read_start(config: RunConfig, *, world_size: int) -> Start:
     _check_precision(config, manifest, folder)
     if config.logging.diagnostics_interval and not manifest.plan.added_layers:
         raise ConfigError("logging.diagnostics_interval is set, but the checkpoint has no added blocks: set it to 0")
+    carried_files(folder)  # what cannot be copied to the run's checkpoints is said now, not at the first of them
     tokenizer = tokenizer_file(Path(config.data.tokenizer or folder))
     for entry in config.data.train:
         check_token_file(entry.prefix, vocab_size=shape.vocab_size, data_format=config.data.format)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_llamapro.checkpoint.convert import Options, expand_hf, hf_to_megatron, legacy, megatron_to_hf
-from megatron_llamapro.checkpoint.folder import carry_files, latest_checkpoint, resolve_megatron_checkpoint, staged
+from megatron_llamapro.checkpoint.folder import latest_checkpoint, resolve_megatron_checkpoint, staged
 from megatron_llamapro.checkpoint.inspection import inspect
 from megatron_llamapro.checkpoint.verify import verify
 from megatron_llamapro.config.errors import CheckpointError
@@ -394,16 +394,6 @@ def test_what_is_no_megatron_checkpoint(tiny_llama: Tiny, tmp_path: Path) -> Non
         resolve_megatron_checkpoint(tmp_path / "nowhere")
 
 
-def test_only_known_files_are_carried(tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    target.mkdir()
-    for name in ("tokenizer.model", "chat_template.jinja", "modeling_evil.py", "README.md"):
-        (source / name).write_text(name)
-    carry_files(source, target)
-    assert names(target) == ["chat_template.jinja", "tokenizer.model"]
-
-
 def link(folder: Path, name: str, target: Path) -> None:
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(target)
@@ -437,17 +427,3 @@ def test_a_pipe_is_not_waited_for(name: str, damaged: Tiny, tmp_path: Path) -> N
     os.mkfifo(source / name)
     with pytest.raises(CheckpointError, match="is not a regular file"):
         hf_to_megatron(source, tmp_path / "it")
-
-
-def test_the_hugging_face_caches_links_are_followed(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """snapshots/<revision>/model.safetensors → ../../blobs/<hash>"""
-    blobs, snapshot = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "abc"
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    for number, path in enumerate(tiny_llama().iterdir()):
-        (blobs / str(number)).write_bytes(path.read_bytes())
-        (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
-    hf_to_megatron(snapshot, tmp_path / "it")
-    hf_to_megatron(tiny_llama(), tmp_path / "direct")
-    for name in ("__0_0.distcp", "tokenizer.json"):
-        assert (tmp_path / "it" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()

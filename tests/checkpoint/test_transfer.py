@@ -229,7 +229,7 @@ def test_cut_while_the_disk_catches_up_nothing_is_done_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("megatron_llamapro.checkpoint.folder._sync_tree", interrupt)
+        patch.setattr("megatron_llamapro.checkpoint.folder.sync_tree", interrupt)
         hf_to_megatron(tiny_llama(), tmp_path / "it")
     done = hf_to_megatron(tiny_llama(), tmp_path / "it", options=Options(resume=True))
     assert done.num_resumed_bytes == done.num_bytes

@@ -16,6 +16,7 @@ import pytest
 import torch
 import workers
 
+from megatron_llamapro.checkpoint.convert import megatron_to_hf
 from megatron_llamapro.config.io import dump_yaml
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
 from megatron_llamapro.testing.checkpoints import read_with_torch
@@ -159,16 +160,26 @@ def test_asynchronously_saved_is_the_same(run_config: Callable) -> None:
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_save_is_reported(run_config: Callable, capsys: pytest.CaptureFixture) -> None:
+def test_a_save_is_reported_and_holds_the_models_other_files(
+    run_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     from megatron_llamapro.training.metrics import ConsoleWriter
 
-    config = with_checkpoint(run_config(train_iters=2), save_interval=1, async_save=True)
+    source = shutil.copytree(run_config().model.checkpoint, tmp_path / "source")
+    template = source / "additional_chat_templates" / "tool_use.jinja"
+    template.parent.mkdir()
+    template.write_text("tools: {{ messages }}" * 1000)
+    config = run_config(train_iters=2, checkpoint=source)
+    config = with_checkpoint(config, save_interval=1, async_save=True)
     records = run_distributed(workers.train, 1, config)[0].saves
     for record in records:
         folder = Path(config.checkpoint.save) / f"iter_000000{record['iteration']}"
-        assert record["num_bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+        assert (folder / template.relative_to(source)).read_bytes() == template.read_bytes()
+        assert record["num_bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         assert 0 < record["stall_seconds"] <= record["seconds"]
         assert record["delta"] and record["asynchronous"]
+    megatron_to_hf(Path(config.checkpoint.save), tmp_path / "export")
+    assert (tmp_path / "export" / template.relative_to(source)).read_bytes() == template.read_bytes()
     ConsoleWriter(train_iters=2).write({**records[0], "stall_seconds": 0.42, "seconds": 1.84, "num_bytes": 1.2e9})
     assert capsys.readouterr().out == "saved step 1: 0.4 s stall, 1.8 s in all, 1.2 GB\n"
 

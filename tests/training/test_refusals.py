@@ -42,6 +42,11 @@ def test_every_refusal(run_config: Callable, models: Callable, token_files: tupl
         shutil.copyfile(f"{token_files[0]}{ending}", f"{cut_bin}{ending}")
     with Path(f"{cut_bin}.bin").open("r+b") as file:
         file.truncate(1000)
+    (tmp_path / "empty").mkdir()
+    pointer = shutil.copytree(base.model.checkpoint, tmp_path / "pointer")
+    (pointer / "generation_config.json").write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 9\n"
+    )
     cases = {
         "common.pt was not loaded: it asks for": with_model(base, checkpoint=str(hostile_copy(base, tmp_path))),
         "is not a folder": with_model(base, checkpoint=str(tmp_path / "nowhere")),
@@ -61,7 +66,10 @@ def test_every_refusal(run_config: Callable, models: Callable, token_files: tupl
         "is not there": with_data(base, train=(BlendEntry(str(tmp_path / "none")),)),
         "one is cut short": with_data(base, train=(BlendEntry(str(cut_bin)),)),
         "fewer than one sample": with_data(base, valid={"tiny": str(one_token_file(tmp_path, models))}),
-        "give a tokenizer file": with_data(base, tokenizer=str(tmp_path)),
+        "give a tokenizer file": with_data(base, tokenizer=str(tmp_path / "empty")),
+        "give the folder in it that has one": with_data(base, tokenizer=str(tmp_path)),
+        "`hf download owner/name` fetches it": with_data(base, tokenizer="owner/name"),
+        "generation_config.json is a Git-LFS pointer": with_model(base, checkpoint=str(pointer)),
     }
     answers = run_distributed(workers.set_up_errors, 4, list(cases.values()))
     for message, *on_ranks in zip(cases, *answers, strict=True):

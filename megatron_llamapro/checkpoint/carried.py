@@ -1,0 +1,133 @@
+"""What belongs to a model besides weights and configuration, and travels with it unchanged: to every checkpoint that is
+made of its own, also those of a training run.
+
+Code is copied, never run. Code of the model itself is not copied: `without_code`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_llamapro.config.files import check_small, file_inside, read_small
+
+CARRIED_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.*.json",  # "fast_tokenizer_files" in tokenizer_config.json: one for each version of transformers
+    "tokenizer.model",
+    "tokenizer.model.v*",  # Mistral's
+    "tekken.json",
+    "tiktoken.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+"""Patterns of names; licenses ask for it."""
+
+_AUTO_MAP, _AUTO_TOKENIZER = "auto_map", "AutoTokenizer"
+
+
+def carry_files(source: Path, target: Path) -> None:
+    """Copy `carried_files`. Errors as there."""
+    for name, path in carried_files(source).items():
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target / name)
+
+
+def carried_files(folder: Path) -> dict[str, Path]:
+    """What a folder has of `CARRIED_FILES`, and the code of a tokenizer that transformers does not have, by name.
+
+    Raises:
+        CheckpointError: one is a link out of the folder (copying it would publish another file), absurdly large, or
+            only a Git-LFS pointer.
+    """
+    found: dict[str, Path] = {}
+    for name in [*_names(folder), *_tokenizer_code(folder)]:
+        if (path := file_inside(folder, name)) is not None:
+            check_small(path, path.stat().st_size)
+            found[name] = path
+    return found
+
+
+def _names(folder: Path) -> list[str]:
+    """A name without a wildcard counts whether or not it is there: a link to nothing is an error. Hidden files that
+    match are others', such as macOS' `._name` beside each file."""
+    plain = [name for name in CARRIED_FILES if "*" not in name]
+    found = [path for pattern in CARRIED_FILES if "*" in pattern for path in folder.glob(pattern)]
+    return [*plain, *sorted(str(path.relative_to(folder)) for path in found if not path.name.startswith("."))]
+
+
+def without_code(config: Mapping) -> dict:
+    """A model's configuration without the classes that it names of the repository's own code, but for the tokenizer's.
+
+    Every family here is one of transformers' own, is converted and trained as such, and is loaded as such where
+    nobody trusts remote code. Whoever trusts it would be sent to files that are not carried, and to another forward
+    pass than the one that was trained.
+    """
+    kept = {key: value for key, value in config.items() if key != _AUTO_MAP}
+    classes = config.get(_AUTO_MAP)
+    if isinstance(classes, Mapping) and _AUTO_TOKENIZER in classes:
+        kept[_AUTO_MAP] = {_AUTO_TOKENIZER: classes[_AUTO_TOKENIZER]}
+    return kept
+
+
+def _tokenizer_code(folder: Path) -> list[str]:
+    """Names of the files of the tokenizer's own classes: those that its configuration names, and what they import from
+    beside them, as transformers follows it."""
+    modules = [
+        module
+        for name in ("tokenizer_config.json", "config.json")
+        for reference in _tokenizer_classes(_content(folder, name))
+        if (module := _module(reference))
+    ]
+    found: list[str] = []
+    while modules:
+        name = f"{modules.pop()}.py"
+        path = None if name in found else file_inside(folder, name)
+        if path is not None:
+            found.append(name)
+            modules += _imported(read_small(path).decode(errors="replace"))
+    return found
+
+
+def _content(folder: Path, name: str) -> object:
+    """Of a JSON file; None where there is none, or it is damaged."""
+    path = file_inside(folder, name)
+    if path is None:
+        return None
+    try:
+        return json.loads(read_small(path).decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _tokenizer_classes(content: object) -> list[object]:
+    """References to the slow and the fast class, either of which may be missing."""
+    classes = content.get(_AUTO_MAP) if isinstance(content, Mapping) else None
+    if isinstance(classes, Mapping):
+        classes = classes.get(_AUTO_TOKENIZER)
+    return classes if isinstance(classes, list) else [classes]
+
+
+def _module(reference: object) -> str | None:
+    """The module beside it that a reference MODULE.CLASS names; None for OWNER/NAME--MODULE.CLASS, of another
+    repository."""
+    match = re.fullmatch(r"(\w+)\.\w+", reference) if isinstance(reference, str) else None
+    return match and match[1]
+
+
+def _imported(code: str) -> list[str]:
+    return re.findall(r"^[ \t]*(?:from|import)[ \t]+\.(\w+)[ \t\r]*(?:import\b.*)?$", code, flags=re.MULTILINE)
