@@ -43,6 +43,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def run_tool(tool: str, *arguments: object) -> Ended:
         script = str(TOOLS / f"{tool}_checkpoint.py")
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which a script replaces
+        monkeypatch.syspath_prepend(TOOLS)
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(script, run_name="__main__")
         return Ended(int(ended.value.code or 0), *capsys.readouterr())
@@ -175,7 +177,7 @@ def test_placements(run_well: Callable[..., str], tiny_llama: Tiny, tmp_path: Pa
 def test_help_imports_nothing_heavy(tool: str) -> None:
     """Which is what makes it start at once."""
     code = (
-        "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
+        "import runpy, sys; sys.argv = [sys.argv[1], '--help']; sys.path.insert(0, sys.argv[0].rpartition('/')[0])\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit: print([m for m in ('torch', 'numpy', 'megatron.core', 'transformers') if m in sys.modules])"
     )

@@ -41,7 +41,7 @@ REFUSED = {
     "tools/plan_parallelism.py --config {run} --world_size 1 --model.checkpoint nowhere": "nowhere is not there",
     "tools/plan_pipeline.py --config {run} --world_size 1": "there is one stage",
     "tools/plan_pipeline.py --config {run} --world_size 1 --calibrate x --model.checkpoint nowhere": "nowhere is not",
-    "tools/launch_slurm.py --config {run} --launch nowhere": "launch file nowhere is not there",
+    "tools/launch_slurm.py --config {run} --launch nowhere": "nowhere does not exist",
     "tools/plot_metrics.py --input nowhere --output x.png": "nowhere is not there",
 }
 

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -26,8 +25,9 @@ LAYOUTS = {
     "pp2 dp2": (4, parallel(pp=2)),
     "pp2 virtual 2 dp2": (4, parallel(pp=2, vp=2)),
 }
-STEPS = 4
-DELTA, ASYNC = (False, True), (False, True)
+STEPS = 3
+# (delta, asynchronous): each with each, and with each type of the weights.
+WAYS = {"float32": ((False, False), (True, True)), "bfloat16": ((False, True), (True, False))}
 
 
 def overlapped(config: ParallelConfig) -> ParallelConfig:
@@ -35,7 +35,7 @@ def overlapped(config: ParallelConfig) -> ParallelConfig:
 
 
 def saving(config: RunConfig, *, delta: bool = False, async_save: bool = False) -> RunConfig:
-    """The run with a checkpoint after every step, of which the 2nd and the last follow an evaluation."""
+    """The run with a checkpoint after every step, of which only the last follows an evaluation."""
     return replace(config, checkpoint=replace(config.checkpoint, save_interval=1, delta=delta, async_save=async_save))
 
 
@@ -61,13 +61,13 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], wh
 def test_saved_weights_are_those_of_the_last_update(layout: str, dtype: str, run_config: Callable) -> None:
     """Full and delta, at once and beside training, with and without an evaluation just before."""
     num_ranks, config = LAYOUTS[layout]
-    make = partial(run_config, dtype=dtype, train_iters=STEPS, eval_interval=2)
+    make = partial(run_config, dtype=dtype, train_iters=STEPS, eval_interval=STEPS)
     plain = saving(make(parallel=config, save="plain"))
     others = {
         (delta, beside): saving(
             make(parallel=overlapped(config), save=f"delta {delta} async {beside}"), delta=delta, async_save=beside
         )
-        for delta, beside in product(DELTA, ASYNC)
+        for delta, beside in WAYS[dtype]
     }
     results = run_distributed(train_all, num_ranks, [plain, *others.values()])[0]
     assert all(result.figures == results[0].figures and len(result.figures) == STEPS for result in results)
