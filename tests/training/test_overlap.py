@@ -95,7 +95,8 @@ def test_resuming_without_overlap(run_config: Callable) -> None:
 @pytest.mark.parametrize("layout", ["dp2", "pp2 virtual 2 dp2"])
 def test_diagnostics_read_the_updated_weights(layout: str, run_config: Callable) -> None:
     num_ranks, config = LAYOUTS[layout]
-    runs = [run_config(save=str(number), parallel=one) for number, one in enumerate((config, overlapped(config)))]
+    make = partial(run_config, train_iters=STEPS)
+    runs = [make(save=str(number), parallel=one) for number, one in enumerate((config, overlapped(config)))]
     runs = [replace(run, logging=replace(run.logging, diagnostics_interval=1)) for run in runs]
     plain, other = run_distributed(train_all, num_ranks, runs)[0]
     assert plain.blocks == other.blocks and len(plain.blocks) == 2 * STEPS
