@@ -33,6 +33,13 @@ _FLOAT = re.compile(
 )
 
 
+_REMEDIES = {r"\t": ": indent with spaces", "an alias": ": put text that begins with * in quotes"}
+
+
+class DocumentError(ConfigError):
+    """Text that is no YAML; where it is from is not said."""
+
+
 class _Loader(yaml.SafeLoader):
     """Refuses a name that stands twice in a mapping, of which the last would win silently."""
 
@@ -51,7 +58,8 @@ class _Loader(yaml.SafeLoader):
                 continue
             name = (key.tag, key.value)
             if name in lines:
-                problem = f"'{key.value}' is given twice, first in line {lines[name]}: leave one of them out"
+                remedy = "write <<: [*a, *b]" if key.value == "<<" else "leave one of them out"
+                problem = f"'{key.value}' is given twice, first in line {lines[name]}: {remedy}"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             lines[name] = key.start_mark.line + 1
         return node
@@ -75,19 +83,19 @@ def load(text: str) -> object:
     """Plain data of YAML text.
 
     Raises:
-        ConfigError: it is no YAML, without the name of where it is from.
+        DocumentError: it is no YAML.
     """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         reason = ", ".join(filter(None, (error.context, error.problem)))
-        spaces = ": indent with spaces" if r"\t" in reason else ""
-        raise ConfigError(f"{line}{' '.join(reason.split())}{spaces}") from None
+        remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in reason), "")
+        raise DocumentError(f"{line}{' '.join(reason.split())}{remedy}") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(" ".join(str(error).split()).replace(' in "<unicode string>",', ",")) from None
+        raise DocumentError(" ".join(str(error).split()).replace(' in "<unicode string>",', ",")) from None
     except RecursionError:
-        raise ConfigError("too deeply nested") from None
+        raise DocumentError("too deeply nested") from None
 
 
 def read_document(name: str) -> dict:
@@ -99,7 +107,7 @@ def read_document(name: str) -> dict:
     text, name = _text_of(name), printable(name)
     try:
         document = load(text)
-    except ConfigError as error:
+    except DocumentError as error:
         raise ConfigError(f"{name}, {error}" if str(error).startswith("line ") else f"{name}: {error}") from None
     if document is None:
         raise ConfigError(f"{name} is empty: it takes names with values, e.g. training: {{train_iters: 100}}")

@@ -105,7 +105,8 @@ def _set(kind: type, given: dict, name: str, text: str) -> None:
     *sections, last = name.split(".")
     holder, holds = given, kind
     for section in sections:
-        holder, holds = holder.setdefault(section, {}), _inside(holds, section, place)
+        holds = _inside(holds, section, place)
+        holder = holder.setdefault(section, {})
     inner = _inside(holds, last, place)
     value = read_text(inner, text, place)
     if fields_of(inner):

@@ -15,7 +15,7 @@ _AT_MOST = 3
 def suggestion(kind: Any, name: str, *, dashes: str = "") -> str:
     """What to add to the error that `name`, dotted, is no name of the configuration `kind`: the nearest ones, or
     else all of the section. `dashes` stand before an option."""
-    near = nearest(kind, name)
+    near = nearest(kind, name, in_entry=not dashes and name.rpartition(".")[0].endswith("]"))
     if near:
         forms = (f"{dashes}{each.replace(': ', '=', 1) if dashes else each}" for each in near)
         return f": did you mean {' or '.join(forms)}?"
@@ -30,10 +30,10 @@ def suggestion(kind: Any, name: str, *, dashes: str = "") -> str:
     return f": {section} takes {', '.join(takes)}" if takes else ""
 
 
-def nearest(kind: Any, name: str) -> list[str]:
+def nearest(kind: Any, name: str, *, in_entry: bool) -> list[str]:
     """Existing dotted names, best first: the same name in another section; else one that is spelt alike, in the
-    same section before others. Fields of a list's entries are in the form that the list is written in."""
-    in_entry = name.rpartition(".")[0].endswith("]")
+    same section before others. Fields of a list's entries are in the form that the list is written in, unless the name
+    stands in such an entry (`in_entry`)."""
     section, _, last = _INDEX.sub("", name.replace("-", "_")).rpartition(".")
     known = names_of(kind)
     entry = list(fields_of(items_of(known.get(section))))

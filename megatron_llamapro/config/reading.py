@@ -9,17 +9,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from megatron_llamapro.config.documents import load
+from megatron_llamapro.config.documents import DocumentError, load
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.fields import alternatives_of, fields_of, is_file_path, is_optional, required_of
 from megatron_llamapro.config.nearest import suggestion
 from megatron_llamapro.config.values import LARGEST_FLOAT, LARGEST_INT, printable, spelled_as
 
+# Of a path that may be left out: a folder of that name is nobody's wish.
+_NO_PATH = {"~": "write ~/ for the home folder, or null for none", "None": "write null for none"}
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 
@@ -71,8 +74,8 @@ def read_value(kind: Any, value: object, place: Place) -> Any:
     Raises:
         ConfigError: it is no such value.
     """
-    if value == "~" and is_optional(kind) and is_file_path(kind):
-        place.refuse(value, "write ~/ for the home folder, or null for none")
+    if isinstance(value, str) and value in _NO_PATH and is_optional(kind) and is_file_path(kind):
+        place.refuse(value, _NO_PATH[value])
     if (value is None or value == "~") and is_optional(kind):
         return None
     errors = []
@@ -91,7 +94,12 @@ def read_text(kind: Any, text: str, place: Place) -> Any:
         return None
     if str in alternatives_of(kind) or get_origin(kind) is Literal:
         return read_value(kind, text, place)
-    return read_value(kind, _loaded(text), place)
+    if text.lstrip()[:1] not in ("[", "{"):
+        return read_value(kind, _loaded(text), place)
+    try:
+        return read_value(kind, load(text), place)
+    except DocumentError as error:
+        raise ConfigError(f"{place} is {shown(text)}: {error}") from None
 
 
 def _loaded(value: object) -> object:
@@ -122,14 +130,20 @@ def _read_fields(kind: Any, value: object, place: Place) -> dict:
     for name in value:
         if name not in hints:
             place.under(name if isinstance(name, str) else shown(name)).is_unknown()
-    read = {name: read_value(hints[name], given, place.under(name)) for name, given in value.items()}
-    for name in required_of(kind) if is_entry else ():
+    required = required_of(kind)
+    given = (
+        value if is_entry else {name: each for name, each in value.items() if each is not None or name not in required}
+    )
+    read = {name: read_value(hints[name], each, place.under(name)) for name, each in given.items()}
+    for name in required if is_entry else ():
         if name not in read:
             raise ConfigError(f"{place} has no {name}: write {{{name}: …}}")
     return read
 
 
 def _read_str(value: object, place: Place) -> str:
+    if value is None:
+        place.refuse(value, "give it a value")
     if not isinstance(value, str):
         example = f"'{value}'" if isinstance(value, (int, float)) and not isinstance(value, bool) else "it in quotes"
         place.refuse(value, f"it is text: write {example}")
@@ -183,7 +197,7 @@ def _read_list(value: object, place: Place, kinds: tuple) -> list:
     if not isinstance(value, (list, tuple)):
         first = next(iter(fields_of(kind)), None)
         item = str(value) if _is_word(value) else "…"
-        words = ", ".join(word.strip() for word in item.split(","))
+        words = ", ".join(word for word in re.split(r"[,\s]+", item) if word)
         form = f"[{{{first}: {item}}}]" if first else f"[{words}]"
         place.refuse(value, f"it is a list: write {form}")
     return [read_value(kind, item, place.at(index)) for index, item in enumerate(value)]
@@ -193,7 +207,8 @@ def _read_names(value: object, place: Place, kinds: tuple) -> dict:
     if not isinstance(value, dict):
         place.refuse(value, "it has names with values: write {NAME: …}")
     for name in value:
-        _read_str(name, place)
+        if not isinstance(name, str):
+            raise ConfigError(f"{place} has the name {shown(name)}, which is no text: write it in quotes")
     return {name: read_value(kinds[1], item, place.under(name)) for name, item in value.items()}
 
 

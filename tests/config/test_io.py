@@ -87,6 +87,15 @@ WRONG = {
     "no section": ("parallel: 3", "parallel is 3: it is a section: write its fields, e.g. parallel.tensor_model"),
     "octal": ("training: {train_iters: 010}", "training.train_iters is '010': it is a whole number"),
     "home or nothing": ("checkpoint: {save: ~}", "checkpoint.save is '~': write ~/ for the home folder, or null"),
+    "Python's nothing": ("checkpoint: {save: None}", "checkpoint.save is 'None': write null for none"),
+    "a required null": (
+        "model: {checkpoint: null}",
+        "model.checkpoint, data.train, data.seq_length, training.train_iters",
+    ),
+    "a path that is null": ("data: {valid: {a: }}", "data.valid.a is null: give it a value"),
+    "a name that YAML reads as a switch": ("data: {valid: {on: x}}", "data.valid has the name true, which is no text"),
+    "an unquoted pattern": ("optimizer: {param_groups: [{match: *.w}]}", "put text that begins with * in quotes"),
+    "two merges": ("a: &a {}\nx: {<<: *a, <<: *a}", "'<<' is given twice, first in line 2: write <<: [*a, *b]"),
     "nothing": ("# all of it a comment", "run.yaml is empty"),
     "a list": ("- a", "run.yaml is a list"),
     "open bracket": ("model: [", "run.yaml, line 1: while parsing a flow node, expected the node content"),
@@ -190,6 +199,11 @@ OPTIONS = {
     "--num_layers 3": "did you mean --recompute.num_layers?",
     "--prefix x": "--prefix does not exist: did you mean --data.train=[{prefix: …}]?",
     "--data.train.prefix x": "did you mean --data.train=[{prefix: …}]?",
+    "--data.train.0.prefix x": "--data.train.0.prefix does not exist: did you mean --data.train=[{prefix: …}]?",
+    "--data.train[0].prefix x": "did you mean --data.train=[{prefix: …}]?",
+    "--model.checkpoint.a.b x": "--model.checkpoint.a.b does not exist",
+    "--optimizer.param_groups [{match: *.w}]": "put text that begins with * in quotes",
+    "--parallel.pipeline_stage_layers 2 2": "it is a list: write [2, 2]",
     "--data.train x": "--data.train is 'x': it is a list: write [{prefix: x}]",
     "--model.trainable added_blocks": "--model.trainable is 'added_blocks': it is a list: write [added_blocks]",
     "--model.trainable lora,embedding": "it is a list: write [lora, embedding]",
@@ -213,7 +227,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 def test_wrong_options(options: str, run_yaml: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        parsed(run_yaml, *options.split(" "))
+        parsed(run_yaml, *options.split(" ", 1))
     assert OPTIONS[options] in str(error.value)
 
 
