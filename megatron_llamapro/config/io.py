@@ -44,8 +44,9 @@ def parse_sections(kind: type[Config], args: Sequence[str]) -> Config:
         raise SystemExit(0)
     if names := list(missing(kind, given)):
         files = [text for name, text in _options(args) if name == "config"]
-        remedy = f"write it into {files[-1]}" if files else f"give --{names[0]}, or a file: --config run.yaml"
-        raise ConfigError(f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not set: {remedy}")
+        verb, pronoun = ("is", "it") if len(names) == 1 else ("are", "them")
+        remedy = f"write {pronoun} into {files[-1]}" if files else f"give --{names[0]}, or a file: --config run.yaml"
+        raise ConfigError(f"{', '.join(names)} {verb} not set: {remedy}")
     return built(kind, given)
 
 
