@@ -46,8 +46,8 @@ def _read(stop: StopRequest) -> RunConfig:
     from megatron_llamapro.training.kept import what_is_kept
     from megatron_llamapro.training.start import read_start
 
+    launched = world_of_environment(os.environ)  # may be wrong on this rank alone
     try:
-        launched = world_of_environment(os.environ)
         config = _parse()
         if os.environ.get("RANK", "0") == "0":  # the rank that reports
             check_trackers(config.logging)

@@ -22,7 +22,7 @@ _BLOCK_BYTES, _NUM_BLOCKS = 2**14, 256
 
 
 def content_digest(prefix: str | Path) -> str:
-    """A hash that changes when the pair's content does. Files of at most 4 MiB are read whole."""
+    """A hash of the whole index and of blocks of the tokens; of all tokens, where they are at most 4 MiB."""
     bin_path, index_path, _ = paths_of(prefix)
     size = bin_path.stat().st_size
     digest = blake3(size.to_bytes(8, "little"), max_threads=blake3.AUTO).update_mmap(index_path)

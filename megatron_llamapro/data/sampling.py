@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
@@ -13,10 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.schema import BlendEntry, DataConfig
 from megatron_llamapro.data.identity import content_digest, is_content
-from megatron_llamapro.runtime.stop import children_deaf
-
-_PR_SET_PDEATHSIG = 1
-"""linux/prctl.h"""
+from megatron_llamapro.runtime.stop import children_deaf, end_with_parent
 
 
 class BatchSampler:
@@ -72,7 +67,7 @@ def train_batches(
     left_out: Sequence[range] = (),
     num_workers: int = 0,
 ) -> Iterator[dict]:
-    """This replica's micro-batches, [b, s] tensors by name, until `num_samples` are consumed.
+    """This replica's micro-batches, [b, s] tensors by name, until `num_samples` are consumed. To be closed.
 
     Raises:
         DataError: a sample cannot be trained on, or (when the samples are used up) asked for more.
@@ -96,9 +91,13 @@ def train_batches(
                 worker_init_fn=partial(_end_with_parent, os.getpid()) if num_workers else None,
             )
         )
-    for step in sampler.steps:
-        for _ in sampler.rounds:
-            yield _next_of(batches, step)
+    try:
+        for step in sampler.steps:
+            for _ in sampler.rounds:
+                yield _next_of(batches, step)
+    finally:
+        if num_workers:  # Python would end them by SIGTERM, which they do not hear, and wait for that
+            batches._shutdown_workers()
     raise DataError(
         f"all {num_samples} samples of the data's order are used up: set data.train_samples for a longer run"
     )
@@ -113,10 +112,7 @@ def _next_of(batches: Iterator[dict], step: int) -> dict:
 
 
 def _end_with_parent(parent: int, worker: int) -> None:
-    """Have the kernel end this worker with the process that it loads for, however that ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    if os.getppid() != parent:  # it has ended already
-        os.kill(os.getpid(), signal.SIGKILL)
+    end_with_parent(parent)
 
 
 def data_order_fingerprint(data: DataConfig, *, num_samples: int, seed: int) -> dict[str, object]:

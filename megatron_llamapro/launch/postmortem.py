@@ -119,16 +119,16 @@ def describe(logs: Mapping[str, str]) -> tuple[str, int]:
         return "no node says that a rank died: a node was lost, or the job was stopped from outside", 0
     first = found[0]
     codes = {first.code, *(failure.code for failure in found if not failure.ended)}
-    if codes == {first.code} and first.code in _AGREED and (said := _said_for_all(logs.values())):
+    if codes == {first.code} and first.code in _AGREED and (said := _said_for_all(found)):
         return f"{_AGREED[first.code]}: {said}", first.code
     said = f": {first.words.removeprefix('error: ')}" if first.words and first.code > 0 else ""
     return f"rank {first.rank} on {first.node} died first, at {first.time.replace('_', ' ')}: {first.how}{said}", 0
 
 
-def _said_for_all(logs: Iterable[str]) -> str | None:
-    """What one rank says for all, at last."""
-    said = [match["text"] for log in logs for match in _LAST_WORDS.finditer(log) if match["text"].startswith("error: ")]
-    return said[-1].removeprefix("error: ") if said else None
+def _said_for_all(found: Iterable[Failure]) -> str | None:
+    """What one rank says for all."""
+    said = (failure.words.removeprefix("error: ") for failure in found if failure.words.startswith("error: "))
+    return next(said, None)
 
 
 def main() -> int:

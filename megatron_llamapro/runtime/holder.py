@@ -29,9 +29,13 @@ class Holder:
 
     @classmethod
     def this_process(cls) -> Holder:
-        job = next((f"{name}={os.environ[name]}" for name in _JOB_VARIABLES if os.environ.get(name)), "")
         pid, now = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
-        return cls(uuid.uuid4().hex, socket.gethostname(), pid, _pids_of(), _start_ticks(pid), job, now)
+        return cls(uuid.uuid4().hex, socket.gethostname(), pid, _pids_of(), _start_ticks(pid), _job(), now)
+
+    @property
+    def is_of_this_job(self) -> bool:
+        """Whether a scheduler started it and this process for the same job."""
+        return bool(self.job) and self.job == _job()
 
     @property
     def is_dead(self) -> bool:
@@ -50,6 +54,10 @@ class Holder:
     def __str__(self) -> str:
         job = f", {self.job}" if self.job else ""
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
+
+
+def _job() -> str:
+    return next((f"{name}={os.environ[name]}" for name in _JOB_VARIABLES if os.environ.get(name)), "")
 
 
 def _pids_of() -> str:

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_llamapro.config.command import TRY_AGAIN
-from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.errors import ConfigError, RunError
 from megatron_llamapro.runtime.holder import Holder
 
 BEAT_SECONDS = 5.0
@@ -36,7 +36,8 @@ class RunLock:
     """Held between `with` and its end. `what` is the place that it stands for, by its option's name.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another run holds it.
+        RunError: an earlier start of this job does, whose node SLURM gave up and which has not ended yet.
         OSError: the file cannot be made.
     """
 
@@ -99,6 +100,11 @@ class RunLock:
             if seen is None or (seen.holder and seen.holder.is_dead):
                 return
             if seen != first or (seen.holder and seen.holder.is_alive):
+                if seen.holder and seen.holder.is_of_this_job:
+                    raise RunError(
+                        f"{self._what} is still held by an earlier start of this job ({seen.holder}): try again when "
+                        "that has ended"
+                    )
                 raise ConfigError(
                     f"{self._what} is in use by another run ({seen.holder or 'it just began'}): wait for its end, or "
                     f"choose another {self._what.split()[0]}"

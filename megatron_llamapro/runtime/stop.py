@@ -13,6 +13,7 @@ rank, where Python runs no handlers.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import threading
@@ -31,6 +32,10 @@ and passes them on, so below it they count."""
 
 _SAME_KEY_SECONDS = 0.5
 """A Ctrl-C may come twice: from the terminal, and from a launcher that passes on its own."""
+
+
+_PR_SET_PDEATHSIG = 1
+"""linux/prctl.h"""
 
 
 class StopRequest:
@@ -120,3 +125,10 @@ def children_deaf() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel end this process with `parent`, whose main thread has forked it, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent:  # it has ended already
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -34,26 +34,31 @@ def train(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, watchdo
             written.
     """
     saver = Saver(run) if run.config.checkpoint.save else None
-    try:
-        _loop(run, writers, stop, saver, watchdog)
-    except LlamaProError as error:
-        if saver and error.on_all_ranks:  # else the other ranks are elsewhere
-            _write(writers, *saver.finish())
-        raise
-    finally:
+    with contextlib.ExitStack() as ends:
         if watchdog:
-            watchdog.stop()
+            ends.callback(watchdog.stop)
+        batches = [ends.enter_context(contextlib.closing(_batches(run))) for _ in run.chunks]
+        try:
+            _loop(run, batches, writers, stop, saver, watchdog)
+        except LlamaProError as error:
+            if saver and error.on_all_ranks:  # else the other ranks are elsewhere
+                _write(writers, *saver.finish())
+            raise
 
 
 def _loop(
-    run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, saver: Saver | None, watchdog: Watchdog | None
+    run: Run,
+    batches: Sequence,
+    writers: Sequence[MetricsWriter],
+    stop: StopRequest,
+    saver: Saver | None,
+    watchdog: Watchdog | None,
 ) -> None:
     config, state = run.config, run.state
     total = config.training.train_iters
     if state.iteration >= total:
         _say(run, f"nothing is left to do: step {state.iteration} of {total} is saved in {config.checkpoint.save}")
         return
-    batches = [_batches(run) for _ in run.chunks]
     if state.iteration == 0:
         _evaluate(run, writers)
     diagnostics = _diagnostics(run)
@@ -124,7 +129,7 @@ def _diagnostics(run: Run) -> BlockDiagnostics | None:
 def _step(run: Run, batches: Sequence, stop: StopRequest, watched: BlockDiagnostics | None) -> StepResult:
     training = run.config.training
     if is_left_out(run.state.iteration + 1, training):
-        result = leave_out_step(run.optimizer, run.scheduler)
+        result = leave_out_step(run.optimizer, run.scheduler, stop_requested=on_any_rank(stop.requested))
     else:
         result = _trained(run, batches, stop, watched)
     run.state.end_step(result.outcome, num_samples=training.global_batch_size)

@@ -64,12 +64,12 @@ def _places(config: RunConfig) -> Mapping[Path, str]:
     for theirs."""
     save, logging, places = config.checkpoint.save, config.logging, {}
     if save:
-        places[Path(save) / "run.lock"] = f"checkpoint.save ({save})"
+        places[Path(save).resolve() / "run.lock"] = f"checkpoint.save ({save})"
     if logging.metrics_file or not save:
         metrics = _metrics(config)
-        places[metrics.with_name(f"{metrics.name}.lock")] = f"logging.metrics_file ({metrics})"
+        places[metrics.resolve().with_name(f"{metrics.name}.lock")] = f"logging.metrics_file ({metrics})"
     if logging.tensorboard_dir and not is_remote(logging.tensorboard_dir):
-        events = Path(logging.tensorboard_dir) / "run.lock"
+        events = Path(logging.tensorboard_dir).resolve() / "run.lock"
         places.setdefault(events, f"logging.tensorboard_dir ({logging.tensorboard_dir})")
     return places
 

@@ -30,7 +30,7 @@ from megatron_llamapro.training.checkpointing import model_state, training_state
 from megatron_llamapro.training.delta import delta_of_run, trained_keys
 from megatron_llamapro.training.retention import clear_leftovers, prune
 from megatron_llamapro.training.setup import Run
-from megatron_llamapro.training.writing import plan_writing, write_now
+from megatron_llamapro.training.writing import plan_writing, write_beside, write_now
 
 
 @dataclass
@@ -141,7 +141,7 @@ class Saver:
 
     def _schedule(self, request: AsyncRequest, save: _Save) -> None:
         with failing_together(save.what):
-            self._queue.schedule_async_request(request)
+            self._queue.schedule_async_request(write_beside(request))
         save.stall_seconds = time.monotonic() - save.started
 
     def _publish(self, save: _Save) -> None:

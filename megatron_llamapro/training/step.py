@@ -115,10 +115,12 @@ def train_step(
     )
 
 
-def leave_out_step(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> StepResult:
-    """A step that reads and computes nothing, and has its place in the schedule."""
+def leave_out_step(
+    optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, *, stop_requested: bool
+) -> StepResult:
+    """A step that reads and computes nothing, and has its place in the schedule. `stop_requested`: of any rank."""
     return StepResult(
-        loss=LossSum(loss=math.nan, num_tokens=0),
+        loss=LossSum(loss=math.nan, num_tokens=0, stop_requested=stop_requested),
         grad_norm=math.nan,
         learning_rate=_end_step(optimizer, scheduler),
         outcome=Outcome.LEFT_OUT,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import pickle
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron_llamapro.checkpoint.megatron_dist import COMMON_STATE
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.runtime.distributed import failing_together, reason
+from megatron_llamapro.runtime.stop import end_with_parent
 
 _BACKEND, _VERSION = "torch_dist", 1
 
@@ -53,6 +54,19 @@ def _comparable(common: dict) -> dict:
     ranks that hold no tensor of some kind have."""
     tables = {key: _comparable(value) if isinstance(value, dict) else value for key, value in common.items()}
     return {key: value for key, value in tables.items() if value != {}}
+
+
+def write_beside(request: AsyncRequest) -> AsyncRequest:
+    """The request for a process that is forked to write: it ends with the run, else what it holds of the GPU and of the
+    memory would be missed at the next start."""
+    if request.async_fn is None:
+        return request
+    return request._replace(async_fn=partial(_in_fork, os.getpid(), request.async_fn))
+
+
+def _in_fork(parent: int, write: Callable, *arguments: object) -> None:
+    end_with_parent(parent)
+    write(*arguments)
 
 
 def write_now(request: AsyncRequest, *, what: str) -> None:

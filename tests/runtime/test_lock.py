@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.errors import ConfigError, RunError
 from megatron_llamapro.runtime.lock import RunLock
 
 HOLD = """
@@ -50,10 +50,22 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "save" / "run.lock"
 
 
+def test_an_earlier_start_of_the_same_job_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where SLURM gives up a node that still runs, and requeues the job: another try may find it ended."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    holder = hold(path, "elsewhere")
+    with pytest.raises(RunError, match=f"held by an earlier start of this job .process {holder.pid} on"), lock(path):
+        pass
+    holder.communicate()
+    with lock(path):
+        pass
+
+
 @pytest.mark.parametrize("where", ["here", "elsewhere"])
 def test_the_second_is_told_who_holds_it(where: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     holder = hold(path, where)
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
     with pytest.raises(ConfigError) as refused, lock(path):
         pass
     assert str(refused.value).startswith(

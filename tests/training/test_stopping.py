@@ -8,6 +8,8 @@ import fcntl
 import json
 import os
 import pty
+import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,13 +19,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import workers
 
 from megatron_llamapro.config.command import TRY_AGAIN
 from megatron_llamapro.config.io import dump_yaml
-from megatron_llamapro.config.schema import ParallelConfig
+from megatron_llamapro.config.schema import BlendEntry, ParallelConfig
 from megatron_llamapro.testing.checkpoints import read_tensors
 from megatron_llamapro.testing.distributed import run_distributed
 
@@ -158,6 +161,29 @@ def test_what_loads_data_ends_with_a_killed_run(run_config: Callable, start: Cal
     assert len(processes_of(config)) == 3
     run.process.kill()
     run.wait_until_gone(seconds=3)  # torch's own workers look every 5 seconds
+
+
+def test_a_failed_save_ends_a_run_that_loads_data(run_config: Callable, start: Callable) -> None:
+    """A full disk, as a limit of the size of files: no process waits for one that loads data."""
+    run = start(with_workers(run_config(train_iters=MANY), save_interval=20))
+    run.wait_for("step    3/")
+    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    code, lines = run.end()
+    assert code == TRY_AGAIN and "was not saved in" in lines[-1], lines[-5:]
+
+
+def test_a_bad_sample_ends_a_run_that_loads_data(run_config: Callable, start: Callable, tmp_path: Path) -> None:
+    config = with_workers(run_config(train_iters=MANY))
+    for entry in config.data.train:
+        for ending in (".bin", ".idx"):
+            shutil.copy(f"{entry.prefix}{ending}", tmp_path)
+    prefix = tmp_path / Path(config.data.train[0].prefix).name
+    tokens = numpy.fromfile(f"{prefix}.bin", dtype=numpy.uint16)
+    tokens[::50] = 60_000
+    tokens.tofile(f"{prefix}.bin")
+    run = start(dataclasses.replace(config, data=dataclasses.replace(config.data, train=(BlendEntry(str(prefix)),))))
+    code, lines = run.end()
+    assert code == 2 and "error: step 1:" in lines[-1] and "holds the token 60000" in lines[-1], lines[-5:]
 
 
 def test_a_second_interrupt_ends_at_once(run_config: Callable, start: Callable) -> None:
