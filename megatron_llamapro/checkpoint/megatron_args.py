@@ -69,9 +69,8 @@ _ALWAYS = {
     "qk_l2_norm": False,
     "quick_geglu": False,
     "softmax_type": "vanilla",
-    "moe_router_pre_softmax": False,
-    "moe_router_score_function": "softmax",
 }
+_ALWAYS_WITH_EXPERTS = {"moe_router_pre_softmax": False, "moe_router_score_function": "softmax"}
 
 # Megatron-LM has no arguments for them: `RotaryEmbedding._apply_scaling` of megatron.core.
 _ROPE_SCALING = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
@@ -99,10 +98,10 @@ def check_args(args: object, shape: ModelShape, *, where: Path) -> None:
     """Hold a checkpoint's arguments against the model that its config.json describes.
 
     Raises:
-        CheckpointError: they contradict one another.
+        CheckpointError: they contradict one another, or the arguments say what no model here has.
     """
     said = _said(args, shape.num_layers)
-    for name, expected in _ALWAYS.items():
+    for name, expected in (_ALWAYS | _ALWAYS_WITH_EXPERTS if shape.is_moe else _ALWAYS).items():
         if name in said and said[name] != expected:
             raise CheckpointError(
                 f"{where} was saved with {name} {_text(said[name])}, which no model here has: only {expected} is "

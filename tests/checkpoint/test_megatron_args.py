@@ -123,9 +123,8 @@ ALWAYS = {
     "qk_l2_norm": (False, True),
     "quick_geglu": (False, True),
     "softmax_type": ("vanilla", "off-by-one"),
-    "moe_router_pre_softmax": (False, True),
-    "moe_router_score_function": ("softmax", "sigmoid"),
 }
+ROUTER = {"moe_router_pre_softmax": True, "moe_router_score_function": "sigmoid"}
 WINDOWS = {
     "all": ({"window_size": (15, 0)}, MISTRAL, None),
     "a list": ({"window_size": [15, 0], "window_attn_skip_freq": [1, 1, 1, 1]}, MISTRAL, None),
@@ -145,6 +144,11 @@ WINDOWS = {
     ),
 }
 MADE = {
+    "a router of a dense model": (ROUTER, {}, None),
+    **{
+        name: ({name: value}, {"model_type": "mixtral"}, f"was saved with {name} {value}, which no model here has")
+        for name, value in ROUTER.items()
+    },
     **{
         f"rope: {name}": (saved, {"rope_parameters": {"rope_theta": 5e5, **rope}}, message)
         for name, (saved, rope, message) in SAVED.items()
