@@ -12,7 +12,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import check_small, file_inside, read_small
+
+_NOTICES = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # licenses ask for it; no program reads them
 
 CARRIED_FILES = (
     "generation_config.json",
@@ -31,11 +34,9 @@ CARRIED_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *_NOTICES,
 )
-"""Patterns of names; licenses ask for it."""
+"""Patterns of names."""
 
 _AUTO_MAP, _AUTO_TOKENIZER = "auto_map", "AutoTokenizer"
 
@@ -49,17 +50,34 @@ def carry_files(source: Path, target: Path) -> None:
 
 def carried_files(folder: Path) -> dict[str, Path]:
     """What a folder has of `CARRIED_FILES`, and the code of a tokenizer that transformers does not have, by name.
+    `notices_left_out` are not among them.
 
     Raises:
         CheckpointError: one is a link out of the folder (copying it would publish another file), absurdly large, or
             only a Git-LFS pointer.
     """
     found: dict[str, Path] = {}
+    left_out = notices_left_out(folder)
     for name in [*_names(folder), *_tokenizer_code(folder)]:
-        if (path := file_inside(folder, name)) is not None:
+        if name not in left_out and (path := file_inside(folder, name)) is not None:
             check_small(path, path.stat().st_size)
             found[name] = path
     return found
+
+
+def notices_left_out(folder: Path) -> tuple[str, ...]:
+    """Licenses and the like that are links out of the folder or to nothing, e.g. to the one license of several models.
+    The model is whole without them."""
+    links = (path for pattern in _NOTICES for path in folder.glob(pattern) if path.is_symlink())
+    return tuple(sorted(path.name for path in links if not _is_inside(path)))
+
+
+def _is_inside(link: Path) -> bool:
+    try:
+        file_inside(link.parent, link.name)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _names(folder: Path) -> list[str]:

@@ -22,7 +22,7 @@ from blake3 import blake3
 
 import megatron_llamapro
 from megatron_llamapro.checkpoint.adapters import unmerged_hash
-from megatron_llamapro.checkpoint.carried import carry_files, without_code
+from megatron_llamapro.checkpoint.carried import carry_files, notices_left_out, without_code
 from megatron_llamapro.checkpoint.folder import clear, draft_of, staged
 from megatron_llamapro.checkpoint.hf_reader import check_stored_head, open_hf
 from megatron_llamapro.checkpoint.hf_writer import config_text, hf_layout
@@ -73,6 +73,8 @@ class Conversion:
     """Adapters that became part of their weights."""
     left_out_code: bool = False
     """Whether config.json named code of the model's own, which `without_code` left out."""
+    left_out_notices: tuple[str, ...] = ()
+    """As `carried.notices_left_out` says."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,7 @@ def _convert(
         seconds=time.monotonic() - started,
         num_merged=opened.num_adapters,
         left_out_code=without_code(opened.config) != opened.config,
+        left_out_notices=notices_left_out(opened.folder),
     )
 
 
@@ -292,12 +295,14 @@ def _jobs(origins: Origins, layout: TargetLayout, model: _Model) -> list[Job]:
 
 
 def _journal(draft: Path, fingerprint: str, layout: TargetLayout) -> Journal:
-    """What an earlier run has done, if it was making the same and its files are all there; else nothing."""
+    """What an earlier run has done, if it was making the same and its files are all there; else nothing. Nothing else
+    stays in the draft: the source may have lost a file since, e.g. a license, that was carried then."""
     journal = Journal(draft / JOURNAL, fingerprint)
-    if journal.is_new or not are_complete(layout.files):
-        clear(draft)
-        journal = Journal(draft / JOURNAL, fingerprint)
-    return journal
+    if not journal.is_new and are_complete(layout.files):
+        clear(draft, but={JOURNAL, *(file.path.relative_to(draft).parts[0] for file in layout.files)})
+        return journal
+    clear(draft)
+    return Journal(draft / JOURNAL, fingerprint)
 
 
 def _fingerprint(source: Checkpoint, model: _Model, layout: TargetLayout) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError
@@ -190,10 +190,10 @@ def _is_still(descriptor: int, path: Path) -> bool:
         return False
 
 
-def clear(folder: Path, *, but: str | None = None) -> None:
-    """Remove everything in a folder, `but` one file."""
+def clear(folder: Path, *, but: Collection[str] = ()) -> None:
+    """Remove everything in a folder, `but` files and folders of these names."""
     for path in folder.iterdir():
-        if path.name == but:
+        if path.name in but:
             continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 

@@ -75,6 +75,11 @@ SIGNS: tuple[tuple[str, str], ...] = (
         r"^(tok_embeddings|layers\.\d+\.attention\.w[qkvo])\.",
         "Meta's or Mistral's own format: take the model in Hugging Face's, or convert it (transformers has scripts)",
     ),
+    (
+        r"^(score|classifier|qa_outputs)\.",
+        "a classifier's, e.g. a reward model's, which has no head for tokens: take the language model that it was made "
+        "from",
+    ),
     (r"\.layers\.\d+\.ln[12]\.", "the first Yi's names: take the newer files of that model, whose model_type is llama"),
     (r"\.(W_pack|wqkv|qkv_proj|query_key_value|gate_up_proj|c_attn)\.", _FUSED),
     (

@@ -1,5 +1,5 @@
 """Hugging Face checkpoints: where every tensor lies in their safetensors files. Headers are read and checked whole,
-tensors are not touched."""
+tensors are not touched, unless there are two of a name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_llamapro.checkpoint.folder import LATEST, TORCH_DIST_MARK
 from megatron_llamapro.checkpoint.hf_layouts import FOLDERS
-from megatron_llamapro.checkpoint.hf_tensors import Entry, check_tensors, named
+from megatron_llamapro.checkpoint.hf_tensors import Entry, are_same, check_tensors, named
 from megatron_llamapro.checkpoint.layout import StoredTensor, whole
 from megatron_llamapro.checkpoint.manifest import MANIFEST_NAME, Manifest
 from megatron_llamapro.checkpoint.opened import Checkpoint, Format
@@ -33,8 +33,8 @@ def open_hf(folder: Path) -> Checkpoint:
     """A Hugging Face checkpoint, with its configuration and lineage.
 
     Raises:
-        CheckpointError: no checkpoint, a missing or truncated shard, a tensor that is missing, unknown, there twice, of
-            the wrong shape or of an unsupported type, a model that is not supported.
+        CheckpointError: no checkpoint, a missing or truncated shard, a tensor that is missing, unknown, in two shards
+            that differ in it, of the wrong shape or of an unsupported type, a model that is not supported.
     """
     folder = Path(folder)
     _check_format(folder)
@@ -42,8 +42,9 @@ def open_hf(folder: Path) -> Checkpoint:
     config, shape = model.config, model.shape
     manifest = _read_manifest(folder, config, shape)
     states = {path: state_of(path) for path in _shards(folder)}
-    stored = _read_headers(states)
-    _check_index(folder, stored, shape)
+    promised = _promised(folder)
+    stored = _read_headers(states, promised)
+    _check_index(folder, stored, shape, promised)
     entries = named(stored, shape)
     types = check_tensors(folder, entries, shape, config)
     head = _stored_head(folder, entries) if shape.tie_word_embeddings else None
@@ -154,20 +155,27 @@ def _weight_map(index: Path) -> dict[str, str]:
     return names
 
 
-def _read_headers(paths: Iterable[Path]) -> dict[str, Entry]:
-    """Every tensor of all files."""
+def _promised(folder: Path) -> dict[str, str]:
+    """Tensor name → file name, where an index says it."""
+    index = folder / INDEX_FILE
+    return _weight_map(index) if index.is_file() and not (folder / SINGLE_FILE).is_file() else {}
+
+
+def _read_headers(paths: Iterable[Path], promised: Mapping[str, str]) -> dict[str, Entry]:
+    """Every tensor of all files; of two that are the same the one that the index names."""
     entries: dict[str, Entry] = {}
     for path in paths:
-        found = _read_header(path)
-        for name in found:
+        for name, entry in _read_header(path).items():
             if not name.isprintable():
                 raise CheckpointError(f"{path} names a tensor {name[:80]!r}: it is damaged")
-            if name in entries:
+            if name in entries and not are_same(entries[name], entry):
                 raise CheckpointError(
                     f"{path.parent}: the tensor {name[:200]} is in two shards, {entries[name].path.name} and "
-                    f"{path.name}, and programs differ in which they take: save the model again, or restore its shards"
+                    f"{path.name}, which differ, and so do programs in which they take: save the model again, or "
+                    "restore its shards"
                 )
-        entries.update(found)
+            if name not in entries or promised.get(name) == path.name:
+                entries[name] = entry
     return entries
 
 
@@ -195,12 +203,9 @@ def _read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _check_index(folder: Path, entries: Mapping[str, Entry], shape: ModelShape) -> None:
+def _check_index(folder: Path, entries: Mapping[str, Entry], shape: ModelShape, promised: Mapping[str, str]) -> None:
     """Every tensor that the index promises is in the shard it names, but for what can be left out."""
-    index = folder / INDEX_FILE
-    if not index.is_file() or (folder / SINGLE_FILE).is_file():
-        return
-    for name, shard in _weight_map(index).items():
+    for name, shard in promised.items():
         if name not in entries and is_known_extra(name, shape):
             continue
         if name not in entries or entries[name].path.name != shard:

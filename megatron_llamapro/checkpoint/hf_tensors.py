@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_llamapro.checkpoint.hf_layouts import quantised, what_they_are
+from megatron_llamapro.checkpoint.layout import whole
+from megatron_llamapro.checkpoint.streaming import SourceFiles, stored_hash
 from megatron_llamapro.checkpoint.weight_map import (
     EMBEDDING,
     FINAL_NORM,
@@ -103,6 +105,19 @@ class Types(NamedTuple):
     """That of most numbers, e.g. bfloat16."""
     others: dict[str, str]
     """Of the tensors that are stored in another one, by name."""
+
+
+def are_same(one: Entry, other: Entry) -> bool:
+    """Whether two tensors of a supported type are the same to the last bit. Reads both."""
+    dtype = _DTYPES.get(one.dtype)
+    if dtype is None or one[:2] != other[:2]:  # type and shape
+        return False
+    size = (math.prod(one.shape),)
+    with SourceFiles() as files:
+        ours, theirs = (
+            stored_hash(whole(size, each.path, each.offset), files, ITEMSIZES[dtype]) for each in (one, other)
+        )
+    return ours == theirs
 
 
 def check_tensors(folder: Path, entries: Mapping[str, Entry], shape: ModelShape, config: Mapping) -> Types:

@@ -57,6 +57,9 @@ def summary(conversion: Conversion) -> str:
         lines.append(f"{conversion.num_merged} low-rank adapters were merged into their weights")
     if conversion.left_out_code:
         lines.append("auto_map in config.json names code of the model's own: it is left out (docs/converter.md)")
+    if conversion.left_out_notices:
+        names = ", ".join(conversion.left_out_notices)
+        lines.append(f"links out of the source's folder, or to nothing, are left out: {names}; add the texts by hand")
     if conversion.is_foreign:
         lines.append("the source has no llamapro.json: it was taken as a model that was never expanded")
     if conversion.num_resumed_bytes:

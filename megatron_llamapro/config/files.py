@@ -47,9 +47,18 @@ def file_inside(folder: Path, name: str) -> Path | None:
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path} is not a regular file")
     if home not in real.parents and not _is_blob_of(home, real):
-        raise CheckpointError(f"{path} is a link out of its folder, to {real}: copy the file there, then try again")
+        raise CheckpointError(f"{path} is a link out of its folder, to {real}: {_instead_of_link(Path(folder), real)}")
     check_fetched(path)
     return path
+
+
+def _instead_of_link(folder: Path, real: Path) -> str:
+    """What to do about a link that is not followed. huggingface_hub before 0.23 made folders of links to its cache."""
+    repository = real.parent.parent
+    if real.parent.name != "blobs" or not repository.name.startswith("models--"):
+        return "copy the file there, then try again"
+    hub_id = repository.name.removeprefix("models--").replace("--", "/")
+    return f"copy the folder with `cp -rL {folder} NEW`, or fetch it with `hf download {hub_id} --local-dir NEW`"
 
 
 def _is_blob_of(home: Path, real: Path) -> bool:

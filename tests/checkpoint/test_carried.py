@@ -133,6 +133,26 @@ def test_a_link_out_of_the_folder_among_the_templates(place: str, damaged: Tiny,
     assert not (tmp_path / "it").exists()
 
 
+@pytest.mark.parametrize("link", ["../LICENSE", "nothing", "LICENSE"], ids=["out", "to nothing", "a loop"])
+def test_a_license_that_is_a_link_is_left_out(link: str, damaged: Tiny, tmp_path: Path) -> None:
+    """As in a repository of several models. Inside the folder it is followed."""
+    source = damaged()
+    (tmp_path / "LICENSE").write_text("of all models")
+    (source / "LICENSE").symlink_to(link)
+    (source / "legal.txt").write_text("notice")
+    (source / "NOTICE.txt").symlink_to("legal.txt")
+    done = expand_hf(source, tmp_path / "expanded", expansion=Expansion.at(2))
+    assert "links out of the source's folder, or to nothing, are left out: LICENSE; add" in summary(done)
+    assert "NOTICE" not in summary(done)
+    assert not (tmp_path / "expanded" / "LICENSE").exists()
+    assert (tmp_path / "expanded" / "NOTICE.txt").read_text() == "notice"
+    assert "left out" not in summary(expand_hf(tmp_path / "expanded", tmp_path / "again", expansion=Expansion.at(2)))
+    (source / "tokenizer_config.json").unlink()
+    (source / "tokenizer_config.json").symlink_to(link)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json (is a link|cannot be opened)"):
+        expand_hf(source, tmp_path / "other", expansion=Expansion.at(2))
+
+
 RAN = "from pathlib import Path\nPath({mark!r}).write_text(__name__)\n"
 TOKENIZER_CODE = {
     "tokenization_own.py": "from transformers import PreTrainedTokenizerFast\n"

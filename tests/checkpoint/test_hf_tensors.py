@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    FineGrainedFP8Config,
+)
 
 from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, megatron_to_hf
 from megatron_llamapro.checkpoint.hf_layouts import SIGNS, quantised, what_they_are
@@ -24,7 +29,7 @@ from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 Tiny = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
 
-SINGLE = "model.safetensors"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADDED = Expansion.at(2, 5)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -170,6 +175,7 @@ FOREIGN = {
     "the first Yi": (renamed("input_layernorm", "ln1"), "newer files of that model, whose model_type is llama"),
     "fused projections": (renamed("self_attn.q_proj", "self_attn.qkv_proj"), "stored fused"),
     "experts of another family": (renamed("mlp.up_proj", "mlp.experts.0.up_proj"), "otherwise than Mixtral's"),
+    "a reward model": (renamed("lm_head", "score"), r"it has score\.weight: a classifier's, e\.g\. a reward model's"),
     "no head": (lambda t: {k: v for k, v in t.items() if k != HEAD}, "saved without its head, as embedding models are"),
     "quantised, and config.json is silent": (renamed("up_proj.weight", "up_proj.qweight"), "quantised weights cannot"),
     "fp8 saved again": (lambda t: {**t, UP + "_scale_inv": torch.ones(1)}, "quantised weights cannot be expanded"),
@@ -254,6 +260,40 @@ def test_a_tensor_in_two_shards_is_named_with_both(damaged: Tiny, tmp_path: Path
     with pytest.raises(CheckpointError, match=f"{UP} is in two shards, model-.* and model-") as refusal:
         hf_to_megatron(source, tmp_path / "megatron")
     assert all(shard.name in str(refusal.value) for shard in (holder, other))
+
+
+@pytest.mark.parametrize("named", [0, 1], ids=["the first is named", "the second is named"])
+def test_a_tensor_that_is_the_same_in_two_shards(named: int, damaged: Tiny, tmp_path: Path) -> None:
+    """Whichever the index names."""
+    source = damaged(max_shard_size="50KB")
+    hf_to_megatron(source, tmp_path / "expected")
+    shards = sorted(source.glob("model-*.safetensors"))
+    holder = next(shard for shard in shards if UP in load_file(shard))
+    other = shards[0] if holder != shards[0] else shards[1]
+    held = load_file(holder)[UP]
+    save_file({**load_file(other), UP: held}, other, metadata={"format": "pt"})
+    index = json.loads((source / INDEX).read_text())
+    index["weight_map"][UP] = sorted([holder, other])[named].name
+    (source / INDEX).write_text(json.dumps(index))
+    assert logits_of(source).isfinite().all()  # transformers reads it
+    hf_to_megatron(source, tmp_path / "megatron")
+    ours, expected = ((tmp_path / name / "__0_0.distcp").read_bytes() for name in ("megatron", "expected"))
+    assert ours == expected
+    for changed in (held.half(), held[:-1], held.nextafter(torch.tensor(9.0))):
+        save_file({**load_file(other), UP: changed.contiguous()}, other, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"{UP} is in two shards, model-.* and model-.*, which differ"):
+            hf_to_megatron(source, tmp_path / "differs")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_a_classifier_is_called_one(kind: type, family: str, tiny_model: Tiny, tmp_path: Path) -> None:
+    """As transformers saves it; a tied one lacks nothing but has a tensor too many."""
+    for tied in (True, False):
+        model = kind.from_pretrained(tiny_model(model_type=family, tie_word_embeddings=tied), num_labels=1)
+        model.save_pretrained(tmp_path / "it")
+        with pytest.raises(CheckpointError, match=r"it has score\.\S+.*: a classifier's, e\.g\. a reward model's"):
+            hf_to_megatron(tmp_path / "it", tmp_path / "megatron")
 
 
 def to_fp8(tensors: Tensors) -> Tensors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,22 @@ def test_every_command_reads_a_snapshot(shared: bool, subfolder: str, tiny_llama
     assert all(check.ok for check in verify(snapshot, tmp_path / "expanded", quick=True))
     assert inspect(snapshot).format == Format.HUGGING_FACE
     assert load_tokenizer(snapshot).digest == load_tokenizer(model).digest
+
+
+def test_a_folder_of_links_into_the_cache(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """What `--local-dir` made before huggingface_hub 0.23; what is said to do makes a model of it."""
+    snapshot = download(tiny_llama(), tmp_path / "hub", shared=False)
+    local = tmp_path / "local"
+    local.mkdir()
+    for path in snapshot.iterdir():
+        (local / path.name).symlink_to(path.resolve())
+    with pytest.raises(CheckpointError, match=r"is a link out of its folder, .*: copy the folder with") as refusal:
+        hf_to_megatron(local, tmp_path / "it")
+    assert str(refusal.value).endswith(" or fetch it with `hf download x/y --local-dir NEW`")
+    [command] = re.findall(r"`(cp .*?)`", str(refusal.value))
+    subprocess.run(command.replace("NEW", str(tmp_path / "new")).split(), check=True)
+    assert contents(tmp_path / "new") == contents(tiny_llama())
+    hf_to_megatron(tmp_path / "new", tmp_path / "it")
 
 
 def secret(tmp_path: Path, place: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from megatron_llamapro.checkpoint.convert import hf_to_megatron, legacy, megatron_to_hf
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.runtime.upstream import import_megatron
 
 Tiny = Callable[..., Path]
 
@@ -36,12 +38,20 @@ def foreign(request: pytest.FixtureRequest, tiny_llama: Tiny, tmp_path: Path) ->
     hf_to_megatron(tiny_llama(**ROPE), tmp_path / "legacy", kind=legacy())
     if request.param == "torch_dist":
         hf_to_megatron(tiny_llama(**ROPE), tmp_path / "torch_dist")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            saved = torch.load(tmp_path / "legacy/release/mp_rank_00/model_optim_rng.pt", weights_only=True)
-        common = torch.load(tmp_path / "torch_dist" / "common.pt", weights_only=True)
-        torch.save({**common, "args": saved["args"]}, tmp_path / "torch_dist" / "common.pt")
+        save_args(tmp_path / "torch_dist", saved_args(tmp_path / "legacy"))
     (tmp_path / request.param / "llamapro.json").unlink()
     return tmp_path / request.param
+
+
+def saved_args(folder: Path) -> argparse.Namespace:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(folder / "release/mp_rank_00/model_optim_rng.pt", weights_only=True)["args"]
+
+
+def save_args(folder: Path, args: argparse.Namespace) -> None:
+    """Where a torch_dist checkpoint of Megatron-LM has its arguments."""
+    common = torch.load(folder / "common.pt", weights_only=True)
+    torch.save({**common, "args": args}, folder / "common.pt")
 
 
 def set_fields(folder: Path, fields: dict) -> None:
@@ -62,6 +72,115 @@ def test_what_it_was_saved_with_contradicts_it(fields: dict, message: str, forei
 def test_a_base_that_is_no_whole_number_is_kept(tiny_llama: Tiny, tmp_path: Path) -> None:
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.5}}
     hf_to_megatron(tiny_llama(**rope), tmp_path / "it", kind=legacy())
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        saved = torch.load(tmp_path / "it/release/mp_rank_00/model_optim_rng.pt", weights_only=True)
-    assert saved["args"].rotary_base == 10000.5
+    assert saved_args(tmp_path / "it").rotary_base == 10000.5
+
+
+APPLIED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, **APPLIED}
+PLAIN, LINEAR = {"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}
+MISTRAL = {"model_type": "mistral", "sliding_window": 16}
+QWEN = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}
+
+# What Megatron-LM saves → fields of the config.json beside it, and whose function it is then: None, the same.
+SAVED = {
+    "llama3": ({"use_rope_scaling": True, "rope_scaling_factor": 8.0}, LLAMA3, None),
+    "llama3 of old": ({"use_rope_scaling": True}, LLAMA3, None),
+    "defaults": ({"use_rope_scaling": False, "rope_scaling_factor": 8.0}, PLAIN, None),
+    "llama3 unsaid": (
+        {"use_rope_scaling": True, "rope_scaling_factor": 8.0},
+        PLAIN,
+        "use_rope_scaling True, its config.json makes that False",
+    ),
+    "factor": (
+        {"use_rope_scaling": True, "rope_scaling_factor": 8.0},
+        {**LLAMA3, "factor": 32.0},
+        "rope_scaling_factor 8, its config.json makes that 32",
+    ),
+    "low frequencies": ({"use_rope_scaling": True}, {**LLAMA3, "low_freq_factor": 2.0}, "low_freq_factor 1, its"),
+    "original length": (
+        {"use_rope_scaling": True},
+        {**LLAMA3, "original_max_position_embeddings": 4096},
+        "original_max_position_embeddings 8192, its config.json makes that 4096",
+    ),
+    "linear": ({"rotary_seq_len_interpolation_factor": 4}, LINEAR, None),
+    "linear unsaid": (
+        {"rotary_seq_len_interpolation_factor": 4},
+        PLAIN,
+        "rotary_seq_len_interpolation_factor 4, its config.json makes that 1",
+    ),
+    "by one": ({"rotary_seq_len_interpolation_factor": 1}, PLAIN, None),
+    "two kinds": ({"use_rope_scaling": True}, LINEAR, "use_rope_scaling True, its config.json makes that False"),
+}
+ALWAYS = {
+    "apply_layernorm_1p": (False, True),
+    "layernorm_zero_centered_gamma": (False, True),
+    "rotary_percent": (1.0, 0.5),
+    "rotary_interleaved": (False, True),
+    "position_embedding_type": ("learned_absolute", "none"),
+    "no_rope_freq": (None, 4),
+    "normalization": ("LayerNorm", "other"),
+    "apply_residual_connection_post_layernorm": (False, True),
+    "qk_l2_norm": (False, True),
+    "quick_geglu": (False, True),
+    "softmax_type": ("vanilla", "off-by-one"),
+}
+ROUTER = {"moe_router_pre_softmax": True, "moe_router_score_function": "sigmoid"}
+WINDOWS = {
+    "all": ({"window_size": (15, 0)}, MISTRAL, None),
+    "a list": ({"window_size": [15, 0], "window_attn_skip_freq": [1, 1, 1, 1]}, MISTRAL, None),
+    "without end": ({"window_size": (-1, -1)}, {}, None),
+    "of no layer": ({"window_size": (15, 0), "window_attn_skip_freq": 1}, {}, None),
+    "where there are none": (
+        {"window_size": (4095, 0)},
+        {},
+        r"window_size \(4095, 0\), its config.json makes that None",
+    ),
+    "another": ({"window_size": (31, 0)}, MISTRAL, r"window_size \(31, 0\), its config.json makes that \(15, 0\)"),
+    "some": ({"window_size": (15, 0), "window_attn_skip_freq": [0, 0, 1, 1]}, QWEN, None),
+    "others": (
+        {"window_size": (15, 0), "window_attn_skip_freq": 2},
+        QWEN,
+        r"window_attn_skip_freq \(1, 0, 1, 0\), its config.json makes that \(0, 0, 1, 1\)",
+    ),
+}
+MADE = {
+    "a router of a dense model": (ROUTER, {}, None),
+    **{
+        name: ({name: value}, {"model_type": "mixtral"}, f"was saved with {name} {value}, which no model here has")
+        for name, value in ROUTER.items()
+    },
+    **{
+        f"rope: {name}": (saved, {"rope_parameters": {"rope_theta": 5e5, **rope}}, message)
+        for name, (saved, rope, message) in SAVED.items()
+    },
+    **{f"windows: {name}": row for name, row in WINDOWS.items()},
+    **{f"{name} unset": ({name: default}, {}, None) for name, (default, _) in ALWAYS.items()},
+    **{
+        name: ({name: value}, {}, f"was saved with {name} {value}, which no model here has")
+        for name, (_, value) in ALWAYS.items()
+    },
+}
+
+
+@pytest.mark.parametrize(("saved", "fields", "message"), MADE.values(), ids=MADE.keys())
+def test_arguments_that_no_tensor_shows(
+    saved: dict, fields: dict, message: str | None, tiny_llama: Tiny, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "foreign"
+    hf_to_megatron(tiny_llama(**fields), foreign)
+    (foreign / "llamapro.json").unlink()
+    save_args(foreign, argparse.Namespace(**saved))
+    if message is None:
+        megatron_to_hf(foreign, tmp_path / "it")
+        return
+    with pytest.raises(CheckpointError, match=message) as refusal:
+        megatron_to_hf(foreign, tmp_path / "it")
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_megatron_core_applies_is_no_argument_of_it() -> None:
+    import_megatron()
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    parameters = inspect.signature(RotaryEmbedding._apply_scaling).parameters
+    assert {name: parameters[name].default for name in parameters if name not in ("self", "freqs", "factor")} == APPLIED

@@ -16,7 +16,15 @@ from pathlib import Path
 import numpy
 import pytest
 
-from megatron_llamapro.checkpoint.convert import JOURNAL, Options, expand_hf, hf_to_megatron, legacy
+from megatron_llamapro.checkpoint.convert import (
+    JOURNAL,
+    TORCH_DIST,
+    Options,
+    TargetKind,
+    expand_hf,
+    hf_to_megatron,
+    legacy,
+)
 from megatron_llamapro.checkpoint.hf_writer import hf_layout
 from megatron_llamapro.checkpoint.layout import StoredTensor
 from megatron_llamapro.checkpoint.transfer import Journal, TargetFiles
@@ -44,7 +52,8 @@ print(done.num_resumed_bytes)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +185,25 @@ def test_a_source_that_changed_since_is_not_gone_on_with(damaged: Tiny, tmp_path
     cut_short(hf_to_megatron, source, tmp_path / "it", 300_000)
     os.utime(source / "model.safetensors", (1, 1))
     assert hf_to_megatron(source, tmp_path / "it", options=Options(resume=True)).num_resumed_bytes == 0
+
+
+@pytest.mark.parametrize("kind", [TORCH_DIST, legacy(tensor_model_parallel_size=2)], ids=["torch_dist", "legacy"])
+def test_files_that_the_source_lost_since_are_not_in_the_target(
+    kind: TargetKind, damaged: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_llamapro.checkpoint.transfer.BATCH_BYTES", 20_000)
+    source = damaged()
+    (source / "LICENSE.txt").write_text("of another model")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("template")
+    cut_short(hf_to_megatron, source, tmp_path / "it", 300_000, kind=kind)
+    assert (tmp_path / ".it.partial" / "LICENSE.txt").exists()
+    (source / "LICENSE.txt").unlink()
+    shutil.rmtree(source / "additional_chat_templates")
+    assert hf_to_megatron(source, tmp_path / "it", kind=kind, options=Options(resume=True)).num_resumed_bytes > 0
+    hf_to_megatron(source, tmp_path / "fresh", kind=kind)
+    assert contents(tmp_path / "it") == contents(tmp_path / "fresh")
+    assert not any(path.is_dir() for path in (tmp_path / "it").iterdir() if path.name != "release")
 
 
 def test_a_journal_whose_last_line_was_cut(tmp_path: Path) -> None:

@@ -119,3 +119,9 @@ def test_without_the_package_a_tool_says_so(tool: str) -> None:
     code, out, errors = typed(f"tools/{tool} --help", options=["-S"], variables={"PYTHONPATH": ""})
     assert (code, out, errors.count("\n")) == (2, "", 1), errors
     assert errors.startswith(f"error: the module megatron_llamapro is not in this Python ({sys.executable}): ")
+
+
+@pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "tools").glob("[!_]*.py")))
+def test_a_tool_is_a_module_too(tool: str) -> None:
+    """`python -m tools.NAME` from the repository's folder."""
+    assert typed(f"-m tools.{tool} --help") == typed(f"tools/{tool}.py --help")
