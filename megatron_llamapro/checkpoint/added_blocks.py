@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from itertools import groupby
 
 import numpy
 
 from megatron_llamapro.checkpoint.adapters import rows_of
-from megatron_llamapro.checkpoint.casting import NormalRows, cast
+from megatron_llamapro.checkpoint.casting import NormalRows, cast_along
 from megatron_llamapro.checkpoint.lineage import after_rounds
 from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.origins import Origins, is_zeroed
@@ -47,7 +48,7 @@ class _Beginning:
     name: str
     is_zeroed: bool
     rows: tuple[Rows, ...]
-    """What it may have been, by whether a cast came before or after; empty: drawn with a seed that nobody noted."""
+    """What it may have been, by which casts came before and after; empty: drawn with a seed that nobody noted."""
 
 
 @dataclass(frozen=True)
@@ -121,20 +122,28 @@ class AddedBlocks:
         there = plan.layers_after(number)
         weights = weights_of(self.expanded.shape.with_layers(there))
         origins = {
-            dtype: Origins(before, self.files, plan.after(number), dtype, init, seed or 0)
-            for dtype in (self.expanded.dtype, before.dtype)
+            types: Origins(before, self.files, plan.after(number), types[0], init, seed or 0)
+            for types in self._ways(before.dtype)
         }
         for weight, name, _ in iter_hf([weight for weight in weights if weight.layer == there.index(layer)]):
-            rows = {dtype: origin.rows(weight, name) for dtype, origin in origins.items()}
+            rows = {types: origin.rows(weight, name) for types, origin in origins.items()}
             yield _Beginning(
                 hf_name_in_layer(name, layer),
                 is_zeroed(weight, name, init),
                 tuple(
-                    cast(made, source=dtype, target=self.expanded.dtype, name=name)
-                    for dtype, made in rows.items()
+                    cast_along(made, types=types, name=name)
+                    for types, made in rows.items()
                     if seed is not None or not isinstance(made, NormalRows)
                 ),
             )
+
+    def _ways(self, before: str) -> list[tuple[str, ...]]:
+        """The type that a block of a model of type `before` may have been made in, and those it was cast to since: the
+        manifest's type is one that the model once had."""
+        assert self.expanded.manifest is not None
+        now, noted_in = self.expanded.dtype, self.expanded.manifest.hash_dtype
+        ways = [(now,), (before, now), (noted_in, now), (before, noted_in, now)]
+        return [tuple(dtype for dtype, _ in groupby(way)) for way in ways]
 
     def _holds(self, beginning: _Beginning) -> bool:
         """Whether a tensor is what it began as, as far as that is known."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 def cast(rows: Rows, *, source: str, target: str, name: str) -> Rows:
     """Rows in `target`, themselves if that is their type. Errors of `CastRows`."""
     return rows if source == target else CastRows(rows, source=source, target=target, name=name)
+
+
+def cast_along(rows: Rows, *, types: Sequence[str], name: str) -> Rows:
+    """Rows of the first of `types`, cast to each of the others in turn. Errors of `CastRows`."""
+    for source, target in pairwise(types):
+        rows = cast(rows, source=source, target=target, name=name)
+    return rows
 
 
 class CastRows:

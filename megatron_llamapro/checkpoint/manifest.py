@@ -64,6 +64,12 @@ class Manifest:
         """Type of the bytes that `original_hashes` are of."""
         return self.hashed_as or self.dtype
 
+    @property
+    def casts(self) -> tuple[str, ...]:
+        """The types that original tensors were cast to, in turn: `hash_dtype` first, where `dtype` can hold what that
+        cast lost. (float32 loses nothing.)"""
+        return (self.dtype,) if self.hash_dtype in (self.dtype, "float32") else (self.hash_dtype, self.dtype)
+
     def stored_as(self, dtype: str) -> Manifest:
         """The manifest of the same model with its weights in `dtype`. Hashes stay what they are: those of the first
         source's own bytes, which a cast one can be held against by casting the source too."""

@@ -5,7 +5,7 @@ Ours reads config.json by our rules, on both sides alike; that the reading is ri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from megatron_llamapro.checkpoint.opened import Checkpoint
 from megatron_llamapro.checkpoint.sources import OpenTensors
 from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.model.families import MANIFEST_KEY, model_shape, spelled_for_all
+from megatron_llamapro.model.families import MANIFEST_KEY, family_of, model_shape, spelled_for_all
 
 if TYPE_CHECKING:
     import torch
@@ -38,11 +38,11 @@ class Check:
 
 
 class Watched(OpenTensors):
-    """Tensors of a model in one type, that report every byte that is read of them."""
+    """Tensors of a model, cast to each of `types` in turn, that report every byte that is read of them."""
 
-    def __init__(self, checkpoint: Checkpoint, files: SourceFiles, dtype: str, progress: Progress) -> None:
+    def __init__(self, checkpoint: Checkpoint, files: SourceFiles, types: Sequence[str], progress: Progress) -> None:
         super().__init__(checkpoint, files)
-        self._wanted, self._progress = dtype, progress
+        self._types, self._progress = types, progress
         self.config = _with_short_window(checkpoint.config)
         self.shape = model_shape(self.config)
 
@@ -51,11 +51,14 @@ class Watched(OpenTensors):
 
         tensor = super().tensor(name)
         self._progress(tensor.nbytes)
-        return tensor.to(getattr(torch, self._wanted))
+        for dtype in self._types:
+            tensor = tensor.to(getattr(torch, dtype))
+        return tensor
 
 
 def _with_short_window(config: Mapping) -> dict:
-    window = config.get("sliding_window", _LONGEST_WINDOW + 1)  # absent, it is long in some families
+    # A window that config.json names is shortened also where we see none, so that transformers shows a misreading.
+    window = {**family_of(config).defaults, **config}.get("sliding_window")
     is_longer = isinstance(window, int) and window > _LONGEST_WINDOW
     shorter = {"sliding_window": _LONGEST_WINDOW} if is_longer else {}
     return {**{name: value for name, value in config.items() if name != MANIFEST_KEY}, **shorter}

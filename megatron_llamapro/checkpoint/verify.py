@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_llamapro.checkpoint.adapters import rows_of, unmerged_hash
 from megatron_llamapro.checkpoint.added_blocks import AddedBlocks, BlockReport, BlockState
+from megatron_llamapro.checkpoint.casting import cast_along
 from megatron_llamapro.checkpoint.convert import default_workers
 from megatron_llamapro.checkpoint.hf_reader import check_stored_head
 from megatron_llamapro.checkpoint.lineage import name_now, original_name
@@ -62,8 +63,8 @@ def verify(
     ):
         for checkpoint in (source, result):
             check_stored_head(checkpoint, files)
-        hashes = _hashes(result, result.dtype, files, pool, progress)
-        kept = _Kept(source, result, _hashes(source, result.dtype, files, pool, progress), hashes)
+        hashes = _hashes(result, (result.dtype,), files, pool, progress)
+        kept = _kept(source, result, hashes, files, pool, progress)
         yield _check_originals(kept)
         yield _check_manifest(kept, _hashes_as_noted(kept, files, pool, progress))
         if result.base is not None:
@@ -76,18 +77,20 @@ def verify(
             yield _check_blocks(blocks, trained)
         may_differ = trained is Trained.ADDED_BLOCKS and kept.moved(kept.earlier)
         if not quick and not may_differ and not any(block.state is BlockState.TRAINED for block in blocks):
-            yield check_function(*(Watched(model, files, result.dtype, progress) for model in (source, result)))
+            yield check_function(
+                Watched(source, files, kept.types, progress), Watched(result, files, (result.dtype,), progress)
+            )
 
 
 def _hashes(
-    checkpoint: Checkpoint, dtype: str, files: SourceFiles, pool: ThreadPoolExecutor, progress: Progress
+    checkpoint: Checkpoint, types: Sequence[str], files: SourceFiles, pool: ThreadPoolExecutor, progress: Progress
 ) -> dict[str, str]:
-    """The hash of every tensor, as it is in `dtype`."""
+    """The hash of every tensor, cast to each of `types` in turn."""
 
     def hash_of(name: str) -> str:
         tensor = checkpoint.tensors[name]
-        rows = rows_of(checkpoint, name, files, dtype=dtype)
-        return hash_rows(rows, tensor, ITEMSIZES[dtype], progress=progress)
+        rows = cast_along(rows_of(checkpoint, name, files, dtype=types[0]), types=types, name=name)
+        return hash_rows(rows, tensor, ITEMSIZES[types[-1]], progress=progress)
 
     return dict(zip(checkpoint.tensors, pool.map(hash_of, checkpoint.tensors), strict=True))
 
@@ -118,8 +121,10 @@ class _Kept:
 
     source: Checkpoint
     result: Checkpoint
+    types: tuple[str, ...]
+    """The types that the source's are cast to, one after the other; the last is the result's."""
     expected: Mapping[str, str]
-    """Hashes of the source's, in the result's type, by their names there."""
+    """Hashes of the source's after these casts, by their names there."""
     actual: Mapping[str, str]
     """Hashes of the result's."""
 
@@ -142,11 +147,42 @@ class _Kept:
         return [self.now(name) for name in names if self.actual[self.now(name)] != self.expected[name]]
 
 
+def _kept(
+    source: Checkpoint,
+    result: Checkpoint,
+    actual: Mapping[str, str],
+    files: SourceFiles,
+    pool: ThreadPoolExecutor,
+    progress: Progress,
+) -> _Kept:
+    """What of `source` is in `result`, whose hashes are `actual`.
+
+    Where the manifest tells of a cast to a narrower type, the source may be from before it, or from after it (trained
+    since, in a wider type, and expanded again). The way that leaves fewer tensors that differ is taken.
+    """
+
+    def after(*types: str) -> _Kept:
+        return _Kept(source, result, types, _hashes(source, types, files, pool, progress), actual)
+
+    assert result.manifest is not None
+    casts = result.manifest.casts
+    if len(casts) == 1 or _types(source) == [casts[0]]:
+        return after(result.dtype)
+    before = after(*casts)
+    if not before.moved(before.expected):
+        return before
+    return min(before, after(result.dtype), key=lambda kept: len(kept.moved(kept.expected)))
+
+
+def _types(checkpoint: Checkpoint) -> list[str]:
+    return sorted({checkpoint.dtype, *checkpoint.other_dtypes.values()})
+
+
 def _check_originals(kept: _Kept) -> Check:
     """Tensors of the first source model are the original's, bit for bit."""
-    source, result, number = kept.source, kept.result, len(kept.originals)
-    types = sorted({source.dtype, *source.other_dtypes.values()})
-    how = f", after the cast from {' and '.join(types)} to {result.dtype}" if types != [result.dtype] else ""
+    types, number = _types(kept.source), len(kept.originals)
+    casts = f", after the cast from {' and '.join(types)} to {', then to '.join(kept.types)}"
+    how = casts if types != [*kept.types] else ""
     moved = kept.moved(kept.originals)
     return _check_none(moved, "original tensors", f"of {number} moved", f"{number} bit-identical{how}")
 
@@ -155,14 +191,14 @@ def _hashes_as_noted(
     kept: _Kept, files: SourceFiles, pool: ThreadPoolExecutor, progress: Progress
 ) -> Mapping[str, str] | None:
     """Hashes of the original tensors, by their names in `source`, in the type that the manifest noted them in: those
-    of `result`, or of `source` where `result` was cast since; None where both were."""
+    of `result`, or of `source` where `result` was cast since; None where that has other values in that type."""
     source, result = kept.source, kept.result
     assert result.manifest is not None
     noted_in = result.manifest.hash_dtype
     if result.dtype == noted_in:
         return {name: kept.actual[kept.now(name)] for name in kept.originals}
-    if source.dtype == noted_in and not source.other_dtypes:
-        return _hashes(source, noted_in, files, pool, progress)
+    if _types(source) == [noted_in] or noted_in in kept.types:
+        return _hashes(source, (noted_in,), files, pool, progress)
     return None
 
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron
+from megatron_llamapro.checkpoint.same_function import Watched
 from megatron_llamapro.checkpoint.sources import OpenTensors, open_checkpoint
-from megatron_llamapro.checkpoint.streaming import SourceFiles
+from megatron_llamapro.checkpoint.streaming import SourceFiles, nothing
 from megatron_llamapro.checkpoint.transformers_model import TheirModel, their_model
 from megatron_llamapro.checkpoint.verify import Check, verify
 from megatron_llamapro.config.errors import CheckpointError
@@ -146,6 +147,26 @@ def test_a_misread_configuration_is_seen(
     assert not line.ok
     assert line.text.startswith("by this program's reading logits are equal, bit for bit, on 32 random tokens, but ")
     assert re.search(message, line.text), line.text
+
+
+@pytest.mark.parametrize("model_type", families.FAMILIES)
+def test_a_window_that_is_absent_is_shortened_where_the_family_has_one(
+    model_type: str, tiny_model: Tiny, tmp_path: Path
+) -> None:
+    """A family's default is what transformers says. Where that is no window, all tokens stay in sight."""
+    switch = {"use_sliding_window": True} if "qwen" in model_type else {}
+    source = with_fields(tiny_model(model_type=model_type), tmp_path / "source", {})
+    path = source / "config.json"
+    config = {name: value for name, value in json.loads(path.read_text()).items() if name != "sliding_window"} | switch
+    path.write_text(json.dumps(config))
+    default = getattr(AutoConfig.for_model(model_type, **switch), "sliding_window", None)
+    with SourceFiles() as files:
+        watched = Watched(open_checkpoint(source), files, ("float32",), nothing)
+        assert watched.config == config | ({"sliding_window": 8} if default else {})
+        found = their_model(watched.config, watched, TOKENS).logits
+    with torch.no_grad():
+        whole = AutoModelForCausalLM.from_pretrained(source)(TOKENS, use_cache=False).logits
+    assert default or torch.allclose(found, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_without_transformers_it_says_what_is_not_shown(

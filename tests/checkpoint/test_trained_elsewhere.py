@@ -18,7 +18,7 @@ from megatron_llamapro.checkpoint.inspection import inspect
 from megatron_llamapro.checkpoint.manifest import Manifest
 from megatron_llamapro.checkpoint.verify import Check, verify
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.inits import Expansion, Init
 from megatron_llamapro.expansion.plan import Trained
 
 Tiny = Callable[..., Path]
@@ -126,6 +126,95 @@ def test_a_trained_model_can_be_cast(export: Path, tmp_path: Path) -> None:
     manifest = Manifest.read(tmp_path / "hf")
     assert (manifest.dtype, manifest.hash_dtype) == ("bfloat16", "float32")
     assert manifest.original_hashes == Manifest.read(export).original_hashes
+
+
+WIDENED = [("float16", "bfloat16"), ("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "float16")]
+"""The original's type, and the one that it was converted to; then it is saved as float32."""
+
+
+@pytest.fixture
+def widened(tiny_llama: Tiny, tmp_path: Path) -> Path:
+    """Block 2 trained in float32, from an export in bfloat16 of a float32 original."""
+    hf_to_megatron(tiny_llama(), tmp_path / "megatron", expansion=ADDED, dtype="bfloat16")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "export")
+    return fine_tune(tmp_path / "export", tmp_path / "widened", dtype=torch.float32, only=(2,))
+
+
+@pytest.mark.parametrize(("first", "converted"), WIDENED)
+def test_added_blocks_trained_in_a_wider_type(first: str, converted: str, tiny_llama: Tiny, tmp_path: Path) -> None:
+    """The original proves all that it proves of the same model, converted back to the type of its export."""
+    original = tiny_llama(dtype=first)
+    hf_to_megatron(original, tmp_path / "megatron", expansion=ADDED, dtype=converted)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "export")
+    tuned = fine_tune(tmp_path / "export", tmp_path / "tuned", dtype=torch.float32, only=(2,))
+    hf_to_megatron(tuned, tmp_path / "back", dtype=converted)
+    for folder in (tuned, tmp_path / "back"):
+        found = checked(original, folder)
+        assert all(check.ok for check in found.values()), found
+        assert found["manifest"].text == "39 original tensors have their hash"
+        assert found["added blocks"].text == "5: identity, as when added; 2: trained"
+    cast = f"39 bit-identical, after the cast from {first} to {converted}, then to float32"
+    assert checked(original, tuned)["original tensors"].text == cast
+
+
+@pytest.mark.parametrize("init", Init)
+def test_a_megatron_checkpoint_cast_to_a_wider_type(init: Init, tiny_llama: Tiny, tmp_path: Path) -> None:
+    """Blocks of a round before the last are made again in the type that they were made in."""
+    again = Expansion.at(0, 7, init=init, seed=4)
+    hf_to_megatron(tiny_llama(), tmp_path / "1", expansion=Expansion.at(2, 5, init=init, seed=3), dtype="bfloat16")
+    megatron_to_megatron(tmp_path / "1", tmp_path / "2", expansion=again)
+    megatron_to_megatron(tmp_path / "2", tmp_path / "float32", dtype="float32")
+    for source, layers in ((tiny_llama(), "0, 3, 6, 7"), (tmp_path / "1", "0, 7")):
+        found = checked(source, tmp_path / "float32", trained=Trained.NOTHING)
+        assert all(check.ok for check in found.values()), found
+        assert found["manifest"].text == "39 original tensors have their hash"
+        assert found["added blocks"].text == f"{layers}: identity, as when added"
+        assert found["function"].text.startswith("logits are equal, bit for bit")
+
+
+def test_means_that_were_made_in_a_wider_type_than_the_source_has(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """Nor is it the one that they were cast to since."""
+    source = tiny_llama(dtype="float16")
+    hf_to_megatron(source, tmp_path / "made", expansion=Expansion.at(2, 5, init=Init.MEAN), dtype="float32")
+    megatron_to_megatron(tmp_path / "made", tmp_path / "cast", dtype="bfloat16")
+    found = checked(source, tmp_path / "cast", trained=Trained.NOTHING)
+    assert all(check.ok for check in found.values()), found
+    assert found["added blocks"].text == "2, 5: identity, as when added"
+
+
+def test_what_moved_in_a_wider_type_is_named(widened: Path, tiny_llama: Tiny) -> None:
+    """By less than the narrower type could hold; the blocks that are no copies, and hashes that are others, too."""
+    path, norm, copy = widened / "model.safetensors", "model.norm.weight", "model.layers.5.mlp.up_proj.weight"
+    tensors = load_file(path)
+    for name in (norm, copy):
+        tensors[name][..., 0] *= 1 + 2**-20
+    save_file(tensors, path, metadata={"format": "pt"})
+    found = {name: check.text for name, check in checked(tiny_llama(), widened).items() if not check.ok}
+    assert found == {
+        "original tensors": f"{norm} of 39 moved",
+        "added blocks": f"block 5: {copy} is not what init copy makes of block 4",
+    }
+    config = json.loads((widened / "config.json").read_text())
+    config["llamapro"]["original_hashes"][norm] = "0" * 64
+    (widened / "config.json").write_text(json.dumps(config))
+    assert checked(tiny_llama(), widened)["manifest"].text == f"{norm} of 39 original tensors do not have their hash"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_round_of_what_was_trained_in_a_wider_type(
+    dtype: str, widened: Path, tiny_llama: Tiny, tmp_path: Path
+) -> None:
+    """The trained block has digits that the manifest's type does not hold: they are kept, or lost on the way."""
+    again = Expansion.at(0, 7, init=Init.MEAN)
+    hf_to_megatron(widened, tmp_path / "again", expansion=again, dtype=dtype)
+    megatron_to_megatron(tmp_path / "again", tmp_path / "float32", dtype="float32")
+    for folder in (tmp_path / "again", tmp_path / "float32"):
+        found = checked(widened, folder, trained=Trained.NOTHING)
+        assert all(check.ok for check in found.values()), found
+        assert {"earlier rounds", "function"} <= found.keys()
+        found = checked(tiny_llama(), folder)
+        assert all(check.ok for check in found.values()), found
+        assert found["manifest"].text == "39 original tensors have their hash"
 
 
 def test_a_megatron_checkpoint_that_was_saved_in_another_type(tiny_llama: Tiny, tmp_path: Path) -> None:
