@@ -197,7 +197,7 @@ def _read_list(value: object, place: Place, kinds: tuple) -> list:
     if not isinstance(value, (list, tuple)):
         first = next(iter(fields_of(kind)), None)
         item = str(value) if _is_word(value) else "…"
-        words = ", ".join(word for word in re.split(r"[,\s]+", item) if word)
+        words = ", ".join(word.strip() for word in re.split(r"[,\s]+" if kind is int else ",", item) if word.strip())
         form = f"[{{{first}: {item}}}]" if first else f"[{words}]"
         place.refuse(value, f"it is a list: write {form}")
     return [read_value(kind, item, place.at(index)) for index, item in enumerate(value)]
