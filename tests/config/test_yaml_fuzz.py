@@ -21,6 +21,7 @@ from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.fields import fields_of, names_of
 from megatron_llamapro.config.io import parse_run_config, parse_sections
 from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.config.values import printable
 from megatron_llamapro.launch.config import LaunchConfig, read_launch_config
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
@@ -136,6 +137,7 @@ def ends_well(parse: Callable, file: Path, dumped: Path, *options: str) -> objec
             foreign in message for foreign in ("<class", "typing.", "unicode string")
         )
         files = [word.removeprefix("--config=") for word in options if word.startswith("--config=")]
+        files += [form for name in files for form in (printable(name), repr(name))]  # control characters are shown so
         assert any(place in message for place in ("--", *NAMES, str(file), *files)), message
         return None
     dumped.write_text(dump(to_plain(config)), encoding="utf-8")
