@@ -1,6 +1,9 @@
 """The errors a user can meet. A command prints one as a single `error: …` line and exits with 2 (`RunError`: 75,
 `DivergedError`: 65)."""
 
+SHORT_WRITE = "a file took a part of what was written: is the disk full, or a quota reached?"
+"""Of libraries that say only how much of it they wrote."""
+
 
 class LlamaProError(Exception):
     """What is wrong, where, and what to do, in one line."""

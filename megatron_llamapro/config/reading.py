@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import reprlib
@@ -61,9 +62,8 @@ class Place:
 
 def shown(value: object) -> str:
     """A value as one writes it, not too long."""
-    words = {True: "true", False: "false"}
     if value is None or isinstance(value, bool):
-        return words.get(value, "null")  # type: ignore[arg-type]
+        return json.dumps(value)
     return _SHORT.repr(value)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_llamapro.checkpoint.folder import clear, locked
-from megatron_llamapro.config.errors import RunError
+from megatron_llamapro.config.errors import SHORT_WRITE, RunError
 
 _OF_THE_PATH = {
     *(errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS),
@@ -70,4 +70,4 @@ def writing(target: Path | str) -> Iterator[None]:
 
 def reason_of(error: OSError) -> str:
     """What the system answered; numpy tells no more than how much it wrote."""
-    return error.strerror or "a file took a part of what was written: is the disk full, or a quota reached?"
+    return error.strerror or SHORT_WRITE

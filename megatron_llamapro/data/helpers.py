@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_llamapro.config.command import in_one_line
 from megatron_llamapro.config.errors import LlamaProError, RunError
+from megatron_llamapro.runtime.stop import children_deaf
 
 Function = Callable[..., None]
 """Of the helper's end of the pipe, and what else it is given."""
@@ -39,7 +40,7 @@ class Helper:
         self.name, self.advice = name, advice
         resource_tracker.ensure_running()  # its start would unblock the signals
         try:
-            with _blocked(_OF_THE_PARENT):
+            with children_deaf(_OF_THE_PARENT):
                 self.process.start()
         except BaseException:  # a signal that waited
             self.__exit__()
@@ -77,16 +78,6 @@ class Helper:
         if code == -signal.SIGKILL:
             how = "was killed (SIGKILL), as the system does when memory runs out"
         return RunError(f"{self.name} (process {self.process.pid}) {how}: {self.advice}")
-
-
-@contextlib.contextmanager
-def _blocked(signals: set[signal.Signals]) -> Iterator[None]:
-    """Signals that wait meanwhile, and never come to a process that is started."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _main(connection: Connection, function: Function, args: tuple) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_llamapro.config.command import TRY_AGAIN, end_at_once
-from megatron_llamapro.config.errors import CheckpointError, LlamaProError, RunError
+from megatron_llamapro.config.errors import SHORT_WRITE, CheckpointError, LlamaProError, RunError
 from megatron_llamapro.config.schema import ParallelConfig
 from megatron_llamapro.runtime.launched import check_device, world_of_environment
 
@@ -186,6 +186,6 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
     if isinstance(error, RuntimeError) and "unexpected pos" in str(error):  # torch.save's words
-        return "a file took a part of what was written: is the disk full, or a quota reached?"
+        return SHORT_WRITE
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip()[:300]}" if lines else type(error).__name__

@@ -18,7 +18,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType
 
 from megatron_llamapro.config.command import INTERRUPTED, end_at_once, is_first_of_node
@@ -117,10 +117,10 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def children_deaf() -> Iterator[None]:
-    """Processes that are forked in the block never hear a request to stop: it is their parent that ends them. A
-    scheduler, and torchrun, send it to every process of the run."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+def children_deaf(signals: Collection[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
+    """Processes that are started in the block never hear these: it is their parent that ends them. A terminal, a
+    scheduler, and torchrun send them to every process of the run. Here they wait for the end of the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
