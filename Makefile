@@ -3,8 +3,8 @@
 PYTHON ?= python3
 STEPS ?= 30
 FUZZ_EXAMPLES ?= 5000
-# Tests whose number of examples FUZZ_EXAMPLES sets, themselves or by megatron_llamapro.testing.fuzzing.
-FUZZED = $(shell grep -rlE 'FUZZ_EXAMPLES|testing\.fuzzing' tests --include='test_*.py')
+# Tests whose number of examples FUZZ_EXAMPLES sets, themselves or by tests/fuzzing.py.
+FUZZED = $(shell grep -rlE 'FUZZ_EXAMPLES|from fuzzing' tests --include='test_*.py')
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from executed_work import ADDED, BASE, GFLOP, GIB
-from megatron_llamapro.checkpoint.described import DescribedModel
+from megatron_llamapro.checkpoint.description import DescribedModel
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.config.io import dump_yaml, parse_run_config
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.families import model_shape
+from megatron_llamapro.families.hf_config import model_shape
 from random_llama import SHAPES, hf_config
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "baselines"
@@ -72,8 +72,8 @@ def main() -> int:
 
 def line(row: Row) -> str:
     """A baseline's row: 16 replicas without tensor or pipeline parallelism, micro-batch 1 of 4,096 tokens, bfloat16."""
-    from megatron_llamapro.runtime.counting import Product
-    from megatron_llamapro.training.dry_run import dry_run
+    from megatron_llamapro.dry_run.counting import Product
+    from megatron_llamapro.dry_run.run import dry_run
 
     original = ExpansionPlan.unexpanded(32)
     plan = original.expand(ADDED) if row.is_expanded else original

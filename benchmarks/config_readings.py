@@ -19,10 +19,10 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from config_cases import FAMILIES, drawn_config, rope_configs
+from config_difference import OurReading
 from megatron_llamapro.config.command import CommandParser, run_command
-from megatron_llamapro.model.families import spelled_for_all
-from megatron_llamapro.testing.config_cases import FAMILIES, drawn_config, rope_configs
-from megatron_llamapro.testing.config_difference import OurReading
+from megatron_llamapro.families.hf_config import spelled_for_all
 from venvs import python_of
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.described import DescribedModel
+from megatron_llamapro.checkpoint.description import DescribedModel
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.config.schema import (
     BlendEntry,
@@ -25,7 +25,7 @@ from megatron_llamapro.config.schema import (
     TrainingConfig,
 )
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.families import model_shape
+from megatron_llamapro.families.hf_config import model_shape
 from random_llama import SHAPES, hf_config
 
 GIB, GFLOP = 2**30, 1e9
@@ -87,7 +87,7 @@ def main() -> int:
 
 def run(config: RunConfig, world_size: int, rank: int):
     """A dry run of one rank."""
-    from megatron_llamapro.training.dry_run import dry_run
+    from megatron_llamapro.dry_run.run import dry_run
 
     plan = ExpansionPlan.unexpanded(32).expand(ADDED)
     model = DescribedModel.expanded(model_shape(hf_config(SHAPES["llama-2-7b"])), plan)
@@ -96,7 +96,7 @@ def run(config: RunConfig, world_size: int, rank: int):
 
 def figures_of_7b() -> Iterator[Figure]:
     """Every figure, with what it must be: arithmetic, or a limit that was set."""
-    from megatron_llamapro.runtime.counting import Kind, Product
+    from megatron_llamapro.dry_run.counting import Kind, Product
 
     alone, of_16 = run(BASE, 1, 0), run(BASE, 16, 0)
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.described import DescribedModel
+from megatron_llamapro.checkpoint.description import DescribedModel
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import (
@@ -31,7 +31,7 @@ from megatron_llamapro.config.schema import (
     TrainingConfig,
 )
 from megatron_llamapro.expansion.plan import ExpansionPlan, placed_positions
-from megatron_llamapro.model.families import model_shape
+from megatron_llamapro.families.hf_config import model_shape
 from random_llama import SHAPES, LlamaShape, hf_config
 
 _WARM_UP, _MICROBATCHES = 3, 2
@@ -159,7 +159,7 @@ def _step(config: RunConfig, model: DescribedModel) -> Callable[[], object]:
     """The program's own."""
     import torch
 
-    from megatron_llamapro.training.setup import build_machine
+    from megatron_llamapro.training.machine import build_machine
     from megatron_llamapro.training.step import train_step
 
     machine = build_machine(config, model.shape, model.plan, load=_random_weights)

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_llamapro.checkpoint.described import DescribedModel
+from megatron_llamapro.checkpoint.description import DescribedModel
+from megatron_llamapro.commands.plan_parallelism import name
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.expansion.plan import ExpansionPlan, placed_positions
-from megatron_llamapro.model.families import model_shape
-from megatron_llamapro.pipeline.network import Network
-from megatron_llamapro.planning.outcome import EFFICIENCY, PEAK_TFLOPS, outcome
+from megatron_llamapro.families.hf_config import model_shape
+from megatron_llamapro.planning.duration import EFFICIENCY, PEAK_TFLOPS, outcome
+from megatron_llamapro.planning.network import Network
 from megatron_llamapro.planning.parallelism import Machine, best_parallelisms
-from megatron_llamapro.planning.parallelism_command import name
 from random_llama import SHAPES, LlamaShape, hf_config
 from recipes import GIB, ROOT
 

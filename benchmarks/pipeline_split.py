@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from conversion_table import describe_machine
-from megatron_llamapro.checkpoint.described import DescribedModel
+from megatron_llamapro.checkpoint.description import DescribedModel
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.config.schema import (
     BlendEntry,
@@ -29,12 +29,11 @@ from megatron_llamapro.config.schema import (
     TrainingConfig,
 )
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.families import model_shape
-from megatron_llamapro.pipeline.cost import Trains
-from megatron_llamapro.pipeline.job import Job
-from megatron_llamapro.pipeline.memory import Division
-from megatron_llamapro.pipeline.planner import best_plan, even_plan
-from megatron_llamapro.pipeline.timing import time_from_calibration
+from megatron_llamapro.expansion.trains import Trains
+from megatron_llamapro.families.hf_config import model_shape
+from megatron_llamapro.planning.job import Job, time_from_calibration
+from megatron_llamapro.planning.memory import Division
+from megatron_llamapro.planning.splits import best_plan, even_plan
 from megatron_llamapro.testing.distributed import run_distributed
 from random_llama import LlamaShape, hf_config
 
@@ -141,7 +140,7 @@ def train(setting: Setting, counts: tuple[int, ...]) -> list[float]:
     """Seconds of every step but the first ones."""
     import torch
 
-    from megatron_llamapro.training.setup import build_machine
+    from megatron_llamapro.training.machine import build_machine
     from megatron_llamapro.training.step import train_step
 
     _stay_on_one_core()

@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.described import DescribedModel
+from megatron_llamapro.checkpoint.description import DescribedModel
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.expansion.plan import ExpansionPlan, placed_positions
-from megatron_llamapro.model.families import model_shape
+from megatron_llamapro.families.hf_config import model_shape
 
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,8 +94,8 @@ def main() -> int:
 
 def figures(recipe: Recipe) -> str:
     """Memory and time, as the recipe's head says them."""
-    from megatron_llamapro.planning.outcome import EFFICIENCY, PEAK_TFLOPS
-    from megatron_llamapro.training.dry_run import distinct_ranks, dry_run
+    from megatron_llamapro.dry_run.run import distinct_ranks, dry_run
+    from megatron_llamapro.planning.duration import EFFICIENCY, PEAK_TFLOPS
     from megatron_llamapro.training.report import work_per_token
 
     config = parse_run_config(["--config", str(recipe.path)])

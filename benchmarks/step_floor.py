@@ -1,5 +1,5 @@
 """The floor of a training step: its matrix products and SDPA calls, in the order and the shapes of the step, and
-nothing between them. What trains, and which blocks need no input gradient, is counted as pipeline/cost.py does.
+nothing between them. What trains, and which blocks need no input gradient, is counted as planning/flops.py does.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_llamapro.model.shape import ModelShape
-from megatron_llamapro.pipeline.cost import Trains, step_work
+from megatron_llamapro.expansion.trains import Trains
+from megatron_llamapro.families.shape import ModelShape
+from megatron_llamapro.planning.flops import step_work
 from step_models import StepModel
 
 

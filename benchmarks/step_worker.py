@@ -36,16 +36,16 @@ def ours(model: StepModel, folder: Path, *, trainable: str = "added_blocks") -> 
     import_megatron()
     cpu.install()
     start_world()
-    from megatron_llamapro.checkpoint.manifest import Manifest
     from megatron_llamapro.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_llamapro.expansion.manifest import Manifest
+    from megatron_llamapro.expansion.trainable import first_trainable_layer
+    from megatron_llamapro.families.hf_config import model_shape, read_hf_config
     from megatron_llamapro.model.build import build_model
-    from megatron_llamapro.model.families import model_shape, read_hf_config
     from megatron_llamapro.model.freeze import freeze
-    from megatron_llamapro.model.frozen import skip_frozen_work
-    from megatron_llamapro.model.trainable import first_trainable_layer
+    from megatron_llamapro.model.skip_frozen import skip_frozen_work
     from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler
-    from megatron_llamapro.training.checkpointing import load_model
-    from megatron_llamapro.training.setup import wrapped
+    from megatron_llamapro.training.checkpoints.state import load_model
+    from megatron_llamapro.training.machine import wrapped
     from megatron_llamapro.training.step import connect, train_step
 
     parallel, checkpoint = ParallelConfig(), folder / "megatron"

@@ -42,8 +42,8 @@ def _read(stop: StopRequest) -> RunConfig:
     Each rank reads the same files, and so refuses the same. Where one does not see what the others see, it ends alone,
     and the others with it (torchrun's doing), or when they have waited for it for the time that start_world has.
     """
+    from megatron_llamapro.checkpoint.formats.folders import what_is_kept
     from megatron_llamapro.runtime.launched import world_of_environment
-    from megatron_llamapro.training.kept import what_is_kept
     from megatron_llamapro.training.start import read_start
 
     launched = world_of_environment(os.environ)  # may be wrong on this rank alone

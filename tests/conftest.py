@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from megatron_llamapro.config.schema import (
     TrainingConfig,
 )
 from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.testing import preload  # noqa: F401 (megatron.core without its warnings, which are errors)
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # scripts that import one another
 
 NUM_LAYERS, ADDED = 4, Expansion.at(2, 5)
 

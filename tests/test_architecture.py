@@ -1,155 +1,59 @@
-"""Imports point one way: tools and the front door see everything, configuration sees nothing."""
+"""Imports point one way, every room has one row, and what must start fast starts without torch."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path("megatron_llamapro")
+MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
 
-# Which rooms a room may import. Some pure modules count as rooms of their own.
-ALLOWED = {
-    "config": set(),
-    "expansion": {"config"},
-    "model.refused": set(),
-    "model.shape": set(),
-    "model.hf_fields": {"config", "model.shape"},
-    "model.rope_fields": {"config", "model.hf_fields", "model.shape"},
-    "model.families": {
-        "config",
-        "expansion",
-        "model.hf_fields",
-        "model.refused",
-        "model.rope_fields",
-        "model.shape",
-    },
-    "model.rotary": {"model.shape"},
-    "model.trainable": {"config", "expansion", "model.shape", "pipeline.cost"},
-    "pipeline.cost": {"model.shape"},
-    "pipeline": {"config", "model.shape", "pipeline.cost"},
-    "checkpoint": {
-        "config",
-        "expansion",
-        "model.families",
-        "model.hf_fields",
-        "model.rotary",
-        "model.shape",
-        "pipeline",
-    },
-    "launch": {"config"},
-    "runtime.console": set(),
-    "runtime.stop": {"config"},
-    "runtime.launched": {"config"},
-    "runtime.upstream": set(),
-    "runtime": {"config", "runtime.launched", "runtime.stop"},
-    "model": {"config", "expansion", "model.rotary", "model.shape", "model.trainable", "pipeline", "pipeline.cost"},
-    "optimizer": {"config", "model"},
-    "data.text_files": {"config"},
-    "data.tokenizer": {"config"},
-    "data.inputs": {"config", "data.text_files", "data.tokenizer"},
-    "data.token_files": {"config", "data.inputs"},
-    "data": {
-        "config",
-        "checkpoint",
-        "data.text_files",
-        "data.tokenizer",
-        "data.inputs",
-        "data.token_files",
-        "runtime",
-        "runtime.stop",
-        "runtime.upstream",
-    },
-    "planning": {
-        "config",
-        "expansion",
-        "model.shape",
-        "model.trainable",
-        "pipeline.cost",
-        "pipeline",
-        "checkpoint",
-    },
-    "training.kept": {"config", "checkpoint"},
-    "training.start": {
-        "config",
-        "model.families",
-        "model.shape",
-        "checkpoint",
-        "planning",
-        "data.token_files",
-        "data.tokenizer",
-    },
-    "training": {
-        "config",
-        "expansion",
-        "model.families",
-        "model.shape",
-        "model.trainable",
-        "pipeline.cost",
-        "pipeline",
-        "checkpoint",
-        "planning",
-        "runtime",
-        "runtime.stop",
-        "runtime.upstream",
-        "model",
-        "optimizer",
-        "data",
-        "data.tokenizer",
-        "training.kept",
-        "training.start",
-    },
-    "testing": {
-        "config",
-        "model.families",
-        "model.rotary",
-        "model.shape",
-        "checkpoint",
-        "runtime",
-        "runtime.upstream",
-        "training",
-    },
-    "pretrain": {
-        "config",
-        "runtime",
-        "runtime.console",
-        "runtime.launched",
-        "runtime.stop",
-        "runtime.upstream",
-        "training",
-        "training.kept",
-        "training.start",
-    },
+# Which rooms a room may import, from the ground up.
+ROOMS = {
+    "config": "",
+    "runtime": "config",
+    "launch": "config",
+    "families": "config",
+    "expansion": "config families",
+    "checkpoint": "config families expansion",
+    "model": "config families expansion",
+    "planning": "config families expansion checkpoint",
+    "data": "config runtime",
+    "optimizer": "config model",
+    "training": "config runtime families expansion checkpoint model planning data optimizer",
+    "dry_run": "config runtime checkpoint model planning training",
+    "pretrain": "config runtime checkpoint training",
+    "commands": "config runtime launch families expansion checkpoint planning data training dry_run",
+    "testing": "config runtime families checkpoint training",
 }
-WITHOUT_TORCH = (
-    "config",
-    "expansion",
-    "launch",
-    "model.refused",
-    "model.shape",
-    "model.hf_fields",
-    "model.rope_fields",
-    "model.families",
-    "model.trainable",
-    "pipeline",
-    "pipeline.cost",
-    "runtime.console",
-    "runtime.stop",
-    "runtime.launched",
-    "runtime.upstream",
+# Which folders of checkpoint/ a folder of it may import; "" is checkpoint/ itself.
+CHECKPOINT_FOLDERS = {"tensors": "", "formats": "tensors", "": "tensors formats", "proof": "tensors formats "}
+
+# What commands import before they do anything, and what says what is wrong before it takes seconds.
+WITHOUT_TORCH = ("config", "families", "expansion", "checkpoint", "launch", "planning")
+WITHOUT_TORCH_TOO = (
+    "data.preprocess",
     "data.tokenizer",
-    "training.kept",
+    "data.train_tokenizer",
+    "runtime.console",
+    "runtime.launched",
+    "runtime.lock",
+    "runtime.stop",
+    "runtime.upstream",
     "training.start",
 )
-WITHOUT_MEGATRON = (*WITHOUT_TORCH, "model.rotary", "checkpoint", "planning")
+WITH_TORCH = ("checkpoint.proof.", "checkpoint.formats.open")
 
 
-def room_of(module: str) -> str:
-    """megatron_llamapro.model.families → model.families; megatron_llamapro.model.build → model."""
-    parts = module.split(".")[1:]
-    return next((room for room in (".".join(parts[:2]), parts[0]) if room in ALLOWED), parts[0])
+def name_of(path: Path) -> str:
+    """megatron_llamapro/model/build.py → model.build."""
+    return ".".join(path.with_suffix("").parts[1:])
 
 
 def imports_of(path: Path) -> Iterator[str]:
@@ -157,26 +61,46 @@ def imports_of(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-
-
-MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_imports_point_one_way(path: Path) -> None:
-    room = room_of(".".join(path.with_suffix("").parts))
+    room = name_of(path).split(".")[0]
     imported = set(imports_of(path))
     assert not any(name.startswith("megatron.training") for name in imported)
-    rooms = {room_of(name) for name in imported if name.startswith("megatron_llamapro.")} - {room}
-    assert rooms <= ALLOWED[room]
-    roots = {name.split(".")[0] for name in imported}
-    assert not (room in WITHOUT_TORCH and "torch" in roots)
-    assert not (room in WITHOUT_MEGATRON and "megatron" in roots)
+    ours = {name.split(".")[1] for name in imported if name.startswith("megatron_llamapro.")} & set(ROOMS)
+    assert ours - {room} <= set(ROOMS[room].split())
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.parts[1] == "checkpoint"], ids=str)
+def test_folders_of_checkpoint_import_one_way(path: Path) -> None:
+    folder = path.parts[2] if len(path.parts) > 3 else ""
+    own = ("megatron_llamapro", "checkpoint")
+    imported = [name.split(".")[2:] for name in imports_of(path) if tuple(name.split(".")[:2]) == own]
+    folders = {rest[0] if rest[0] in CHECKPOINT_FOLDERS else "" for rest in imported if rest}
+    assert folders - {folder} <= set(CHECKPOINT_FOLDERS[folder].split(" "))
+
+
+def test_no_files_import_one_another_in_a_circle() -> None:
+    names = {f"megatron_llamapro.{name_of(path)}": path for path in MODULES}
+    graph = {name: names.keys() & set(imports_of(path)) - {name} for name, path in names.items()}
+    TopologicalSorter(graph).prepare()  # CycleError names them
+
+
+def test_what_starts_fast_imports_no_torch() -> None:
+    names = [name for name in map(name_of, MODULES) if name.split(".")[0] in WITHOUT_TORCH]
+    names = [name for name in (*names, *WITHOUT_TORCH_TOO) if not name.startswith(WITH_TORCH)]
+    script = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(f'megatron_llamapro.{name}')\n"
+        "    if loaded := {'torch', 'megatron', 'transformers'} & set(sys.modules): sys.exit(f'{name}: {loaded}')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *names], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_files_stay_small() -> None:
-    lengths = {str(path): len(path.read_text().splitlines()) for path in MODULES}
+    lengths = {str(path): len(path.read_text().splitlines()) for path in (*MODULES, *Path("tools").glob("*.py"))}
     assert {path: length for path, length in lengths.items() if length > 400} == {}
-    tools = {str(path): len(path.read_text().splitlines()) for path in Path("tools").glob("*.py")}
-    assert {path: length for path, length in tools.items() if length > 60} == {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import _package  # noqa: F401
-import megatron_llamapro.checkpoint.options as shared
+import megatron_llamapro.commands.checkpoint_options as shared
 from megatron_llamapro.checkpoint.report import summary
 from megatron_llamapro.config.command import CommandParser, run_command
 

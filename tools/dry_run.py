@@ -13,8 +13,8 @@ import argparse
 from pathlib import Path
 
 import _package  # noqa: F401
+from megatron_llamapro.commands.expansion_options import add_expansion_options, read_expansion_options
 from megatron_llamapro.config.command import CommandParser, run_command
-from megatron_llamapro.expansion.options import add_expansion_options, read_expansion_options
 
 
 def main() -> int:
@@ -33,7 +33,7 @@ def main() -> int:
 
     config, expansion = parse_run_config(run_args), read_expansion_options(parser, args)
 
-    from megatron_llamapro.training.dry_run_command import run
+    from megatron_llamapro.commands.dry_run import run
 
     return run(config, args, expansion)
 

@@ -22,8 +22,8 @@ def main() -> int:
     parser.add_argument("--by_hand", metavar="HOST", help="print what to type on every node instead; HOST is the first")
     args, run_args = parser.parse_own_args()
 
+    from megatron_llamapro.commands.launch import run
     from megatron_llamapro.config.io import parse_run_config
-    from megatron_llamapro.launch.command import run
     from megatron_llamapro.launch.config import read_launch_config
 
     config = parse_run_config(run_args)

@@ -11,10 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import _package  # noqa: F401
+from megatron_llamapro.commands.expansion_options import add_expansion_options, read_expansion_options
 from megatron_llamapro.config.command import CommandParser, run_command
-from megatron_llamapro.expansion.options import add_expansion_options, read_expansion_options
-from megatron_llamapro.pipeline.network import Network
-from megatron_llamapro.planning.outcome import add_options
+from megatron_llamapro.planning.duration import add_options
+from megatron_llamapro.planning.network import Network
 
 
 def main() -> int:
@@ -47,8 +47,8 @@ def main() -> int:
     add_expansion_options(parser)
     args, run_args = parser.parse_own_args()
 
+    from megatron_llamapro.commands.plan_parallelism import run
     from megatron_llamapro.config.io import parse_run_config
-    from megatron_llamapro.planning.parallelism_command import run
 
     return run(parse_run_config(run_args), args, read_expansion_options(parser, args))
 

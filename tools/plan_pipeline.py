@@ -13,9 +13,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import _package  # noqa: F401
+from megatron_llamapro.commands.expansion_options import add_expansion_options, read_expansion_options
 from megatron_llamapro.config.command import CommandParser, run_command
-from megatron_llamapro.expansion.options import add_expansion_options, read_expansion_options
-from megatron_llamapro.planning.outcome import add_options
+from megatron_llamapro.planning.duration import add_options
 
 
 def main() -> int:
@@ -36,9 +36,9 @@ def main() -> int:
 
     config, expansion = parse_run_config(run_args), read_expansion_options(parser, args)
     if args.calibrate:
-        from megatron_llamapro.training.calibration_command import run
+        from megatron_llamapro.commands.calibrate import run
     else:
-        from megatron_llamapro.planning.pipeline_command import run
+        from megatron_llamapro.commands.plan_pipeline import run
     return run(config, args, expansion)
 
 

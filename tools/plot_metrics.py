@@ -37,7 +37,7 @@ def main() -> int:
     if output.exists() and not args.overwrite:
         raise ConfigError(f"{output} exists: choose another --output, or give --overwrite")
 
-    from megatron_llamapro.training.plots import labels_of, plot, read_series
+    from megatron_llamapro.commands.plot import labels_of, plot, read_series
 
     inputs = [path / "metrics.jsonl" if path.is_dir() else path for path in args.input]
     labels = args.label or labels_of(inputs)

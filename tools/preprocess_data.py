@@ -12,7 +12,7 @@ from pathlib import Path
 
 import _package  # noqa: F401
 from megatron_llamapro.config.command import CommandParser, end_when_terminated, run_command
-from megatron_llamapro.data.inputs import check_request
+from megatron_llamapro.data.text_files import check_request
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import _package  # noqa: F401
-from megatron_llamapro.checkpoint.options import add_workers_option
+from megatron_llamapro.commands.checkpoint_options import add_workers_option
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.expansion.plan import Trained
 
@@ -37,8 +37,8 @@ def main() -> int:
     add_workers_option(parser)
     args = parser.parse_args()
 
+    from megatron_llamapro.checkpoint.proof.verify import verify
     from megatron_llamapro.checkpoint.report import byte_bar
-    from megatron_llamapro.checkpoint.verify import verify
 
     all_ok = True
     settings = {"quick": args.quick, "trained": Trained(args.trained), "num_workers": args.num_workers}

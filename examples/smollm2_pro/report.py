@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.training.jsonl import figure, read_records
+from megatron_llamapro.training.metrics_file import figure, read_records
 
 METHODS = {"llamapro": "LLaMA Pro (added blocks)", "all_weights": "all weights"}
 DOMAINS = {"cpp": "C++ (new)", "english": "English (known)", "python": "Python (known)"}

@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 
 from megatron_llamapro.config.command import CommandParser, run_command
-from megatron_llamapro.training.jsonl import figure, read_records
+from megatron_llamapro.training.metrics_file import figure, read_records
 
 DOMAINS = ("cpp", "english", "python")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -21,60 +20,31 @@ from typing import Any
 from blake3 import blake3
 
 import megatron_llamapro
-from megatron_llamapro.checkpoint.adapters import unmerged_hash
 from megatron_llamapro.checkpoint.carried import carry_files, notices_left_out, without_code
-from megatron_llamapro.checkpoint.folder import clear, draft_of, staged
-from megatron_llamapro.checkpoint.hf_reader import check_stored_head, open_hf
-from megatron_llamapro.checkpoint.hf_writer import config_text, hf_layout
-from megatron_llamapro.checkpoint.layout import DEFAULT_MAX_SHARD_BYTES, TargetLayout
-from megatron_llamapro.checkpoint.legacy_grid import LayerSpec
-from megatron_llamapro.checkpoint.lineage import check_base, name_now, target_manifest
-from megatron_llamapro.checkpoint.manifest import Manifest
-from megatron_llamapro.checkpoint.megatron_dist import torch_dist_layout
-from megatron_llamapro.checkpoint.megatron_legacy import LegacyTarget, legacy_layout
-from megatron_llamapro.checkpoint.opened import Checkpoint, Format
-from megatron_llamapro.checkpoint.origins import Origins
-from megatron_llamapro.checkpoint.report import size_text
-from megatron_llamapro.checkpoint.sources import open_megatron_checkpoint
-from megatron_llamapro.checkpoint.streaming import Progress, SourceFiles, nothing, stored_hash
-from megatron_llamapro.checkpoint.transfer import Job, Journal, are_complete, transfer
-from megatron_llamapro.checkpoint.weight_map import iter_hf, weights_of
+from megatron_llamapro.checkpoint.formats.adapters import unmerged_hash
+from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint, Format
+from megatron_llamapro.checkpoint.formats.hf_reader import check_stored_head, open_hf
+from megatron_llamapro.checkpoint.formats.hf_writer import config_text, hf_layout
+from megatron_llamapro.checkpoint.formats.legacy_grid import LayerSpec
+from megatron_llamapro.checkpoint.formats.legacy_writer import LegacyTarget, legacy_layout
+from megatron_llamapro.checkpoint.formats.open import open_megatron_checkpoint
+from megatron_llamapro.checkpoint.formats.torch_dist import torch_dist_layout
+from megatron_llamapro.checkpoint.lineage import Origins, check_base, name_now, target_manifest
+from megatron_llamapro.checkpoint.report import Conversion, size_text
+from megatron_llamapro.checkpoint.tensors.layout import DEFAULT_MAX_SHARD_BYTES, TargetLayout
+from megatron_llamapro.checkpoint.tensors.streaming import Progress, SourceFiles, nothing, stored_hash
+from megatron_llamapro.checkpoint.tensors.transfer import Job, Journal, are_complete, default_workers, transfer
+from megatron_llamapro.checkpoint.tensors.weight_map import iter_hf, weights_of
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
+from megatron_llamapro.config.staging import clear, draft_of, staged
+from megatron_llamapro.expansion.expanded_config import expanded_hf_config
 from megatron_llamapro.expansion.inits import Expansion, Init
+from megatron_llamapro.expansion.manifest import Manifest
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.families import (
-    CONFIG_NAME,
-    ITEMSIZES,
-    MANIFEST_KEY,
-    expanded_hf_config,
-    model_shape,
-    spelled_for_all,
-)
-from megatron_llamapro.model.shape import ModelShape
+from megatron_llamapro.families.hf_config import CONFIG_NAME, ITEMSIZES, MANIFEST_KEY, model_shape, spelled_for_all
+from megatron_llamapro.families.shape import ModelShape
 
 JOURNAL = ".llamapro-journal.jsonl"
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What was written."""
-
-    target: Path
-    plan: ExpansionPlan
-    num_source_layers: int
-    dtype: str
-    num_bytes: int
-    num_resumed_bytes: int
-    """Of those, what an earlier run had done."""
-    is_foreign: bool
-    """Whether the source was a Megatron checkpoint without our manifest, taken as a model that was never expanded."""
-    seconds: float
-    num_merged: int = 0
-    """Adapters that became part of their weights."""
-    left_out_code: bool = False
-    """Whether config.json named code of the model's own, which `without_code` left out."""
-    left_out_notices: tuple[str, ...] = ()
-    """As `carried.notices_left_out` says."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +90,6 @@ class Options:
     @property
     def workers(self) -> int:
         return self.num_workers or default_workers()
-
-
-def default_workers() -> int:
-    """Two threads a core, so that one works while the other waits for the disk; eight at the most."""
-    return min(8, 2 * len(os.sched_getaffinity(0)))
 
 
 def hf_to_megatron(

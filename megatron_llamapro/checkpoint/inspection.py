@@ -7,14 +7,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.opened import Checkpoint
+from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint
+from megatron_llamapro.checkpoint.formats.open import open_checkpoint
 from megatron_llamapro.checkpoint.report import size_text
-from megatron_llamapro.checkpoint.sources import open_checkpoint
-from megatron_llamapro.checkpoint.weight_map import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, Weight, iter_hf, weights_of
+from megatron_llamapro.checkpoint.tensors.weight_map import (
+    EMBEDDING,
+    FINAL_NORM,
+    OUTPUT_LAYER,
+    Weight,
+    iter_hf,
+    weights_of,
+)
+from megatron_llamapro.config.stages import draw
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.families import ITEMSIZES
-from megatron_llamapro.model.shape import ModelShape
-from megatron_llamapro.pipeline.layout import draw
+from megatron_llamapro.families.hf_config import ITEMSIZES
+from megatron_llamapro.families.shape import ModelShape
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from megatron_llamapro.checkpoint.convert import Conversion
+from megatron_llamapro.expansion.plan import ExpansionPlan
 
 
 class ByteBar:
@@ -79,3 +79,25 @@ def size_text(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.3g} TB"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written."""
+
+    target: Path
+    plan: ExpansionPlan
+    num_source_layers: int
+    dtype: str
+    num_bytes: int
+    num_resumed_bytes: int
+    """Of those, what an earlier run had done."""
+    is_foreign: bool
+    """Whether the source was a Megatron checkpoint without our manifest, taken as a model that was never expanded."""
+    seconds: float
+    num_merged: int = 0
+    """Adapters that became part of their weights."""
+    left_out_code: bool = False
+    """Whether config.json named code of the model's own, which `without_code` left out."""
+    left_out_notices: tuple[str, ...] = ()
+    """As `carried.notices_left_out` says."""

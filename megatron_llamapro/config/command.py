@@ -1,7 +1,7 @@
 """What every command has in common: one-line errors, exit codes, `--debug`. Imports neither torch nor megatron.
 
 Exit codes: 0 done, or a run was told to stop and has saved; 1 a check said no (verify); 2 the user's input (one
-`error: …` line); 65 a run diverged (training/skipping.py; one line too); 70 a run hung and was ended
+`error: …` line); 65 a run diverged (training/step.py; one line too); 70 a run hung and was ended
 (runtime/watchdog.py); 75 a run failed on its way (one line too). As a shell has them: 130 interrupted by Ctrl-C, also
 where a run has saved; 129 and 143 a run was ended before its first step (SIGHUP, SIGTERM); 141 nobody reads the output
 any more.
@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import json
 import os
 import re
 import select
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,9 +26,8 @@ from types import FrameType
 from typing import NoReturn
 
 from megatron_llamapro.config.errors import ConfigError, DivergedError, LlamaProError, RunError
-from megatron_llamapro.config.paths import expand_user
-from megatron_llamapro.config.torchrun import tell_torchrun
-from megatron_llamapro.config.values import LARGEST_FLOAT
+from megatron_llamapro.config.files import write_atomically
+from megatron_llamapro.config.values import LARGEST_FLOAT, expand_user
 
 USAGE_ERROR = 2
 DIVERGED = os.EX_DATAERR  # 65
@@ -219,3 +220,19 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except Exception as bug:
         tell_torchrun(in_one_line(bug), details=traceback.format_exc())
         raise
+
+
+def started_by_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def tell_torchrun(message: str, *, details: str | None = None) -> None:
+    """Write torchrun's error file, where there is one to write; `details` (a traceback) are shown instead of the
+    message."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    extra = {"py_callstack": details or message, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError):  # what is printed says it as well
+        write_atomically(Path(path), json.dumps({"message": {"message": message, "extraInfo": extra}}))

@@ -14,8 +14,7 @@ from typing import ClassVar
 import yaml
 
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.paths import expand_user
-from megatron_llamapro.config.values import printable
+from megatron_llamapro.config.values import expand_user, printable
 
 _LARGEST_FILE = 16 * 2**20  # bytes
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

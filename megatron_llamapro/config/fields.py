@@ -1,13 +1,20 @@
-"""What a configuration consists of, from the types of its dataclasses: sections of fields, and lists of entries.
-Imports no torch."""
+"""What a configuration consists of, from the types of its dataclasses, and building it from plain data. Imports no torch.
+
+A name that does not exist is an error that says which one was meant.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
+import re
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.values import expand_user, printable
 
 _UNIONS = (Union, types.UnionType)
 
@@ -74,3 +81,120 @@ def entry_fields_of(kind: Any) -> Iterator[tuple[str, str]]:
     for name, of_field in names_of(kind).items():
         for inner in fields_of(items_of(of_field)):
             yield name, inner
+
+
+_INDEX = re.compile(r"\[\d+\]")
+_AT_MOST = 3
+
+
+def suggestion(kind: Any, name: str, *, dashes: str = "") -> str:
+    """What to add to the error that `name`, dotted, is no name of the configuration `kind`: the nearest ones, or
+    else all of the section. `dashes` stand before an option."""
+    near = nearest(kind, name, in_entry=not dashes and name.rpartition(".")[0].endswith("]"))
+    if near:
+        forms = (f"{dashes}{each.replace(': ', '=', 1) if dashes else each}" for each in near)
+        return f": did you mean {' or '.join(forms)}?"
+    known = names_of(kind)
+    section = _INDEX.sub("", name).rpartition(".")[0]
+    while section and section not in known:
+        section = section.rpartition(".")[0]
+    if not section:
+        anchor = "" if dashes else "; an anchor (&x) stands where its value is used first"
+        return f": the top level takes {', '.join(fields_of(kind))}{anchor}"
+    takes = fields_of(known[section]) or fields_of(items_of(known[section]))
+    return f": {section} takes {', '.join(takes)}" if takes else ""
+
+
+def nearest(kind: Any, name: str, *, in_entry: bool) -> list[str]:
+    """Existing dotted names, best first: the same name in another section; else one that is spelt alike, in the
+    same section before others. Fields of a list's entries are in the form that the list is written in, unless the name
+    stands in such an entry (`in_entry`)."""
+    section, _, last = _INDEX.sub("", name.replace("-", "_")).rpartition(".")
+    known = names_of(kind)
+    entry = list(fields_of(items_of(known.get(section))))
+    if entry:
+        return _alike(last, entry) if in_entry else [f"{section}: [{{{each}: …}}]" for each in _alike(last, entry)]
+    same = [each for each in known if each.rpartition(".")[2] == last]
+    same += [f"{each}: [{{{field}: …}}]" for each, field in entry_fields_of(kind) if field == last]
+    if same:
+        return same[:_AT_MOST]
+    if section:
+        sections = [each for each in known if fields_of(known[each])]
+        for each in [section] if section in known else _alike(section, sections):
+            if alike := _alike(last, list(fields_of(known[each]))):
+                return [f"{each}.{alike[0]}"]
+    by_last = {each.rpartition(".")[2]: each for each in reversed(known)}
+    return [by_last[each] for each in _alike(last, list(by_last))]
+
+
+def _alike(word: str, words: list[str]) -> list[str]:
+    return difflib.get_close_matches(word, words, n=1)
+
+
+def to_plain(value: object) -> object:
+    """A config as plain dicts, lists, strings and numbers, in the order of its fields."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def built(kind: Any, given: Any) -> Any:
+    """The dataclass of what was given; nothing that is required is missing."""
+    if fields_of(kind):
+        sections = {name: {} for name, of_field in fields_of(kind).items() if fields_of(of_field)}
+        return kind(**{name: built(fields_of(kind)[name], item) for name, item in {**sections, **given}.items()})
+    if isinstance(given, list):
+        return tuple(built(items_of(kind), item) for item in given)
+    return given
+
+
+def missing(kind: Any, given: dict, section: str = "") -> Iterator[str]:
+    """Dotted names of required fields that were not given."""
+    required = required_of(kind)
+    for name, of_field in fields_of(kind).items():
+        if fields_of(of_field):
+            yield from missing(of_field, given.get(name, {}), f"{section}{name}.")
+        elif name in required and name not in given:
+            yield f"{section}{name}"
+
+
+def with_defaults(kind: Any, given: Any) -> Any:
+    """All fields, in their order; null where a required one was not given."""
+    if isinstance(given, list):
+        return [with_defaults(items_of(kind), item) for item in given]
+    if not fields_of(kind):
+        return given
+    whole = {}
+    for field in dataclasses.fields(kind):
+        of_field = fields_of(kind)[field.name]
+        if field.name in given or fields_of(of_field):
+            whole[field.name] = with_defaults(of_field, given.get(field.name, {}))
+        elif field.default_factory is not dataclasses.MISSING:
+            whole[field.name] = to_plain(field.default_factory())
+        else:
+            whole[field.name] = None if field.default is dataclasses.MISSING else to_plain(field.default)
+    return whole
+
+
+def with_homes(kind: Any, given: Any, name: str = "") -> Any:
+    """What was given, with `~` in its paths replaced.
+
+    Raises:
+        ConfigError: a path cannot be meant as it stands.
+    """
+    if isinstance(given, str) and is_file_path(kind):
+        try:
+            return expand_user(given)
+        except ValueError as error:
+            raise ConfigError(f"{printable(name)} is {given!r}: {error}") from None
+    if isinstance(given, list):
+        return [with_homes(items_of(kind), item, f"{name}[{index}]") for index, item in enumerate(given)]
+    if isinstance(given, dict):
+        kinds = fields_of(kind)
+        dot = f"{name}." if name else ""
+        return {key: with_homes(kinds.get(key) or items_of(kind), item, f"{dot}{key}") for key, item in given.items()}
+    return given

@@ -7,11 +7,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, get_origin
 
-from megatron_llamapro.config.building import built, missing, to_plain, with_defaults, with_homes
 from megatron_llamapro.config.checks import check_run_config
 from megatron_llamapro.config.documents import dump, read_document
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.fields import alternatives_of, fields_of, items_of
+from megatron_llamapro.config.fields import (
+    alternatives_of,
+    built,
+    fields_of,
+    items_of,
+    missing,
+    to_plain,
+    with_defaults,
+    with_homes,
+)
 from megatron_llamapro.config.reading import Place, read_text, read_value, shown
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.config.values import printable

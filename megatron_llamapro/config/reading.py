@@ -18,8 +18,14 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from megatron_llamapro.config.documents import DocumentError, load
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.fields import alternatives_of, fields_of, is_file_path, is_optional, required_of
-from megatron_llamapro.config.nearest import suggestion
+from megatron_llamapro.config.fields import (
+    alternatives_of,
+    fields_of,
+    is_file_path,
+    is_optional,
+    required_of,
+    suggestion,
+)
 from megatron_llamapro.config.values import LARGEST_FLOAT, LARGEST_INT, printable, spelled_as
 
 # Of a path that may be left out: a folder of that name is nobody's wish.

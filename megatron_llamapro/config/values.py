@@ -1,8 +1,10 @@
-"""What holds for numbers and words wherever they are given: in YAML, and as any command's option."""
+"""Values as people write them: numbers, words and paths, in YAML and as options of commands. Imports no torch."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
+from pathlib import Path
 
 LARGEST_INT, LARGEST_FLOAT = 10**15, 1e30
 """No count, rate or time is near; sums, products and quotients of such numbers stay finite."""
@@ -24,3 +26,32 @@ def spelled_as(choices: Collection[str], word: str) -> str:
 def printable(text: str) -> str:
     """A name or path in a line of a message: line breaks and the like as one writes them."""
     return text if text.isprintable() else repr(text)[1:-1]
+
+
+_VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
+
+
+def expand_user(text: str) -> str:
+    """`text` with `~` or `~user` at its start replaced by that home folder.
+
+    A folder that is really named `~` or `$HOME` is nobody's wish: a shell has replaced variables already, and a YAML
+    file has none.
+
+    Raises:
+        ValueError: it is empty, names a user that does not exist or a variable, or has a character that no path has.
+    """
+    if not text:
+        raise ValueError("it is empty: name a file or folder")
+    if any(ord(character) < 32 for character in text):
+        raise ValueError("it has a control character in it")
+    if variable := _VARIABLE.search(text):
+        raise ValueError(f"variables such as {variable[0]} are not replaced: write the path itself, or ~ for the home")
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        user = text.split("/")[0]
+        raise ValueError(
+            f"no home folder is known for {user}: write the path itself (or ./{user} for that name)"
+        ) from None

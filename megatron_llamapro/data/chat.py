@@ -17,7 +17,7 @@ from megatron_llamapro.config.command import in_one_line
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.files import IS_POINTER, POINTER_START
 from megatron_llamapro.data.encoding import Encoder, Segment
-from megatron_llamapro.data.json_lines import json_name, shown
+from megatron_llamapro.data.text_files import json_name, shown
 from megatron_llamapro.data.tokenizer import JSON_NAME, Tokenizer
 
 Message = dict[str, object]

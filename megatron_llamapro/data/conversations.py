@@ -18,7 +18,6 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from torch.utils.data import Dataset
 
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.data.sample import Sample, sample_of
 from megatron_llamapro.data.token_files import open_token_file
 
 
@@ -185,3 +184,17 @@ class HeldOutConversations(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self.conversations.sample(self._pass[index])
+
+
+Sample = dict[str, torch.Tensor]
+"""tokens, labels, position_ids: int64 [s]; loss_mask: float32 [s]."""
+
+
+def sample_of(stream: torch.Tensor, loss_mask: torch.Tensor) -> Sample:
+    """`stream` [s + 1], whose every token is the label of the one before; `loss_mask` [s], of the labels."""
+    return {
+        "tokens": stream[:-1].contiguous(),
+        "labels": stream[1:].contiguous(),
+        "loss_mask": loss_mask.contiguous(),
+        "position_ids": torch.arange(len(loss_mask)),
+    }

@@ -10,16 +10,21 @@ from pathlib import Path
 import numpy
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import Dataset
 
 from megatron_llamapro.config.errors import DataError, LlamaProError
 from megatron_llamapro.config.schema import DataConfig
-from megatron_llamapro.data.blending import megatron_dataset
-from megatron_llamapro.data.conversations import ConversationDataset, HeldOutConversations
-from megatron_llamapro.data.identity import content_digest
+from megatron_llamapro.data.conversations import (
+    ConversationConfig,
+    ConversationDataset,
+    HeldOutConversations,
+    Sample,
+    sample_of,
+)
 from megatron_llamapro.data.index_cache import is_whole, make_cache_dir, new_order, unreadable
-from megatron_llamapro.data.sample import Sample, sample_of
-from megatron_llamapro.data.token_files import open_token_file
+from megatron_llamapro.data.token_files import content_digest, open_token_file
 from megatron_llamapro.data.tokenizer import Tokenizer
 from megatron_llamapro.runtime.distributed import from_first_rank, raise_together
 
@@ -179,3 +184,52 @@ def _held_out(prefix: str, data: DataConfig, *, vocab_size: int, eod: int) -> Da
     return HeldOutDataset(
         prefix, seq_length=data.seq_length, vocab_size=vocab_size, eod=eod if data.eod_mask_loss else None
     )
+
+
+def megatron_dataset(data: DataConfig, *, num_samples: int, seed: int, tokenizer: Tokenizer, folder: Path) -> Dataset:
+    """megatron.core's dataset, its index files read from `folder`, or on the first rank built there."""
+    shared = {
+        "random_seed": seed,
+        "sequence_length": data.seq_length,
+        "tokenizer": tokenizer,
+        "blend_per_split": [_blend(data), None, None],
+        "path_to_cache": str(folder),
+    }
+    if data.format == "chat":
+        kind, config = ConversationDataset, ConversationConfig(**shared, packing=data.packing)
+    else:
+        kind = GPTDataset
+        config = GPTDatasetConfig(
+            **shared,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=data.eod_mask_loss,
+            create_attention_mask=False,
+        )
+    try:
+        train, _, _ = _Alone(kind, [num_samples, 0, 0], lambda: True, config).build()
+    except ModuleNotFoundError as missing:
+        raise DataError(
+            f"megatron.core's compiled dataset helper is missing ({missing.name}): install the megatron-core wheel for "
+            "this Python and platform"
+        ) from None
+    return train
+
+
+def _blend(data: DataConfig) -> tuple[list[str], list[float] | None]:
+    """One set needs no blending, and then no process group either."""
+    prefixes = [entry.prefix for entry in data.train]
+    return prefixes, [entry.weight for entry in data.train] if len(prefixes) > 1 else None
+
+
+class _Alone(BlendedMegatronDatasetBuilder):
+    """Builds on this rank without waiting for others: they come when all files are written."""
+
+    @staticmethod
+    def build_generic_dataset(cls, is_built_on_rank, synchronize_ranks, *args):
+        return cls(*args)
+
+    def _build_megatron_datasets_parallel(self, prefixes, split, sizes_per_dataset):
+        pairs = zip(prefixes, sizes_per_dataset, strict=True)
+        of_each = [self._build_megatron_dataset_splits(prefix, split, sizes, False) for prefix, sizes in pairs]
+        return [list(of_split) for of_split in zip(*of_each, strict=True)]

@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.folder import clear, locked
 from megatron_llamapro.config.errors import SHORT_WRITE, RunError
+from megatron_llamapro.config.staging import clear, locked
 
 _OF_THE_PATH = {
     *(errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS),

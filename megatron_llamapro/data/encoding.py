@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.data.json_lines import field_of, json_name, valid_unicode
+from megatron_llamapro.data.text_files import field_of, json_name, valid_unicode
 from megatron_llamapro.data.tokenizer import Tokenizer
 
 CHUNK_BYTES = 2**20

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from numpy.lib.format import open_memmap
 
-from megatron_llamapro.checkpoint.folder import sync
 from megatron_llamapro.config.errors import DataError, LlamaProError, RunError
+from megatron_llamapro.config.staging import sync
 from megatron_llamapro.data.drafts import is_of_the_path, reason_of
 
 _CONTENTS = "files.json"

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy
 
-from megatron_llamapro.checkpoint.folder import sync
 from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.config.staging import sync
 from megatron_llamapro.data.drafts import draft_folder, writing
 from megatron_llamapro.data.encoding import Encoded, chunks_of
-from megatron_llamapro.data.inputs import check_request, paths_of
+from megatron_llamapro.data.text_files import check_request, paths_of
 from megatron_llamapro.data.token_files import TokenFileInfo
 from megatron_llamapro.data.tokenizer import Tokenizer
-from megatron_llamapro.data.worker import EncoderOptions, encoded
+from megatron_llamapro.data.workers import EncoderOptions, encoded
 from megatron_llamapro.runtime.upstream import import_megatron
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.schema import BlendEntry, DataConfig
-from megatron_llamapro.data.identity import content_digest, is_content
+from megatron_llamapro.data.token_files import content_digest, is_content
 from megatron_llamapro.runtime.stop import children_deaf, end_with_parent
 
 

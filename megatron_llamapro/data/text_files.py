@@ -1,4 +1,4 @@
-"""What an input file is, where it is no text or not one JSON object a line, and how to make it so.
+"""Input files of text: what can be refused before work starts, and single lines of JSON.
 
 Imports neither torch nor megatron, so that a wrong file is refused at once.
 """
@@ -6,12 +6,14 @@ Imports neither torch nor megatron, so that a wrong file is refused at once.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.data.tokenizer import tokenizer_file
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
@@ -105,3 +107,96 @@ def _new_name(path: Path) -> Path:
     name = path.name.partition(".")[0] or "text"
     names = itertools.chain(["jsonl", "lines.jsonl"], (f"lines.{number}.jsonl" for number in itertools.count(2)))
     return next(new for new in (path.with_name(f"{name}.{ending}") for ending in names) if not new.exists())
+
+
+_MOST_WORKERS = 1000
+
+
+def paths_of(prefix: str | Path) -> tuple[Path, Path, Path]:
+    """The .bin, the .idx and our side file of a prefix."""
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
+
+
+def check_request(
+    inputs: Sequence[Path], output_prefix: Path, *, tokenizer: Path, num_workers: int, overwrite: bool
+) -> None:
+    """What `preprocess` can refuse before it begins.
+
+    Raises:
+        DataError: an input or the tokenizer is missing, an input is not jsonl, the output would replace an input, or
+            token files that are there (unless `overwrite`), or there cannot be so many workers.
+    """
+    if not 1 <= num_workers <= _MOST_WORKERS:
+        raise DataError(f"--num_workers is {num_workers}: give a number of processes from 1 to {_MOST_WORKERS}")
+    read = {path.resolve() for path in inputs}
+    for path in paths_of(output_prefix):
+        if path.resolve() in read:
+            raise DataError(f"{path} is an input and would be written: choose another --output_prefix")
+        if path.exists() and not overwrite:
+            raise DataError(f"{path} exists: choose another --output_prefix, or give --overwrite")
+    check_text_files(inputs, jsonl=True)
+    tokenizer_file(tokenizer)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_MOST_NAMES, _MOST_LETTERS = 10, 40
+_JSON_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+
+
+def json_name(value: object) -> str:
+    """What JSON calls a value."""
+    return _JSON_NAMES.get(type(value), "a number")
+
+
+def shown(names: Iterable[str]) -> str:
+    """Names of fields in an error: a few of them, each in quotes, cut and in one line."""
+    quoted = [repr(name[:_MOST_LETTERS]) for name in names]
+    more = [f"{len(quoted) - _MOST_NAMES} more"] if len(quoted) > _MOST_NAMES else []
+    return ", ".join([*quoted[:_MOST_NAMES], *more])
+
+
+def field_of(line: bytes, key: str, where: str) -> object:
+    """What an object has under `key`.
+
+    Raises:
+        DataError: the line, which is at `where`, is not UTF-8, not JSON, no object, or has no such field.
+    """
+    record = _parsed(line, where)
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: {json_name(record)}, not an object with the field {key!r}")
+    if key not in record:
+        there = f"but {shown(record)}" if record else "the object is empty"
+        raise DataError(f"{where}: no field {key!r}, {there}: name the field to read with --json_key")
+    return record[key]
+
+
+def decoded(line: bytes, where: str) -> str:
+    """The text of a line. Raises `DataError` where it is not UTF-8."""
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start + 1}") from None
+
+
+def valid_unicode(text: str) -> str:
+    """`text` itself, or where it has lone surrogates, which JSON may escape and no tokenizer takes, a text with U+FFFD
+    in their places, as decoders write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return _SURROGATE.sub("\ufffd", text)
+    return text
+
+
+def _parsed(line: bytes, where: str) -> object:
+    text = decoded(line, where).rstrip()
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        cut = ": the line ends too early" if error.pos >= len(text) else ""
+        what = error.msg.removesuffix(" at")
+        raise DataError(f"{where}: not JSON: {what} at column {error.colno}{cut}") from None
+    except RecursionError:
+        raise DataError(f"{where}: its lists and objects are nested too deep") from None
+    except ValueError:  # sys.get_int_max_str_digits
+        raise DataError(f"{where}: holds an integer of thousands of digits: leave its field out") from None

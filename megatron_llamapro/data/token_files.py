@@ -1,27 +1,34 @@
-"""`.bin`/`.idx` pairs: checked when opened, and what is known about them kept in `<prefix>.json` beside them.
+"""`.bin`/`.idx` pairs: checked when opened, known by their content, described by `<prefix>.json` beside them.
 
 The format is megatron.core's (`IndexedDataset`), so Megatron-LM reads what we write and we read what it writes; only
 the side file is ours. A document of text is one sequence. A conversation has a sequence a turn, and sequences have a
 mode, as those of multimodal sets: 1 what the assistant says, 0 the rest.
+
+A resumed run must read the rest of the same tokens. Hashing terabytes would delay every start, so the digest covers
+blocks spread evenly over the token file, and the whole index, which has the length of every document.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy
+from blake3 import blake3
 
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.files import check_fetched
 from megatron_llamapro.config.schema import DataFormat
-from megatron_llamapro.data.inputs import paths_of
+from megatron_llamapro.data.text_files import paths_of
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
+
 
 _HEADER = struct.Struct("<9sQBQQ")
 """Of an index: magic, version, type of the tokens, sequences, documents."""
@@ -157,3 +164,65 @@ def _rise(documents: numpy.ndarray, num_sequences: int) -> bool:
         return False
     pieces = (documents[first : first + _PIECE + 1] for first in range(0, len(documents), _PIECE))
     return all(numpy.all(numpy.diff(piece) >= 0) for piece in pieces)
+
+
+_MARK = "blake3-sampled:"
+_BLOCK_BYTES, _NUM_BLOCKS = 2**14, 256
+
+
+def content_digest(prefix: str | Path) -> str:
+    """A hash of the whole index and of blocks of the tokens; of all tokens, where they are at most 4 MiB."""
+    bin_path, index_path, _ = paths_of(prefix)
+    size = bin_path.stat().st_size
+    digest = blake3(size.to_bytes(8, "little"), max_threads=blake3.AUTO).update_mmap(index_path)
+    with bin_path.open("rb") as file:
+        if size <= _BLOCK_BYTES * _NUM_BLOCKS:
+            digest.update(file.read())
+        else:
+            for start in numpy.linspace(0, size - _BLOCK_BYTES, _NUM_BLOCKS, dtype=numpy.int64).tolist():
+                file.seek(start)
+                digest.update(file.read(_BLOCK_BYTES))
+    return _MARK + digest.hexdigest()
+
+
+def is_content(stored: str, prefix: str | Path) -> bool:
+    """Whether a digest, stored by this or an earlier version, is of the pair."""
+    if stored.startswith(_MARK):
+        return stored == content_digest(prefix)
+    return any(stored == digest for digest in _earlier_digests(prefix))
+
+
+_END_BYTES = 2**20
+
+
+def _earlier_digests(prefix: str | Path) -> Iterator[str]:
+    """Those of versions that went by the side file where there was one: the cheap ones first, and last that of all
+    tokens, which the side file had, computed anew."""
+    bin_path, index_path, _ = paths_of(prefix)
+    info = read_info(prefix)
+    of_index = _sha256(index_path)
+    if info is not None:
+        yield from _with_index(info.bin_sha256, of_index)
+    ends = of_index.copy()
+    size = bin_path.stat().st_size
+    with bin_path.open("rb") as file:
+        ends.update(file.read(_END_BYTES))
+        file.seek(max(size - _END_BYTES, 0))
+        ends.update(file.read(_END_BYTES))
+    ends.update(str(size).encode())
+    yield ends.hexdigest()
+    yield from _with_index(_sha256(bin_path).hexdigest(), of_index)
+
+
+def _with_index(of_tokens: str, of_index) -> Iterator[str]:
+    """Of text, and of conversations."""
+    yield of_tokens
+    yield hashlib.sha256(of_index.digest() + bytes.fromhex(of_tokens)).hexdigest()
+
+
+def _sha256(path: Path):
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from megatron_llamapro.config.errors import DataError, LlamaProError
 from megatron_llamapro.data.drafts import folder_made, writing
-from megatron_llamapro.data.helpers import Helper
-from megatron_llamapro.data.json_lines import decoded, field_of, json_name, valid_unicode
-from megatron_llamapro.data.text_files import check_text_files, is_jsonl
+from megatron_llamapro.data.text_files import check_text_files, decoded, field_of, is_jsonl, json_name, valid_unicode
 from megatron_llamapro.data.tokenizer import MODEL_NAME
+from megatron_llamapro.data.workers import Helper
 
 _LEAST, _MOST = 260, 10_000_000  # tokens: the bytes, the three special ones, and one to learn
 _LONGEST_BYTES = 2**16

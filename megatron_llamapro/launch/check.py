@@ -8,8 +8,8 @@ from pathlib import Path
 
 from megatron_llamapro.config.checks import data_parallel_size
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.paths import expand_user
 from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.config.values import expand_user
 from megatron_llamapro.launch.config import LaunchConfig
 
 _NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")

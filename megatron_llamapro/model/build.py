@@ -14,12 +14,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
 from megatron_llamapro.config.schema import CrossEntropy, ModelConfig, ParallelConfig, Precision, RecomputeConfig
+from megatron_llamapro.config.stages import stage_layers, to_megatron_layout
+from megatron_llamapro.families.rotary import inverse_frequencies
+from megatron_llamapro.families.shape import ModelShape
 from megatron_llamapro.model.attention import RotaryTables
 from megatron_llamapro.model.loss import give_loss
-from megatron_llamapro.model.rotary import inverse_frequencies
-from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.model.spec import block_spec, uses_transformer_engine
-from megatron_llamapro.pipeline.layout import stage_layers, to_megatron_layout
 
 PARAMS_DTYPE: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.names import NamedParameter, named_parameters
-from megatron_llamapro.model.trainable import (
+from megatron_llamapro.expansion.trainable import (
     ADDED_BLOCKS,
     BLOCK_PARTS,
     EVERYTHING,
@@ -24,6 +23,7 @@ from megatron_llamapro.model.trainable import (
     is_adapter,
     trainable_blocks,
 )
+from megatron_llamapro.model.names import NamedParameter, named_parameters
 
 
 @dataclass(frozen=True)

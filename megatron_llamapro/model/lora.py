@@ -28,8 +28,8 @@ from torch.nn import functional
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import LoraConfig
 from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.expansion.trainable import ADAPTER_OWNERS, adapted_layers
 from megatron_llamapro.model.names import global_layer_index, unwrapped
-from megatron_llamapro.model.trainable import ADAPTER_OWNERS, adapted_layers
 
 
 class _HasAdapter(Protocol):

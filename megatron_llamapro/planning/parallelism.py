@@ -1,7 +1,7 @@
-"""How a job's ranks are best divided: tensor-parallel x stages x replicas, by the arithmetic of `pipeline/`.
+"""How a job's ranks are best divided: tensor-parallel x stages x replicas, by the arithmetic of this room.
 
-Every division is a configuration of its own, checked as a run's is; its layers are split as `pipeline/planner.py` does,
-and its messages take what `pipeline/network.py` says. Needs no torch.
+Every division is a configuration of its own, checked as a run's is; its layers are split as `planning/splits.py` does,
+and its messages take what `planning/network.py` says. Needs no torch.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_llamapro.checkpoint.described import DescribedModel
+from megatron_llamapro.checkpoint.description import DescribedModel, check_fits
 from megatron_llamapro.config.checks import check_run_config
 from megatron_llamapro.config.errors import ConfigError, PipelinePlanError
 from megatron_llamapro.config.schema import ParallelConfig, RecomputeConfig, RunConfig
-from megatron_llamapro.pipeline.job import Job
-from megatron_llamapro.pipeline.network import Network, replicas_time, tensor_parallel_time
-from megatron_llamapro.pipeline.planner import Plan, balanced_plan, even_plan
-from megatron_llamapro.planning.fitting import check_fits, job_of
+from megatron_llamapro.planning.job import Job, job_of
+from megatron_llamapro.planning.network import Network, replicas_time, tensor_parallel_time
+from megatron_llamapro.planning.splits import Plan, balanced_plan, even_plan
 
 RECOMPUTE_ALL = RecomputeConfig(granularity="full", method="uniform", num_layers=1)
 

@@ -21,8 +21,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from types import FrameType
 
-from megatron_llamapro.config.command import INTERRUPTED, end_at_once, is_first_of_node
-from megatron_llamapro.config.torchrun import started_by_torchrun
+from megatron_llamapro.config.command import INTERRUPTED, end_at_once, is_first_of_node, started_by_torchrun
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 

@@ -22,8 +22,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_llamapro.config.command import HUNG
-from megatron_llamapro.config.torchrun import tell_torchrun
+from megatron_llamapro.config.command import HUNG, tell_torchrun
 
 _GRACE_SECONDS = 5.0
 _KEY = "llamapro/hang"

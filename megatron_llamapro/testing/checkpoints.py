@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from megatron_llamapro.checkpoint.sources import OpenTensors, open_checkpoint
-from megatron_llamapro.checkpoint.streaming import SourceFiles
+from megatron_llamapro.checkpoint.formats.open import OpenTensors, open_checkpoint
+from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

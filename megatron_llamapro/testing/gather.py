@@ -11,10 +11,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from megatron_llamapro.checkpoint.transforms import row_blocks
-from megatron_llamapro.checkpoint.weight_map import weights_of
-from megatron_llamapro.model.shape import ModelShape
-from megatron_llamapro.training.checkpointing import model_state
+from megatron_llamapro.checkpoint.tensors.weight_map import row_blocks, weights_of
+from megatron_llamapro.families.shape import ModelShape
+from megatron_llamapro.training.checkpoints.state import model_state
 
 
 @dataclass(frozen=True)

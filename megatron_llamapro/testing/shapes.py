@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_llamapro.model.shape import ModelShape
+from megatron_llamapro.families.shape import ModelShape
 
 
 def tiny_shape(**fields: Any) -> ModelShape:

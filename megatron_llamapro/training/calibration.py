@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
+from megatron_llamapro.families.shape import ModelShape
 from megatron_llamapro.model.build import LlamaModel, build_model
-from megatron_llamapro.model.shape import ModelShape
 from megatron_llamapro.runtime.distributed import start_model_parallel
 
 _WARM_UP, _ROUNDS = 2, 7

@@ -15,8 +15,8 @@ from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.model.frozen import Reach
 from megatron_llamapro.model.names import unwrapped
+from megatron_llamapro.model.skip_frozen import Reach
 from megatron_llamapro.runtime.distributed import process_groups
 
 

@@ -15,13 +15,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.expansion.trainable import is_adapter
 from megatron_llamapro.model.freeze import is_divided
 from megatron_llamapro.model.lora import merged_weight
 from megatron_llamapro.model.names import NamedParameter, global_layer_index, named_parameters, unwrapped
-from megatron_llamapro.model.trainable import is_adapter
+from megatron_llamapro.optimizer.replicas import finish_param_gathers
 from megatron_llamapro.runtime.distributed import ParallelLayout
-from megatron_llamapro.training.checkpointing import load_values, model_state
-from megatron_llamapro.training.replicas import finish_param_gathers
+from megatron_llamapro.training.checkpoints.state import load_values, model_state
 
 # Sums of squares that are gathered of each block, over all ranks. The figures are roots of quotients of two of them.
 _SUMS = ("added", "stream", "gradient", "moved", "copied", "output", "source_output")

@@ -6,23 +6,22 @@ import contextlib
 import time
 from collections.abc import Sequence
 
+from megatron_llamapro.checkpoint.formats.folders import what_is_kept
+from megatron_llamapro.config.checks import is_left_out, left_out
 from megatron_llamapro.config.errors import LlamaProError
 from megatron_llamapro.config.schema import RunConfig
-from megatron_llamapro.config.steps import is_left_out, left_out
 from megatron_llamapro.data.sampling import train_batches
 from megatron_llamapro.runtime.distributed import for_all_ranks, on_any_rank
 from megatron_llamapro.runtime.stop import StopRequest
 from megatron_llamapro.runtime.watchdog import Watchdog
+from megatron_llamapro.training.checkpoints.saver import Saver
+from megatron_llamapro.training.checkpoints.state import Outcome, TrainingState
 from megatron_llamapro.training.diagnostics import BlockDiagnostics
 from megatron_llamapro.training.evaluation import evaluate
-from megatron_llamapro.training.kept import what_is_kept
 from megatron_llamapro.training.metrics import MetricsWriter
 from megatron_llamapro.training.report import peak_memory_gib, work_per_token
-from megatron_llamapro.training.saver import Saver
 from megatron_llamapro.training.setup import Run
-from megatron_llamapro.training.skipping import check_converges, skip_record
-from megatron_llamapro.training.state import Outcome, TrainingState
-from megatron_llamapro.training.step import StepResult, leave_out_step, train_step
+from megatron_llamapro.training.step import StepResult, check_converges, leave_out_step, skip_record, train_step
 
 
 def train(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, watchdog: Watchdog | None = None) -> None:

@@ -1,8 +1,8 @@
-"""A run's figures, and their lines on the console. Where else they go: `jsonl.py` and `trackers.py`; `records.py` opens
-all of them. A writer is one method, `write`.
+"""A run's figures, and their lines on the console. `metrics_file.py` and `trackers.py` write them elsewhere.
 
-A record is a flat dict with its `kind`: `run` (once a start), `train` (a logged step), `eval` (a held-out set), `block`
-(an added block's diagnostics), `save` (a complete checkpoint), `skip` (a step without an update).
+`records.py` opens all writers; a writer is one method, `write`. A record is a flat dict with its `kind`: `run` (once a
+start), `train` (a logged step), `eval` (a held-out set), `block` (an added block's diagnostics), `save` (a complete
+checkpoint), `skip` (a step without an update).
 """
 
 from __future__ import annotations
@@ -97,3 +97,6 @@ def _say(line: str) -> None:
 def metrics_path(config: LoggingConfig, *, save: str | None) -> Path:
     """Where the JSONL record goes."""
     return Path(config.metrics_file) if config.metrics_file else Path(save or ".") / "metrics.jsonl"
+
+
+"""In checkpoint.save: the name by which all starts of a run know their records."""

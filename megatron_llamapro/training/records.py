@@ -20,8 +20,8 @@ from megatron_llamapro.config.io import to_plain
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.runtime.distributed import failing_together
 from megatron_llamapro.runtime.lock import RunLock
-from megatron_llamapro.training.jsonl import JsonlWriter
 from megatron_llamapro.training.metrics import ConsoleWriter, MetricsWriter, metrics_path
+from megatron_llamapro.training.metrics_file import JsonlWriter
 from megatron_llamapro.training.trackers import Guarded, TensorBoardWriter, WandbWriter, is_remote
 
 RUN_ID = "run_id.txt"

@@ -7,14 +7,14 @@ import resource
 import torch
 import torch.distributed as dist
 
+from megatron_llamapro.checkpoint.description import trains_of
 from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.config.stages import draw, stage_layers
 from megatron_llamapro.data.dataset import conversation_sets
 from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.families.shape import ModelShape
 from megatron_llamapro.model.freeze import StageReport
-from megatron_llamapro.model.shape import ModelShape
-from megatron_llamapro.pipeline.cost import Work, step_work
-from megatron_llamapro.pipeline.layout import draw, stage_layers
-from megatron_llamapro.planning.fitting import trains_of
+from megatron_llamapro.planning.flops import Work, step_work
 from megatron_llamapro.training.setup import Run
 
 GIB = 2**30
@@ -85,7 +85,7 @@ def _run_record(run: Run, *, parameters: int, trainable: int) -> dict[str, objec
 
 
 def work_per_token(config: RunConfig, shape: ModelShape, plan: ExpansionPlan) -> Work:
-    """FLOP that a token's training needs, by arithmetic (pipeline/cost.py), with what is frozen left out."""
+    """FLOP that a token's training needs, by arithmetic (planning/flops.py), with what is frozen left out."""
     return step_work(shape, seq_length=config.data.seq_length, trains=trains_of(config, shape, plan))
 
 

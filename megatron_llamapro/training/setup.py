@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.utils.data import Dataset
 
-from megatron_llamapro.checkpoint.adapters import AdapterRecord
-from megatron_llamapro.checkpoint.manifest import Manifest
+from megatron_llamapro.checkpoint.formats.adapters import AdapterRecord
 from megatron_llamapro.config.errors import CheckpointError, ConfigError, LlamaProError
-from megatron_llamapro.config.schema import ParallelConfig, RunConfig
+from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.data.dataset import CheckedDataset, build_train_dataset, build_valid_datasets
 from megatron_llamapro.data.index_cache import make_cache_dir
 from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.model.build import LlamaModel, build_model
-from megatron_llamapro.model.freeze import StageReport, freeze
-from megatron_llamapro.model.frozen import skip_frozen_work
-from megatron_llamapro.model.lora import add_adapters
-from megatron_llamapro.model.shape import ModelShape
+from megatron_llamapro.expansion.manifest import Manifest
+from megatron_llamapro.families.shape import ModelShape
+from megatron_llamapro.model.build import LlamaModel
+from megatron_llamapro.model.freeze import StageReport
 from megatron_llamapro.model.spec import uses_transformer_engine
-from megatron_llamapro.model.trainable import first_trainable_layer
-from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler, check_apex
-from megatron_llamapro.runtime.distributed import ParallelLayout, from_first_rank, raise_together, start_model_parallel
-from megatron_llamapro.training.checkpointing import load_checkpoint, load_model
+from megatron_llamapro.optimizer.build import check_apex
+from megatron_llamapro.runtime.distributed import ParallelLayout, from_first_rank, raise_together
+from megatron_llamapro.training.checkpoints.resume import RunIdentity, checkpoint_to_resume, run_identity
+from megatron_llamapro.training.checkpoints.state import TrainingState, load_checkpoint, load_model
+from megatron_llamapro.training.machine import build_machine
 from megatron_llamapro.training.metrics import metrics_path
-from megatron_llamapro.training.replicas import skip_collectives_of_one
-from megatron_llamapro.training.resume import RunIdentity, checkpoint_to_resume, run_identity
 from megatron_llamapro.training.start import read_start
-from megatron_llamapro.training.state import TrainingState
-from megatron_llamapro.training.step import connect
 
 
 @dataclass(frozen=True)
@@ -50,17 +44,6 @@ class Source:
     identity: RunIdentity
     resume_from: Path | None
     """The run's own newest checkpoint, where it was started before."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What computes on this rank: its part of the model, the optimizer and its schedule."""
-
-    layout: ParallelLayout
-    chunks: Sequence[DistributedDataParallel]
-    optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
-    report: StageReport
 
 
 @dataclass(frozen=True)
@@ -118,46 +101,6 @@ def set_up(config: RunConfig) -> Run:
     )
 
 
-def build_machine(
-    config: RunConfig, shape: ModelShape, plan: ExpansionPlan, *, load: Callable[[Sequence[LlamaModel]], None]
-) -> Machine:
-    """Build what computes, on every rank of the started world. `load` fills the weights before the optimizer makes its
-    copies of them.
-
-    Raises:
-        ConfigError: what trains, or a parameter-group rule, is nothing in this model.
-    """
-    layout = start_model_parallel(config.parallel, seed=config.training.seed)
-    models = build_model(
-        shape,
-        model=config.model,
-        parallel=config.parallel,
-        precision=config.training.precision,
-        recompute=config.recompute,
-    )
-    load(models)
-    add_adapters(models, plan, config.lora, seed=config.training.seed)
-    report = freeze(
-        models,
-        plan,
-        config.model.trainable,
-        tie_word_embeddings=shape.tie_word_embeddings,
-        tensor_size=layout.tensor_size,
-    )
-    skip_frozen_work(models, first_trainable_layer(config.model.trainable, plan, lora=config.lora))
-    chunks = [wrapped(model, config.parallel) for model in models]
-    optimizer = build_optimizer(chunks, config.optimizer, precision=config.training.precision)
-    scheduler = build_scheduler(optimizer, config.optimizer, train_iters=config.training.train_iters)
-    connect(
-        models[0].config,
-        chunks,
-        optimizer,
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-    )
-    return Machine(layout=layout, chunks=chunks, optimizer=optimizer, scheduler=scheduler, report=report)
-
-
 def _checked_source(config: RunConfig) -> Source:
     """Everything that can be known to be wrong before a model is built, agreed on by all ranks."""
     source, error = None, None
@@ -188,26 +131,6 @@ def _read_source(config: RunConfig) -> Source:
             f"(tools/convert_checkpoint.py megatron-to-megatron --source {folder} --target MERGED)"
         )
     return Source(folder, manifest, shape, tokenizer, held_out, identity, resume_from)
-
-
-def wrapped(model: LlamaModel, parallel: ParallelConfig) -> DistributedDataParallel:
-    """The model in megatron.core's DDP: gradient buffers in float32, for what trains only.
-
-    Of virtual stages the schedule starts the gather of a whole chunk, so that no bucket may start the next one's.
-    """
-    ddp = DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(
-            use_distributed_optimizer=True,
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=parallel.overlap_grad_reduce,
-            overlap_param_gather=parallel.overlap_param_gather,
-            align_param_gather=parallel.virtual_pipeline_model_parallel_size is not None,
-        ),
-        model,
-    )
-    skip_collectives_of_one(ddp)
-    return ddp
 
 
 def _train_set(config: RunConfig, source: Source) -> CheckedDataset:

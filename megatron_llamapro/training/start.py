@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_llamapro.checkpoint.carried import carried_files
-from megatron_llamapro.checkpoint.delta import BASE
-from megatron_llamapro.checkpoint.folder import is_torch_dist, resolve_megatron_checkpoint
-from megatron_llamapro.checkpoint.manifest import Manifest
-from megatron_llamapro.checkpoint.megatron_dist import check_loadable
+from megatron_llamapro.checkpoint.description import check_fits
+from megatron_llamapro.checkpoint.formats.delta import BASE
+from megatron_llamapro.checkpoint.formats.folders import is_torch_dist, resolve_megatron_checkpoint
+from megatron_llamapro.checkpoint.formats.torch_dist import check_loadable
 from megatron_llamapro.config.checks import data_parallel_size
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.data.token_files import check_token_file
 from megatron_llamapro.data.tokenizer import tokenizer_file
-from megatron_llamapro.model.families import model_shape, read_hf_config
-from megatron_llamapro.model.shape import ModelShape
-from megatron_llamapro.planning.fitting import check_fits
+from megatron_llamapro.expansion.manifest import Manifest
+from megatron_llamapro.families.hf_config import model_shape, read_hf_config
+from megatron_llamapro.families.shape import ModelShape
 
 _MANIFEST_DTYPE = {"bf16": "bfloat16", "fp32": "float32"}
 

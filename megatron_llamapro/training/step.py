@@ -1,4 +1,9 @@
-"""One optimizer step, and the forward pass that evaluation shares with it. megatron.core's schedules do the work."""
+"""One optimizer step, and the forward pass that evaluation shares with it. megatron.core's schedules do the work.
+
+A step without an update counts: its data are consumed and the learning-rate schedule moves on, so every other step has
+the data and the learning rate that it would have had. Weights, main parameters, moments and their step counts stay as
+they were, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +20,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_llamapro.optimizer.update import gradient_norm, update
-from megatron_llamapro.runtime.distributed import ParallelLayout
+from megatron_llamapro.config.errors import DivergedError
+from megatron_llamapro.optimizer.replicas import gradient_norm, update
+from megatron_llamapro.runtime.distributed import ParallelLayout, for_all_ranks
+from megatron_llamapro.training.checkpoints.state import Outcome, TrainingState
 from megatron_llamapro.training.communication import communication
-from megatron_llamapro.training.state import Outcome
 
 Batch = dict[str, torch.Tensor]
 """tokens, labels, loss_mask, position_ids: [b, s] each."""
@@ -186,3 +192,35 @@ def reduce_loss(sums: Sequence[torch.Tensor], *, layout: ParallelLayout, stop_re
     total, num_tokens, stops = vector.tolist()
     mean = total / num_tokens if num_tokens else math.nan
     return LossSum(loss=mean, num_tokens=int(num_tokens), stop_requested=stops > 0)
+
+
+def skip_record(result: StepResult, state: TrainingState) -> dict[str, object]:
+    """The `skip` record of a step that was the latest."""
+    return {
+        "kind": "skip",
+        "iteration": state.iteration,
+        "outcome": result.outcome.value,
+        "loss": result.loss.loss,
+        "grad_norm": result.grad_norm,
+        "tokens": result.loss.num_tokens,
+        "learning_rate": result.learning_rate,
+        "skipped_steps": len(state.skipped_steps),
+        "skipped_in_a_row": state.skipped_in_a_row,
+        "consumed_samples": state.consumed_samples,
+    }
+
+
+def check_converges(result: StepResult, state: TrainingState, *, max_skipped_steps: int) -> None:
+    """Raise `DivergedError`, on all ranks, after the last of too many steps in a row that were skipped."""
+    if result.outcome is not Outcome.SKIPPED or state.skipped_in_a_row < max_skipped_steps:
+        return
+    why = f"the loss is {result.loss.loss:.4g} and the gradient norm {result.grad_norm:.4g}"
+    if not result.loss.num_tokens:
+        why = "no token has loss (look at the data's loss_mask)"
+    raise for_all_ranks(
+        DivergedError(
+            f"step {state.iteration}: {why}; steps in a row without an update: {state.skipped_in_a_row}, as many as "
+            "training.max_skipped_steps: lower optimizer.lr, or name steps whose data are bad in "
+            "training.skip_iterations; the last checkpoint is intact"
+        )
+    )

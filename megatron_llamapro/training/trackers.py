@@ -19,8 +19,8 @@ from typing import Protocol
 from megatron_llamapro.config.command import in_one_line
 from megatron_llamapro.config.errors import ConfigError, RunError
 from megatron_llamapro.config.schema import LoggingConfig, RunConfig
-from megatron_llamapro.training.jsonl import move_aside, warn
 from megatron_llamapro.training.metrics import BLOCK_FIGURES, Record
+from megatron_llamapro.training.metrics_file import move_aside, warn
 
 _ANSWER_SECONDS, _START_SECONDS, _END_SECONDS = 5.0, 60.0, 60.0
 """How long the server of Weights & Biases may take: to answer at all, to begin a run, to take its last figures."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from config_cases import BASE
+from config_difference import OurReading
 from config_readings import VERSIONS, Case, Outcome, accepted_cases, outcome
-from megatron_llamapro.testing.config_cases import BASE
-from megatron_llamapro.testing.config_difference import OurReading
 from venvs import VENVS
 
 ROOT = Path(__file__).parents[2]

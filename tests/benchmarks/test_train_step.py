@@ -71,7 +71,8 @@ def count_worker(folder: Path) -> tuple[int, Counter, int, Counter]:
 
 def test_the_floor_does_what_our_step_does(tmp_path: Path) -> None:
     """Not one product more, not one less; all of them together are what the cost model says."""
-    from megatron_llamapro.pipeline.cost import Trains, block_attention_flops, step_work
+    from megatron_llamapro.expansion.trains import Trains
+    from megatron_llamapro.planning.flops import block_attention_flops, step_work
     from step_models import MODELS
     from step_table import model_shape
 

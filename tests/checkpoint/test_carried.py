@@ -17,7 +17,7 @@ from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, lega
 from megatron_llamapro.checkpoint.report import summary
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.inits import Expansion
-from megatron_llamapro.model.families import FAMILIES
+from megatron_llamapro.families.hf_config import FAMILIES
 
 Tiny = Callable[..., Path]
 TALK, DOCUMENTS = [{"role": "user", "content": "x = 1"}], [{"title": "title", "text": "text"}]

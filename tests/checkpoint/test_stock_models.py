@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_llamapro.checkpoint.convert import hf_to_megatron, megatron_to_megatron
-from megatron_llamapro.checkpoint.megatron_dist import check_loadable
+from megatron_llamapro.checkpoint.formats.torch_dist import check_loadable
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.schema import ParallelConfig
 from megatron_llamapro.expansion.inits import Expansion
@@ -51,8 +51,8 @@ def stock_model(folder: Path, parallel: ParallelConfig, *, moe_grouped_gemm: boo
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.moe import grouped_gemm_util
 
+    from megatron_llamapro.families.hf_config import model_shape, read_hf_config
     from megatron_llamapro.model.build import transformer_config
-    from megatron_llamapro.model.families import model_shape, read_hf_config
 
     grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None  # kernels; nothing is computed here
     shape = model_shape(read_hf_config(folder))

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, megatron_to_hf, megatron_to_megatron
 from megatron_llamapro.checkpoint.inspection import inspect
-from megatron_llamapro.checkpoint.manifest import Manifest
-from megatron_llamapro.checkpoint.verify import Check, verify
+from megatron_llamapro.checkpoint.proof.verify import Check, verify
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.inits import Expansion, Init
+from megatron_llamapro.expansion.manifest import Manifest
 from megatron_llamapro.expansion.plan import Trained
 
 Tiny = Callable[..., Path]

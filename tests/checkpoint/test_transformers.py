@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, megatron_to_hf
-from megatron_llamapro.checkpoint.reference import logits as reference_logits
-from megatron_llamapro.checkpoint.sources import OpenTensors, open_checkpoint
-from megatron_llamapro.checkpoint.streaming import SourceFiles
+from megatron_llamapro.checkpoint.formats.open import OpenTensors, open_checkpoint
+from megatron_llamapro.checkpoint.proof.reference import logits as reference_logits
+from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles
 from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 

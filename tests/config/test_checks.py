@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llamapro.config.checks import check_model, check_run_config, check_samples, data_parallel_size
+from megatron_llamapro.config.checks import (
+    check_model,
+    check_run_config,
+    check_samples,
+    data_parallel_size,
+    is_left_out,
+)
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import (
     BlendEntry,
@@ -16,7 +22,6 @@ from megatron_llamapro.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from megatron_llamapro.config.steps import is_left_out
 
 BASE = RunConfig(
     model=ModelConfig(checkpoint="c"),

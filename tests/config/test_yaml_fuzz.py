@@ -15,10 +15,9 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_llamapro.config.building import to_plain
 from megatron_llamapro.config.documents import dump
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.fields import fields_of, names_of
+from megatron_llamapro.config.fields import fields_of, names_of, to_plain
 from megatron_llamapro.config.io import parse_run_config, parse_sections
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.config.values import printable

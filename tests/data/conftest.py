@@ -8,7 +8,6 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from megatron_llamapro.testing import preload  # noqa: F401 (imports megatron.core without its warnings)
 from megatron_llamapro.testing.tiny_models import write_tiny_tokenizer
 
 

@@ -12,7 +12,7 @@ from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.data.preprocess import preprocess
 from megatron_llamapro.data.token_files import open_token_file, paths_of, read_info
 from megatron_llamapro.data.tokenizer import load_tokenizer
-from megatron_llamapro.data.worker import EncoderOptions
+from megatron_llamapro.data.workers import EncoderOptions
 
 EXAMPLE = Path("examples/llama2_7b_pro_instruct/chat_template.jinja")
 

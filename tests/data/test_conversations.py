@@ -22,10 +22,9 @@ from megatron_llamapro.data.dataset import (
     check_train_files,
     conversation_sets,
 )
-from megatron_llamapro.data.identity import content_digest
 from megatron_llamapro.data.preprocess import preprocess
 from megatron_llamapro.data.sampling import check_same_order, data_order_fingerprint
-from megatron_llamapro.data.token_files import open_token_file, paths_of
+from megatron_llamapro.data.token_files import content_digest, open_token_file, paths_of
 from megatron_llamapro.data.tokenizer import load_tokenizer
 from megatron_llamapro.testing.distributed import run_distributed
 

@@ -12,9 +12,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.schema import BlendEntry, DataConfig
-from megatron_llamapro.data.identity import content_digest, is_content
 from megatron_llamapro.data.sampling import check_same_order, data_order_fingerprint
-from megatron_llamapro.data.token_files import paths_of
+from megatron_llamapro.data.token_files import content_digest, is_content, paths_of
 
 
 def order(prefix: Path) -> dict[str, object]:

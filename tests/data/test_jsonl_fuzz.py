@@ -19,11 +19,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from fuzzing import fuzz_settings
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.data.encoding import Chunk
 from megatron_llamapro.data.preprocess import preprocess
-from megatron_llamapro.data.worker import EncoderOptions
-from megatron_llamapro.testing.fuzzing import fuzz_settings
+from megatron_llamapro.data.workers import EncoderOptions
 
 EOD = 2
 LONGEST = 2000  # letters of a message

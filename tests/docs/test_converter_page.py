@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pages import ROOT, commands, run
 
+from megatron_llamapro.checkpoint.formats.checkpoint import Format
 from megatron_llamapro.checkpoint.inspection import inspect
-from megatron_llamapro.checkpoint.opened import Format
-from megatron_llamapro.checkpoint.verify import verify
+from megatron_llamapro.checkpoint.proof.verify import verify
 
 PAGE = "docs/converter.md"
 

@@ -6,10 +6,10 @@ import re
 
 from pages import ROOT, blocks
 
-from megatron_llamapro.model.families import FAMILIES
+from megatron_llamapro.families.hf_config import FAMILIES
 
 PAGE = "docs/families.md"
-SOURCES = ("model/families.py", "testing/tiny_models.py", "checkpoint/weight_map.py")
+SOURCES = ("families/hf_config.py", "testing/tiny_models.py", "checkpoint/tensors/weight_map.py")
 
 
 def squeezed(code: str) -> str:

@@ -12,7 +12,7 @@ from pages import blocks, commands, run, workplace
 
 from megatron_llamapro.checkpoint.convert import hf_to_megatron
 from megatron_llamapro.checkpoint.inspection import inspect
-from megatron_llamapro.checkpoint.verify import verify
+from megatron_llamapro.checkpoint.proof.verify import verify
 from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.expansion.inits import Expansion
 

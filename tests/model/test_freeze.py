@@ -87,7 +87,7 @@ def test_one_round_trains_alone() -> None:
 
 
 def test_layers_that_train() -> None:
-    from megatron_llamapro.model.trainable import trainable_layers
+    from megatron_llamapro.expansion.trainable import trainable_layers
 
     for trainable, layers in (
         (("added_blocks",), {1, 2, 4}),
@@ -101,7 +101,7 @@ def test_layers_that_train() -> None:
 
 
 def test_layers_with_adapters_train() -> None:
-    from megatron_llamapro.model.trainable import first_trainable_layer, trainable_layers
+    from megatron_llamapro.expansion.trainable import first_trainable_layer, trainable_layers
 
     for blocks, trainable, layers in (
         ("originals", ("lora",), {0, 3}),
@@ -117,7 +117,7 @@ def test_layers_with_adapters_train() -> None:
 
 
 def test_adapters_that_cannot_be() -> None:
-    from megatron_llamapro.model.trainable import check_lora
+    from megatron_llamapro.expansion.trainable import check_lora
 
     dense, experts = tiny_shape(), tiny_shape(num_moe_experts=4, moe_router_topk=2)
     unexpanded = ExpansionPlan.unexpanded(2)
@@ -152,7 +152,7 @@ def test_parts_of_the_families() -> None:
 
 def test_transformer_engines_names_are_matched_too() -> None:
     """Its norms lie with the linear behind them, its experts in one module with numbered weights."""
-    from megatron_llamapro.model.trainable import BLOCK_PARTS
+    from megatron_llamapro.expansion.trainable import BLOCK_PARTS
 
     def parts_of(name: str) -> set[str]:
         return {
@@ -186,7 +186,7 @@ def test_report_counts_every_parameter_once() -> None:
 
 
 def test_refusals() -> None:
-    from megatron_llamapro.model.trainable import check_trainable
+    from megatron_llamapro.expansion.trainable import check_trainable
 
     unexpanded = ExpansionPlan.unexpanded(2)
     for trainable, plan, tied, message in (

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_llamapro.checkpoint.weight_map import Sharding, Weight
+from megatron_llamapro.checkpoint.tensors.weight_map import Sharding, Weight
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
@@ -30,13 +30,13 @@ def share(weight: Weight, whole: torch.Tensor, *, rank: int, ranks: int) -> torc
 
 def wrong_parts(folder: Path) -> list[str]:
     """Parameters of this rank that are not the part, or not marked as the part, that the weight map makes them."""
-    from megatron_llamapro.checkpoint.weight_map import weights_of
+    from megatron_llamapro.checkpoint.tensors.weight_map import weights_of
     from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
+    from megatron_llamapro.families.hf_config import model_shape, read_hf_config
     from megatron_llamapro.model.build import build_model
-    from megatron_llamapro.model.families import model_shape, read_hf_config
     from megatron_llamapro.runtime.distributed import start_model_parallel
     from megatron_llamapro.testing.checkpoints import read_with_torch
-    from megatron_llamapro.training.checkpointing import load_model, model_state
+    from megatron_llamapro.training.checkpoints.state import load_model, model_state
 
     parallel = ParallelConfig(tensor_model_parallel_size=2)
     layout = start_model_parallel(parallel, seed=1)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llamapro.checkpoint.described import DescribedModel, describe_model
+from megatron_llamapro.checkpoint.description import DescribedModel, describe_model
 from megatron_llamapro.config.errors import ConfigError, PipelinePlanError
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
-from megatron_llamapro.pipeline.network import Network, tensor_parallel_time
-from megatron_llamapro.planning.fitting import job_of
+from megatron_llamapro.planning.job import job_of
+from megatron_llamapro.planning.network import Network, tensor_parallel_time
 from megatron_llamapro.planning.parallelism import Machine, best_parallelisms
 from megatron_llamapro.testing.distributed import run_apart
 
@@ -25,7 +25,7 @@ def model_of(config: RunConfig) -> DescribedModel:
 
 def sent_worker(config: RunConfig, world_size: int) -> dict[str, float]:
     """Bytes that the tensor-parallel ranks' collectives have of a micro-batch, on all stages together."""
-    from megatron_llamapro.training.dry_run import distinct_ranks, dry_run
+    from megatron_llamapro.dry_run.run import distinct_ranks, dry_run
 
     sent = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce"), 0.0)
     for rank in distinct_ranks(config, world_size):

@@ -10,11 +10,10 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+from cluster import Cluster, why_not
 
 from megatron_llamapro.checkpoint.convert import hf_to_megatron
 from megatron_llamapro.expansion.inits import Expansion
-from megatron_llamapro.testing import preload  # noqa: F401 (imports megatron.core without its warnings)
-from megatron_llamapro.testing.slurm import Cluster, why_not
 
 ROOT = Path(__file__).parents[2]
 

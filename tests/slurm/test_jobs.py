@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from cluster import Cluster
 
 from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.launch.config import read_launch_config
 from megatron_llamapro.launch.slurm import sbatch_script
 from megatron_llamapro.testing.distributed import run_distributed
-from megatron_llamapro.testing.slurm import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_llamapro.config.io import parse_run_config
-from megatron_llamapro.pipeline.timing import KINDS
+from megatron_llamapro.planning.job import KINDS
 
 RUN = """
 model: {checkpoint: not-there-yet}

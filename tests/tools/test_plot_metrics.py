@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_llamapro.commands.plot import labels_of, read_series
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.training.plots import labels_of, read_series
 
 
 def record(step: int) -> str:

@@ -19,7 +19,7 @@ from gradients import batch, gradients_worker, load_chunks, parallel
 
 from megatron_llamapro.checkpoint.convert import megatron_to_hf, megatron_to_megatron
 from megatron_llamapro.checkpoint.inspection import inspect
-from megatron_llamapro.checkpoint.verify import verify
+from megatron_llamapro.checkpoint.proof.verify import verify
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.schema import LoraConfig, ParallelConfig, RunConfig
 from megatron_llamapro.testing.checkpoints import read_tensors, read_with_torch
@@ -43,7 +43,7 @@ LAYOUTS = {
 def _sharded(chunks: list):
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-    from megatron_llamapro.training.checkpointing import model_state
+    from megatron_llamapro.training.checkpoints.state import model_state
 
     for state in model_state(chunks).values():
         for held in state.values():
@@ -75,7 +75,7 @@ def by_hand(folder: Path, hf: Path, tensors: dict[str, torch.Tensor], scaling: f
     """Loss, and gradients of the adapters, of transformers' model with W + scaling * B A as its weights."""
     from transformers import AutoModelForCausalLM
 
-    from megatron_llamapro.model.families import model_shape, read_hf_config
+    from megatron_llamapro.families.hf_config import model_shape, read_hf_config
 
     adapters = {key: value.clone().requires_grad_() for key, value in tensors.items() if ".lora_" in key}
     merged = {
@@ -193,7 +193,7 @@ def merged_by_hand(folder: Path, start: Path, shape, scaling: float) -> dict[str
 @pytest.mark.parametrize("delta", [True, False], ids=["delta", "full"])
 def test_an_export_is_merged(delta: bool, trained: Callable, tmp_path: Path, models: Callable) -> None:
     """To the last bit but one of float32 (a product in portions); what has no adapter is untouched."""
-    from megatron_llamapro.model.families import model_shape, read_hf_config
+    from megatron_llamapro.families.hf_config import model_shape, read_hf_config
 
     start = models().expanded_megatron
     config = trained(SOME, 4, parallel=TP2_PP2, delta=delta)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 import workers
 from gradients import parallel
-
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
 from megatron_llamapro.testing.checkpoints import read_tensors, read_with_torch
 from megatron_llamapro.testing.distributed import run_distributed
@@ -130,18 +130,18 @@ def losses(result: workers.Result) -> list[float]:
 
 def train_in_small_buckets(configs: list[RunConfig]) -> tuple[int, list[workers.Result]]:
     """Also how many buckets of this rank's are followed by padding."""
-    from megatron_llamapro.training import setup
+    from megatron_llamapro.training import machine
 
     buffers: list = []
-    wrap = setup.wrapped
+    wrap = machine.wrapped
 
     def small_buckets(model: torch.nn.Module, config: ParallelConfig):
         ddp = wrap(model, config)
         buffers.extend(ddp.buffers)
         return ddp
 
-    setup.DistributedDataParallelConfig = partial(setup.DistributedDataParallelConfig, bucket_size=5000)
-    setup.wrapped = small_buckets
+    machine.DistributedDataParallelConfig = partial(machine.DistributedDataParallelConfig, bucket_size=5000)
+    machine.wrapped = small_buckets
     warnings.filterwarnings("error", message="The next bucket's parameter all-gather")
     results = train_all(configs)
     padded = [b for buffer in buffers for b in buffer.buckets[:-1] if b.numel_unpadded < b.grad_data.numel()]

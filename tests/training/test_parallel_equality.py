@@ -134,7 +134,7 @@ def test_loss_and_gradients(layout: str, reference) -> None:
 
 def check_first_step(made, expected: Reference, ranks: list[tuple]) -> None:
     """Every rank has transformers' loss and gradient norm; together they have its gradients."""
-    from megatron_llamapro.model.families import model_shape, read_hf_config
+    from megatron_llamapro.families.hf_config import model_shape, read_hf_config
     from megatron_llamapro.testing.gather import assembled, under_hf_names
 
     shape = model_shape(read_hf_config(made.expanded_megatron))

@@ -20,7 +20,7 @@ from megatron_llamapro.config.io import dump_yaml, to_plain
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
 from megatron_llamapro.runtime.lock import RunLock
 from megatron_llamapro.testing.distributed import run_distributed
-from megatron_llamapro.training.jsonl import read_records
+from megatron_llamapro.training.metrics_file import read_records
 
 
 def with_logging(config: RunConfig, **fields: object) -> RunConfig:

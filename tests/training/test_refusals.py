@@ -14,7 +14,7 @@ import torch
 import workers
 
 from megatron_llamapro.checkpoint.convert import legacy, megatron_to_megatron
-from megatron_llamapro.checkpoint.folder import latest_checkpoint
+from megatron_llamapro.checkpoint.formats.folders import latest_checkpoint
 from megatron_llamapro.config.io import dump_yaml
 from megatron_llamapro.config.schema import BlendEntry, ParallelConfig
 from megatron_llamapro.testing.distributed import run_distributed

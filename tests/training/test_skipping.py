@@ -19,12 +19,12 @@ import workers
 from safetensors.torch import load_file, save_file
 
 from megatron_llamapro.checkpoint.convert import hf_to_megatron
-from megatron_llamapro.checkpoint.folder import LATEST
+from megatron_llamapro.checkpoint.formats.folders import LATEST
 from megatron_llamapro.config.schema import BlendEntry, LoraConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.testing.checkpoints import read_tensors, read_with_torch
 from megatron_llamapro.testing.distributed import run_distributed
-from megatron_llamapro.training.resume import read_progress
+from megatron_llamapro.training.checkpoints.resume import read_progress
 
 BAD_TOKEN, BAD_STEP, STEPS, LR = 130, 2, 4, 1e-2
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}

@@ -1,0 +1,159 @@
+"""Low-rank adapters of a training checkpoint: its record of them, and the weights that they make, merged.
+
+A checkpoint with adapters is opened as the model that it computes, W + alpha / rank * B A: every tool sees merged
+weights, made a few rows at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from megatron_llamapro.checkpoint.formats.checkpoint import Adapter, Checkpoint
+from megatron_llamapro.checkpoint.formats.megatron_tensors import MegatronTensor
+from megatron_llamapro.checkpoint.tensors.computed import MergedRows, cast
+from megatron_llamapro.checkpoint.tensors.layout import StoredTensor, is_whole, parts_of
+from megatron_llamapro.checkpoint.tensors.streaming import (
+    FileState,
+    Rows,
+    SourceFiles,
+    StoredRows,
+    read_whole,
+    stored_hash,
+)
+from megatron_llamapro.checkpoint.tensors.weight_map import Weight, weights_of
+from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.config.files import file_inside, read_small
+from megatron_llamapro.families.hf_config import ITEMSIZES
+
+RECORD_NAME = "llamapro_lora.json"
+FORMAT_VERSION = 1
+
+_WEIGHT, _A, _B = ".weight", ".lora_a", ".lora_b"
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What a checkpoint says of its adapters; their matrices are among its tensors."""
+
+    rank: int
+    alpha: float
+
+    @property
+    def scaling(self) -> float:
+        """The factor before B A."""
+        return self.alpha / self.rank
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterRecord | None:
+        """The record of a checkpoint folder; None where it has no adapters.
+
+        Raises:
+            CheckpointError: it is damaged, or of another version.
+        """
+        path = file_inside(Path(folder), RECORD_NAME)
+        if path is None:
+            return None
+        try:
+            data = json.loads(read_small(path))
+            if data["format_version"] != FORMAT_VERSION:
+                raise CheckpointError(
+                    f"{path} has format {data['format_version']!r}, this version reads {FORMAT_VERSION}: use the "
+                    "version of megatron-llamapro that wrote it"
+                )
+            rank, alpha = data["rank"], data["alpha"]
+            if type(rank) is not int or rank < 1 or not 0 < float(alpha) < float("inf"):
+                raise ValueError(f"rank {rank!r}, alpha {alpha!r}")
+            return cls(rank, float(alpha))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged ({error!r}): restore it from a copy of {folder}") from None
+
+    def write(self, folder: Path) -> None:
+        """Write `llamapro_lora.json`."""
+        record = {"format_version": FORMAT_VERSION, **asdict(self)}
+        (Path(folder) / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a key of a checkpoint is an adapter's."""
+    return name.endswith((_A, _B))
+
+
+def with_adapters(
+    opened: Checkpoint, matrices: Mapping[str, MegatronTensor], states: Mapping[Path, FileState]
+) -> Checkpoint:
+    """An opened checkpoint with the adapters that lie beside its weights, by megatron.core's keys; `states` are those
+    of all its files.
+
+    Raises:
+        CheckpointError: an adapter without its other half, its weight or its record; one of another shape or type.
+    """
+    record = AdapterRecord.read(opened.folder)
+    if (record is None) is not (not matrices):
+        there, lacks = (RECORD_NAME, "adapters") if record else ("adapters", RECORD_NAME)
+        raise CheckpointError(f"{opened.folder} has {there} but no {lacks}: take a complete checkpoint")
+    if record is None:
+        return opened
+    found: dict[str, Adapter] = {}
+    known = set()
+    for weight in weights_of(opened.shape):
+        stem = weight.megatron_name.removesuffix(_WEIGHT)
+        if not {stem + _A, stem + _B} & matrices.keys():
+            continue
+        known |= {stem + _A, stem + _B}
+        found.update(_adapters_of(opened, weight, stem, matrices, record))
+    unknown = sorted(matrices.keys() - known)
+    if unknown:
+        raise CheckpointError(f"{opened.folder} has the adapter {unknown[0][:200]}, but no such weight")
+    files = {piece.file for adapter in found.values() for half in (adapter.a, adapter.b) for piece in half.pieces}
+    return replace(opened, adapters=found, states={**opened.states, **{file: states[file] for file in files}})
+
+
+def _adapters_of(
+    opened: Checkpoint, weight: Weight, stem: str, matrices: Mapping[str, MegatronTensor], record: AdapterRecord
+) -> dict[str, Adapter]:
+    """Those of Hugging Face's tensors that are parts of one weight: its A, and the rows of its B that are theirs."""
+    rows, columns = weight.megatron_shape
+    wanted = {stem + _A: (record.rank, columns), stem + _B: (rows, record.rank)}
+    for name, size in wanted.items():
+        held = matrices.get(name)
+        if held is None or held.shape != size or held.dtype != opened.dtype:
+            is_now = f"is {held.dtype} {list(held.shape)}" if held else "is not there"
+            raise CheckpointError(f"{opened.folder}: {name} {is_now}; it must be {opened.dtype} {list(size)}")
+    a = StoredTensor(wanted[stem + _A], matrices[stem + _A].pieces)
+    narrow = replace(weight, hf_shapes=tuple((size[0], record.rank) for size in weight.hf_shapes))
+    parts = parts_of(narrow, matrices[stem + _B].pieces, shape=opened.shape, itemsize=opened.itemsize)
+    if not all(map(is_whole, (a, *parts.values()))):
+        raise CheckpointError(f"{opened.folder}: the pieces of the adapter of {stem} overlap or leave a gap")
+    return {name: Adapter(a, b, record.scaling) for name, b in parts.items()}
+
+
+def rows_of(checkpoint: Checkpoint, name: str, files: SourceFiles, *, dtype: str | None = None) -> Rows:
+    """Rows of a checkpoint's tensor, merged with its adapter where it has one, in `dtype` (default: the type that it
+    is stored in)."""
+    stored = checkpoint.dtype_of(name)
+    return cast(_stored_rows(checkpoint, name, files), source=stored, target=dtype or stored, name=name)
+
+
+def _stored_rows(checkpoint: Checkpoint, name: str, files: SourceFiles) -> Rows:
+    itemsize = ITEMSIZES[checkpoint.dtype_of(name)]
+    rows = StoredRows(checkpoint.tensors[name], files, itemsize)
+    adapter = checkpoint.adapters.get(name)
+    if adapter is None:
+        return rows
+    return MergedRows(
+        rows,
+        read_a=lambda: read_whole(adapter.a, files, itemsize),
+        b=StoredRows(adapter.b, files, itemsize),
+        scaling=adapter.scaling,
+        dtype=checkpoint.dtype,
+    )
+
+
+def unmerged_hash(checkpoint: Checkpoint, name: str, hashes: Mapping[str, str], files: SourceFiles) -> str:
+    """Hash of a tensor as it is stored; `hashes` are those of the merged ones."""
+    if name not in checkpoint.adapters:
+        return hashes[name]
+    return stored_hash(checkpoint.tensors[name], files, checkpoint.itemsize)

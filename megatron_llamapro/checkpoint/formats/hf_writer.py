@@ -1,0 +1,101 @@
+"""Hugging Face checkpoints to be written: safetensors shards laid out before a tensor is read, and config.json.
+
+A safetensors header is known from the shapes alone; the tensors' bytes follow it in order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_llamapro.checkpoint.formats.hf_reader import INDEX_FILE, SINGLE_FILE
+from megatron_llamapro.checkpoint.formats.hf_tensors import SAFETENSORS_DTYPES
+from megatron_llamapro.checkpoint.tensors.layout import (
+    DEFAULT_MAX_SHARD_BYTES,
+    StoredTensor,
+    TargetFile,
+    TargetLayout,
+    whole,
+)
+from megatron_llamapro.checkpoint.tensors.weight_map import Shape, hf_shapes
+from megatron_llamapro.expansion.manifest import Manifest
+from megatron_llamapro.families.hf_config import ITEMSIZES, MANIFEST_KEY
+from megatron_llamapro.families.shape import ModelShape
+
+_Named = tuple[str, Shape]
+
+
+def hf_layout(
+    folder: Path, shape: ModelShape, dtype: str, *, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
+) -> TargetLayout:
+    """`model.safetensors`, or shards of at most `max_shard_bytes` with an index. A larger tensor has one of its own."""
+    shards = _divide(list(hf_shapes(shape).items()), ITEMSIZES[dtype], max_shard_bytes)
+    names = [SINGLE_FILE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    files: list[TargetFile] = []
+    tensors: dict[str, tuple[StoredTensor, ...]] = {}
+    for name, shard in zip(names, shards, strict=True):
+        header = _header(shard, dtype)
+        position = len(header)
+        for tensor, size in shard:
+            tensors[tensor] = (whole(size, folder / name, position),)
+            position += _num_bytes(size, ITEMSIZES[dtype])
+        files.append(TargetFile(folder / name, position, ((0, header),)))
+    return TargetLayout(tensors, tuple(files), _index(names, shards, dtype))
+
+
+def _index(names: Sequence[str], shards: Sequence[Sequence[_Named]], dtype: str) -> dict[str, bytes]:
+    if len(shards) == 1:
+        return {}
+    total = sum(_num_bytes(size, ITEMSIZES[dtype]) for shard in shards for _, size in shard)
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor, _ in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return {INDEX_FILE: (json.dumps(index, indent=2) + "\n").encode()}
+
+
+def _num_bytes(size: Shape, itemsize: int) -> int:
+    tensor = StoredTensor(size, ())
+    return tensor.num_rows * tensor.num_columns * itemsize
+
+
+def _divide(tensors: Sequence[_Named], itemsize: int, max_shard_bytes: int) -> list[list[_Named]]:
+    shards: list[list[_Named]] = [[]]
+    held = 0
+    for name, size in tensors:
+        num_bytes = _num_bytes(size, itemsize)
+        if shards[-1] and held + num_bytes > max_shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append((name, size))
+        held += num_bytes
+    return shards
+
+
+def _shard_name(index: int, count: int) -> str:
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _header(shard: Sequence[_Named], dtype: str) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, size in shard:
+        end = offset + _num_bytes(size, ITEMSIZES[dtype])
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(size), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def config_text(config: Mapping, *, dtype: str, manifest: Manifest | None = None) -> bytes:
+    """config.json; an exported one has the manifest under "llamapro"."""
+    content = with_dtype({key: value for key, value in config.items() if key != MANIFEST_KEY}, dtype)
+    if manifest is not None:
+        content[MANIFEST_KEY] = manifest.to_json()
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def with_dtype(config: Mapping, dtype: str) -> dict:
+    """`config` with the type of its weights, under the name it used: "dtype", or the older "torch_dtype"."""
+    names = [name for name in ("torch_dtype", "dtype") if name in config] or ["dtype"]
+    return {**config, **dict.fromkeys(names, dtype)}

@@ -1,0 +1,166 @@
+"""What a Megatron-LM checkpoint says of its model in its saved arguments, held against config.json.
+
+Its tensors do not say how rows of QKV are divided into heads, nor the base of the rotary embeddings: a config.json that
+was copied from another model of the same sizes would fit, and be another function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_llamapro.checkpoint.formats.pickles import Record
+from megatron_llamapro.checkpoint.formats.torch_archive import TORCH_GLOBALS, DamagedArchiveError, read_archive
+from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.config.files import file_inside
+from megatron_llamapro.families.shape import ModelShape, RopeScaling
+
+
+class _MegatronGlobals:
+    """What the pickles of Megatron-LM's own checkpoints name besides tensors. Nothing of it is imported or called."""
+
+    _NAMES = frozenset(
+        {
+            *TORCH_GLOBALS,
+            "argparse.Namespace",
+            "types.SimpleNamespace",
+            "_io.BytesIO",
+            "_codecs.encode",
+            "signal.Signals",
+            "numpy.ndarray",
+            "numpy.dtype",
+            "numpy.core.multiarray._reconstruct",
+            "numpy.core.multiarray.scalar",
+            "numpy._core.multiarray._reconstruct",
+            "numpy._core.multiarray.scalar",
+            "torch.device",
+            *(f"torch.{name}" for name in ("float32", "float16", "bfloat16", "int64", "uint8")),
+        }
+    )
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._NAMES or (isinstance(path, str) and path.startswith("megatron."))
+
+
+MEGATRON_GLOBALS = _MegatronGlobals()
+
+# Megatron-LM's defaults (megatron/training/arguments.py, core_v0.16.1). A tool that makes a checkpoint without training
+# may leave them in the arguments though the model has others: they count as not said.
+_DEFAULTS = {
+    "kv_channels": None,
+    "rotary_base": 10000,
+    "norm_epsilon": 1e-5,
+    "moe_router_topk": 2,
+    "position_embedding_type": "learned_absolute",
+    "normalization": "LayerNorm",
+    "use_rope_scaling": False,
+}
+
+# What every model here has, whatever its config.json says, and no tensor shows.
+_ALWAYS = {
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "position_embedding_type": "rope",
+    "no_rope_freq": None,
+    "normalization": "RMSNorm",
+    "apply_layernorm_1p": False,  # weights that mean 1 + weight; megatron.core's name for it is the next
+    "layernorm_zero_centered_gamma": False,
+    "apply_residual_connection_post_layernorm": False,
+    "qk_l2_norm": False,
+    "quick_geglu": False,
+    "softmax_type": "vanilla",
+}
+_ALWAYS_WITH_EXPERTS = {"moe_router_pre_softmax": False, "moe_router_score_function": "softmax"}
+
+# Megatron-LM has no arguments for them: `RotaryEmbedding._apply_scaling` of megatron.core.
+_ROPE_SCALING = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+
+
+def check_common_state(folder: Path, name: str, shape: ModelShape) -> None:
+    """Hold the arguments in a torch_dist checkpoint's common state against the model, where it has any.
+
+    Raises:
+        CheckpointError: they contradict it.
+    """
+    path = file_inside(folder, name)
+    if path is None:
+        return
+    try:
+        with path.open("rb") as file:
+            state = read_archive(file, admitted=MEGATRON_GLOBALS)
+    except DamagedArchiveError:  # a conversion needs nothing of it
+        return
+    if isinstance(state, dict):
+        check_args(state.get("args"), shape, where=folder)
+
+
+def check_args(args: object, shape: ModelShape, *, where: Path) -> None:
+    """Hold a checkpoint's arguments against the model that its config.json describes.
+
+    Raises:
+        CheckpointError: they contradict one another, or the arguments say what no model here has.
+    """
+    said = _said(args, shape.num_layers)
+    for name, expected in (_ALWAYS | _ALWAYS_WITH_EXPERTS if shape.is_moe else _ALWAYS).items():
+        if name in said and said[name] != expected:
+            raise CheckpointError(
+                f"{where} was saved with {name} {_text(said[name])}, which no model here has: only {expected} is "
+                "supported"
+            )
+    for name, expected in _expected(shape, said):
+        if name in said and said[name] != expected:
+            raise CheckpointError(
+                f"{where} was saved with {name} {_text(said[name])}, its config.json makes that {_text(expected)}: "
+                "copy the config.json of its own model"
+            )
+
+
+def _said(args: object, num_layers: int) -> dict:
+    """The arguments that count as said, windows as `ModelShape` has them."""
+    saved = args.state if isinstance(args, Record) and isinstance(args.state, dict) else {}
+    said = {name: value for name, value in saved.items() if value is not None and value != _DEFAULTS.get(name)}
+    if said.get("use_rope_scaling") is True:
+        said |= _ROPE_SCALING
+    window, skipped = said.pop("window_size", None), said.pop("window_attn_skip_freq", None)
+    flags = _window_flags(skipped, num_layers)
+    if isinstance(window, (tuple, list)) and -1 not in window[:1] and any(flags):  # -1: no end
+        said |= {"window_size": tuple(window), "window_attn_skip_freq": flags}
+    return said
+
+
+def _window_flags(skipped: object, num_layers: int) -> tuple[int, ...]:
+    """1 or 0 a layer, whether it has the window; as megatron.core's `is_layer_window_attention` has it."""
+    if isinstance(skipped, list):
+        return tuple(int(bool(flag)) for flag in skipped)
+    if isinstance(skipped, int) and skipped != 0:
+        return tuple(int(layer % skipped != 0) for layer in range(1, num_layers + 1))
+    return (1,) * num_layers
+
+
+def _text(value: object) -> str:
+    return f"{value:.12g}" if isinstance(value, float) else str(value)[:50]
+
+
+def _expected(shape: ModelShape, said: dict) -> Iterator[tuple[str, object]]:
+    """What config.json makes of the arguments that depend on it."""
+    yield "num_attention_heads", shape.num_attention_heads
+    if said.get("group_query_attention") is True:
+        yield "num_query_groups", shape.num_query_groups
+    yield "kv_channels", shape.kv_channels
+    yield "rotary_base", shape.rotary_base
+    yield "norm_epsilon", shape.layernorm_epsilon
+    yield "window_size", shape.window_size
+    yield "window_attn_skip_freq", tuple(int(shape.window_of(layer) is not None) for layer in range(shape.num_layers))
+    if shape.is_moe:
+        yield "moe_router_topk", shape.moe_router_topk
+    yield from _expected_rope_scaling(shape.rope_scaling, said)
+
+
+def _expected_rope_scaling(scaling: RopeScaling | None, said: dict) -> Iterator[tuple[str, object]]:
+    rope_type, factor = (scaling.rope_type, scaling.factor) if scaling else (None, 1)
+    yield "rotary_seq_len_interpolation_factor", factor if rope_type == "linear" else 1
+    yield "use_rope_scaling", rope_type == "llama3"
+    if "use_rope_scaling" in said:
+        yield "rope_scaling_factor", factor
+        for name in _ROPE_SCALING:
+            yield name, getattr(scaling, name, None)

@@ -1,0 +1,326 @@
+"""`torch_dist` checkpoints, as megatron.core's `dist_checkpointing` writes and reads them: read, and laid out anew.
+
+The format is torch's distributed checkpoint: `.metadata`, which is an index, and `*.distcp` files in which every
+tensor is a `torch.save` file of its own; `common.pt` and `metadata.json` lie beside them. Neither torch nor
+megatron.core is needed for it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_llamapro.checkpoint.formats.adapters import is_adapter, with_adapters
+from megatron_llamapro.checkpoint.formats.checkpoint import BasePart, Checkpoint, Format
+from megatron_llamapro.checkpoint.formats.delta import DELTA_NAME, Delta
+from megatron_llamapro.checkpoint.formats.folders import INDEX_NAME, TORCH_DIST_MARK
+from megatron_llamapro.checkpoint.formats.megatron_args import check_common_state
+from megatron_llamapro.checkpoint.formats.megatron_tensors import (
+    DividedTensor,
+    MegatronTensor,
+    Part,
+    is_stacked,
+    matrix,
+    open_megatron,
+    unstacked,
+)
+from megatron_llamapro.checkpoint.formats.torch_archive import (
+    TORCH_GLOBALS,
+    ArchivedTensor,
+    ArchiveLayout,
+    DamagedArchiveError,
+    archive_layout,
+    read_archive,
+    tensor_call,
+)
+from megatron_llamapro.checkpoint.formats.torch_dist_index import IndexedTensor, Section, index_bytes, read_index
+from megatron_llamapro.checkpoint.tensors.layout import Piece, StoredTensor, TargetFile, TargetLayout, parts_of
+from megatron_llamapro.checkpoint.tensors.streaming import allow_many_open_files, state_of
+from megatron_llamapro.checkpoint.tensors.weight_map import Weight, frozen_names, weights_of
+from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.config.files import file_inside
+from megatron_llamapro.families.hf_config import ITEMSIZES, read_hf_model
+from megatron_llamapro.families.shape import ModelShape
+
+DEFAULT_MAX_FILE_BYTES = 2 * 10**9
+
+COMMON_STATE = "common.pt"
+
+# What Megatron-LM asks of a checkpoint's common state: that layers have a key each, and how QKV rows lie (since 3.0 by
+# query group; megatron/training/checkpointing.py, core_v0.16.1).
+_COMMON_STATE = {
+    "content_metadata": {"non_homogeneous_layers": True},
+    "checkpoint_version": 3.0,
+    "iteration": 0,
+}
+
+# What a common state may name, since megatron.core loads it as it is. Nothing here does anything but hold values.
+_COMMON_GLOBALS = TORCH_GLOBALS | {
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    "torch.device",
+    *(f"torch.{dtype}" for dtype in ("float32", "float16", "bfloat16", "int64", "int32", "uint8")),
+}
+_BACKENDS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+_CONVERT = "convert it with tools/convert_checkpoint.py megatron-to-megatron"
+
+# Parts of a training checkpoint that are no weights: their keys start so, or contain it.
+_OTHER_STATE = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
+_EXTRA_STATE = "_extra_state"
+
+
+def is_other_state(name: str) -> bool:
+    """Whether a key of a training checkpoint is no weight of the model: optimizer, random states, extra state."""
+    return name.startswith(_OTHER_STATE) or _EXTRA_STATE in name
+
+
+def is_training_state(name: str) -> bool:
+    """Whether a key is of an optimizer or a random state."""
+    return name.startswith(_OTHER_STATE)
+
+
+def open_torch_dist(folder: Path) -> Checkpoint:
+    """A checkpoint in torch_dist format, saved by whatever layout of ranks, its layers stacked or each by itself. A
+    delta checkpoint is opened with its base, as the whole model; adapters are noted beside their weights.
+
+    Raises:
+        CheckpointError: no such checkpoint, damaged, not whole, not of the model that its config.json describes, or
+            one whose pickles would run code; a delta whose base is not there.
+    """
+    folder, model = Path(folder), read_hf_model(folder)
+    check_common_state(folder, COMMON_STATE, model.shape)
+    indexed = _indexed_weights(folder)
+    delta = Delta.read(folder)
+    base = delta.base_of(folder) if delta else None
+    if delta and base:
+        indexed = {**_taken_from(base, delta, model.shape), **_held_by(folder, indexed, delta)}
+    states = {path: state_of(path) for path in {part.path for held in indexed.values() for part in held.sections}}
+    with _SectionFiles() as files:
+        located = {name: _located(name, tensor, files) for name, tensor in indexed.items()}
+    divided = unstacked(located, num_layers=model.shape.num_layers, where=folder)
+    tensors = {name: MegatronTensor(held.shape, held.dtype, tuple(held.pieces())) for name, held in divided.items()}
+    matrices = {name: tensors.pop(name) for name in [*tensors] if is_adapter(name)}
+    opened = open_megatron(folder, Format.TORCH_DIST, model, tensors, states=states)
+    opened = with_adapters(opened, matrices, states)
+    return replace(opened, base=_base_part(opened, base, delta)) if delta and base else opened
+
+
+def _indexed_weights(folder: Path) -> dict[str, IndexedTensor]:
+    weights = {name: held for name, held in read_index(folder).items() if held.shape and not is_other_state(name)}
+    _check_types(weights, where=folder)
+    return weights
+
+
+def _held_by(folder: Path, indexed: dict[str, IndexedTensor], delta: Delta) -> dict[str, IndexedTensor]:
+    """A delta's own weights: exactly those that it names, or one that it lost would be taken from the base unseen."""
+    differing = sorted(indexed.keys() ^ set(delta.trained))
+    if differing:
+        raise CheckpointError(f"{folder}: {differing[0][:200]} is in its index or in {DELTA_NAME}, but not in both")
+    return indexed
+
+
+def _taken_from(base: Path, delta: Delta, shape: ModelShape) -> dict[str, IndexedTensor]:
+    """A base may have a weight under two keys: if it trained under one, neither is taken."""
+    trained = set(delta.trained)
+    names = {
+        name for weight in weights_of(shape) for name in weight.megatron_names if trained & {*weight.megatron_names}
+    }
+    return {name: held for name, held in _indexed_weights(base).items() if name not in names | trained}
+
+
+def _base_part(opened: Checkpoint, base: Path, delta: Delta) -> BasePart:
+    names = set(frozen_names(opened.shape, delta.trained))
+    differing = sorted(names ^ delta.base_hashes.keys())
+    if differing:
+        raise CheckpointError(f"{opened.folder / DELTA_NAME} is damaged: it has no hash of {differing[0][:200]}")
+    return BasePart(base, delta)
+
+
+def check_loadable(folder: Path) -> None:
+    """Raise `CheckpointError` where training cannot load a torch_dist checkpoint: a weight is missing, or lies under a
+    key that training does not ask for; or megatron.core, which unpickles index and common state as they are, would run
+    code."""
+    index = set(read_index(folder))
+    if (delta := Delta.read(folder)) is not None:
+        base = delta.base_of(folder)
+        check_loadable(base)
+        index |= set(read_index(base))
+    if any(map(is_stacked, index)):
+        raise CheckpointError(f"{folder} has its layers stacked, and training asks for one key a layer: {_CONVERT}")
+    for weight in weights_of(read_hf_model(folder).shape):
+        if weight.megatron_name in index:
+            continue
+        other = next((name for name in weight.megatron_names if name in index), None)
+        if other is None:
+            raise CheckpointError(f"{folder} lacks the tensor {weight.megatron_name}: take a complete checkpoint")
+        raise CheckpointError(f"{folder} has {other} where training asks for {weight.megatron_name}: {_CONVERT}")
+    path = file_inside(folder, COMMON_STATE)
+    if path is None:
+        return
+    try:
+        with path.open("rb") as file:
+            read_archive(file, admitted=_COMMON_GLOBALS)
+    except DamagedArchiveError as error:
+        raise CheckpointError(f"{path} was not loaded: {error}") from None
+
+
+def _check_types(tensors: Mapping[str, IndexedTensor], *, where: Path) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in ITEMSIZES:
+            raise CheckpointError(f"{where}: {name} is {tensor.dtype}; weights are one of {', '.join(ITEMSIZES)}")
+
+
+def _located(name: str, tensor: IndexedTensor, files: _SectionFiles) -> DividedTensor:
+    parts: list[Part] = []
+    for section in tensor.sections:
+        if 0 in section.shape:
+            continue
+        stored = files.tensor(name, section)
+        if stored.dtype != tensor.dtype or stored.shape != section.shape:
+            raise CheckpointError(f"{section.path}: {name} is not the tensor that the index promises")
+        parts.append(Part(section.start, section.shape, section.path, stored.offset))
+    return DividedTensor(tensor.shape, tensor.dtype, tuple(parts))
+
+
+class _SectionFiles:
+    """Opens each file once, and finds a section's tensor in it."""
+
+    def __init__(self) -> None:
+        allow_many_open_files()
+        self._open: dict[Path, BinaryIO] = {}
+
+    def __enter__(self) -> _SectionFiles:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def tensor(self, name: str, section: Section) -> ArchivedTensor:
+        """Where in its file the section's tensor begins, and what it is."""
+        try:
+            if section.path not in self._open:
+                self._open[section.path] = section.path.open("rb")
+            value = read_archive(io.BufferedReader(_Window(self._open[section.path], section)))
+        except (OSError, DamagedArchiveError) as error:
+            raise CheckpointError(f"{section.path}: cannot read {name}: {error}") from None
+        if not isinstance(value, ArchivedTensor):
+            raise CheckpointError(f"{section.path}: {name} is no tensor")
+        return replace(value, offset=section.offset + value.offset)
+
+
+class _Window(io.RawIOBase):
+    """A part of an open file, as a file of its own."""
+
+    def __init__(self, file: BinaryIO, section: Section) -> None:
+        self._file, self._start, self._length = file, section.offset, section.num_bytes
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        view = memoryview(buffer).cast("B")
+        wanted = max(0, min(len(view), self._length - self._position))
+        data = os.pread(self._file.fileno(), wanted, self._start + self._position)
+        view[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def torch_dist_layout(
+    folder: Path, shape: ModelShape, dtype: str, *, max_file_bytes: int = DEFAULT_MAX_FILE_BYTES
+) -> TargetLayout:
+    """A checkpoint of whole tensors (any layout of ranks loads it), in files of about `max_file_bytes`.
+
+    The same model gives the same bytes.
+    """
+    files = _Files(folder, max_file_bytes)
+    tensors: dict[str, tuple[StoredTensor, ...]] = {}
+    indexed: dict[str, IndexedTensor] = {}
+    objects: dict[str, Section] = {}
+    for weight in weights_of(shape):
+        size = weight.megatron_shape
+        rows, columns = matrix(size)
+        archive = archive_layout(tensor_call("0", dtype, size), [rows * columns * ITEMSIZES[dtype]])
+        section, offset = files.add(archive, size)
+        indexed.update(dict.fromkeys(weight.megatron_names, IndexedTensor(size, dtype, (section,))))
+        piece = Piece((0, rows), (0, columns), section.path, offset)
+        parts = parts_of(weight, [piece], shape=shape, itemsize=ITEMSIZES[dtype])
+        tensors.update({name: (part,) for name, part in parts.items()})
+        for name in _extra_states_of(weight):
+            objects[name] = files.add(archive_layout([None], []), ())[0]
+    small = {
+        INDEX_NAME: index_bytes(indexed, objects, dtype),
+        COMMON_STATE: _whole_file(archive_layout(_COMMON_STATE, [])),
+        TORCH_DIST_MARK: json.dumps(_BACKENDS).encode(),
+    }
+    return TargetLayout(tensors, files.finished(), small)
+
+
+def _extra_states_of(weight: Weight) -> list[str]:
+    """The keys under which a linear of megatron.core, or each expert's, asks for a state besides its weight
+    (Transformer Engine's FP8 scales): None is what one has that was never trained in FP8."""
+    module, _, kind = weight.megatron_name.rpartition(".")
+    if kind != "weight" or not module.rpartition(".")[2].startswith("linear_"):
+        return []
+    experts = weight.num_experts
+    return [f"{module}.{_EXTRA_STATE}/shard_{expert}_{experts}" for expert in range(experts)]
+
+
+def _whole_file(archive: ArchiveLayout) -> bytes:
+    data = bytearray(archive.num_bytes)
+    for offset, part in archive.fixed:
+        data[offset : offset + len(part)] = part
+    return bytes(data)
+
+
+class _Files:
+    """Sections, one behind the other, a new file begun where one is full."""
+
+    def __init__(self, folder: Path, max_file_bytes: int) -> None:
+        self._folder, self._max_bytes = folder, max_file_bytes
+        self._done: list[TargetFile] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._path = self._folder / f"__0_{len(self._done)}.distcp"
+        self._fixed: list[tuple[int, bytes]] = []
+        self._position = 0
+
+    def add(self, archive: ArchiveLayout, shape: tuple[int, ...]) -> tuple[Section, int]:
+        """The section of a tensor, and where in its file the tensor's bytes go."""
+        if self._position and self._position + archive.num_bytes > self._max_bytes:
+            self._end()
+        start = self._position
+        self._fixed.extend((start + offset, data) for offset, data in archive.fixed)
+        self._position += archive.num_bytes
+        section = Section((0,) * len(shape), shape, self._path, start, archive.num_bytes)
+        return section, start + (archive.tensor_offsets or (0,))[0]
+
+    def _end(self) -> None:
+        self._done.append(TargetFile(self._path, self._position, tuple(self._fixed)))
+        self._begin()
+
+    def finished(self) -> tuple[TargetFile, ...]:
+        self._end()
+        return tuple(self._done)

@@ -1,0 +1,163 @@
+"""Rows whose values are computed on the way: casts, means, random numbers. The only rows that need torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy
+
+from megatron_llamapro.checkpoint.tensors.streaming import Rows
+from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.families.hf_config import ITEMSIZES
+
+if TYPE_CHECKING:
+    import torch
+
+
+def cast(rows: Rows, *, source: str, target: str, name: str) -> Rows:
+    """Rows in `target`, themselves if that is their type. Errors of `CastRows`."""
+    return rows if source == target else CastRows(rows, source=source, target=target, name=name)
+
+
+def cast_along(rows: Rows, *, types: Sequence[str], name: str) -> Rows:
+    """Rows of the first of `types`, cast to each of the others in turn. Errors of `CastRows`."""
+    for source, target in pairwise(types):
+        rows = cast(rows, source=source, target=target, name=name)
+    return rows
+
+
+class CastRows:
+    """Rows in another type.
+
+    Raises (from `fill`):
+        CheckpointError: a finite value becomes infinite (bfloat16 7e4 has no float16).
+    """
+
+    is_zero = False
+
+    def __init__(self, rows: Rows, *, source: str, target: str, name: str) -> None:
+        self._rows, self._source, self._target, self._name = rows, source, target, name
+
+    def fill(self, start: int, out: numpy.ndarray) -> None:
+        before = _values(self._rows, start, out, self._source, ITEMSIZES[self._target])
+        after = before.to(_dtype(self._target))
+        if _num_infinite(after) > _num_infinite(before):
+            raise CheckpointError(
+                f"{self._name} has values that {self._target} cannot hold (they become infinite): keep the source's "
+                "type, or choose bfloat16 or float32"
+            )
+        out[:] = _raw(after)
+
+
+class MeanRows:
+    """The mean of two tensors' rows, computed in float32."""
+
+    is_zero = False
+
+    def __init__(self, one: Rows, other: Rows, *, dtype: str) -> None:
+        self._pair, self._dtype = (one, other), dtype
+
+    def fill(self, start: int, out: numpy.ndarray) -> None:
+        itemsize = ITEMSIZES[self._dtype]
+        one, other = (_values(rows, start, out, self._dtype, itemsize).float() for rows in self._pair)
+        out[:] = _raw(((one + other) / 2).to(_dtype(self._dtype)))
+
+
+class MergedRows:
+    """Rows of W + scaling * B A, computed in float32; W's own, bit for bit, where the adapter adds nothing."""
+
+    is_zero = False
+
+    def __init__(
+        self, weight: Rows, *, read_a: Callable[[], numpy.ndarray], b: Rows, scaling: float, dtype: str
+    ) -> None:
+        """`read_a` gives all of A [rank, columns of W] as uint8; `b` are the rows of B [rows of W, rank]. All are of
+        type `dtype`."""
+        self._weight, self._read_a, self._b = weight, read_a, b
+        self._scaling, self._dtype = scaling, dtype
+
+    @functools.cached_property
+    def _a(self) -> torch.Tensor:
+        return _torch().from_numpy(self._read_a()).view(_dtype(self._dtype)).float()
+
+    def fill(self, start: int, out: numpy.ndarray) -> None:
+        itemsize = ITEMSIZES[self._dtype]
+        weight = _values(self._weight, start, out, self._dtype, itemsize)
+        narrow = numpy.empty((len(out), len(self._a) * itemsize), numpy.uint8)
+        added = self._scaling * (_values(self._b, start, narrow, self._dtype, itemsize).float() @ self._a)
+        merged = (weight.float() + added).to(weight.dtype)
+        out[:] = _raw(_torch().where(added == 0, weight, merged))
+
+
+class NormalRows:
+    """Normally distributed rows, the same for the same seed. Portions must be asked for in order."""
+
+    is_zero = False
+
+    def __init__(self, *, seed: int, std: float, dtype: str) -> None:
+        self._seed, self._std, self._dtype = seed, std, dtype
+        self._restart()
+
+    def _restart(self) -> None:
+        self._generator, self._next = numpy.random.Generator(numpy.random.Philox(self._seed)), 0
+
+    def fill(self, start: int, out: numpy.ndarray) -> None:
+        if start == 0:
+            self._restart()
+        assert start == self._next, "rows out of order"
+        self._next += len(out)
+        shape = (len(out), out.shape[1] // ITEMSIZES[self._dtype])
+        values = self._generator.standard_normal(shape, dtype=numpy.float32) * numpy.float32(self._std)
+        out[:] = _raw(_torch().from_numpy(values).to(_dtype(self._dtype)))
+
+
+class OneRows:
+    """Ones."""
+
+    is_zero = False
+
+    def __init__(self, *, dtype: str) -> None:
+        self._dtype = dtype
+
+    def fill(self, start: int, out: numpy.ndarray) -> None:
+        shape = (len(out), out.shape[1] // ITEMSIZES[self._dtype])
+        out[:] = _raw(_torch().ones(shape, dtype=_dtype(self._dtype)))
+
+
+class ZeroRows:
+    """True zeros: never 0 times a weight, which can be -0.0 or NaN."""
+
+    is_zero = True
+
+    def fill(self, start: int, out: numpy.ndarray) -> None:
+        out[:] = 0
+
+
+@functools.cache
+def _torch():
+    import torch
+
+    return torch
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(_torch(), name)
+
+
+def _values(rows: Rows, start: int, out: numpy.ndarray, dtype: str, out_itemsize: int) -> torch.Tensor:
+    """The rows that `out` is to hold, [rows, columns] in `dtype`."""
+    width = out.shape[1] // out_itemsize * ITEMSIZES[dtype]
+    raw = numpy.empty((len(out), width), numpy.uint8)
+    rows.fill(start, raw)
+    return _torch().from_numpy(raw).view(_dtype(dtype))
+
+
+def _raw(values: torch.Tensor) -> numpy.ndarray:
+    return values.contiguous().view(_torch().uint8).numpy()
+
+
+def _num_infinite(values: torch.Tensor) -> int:
+    return int(_torch().isfinite(values).logical_not().sum())

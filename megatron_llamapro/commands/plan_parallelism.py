@@ -1,0 +1,102 @@
+"""What tools/plan_parallelism.py does once its options are read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from megatron_llamapro.checkpoint.description import describe_model
+from megatron_llamapro.config.command import check_positive
+from megatron_llamapro.config.files import write_atomically
+from megatron_llamapro.config.io import to_plain
+from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.planning.duration import check_options, outcome
+from megatron_llamapro.planning.network import Network
+from megatron_llamapro.planning.parallelism import Machine, Parallelism, best_parallelisms
+
+GIB, GB = 2**30, 1e9
+
+
+def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None) -> int:
+    """Search, print the best, write the first one where asked."""
+    check_options(args)
+    check_positive(args, "memory_gib", "ranks_per_node", "within_node_gb", "between_nodes_gb", "at_most")
+    model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
+    machine = Machine(
+        num_ranks=args.world_size,
+        flops_per_second=args.peak_tflops * 1e12 * args.efficiency,
+        memory_bytes=args.memory_gib * GIB,
+        network=Network(args.ranks_per_node, args.within_node_gb * GB, args.between_nodes_gb * GB),
+    )
+    found = best_parallelisms(config, model, machine, at_most=args.at_most)
+    if args.json:
+        print(json.dumps([_as_json(each, args) for each in found], indent=2))
+    else:
+        print("\n".join(_lines(found, args)))
+    if args.output:
+        write_atomically(args.output, yaml.safe_dump(_fields(found[0]), sort_keys=False))
+        if not args.json:
+            print(f"{args.output}: the first of them; give it to pretrain as a further --config")
+    return 0
+
+
+def _fields(found: Parallelism) -> dict[str, object]:
+    """What a configuration says of it, also where that is nothing: the file that it is added to may say something."""
+    names = {
+        "parallel": (
+            "tensor_model_parallel_size",
+            "sequence_parallel",
+            "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+            "pipeline_stage_layers",
+            "overlap_grad_reduce",
+            "overlap_param_gather",
+        ),
+        "recompute": ("granularity", "method", "num_layers", "modules"),
+    }
+    return {
+        section: {name: to_plain(getattr(getattr(found.config, section), name)) for name in fields}
+        for section, fields in names.items()
+    }
+
+
+def _as_json(found: Parallelism, args: argparse.Namespace) -> dict[str, object]:
+    whole = vars(outcome(found.job, found.seconds, peak_tflops=args.peak_tflops, tokens=args.tokens))
+    figures = {"data_parallel_size": found.job.division.data_size, "seconds": found.seconds}
+    return {**_fields(found), **figures, "memory_bytes": found.memory_bytes, "bubble": found.plan.bubble, **whole}
+
+
+def _lines(found: list[Parallelism], args: argparse.Namespace) -> Iterator[str]:
+    division = found[0].job.division
+    batch = found[0].config.training.global_batch_size
+    yield (
+        f"{args.world_size:,} ranks on nodes of {args.ranks_per_node}, {args.memory_gib:g} GiB a rank; {batch:,} x "
+        f"{division.seq_length:,} tokens a step in micro-batches of {division.micro_batch_size}; "
+        f"{args.peak_tflops:g} TFLOP/s x {args.efficiency:g}, {args.within_node_gb:g} GB/s within a node, "
+        f"{args.between_nodes_gb:g} GB/s between nodes"
+    )
+    yield ""
+    yield (
+        "TP x PP x DP     recompute  GiB a rank  step, s  tokens/s a rank    MFU  "
+        f"GPU-hours for {args.tokens / 1e9:g} B tokens"
+    )
+    for each in found:
+        whole = outcome(each.job, each.seconds, peak_tflops=args.peak_tflops, tokens=args.tokens)
+        yield (
+            f"{name(each):<17}{each.config.recompute.granularity or 'no':<9}{each.memory_bytes / GIB:>12.1f}"
+            f"{each.seconds:>9.2f}{whole.tokens_per_second / args.world_size:>17,.0f}"
+            f"{whole.model_flops_utilization:>7.1%}{whole.gpu_hours:>11,.0f}"
+        )
+    if found[0].config.parallel.pipeline_stage_layers:
+        yield f"layers on the stages of {name(found[0])}: {', '.join(map(str, found[0].plan.counts))}"
+
+
+def name(found: Parallelism) -> str:
+    """As people write it: `2 x 4 x 8`."""
+    division = found.job.division
+    return f"{division.tensor_size} x {found.job.num_stages} x {division.data_size}"

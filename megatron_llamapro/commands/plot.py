@@ -1,0 +1,102 @@
+"""Pictures of runs, from their JSONL records: loss, held-out losses, gradient norm, learning rate, speed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+
+from megatron_llamapro.config.errors import ConfigError, DataError
+from megatron_llamapro.training.metrics import BLOCK_FIGURES
+from megatron_llamapro.training.metrics_file import figure, read_records
+
+Series = list[tuple[int, float]]
+Panels = dict[tuple[str, str], Series]
+"""Points by panel and line. A panel of one line has no name for it."""
+
+LINE_STYLES = ("-", "--", ":", "-.")  # of runs, in panels where every run has several lines
+
+# Fields of a `train` record that get a panel, with their axis' name.
+TRAIN_PANELS = {
+    "loss": "training loss, nats a token",
+    "grad_norm": "gradient norm",
+    "learning_rate": "learning rate",
+    "tokens_per_second": "tokens a second",
+}
+
+
+def read_series(path: Path) -> Panels:
+    """Every panel's points; held-out sets under `held-out <name>`, a line for every added block in those of blocks.
+
+    Raises:
+        DataError: the file is missing, or holds no records.
+    """
+    series: Panels = {}
+    for record in read_records(path):
+        try:
+            for name, value in _values(record).items():
+                series.setdefault(name, []).append((record["iteration"], value))
+        except KeyError as error:
+            raise DataError(f"{path}: not a metrics record: {error} is missing in {record}") from None
+    if not series:
+        raise DataError(f"{path} holds no steps yet")
+    return series
+
+
+def _values(record: Mapping) -> dict[tuple[str, str], float]:
+    """What was not finite is NaN, which leaves a gap in the line."""
+    if record["kind"] == "eval":
+        return {(f"held-out {record['name']}", ""): figure(record, "loss")}
+    if record["kind"] == "train":
+        return {(TRAIN_PANELS[name], ""): figure(record, name) for name in TRAIN_PANELS}
+    if record["kind"] == "block":
+        return {(panel, f"block {record['layer']}"): figure(record, name) for name, panel in BLOCK_FIGURES.items()}
+    return {}
+
+
+def plot(runs: Mapping[str, Panels], output: Path) -> None:
+    """Draw the panels, the runs (by label) over each other, into `output` (its ending says the format).
+
+    Raises:
+        ConfigError: matplotlib is not installed, or does not know the format.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("pictures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = list(dict.fromkeys(panel for series in runs.values() for panel, _ in series))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, grid = pyplot.subplots(
+        rows, columns, figsize=(4.2 * columns, 3 * rows), layout="constrained", squeeze=False
+    )
+    for axis in grid.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, panel in zip(grid.flat, panels, strict=False):
+        for style, (label, series) in zip(cycle(LINE_STYLES), runs.items(), strict=False):
+            lines = {line: points for (name, line), points in series.items() if name == panel}
+            for line, points in lines.items():
+                name = " ".join(filter(None, (label if len(runs) > 1 else "", line)))
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=1.5, linestyle=style if line else "-")
+            if any(lines):
+                axis.legend(frameon=False, fontsize="x-small")
+        axis.set(title=panel, xlabel="step")
+        axis.grid(color="0.92")
+        axis.spines[["top", "right"]].set_visible(False)
+    if len(runs) > 1:
+        grid.flat[0].legend(frameon=False)
+    try:
+        figure.savefig(output, dpi=150)
+    except ValueError as error:
+        raise ConfigError(f"{output}: {error}") from None
+    finally:
+        pyplot.close(figure)
+
+
+def labels_of(paths: Sequence[Path]) -> list[str]:
+    """A label for each file: its folder's name where the files are all called alike, else its own."""
+    alike = len({path.name for path in paths}) < len(paths)
+    return [path.absolute().parent.name if alike else path.stem for path in paths]

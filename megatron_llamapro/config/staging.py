@@ -1,0 +1,179 @@
+"""Folders written beside their place and renamed into it, complete or absent. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.config.files import naming
+from megatron_llamapro.config.hints import broken_link
+
+
+def draft_of(target: Path) -> Path:
+    """The folder beside a target in which it is written.
+
+    Raises:
+        CheckpointError: `target` has no name that another folder could stand beside.
+    """
+    target = Path(target).absolute()
+    if target.name in ("", ".."):
+        raise CheckpointError(f"{target} cannot be a target: give the name of a folder to write")
+    return target.with_name(f".{target.name}.partial")
+
+
+@contextlib.contextmanager
+def staged(
+    target: Path, *, overwrite: bool, resume: bool = False, sources: tuple[Path, ...] = (), journal: str | None = None
+) -> Iterator[Path]:
+    """A folder to write into, beside `target`; when the block ends well it is synced and becomes `target`, without the
+    file `journal`, which is kept until then, since a large checkpoint takes minutes to sync.
+
+    If the block fails, `target` is as it was and what was written is gone; after a kill or an interrupt, and where an
+    earlier run was to be gone on with (`resume`), it is still there: the next writer to the same target clears it, or
+    goes on with it. A target that was about to be replaced when its writer was killed comes back then.
+
+    Raises:
+        CheckpointError: `target` exists and is not empty (unless `overwrite`), is one of `sources` or holds or lies in
+            one, or another process is writing to it.
+    """
+    target = Path(target).absolute()
+    draft = draft_of(target)
+    _check_target(target, overwrite=overwrite, sources=sources)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(draft, target):
+        try:
+            _restore(target)
+            _check_target(target, overwrite=overwrite, sources=sources)
+            if not resume:
+                clear(draft)
+            yield draft
+            sync_tree(draft)
+            if journal is not None:
+                (draft / journal).unlink()
+                sync(draft)
+            _check_target(target, overwrite=overwrite, sources=sources)
+            _move_into_place(draft, target)
+        except Exception:
+            if not resume:
+                shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+
+def _check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
+    real = Path(os.path.realpath(target))  # `resolve` raises where links are a loop
+    for source in sources:
+        inside = Path(source).resolve()
+        if real == inside or real in inside.parents or inside in real.parents:
+            raise CheckpointError(f"the target {target} and the source {source} overlap: choose another target")
+    if target.is_symlink():
+        raise CheckpointError(f"{target} is a link: give the folder itself")
+    if (broken := broken_link(target)) is not None:
+        raise CheckpointError(f"{target} cannot be a target: {broken}")
+    if target.is_dir():
+        if not overwrite and any(target.iterdir()):
+            raise CheckpointError(f"{target} exists and is not empty: choose another target, or give --overwrite")
+    elif target.exists():
+        raise CheckpointError(f"{target} exists and is not a folder: choose another target")
+
+
+@contextlib.contextmanager
+def locked(draft: Path, target: Path) -> Iterator[None]:
+    """Make the draft folder and hold its lock, which the kernel frees when this process ends, however it ends.
+
+    Raises:
+        CheckpointError: another process holds it, or something else is in its place.
+    """
+    busy = CheckpointError(f"another process is writing {target}: wait for it, or choose another target")
+    if draft.is_symlink() or draft.is_file():
+        raise CheckpointError(f"{draft} is in the way, and no folder of this program's: remove it, then try again")
+    try:
+        draft.mkdir(exist_ok=True)
+    except FileExistsError:  # its owner was done with it just now
+        raise busy from None
+    try:
+        descriptor = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:  # likewise
+        raise busy from None
+    try:
+        if not _lock(descriptor) or not _is_still(descriptor, draft):
+            raise busy
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_still(descriptor: int, path: Path) -> bool:
+    """Whether the open folder is the one at `path`: its last owner may have renamed or removed it in between."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def clear(folder: Path, *, but: Collection[str] = ()) -> None:
+    """Remove everything in a folder, `but` files and folders of these names."""
+    for path in folder.iterdir():
+        if path.name in but:
+            continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _replaced(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
+
+
+def _restore(target: Path) -> None:
+    """Take back the first of the two renames below, where a kill has come in between."""
+    if _replaced(target).is_dir() and not target.exists():
+        _replaced(target).rename(target)
+
+
+def _move_into_place(draft: Path, target: Path) -> None:
+    """Two renames; should the second fail, the first is taken back."""
+    replaced = _replaced(target)
+    shutil.rmtree(replaced, ignore_errors=True)
+    had_target = target.exists()
+    if had_target:
+        target.rename(replaced)
+    try:
+        draft.rename(target)
+    except OSError:
+        if had_target:
+            replaced.rename(target)
+        raise
+    sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` a folder and everything in it."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder.
+
+    Raises:
+        OSError: it cannot; the error names the file.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with naming(path):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

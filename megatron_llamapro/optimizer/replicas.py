@@ -1,0 +1,76 @@
+"""What data-parallel replicas exchange, and an optimizer step in two halves.
+
+`ChainedOptimizer.step` of megatron.core 0.16.1 does both halves at once, in this order. It leaves the update out only
+where a gradient scaler found an overflow, and bf16 and fp32 have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+
+class BucketGroupOfOne(_ParamAndGradBucketGroup):
+    """Gradients and parameters of a single replica. Set as the class of one that DDP made.
+
+    megatron.core calls the collectives for a group of one rank too; gloo answers with three copies of all gradients
+    and one of all parameters.
+    """
+
+    def start_grad_sync(self, force_all_reduce: bool | None = False) -> None:
+        """Only what upstream does besides the reduction."""
+        for bucket in self.buckets:
+            if bucket.gradient_scaling_factor != 1.0:
+                bucket.grad_data *= bucket.gradient_scaling_factor
+
+    def start_param_sync(self, force_sync: bool = False) -> None:
+        self.param_gather_dispatched = True
+
+
+def skip_collectives_of_one(ddp: DistributedDataParallel) -> None:
+    """Leave out the data-parallel collectives of groups that have one rank. What overlaps is left as it is: there
+    upstream waits for their handles."""
+    overlaps = ddp.ddp_config.overlap_grad_reduce or ddp.ddp_config.overlap_param_gather
+    for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
+        if group.intra_distributed_optimizer_instance_size == 1 and not overlaps:
+            group.__class__ = BucketGroupOfOne
+
+
+def finish_param_gathers(chunks: Sequence[torch.nn.Module]) -> None:
+    """Make every weight of `chunks` the one that the last update wrote. All ranks call it before weights are read
+    outside a forward pass.
+
+    Each replica updates its share of the trainable weights. With `overlap_param_gather` the other shares arrive during
+    the next forward pass (megatron.core's pre-hooks); until then they are one step old. Without it, on bare models,
+    and where a forward pass has run since the update, nothing is sent.
+    """
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                if group.param_gather_handle is not None or not group.param_gather_dispatched:
+                    group.start_param_sync(force_sync=True)
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Hand the gradients to the optimizer. Their global norm, the same on all ranks, which all call it."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def update(optimizer: MegatronOptimizer, *, grad_norm: float) -> None:
+    """Clip the gradients, whose norm is `grad_norm`, and update parameters and moments."""
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=grad_norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()

@@ -1,0 +1,131 @@
+"""Bytes that a stage holds, by arithmetic: weights, gradients, optimizer state, activations of what is in flight.
+
+The activations are those of this project's layers (`model/`), which keep the least that their backward passes need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_llamapro.config.schema import RecomputeConfig
+from megatron_llamapro.expansion.trains import Trains, is_row_parallel, linears
+from megatron_llamapro.families.shape import ModelShape
+from megatron_llamapro.planning.recompute import KEEP_ALL, recomputed_groups
+
+_FLOAT32 = 4  # bytes
+GRADIENT, _MASTER, _MOMENTS = 4, 4, 8  # bytes a trainable parameter: float32, and two moments
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a model and a batch are divided, without the pipeline."""
+
+    tensor_size: int = 1
+    data_size: int = 1
+    sequence_parallel: bool = False
+    micro_batch_size: int = 1
+    seq_length: int = 4096
+    itemsize: int = 2
+    """Bytes of a weight and of an activation: 2 in bfloat16, 4 in float32."""
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.micro_batch_size * self.seq_length
+
+
+def block_parameters(shape: ModelShape) -> int:
+    """Of one block, with its norms; biases and norms of queries and keys are left out (thousandths)."""
+    return sum(linear.num_parameters for linear in linears(shape)) + 2 * shape.hidden_size
+
+
+def state_bytes(parameters: float, trainable: float, division: Division) -> float:
+    """Weights, gradients, master weights (of a type below float32) and moments of so many parameters of the whole
+    model's, on one rank; optimizer state is divided over the replicas."""
+    state = _MOMENTS + (_MASTER if division.itemsize < 4 else 0)
+    each = parameters * division.itemsize + trainable * (GRADIENT + state / division.data_size)
+    return each / division.tensor_size
+
+
+def block_activations(
+    shape: ModelShape, division: Division, *, trains: Trains, layer: int, recompute: RecomputeConfig = KEEP_ALL
+) -> float:
+    """Bytes that one block with a backward pass keeps of a micro-batch, if it is not recomputed whole.
+
+    Residual stream twice, joint queries, keys and values, attention's output with the logarithm of each row's sum,
+    both halves of the feed-forward's first product; two numbers for the norms. What trains also keeps the inputs of
+    its linears, and an adapter what lies between its two products. Of a part that is recomputed, only its input.
+    """
+    along = division.tensor_size if division.sequence_parallel else 1  # ranks that share the sequence
+    hidden, heads = shape.hidden_size / along, shape.num_attention_heads / division.tensor_size
+    query, key_value = heads * shape.kv_channels, shape.num_query_groups * shape.kv_channels / division.tensor_size
+    feed_forward = shape.ffn_hidden_size / division.tensor_size * (shape.moe_router_topk or 1)
+
+    def extra(linear: str, its_input: float) -> float:
+        """What a linear keeps for the gradients of its own weight and of its adapter."""
+        if trains.adapters is None or not trains.has_adapter(layer, linear):
+            return its_input if trains.trains_weight(layer, linear) else 0.0
+        return its_input + trains.adapters.rank / (along if is_row_parallel(linear) else 1)
+
+    modules = frozenset(recompute.modules)
+    kept = 2 * hidden + query + 2 * key_value + extra("linear_qkv", hidden)
+    if "core_attn" in modules:
+        kept += extra("linear_proj", query)
+    else:
+        kept += query + extra("linear_proj", 0) + heads * _FLOAT32 / division.itemsize
+    if modules & {"mlp", "moe"}:
+        kept += hidden
+    else:
+        kept += 2 * feed_forward + extra("linear_fc1", hidden) + extra("linear_fc2", feed_forward)
+    norms = 2 / along * _FLOAT32
+    return division.tokens * (kept * division.itemsize + norms)
+
+
+@dataclass(frozen=True)
+class ChunkBytes:
+    """What one (virtual) stage holds."""
+
+    state: float
+    """Always."""
+    activations: float
+    """Of every micro-batch between its forward and its backward pass."""
+    recomputed: float
+    """During a backward pass, besides."""
+    trainable: float
+    """Not bytes: parameters that train, on all tensor-parallel ranks together."""
+
+
+def chunk_bytes(
+    shape: ModelShape,
+    layers: Sequence[int],
+    *,
+    is_first: bool,
+    is_last: bool,
+    trains: Trains,
+    division: Division,
+    recompute: RecomputeConfig = KEEP_ALL,
+) -> ChunkBytes:
+    """Bytes of the chunk of these layers, with the embedding where it is the first, the head where it is the last."""
+    block, table = block_parameters(shape), shape.hidden_size * shape.vocab_size
+    parameters = block * len(layers) + table * (is_first + is_last)
+    trainable = sum(trains.trainable_parameters(shape, layer) for layer in layers)
+    adapters = [trains.adapters.parameters(shape, layer, division.tensor_size) for layer in layers if trains.adapters]
+    parameters, trainable = parameters + sum(adapters), trainable + sum(adapters)
+    trainable += table * (is_first * trains.embedding + is_last * trains.output_layer)
+    first = trains.first_layer(shape.num_layers)
+
+    def activations(of: Iterable[int]) -> float:
+        parts = (block_activations(shape, division, trains=trains, layer=each, recompute=recompute) for each in of)
+        return sum(parts)
+
+    hidden = division.tokens * shape.hidden_size * division.itemsize
+    backward = [layer for layer in layers if layer >= first]
+    groups = recomputed_groups(backward, recompute)
+    whole = {layer for group in groups for layer in group}
+    along = division.tensor_size if division.sequence_parallel else 1
+    kept = activations(layer for layer in backward if layer not in whole) + len(groups) * hidden / along
+    if is_last and first <= shape.num_layers:  # the final norm's input, and the loss's gradient by the hidden states
+        kept += hidden / along + hidden
+    again = max(map(activations, groups), default=0.0)
+    return ChunkBytes(state_bytes(parameters, trainable, division), kept, again, trainable)

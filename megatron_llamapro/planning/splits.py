@@ -1,0 +1,210 @@
+"""The split of layers over stages, and virtual stages, with the least step time that fits into memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_llamapro.config.errors import PipelinePlanError
+from megatron_llamapro.config.stages import even_stage_layers
+from megatron_llamapro.planning.job import Chunk, Job
+from megatron_llamapro.planning.memory import ChunkBytes
+from megatron_llamapro.planning.simulate import ChunkTime, simulate, step_seconds
+
+_MOST_SPLITS = 20_000  # that are looked at before the best so far is taken
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A split and what it costs."""
+
+    counts: tuple[int, ...]
+    """Layers by position, as `parallel.pipeline_stage_layers` takes them."""
+    seconds: float
+    """Of a step, without the optimizer."""
+    bubble: float
+    stage_forward: tuple[float, ...]
+    """Seconds a micro-batch, by stage."""
+    stage_backward: tuple[float, ...]
+    stage_bytes: tuple[float, ...]
+    is_proven: bool = True
+    """Whether no better split can exist in this model of costs."""
+
+
+def evaluate(job: Job, counts: Sequence[int], *, is_proven: bool = True) -> Plan:
+    """What a split costs."""
+    chunks = job.chunks(counts)
+    times = [chunk.time for chunk in chunks]
+    seconds = step_seconds(times, num_stages=job.num_stages, num_microbatches=job.num_microbatches, message=job.message)
+
+    def by_stage(value: Callable[[ChunkTime], float]) -> tuple[float, ...]:
+        return tuple(
+            sum(value(times[position]) for position in range(stage, len(times), job.num_stages))
+            for stage in range(job.num_stages)
+        )
+
+    forward, backward = by_stage(lambda time: time.forward), by_stage(lambda time: time.backward)
+    busy = job.num_microbatches * (sum(forward) + sum(backward))
+    return Plan(
+        counts=tuple(counts),
+        seconds=seconds,
+        bubble=1 - busy / (job.num_stages * seconds),
+        stage_forward=forward,
+        stage_backward=backward,
+        stage_bytes=_stage_bytes(job, chunks),
+        is_proven=is_proven,
+    )
+
+
+def _stage_bytes(job: Job, chunks: Sequence[Chunk]) -> tuple[float, ...]:
+    """Bytes that each stage holds at its peak: its state, and the activations of what is in flight."""
+    held = [chunk.held for chunk in chunks]
+    return tuple(_held(held[stage :: job.num_stages], in_flight) for stage, in_flight in enumerate(_in_flight(job)))
+
+
+def _in_flight(job: Job) -> tuple[tuple[int, ...], ...]:
+    """Micro-batches by stage and chunk; what is held depends on the schedule alone, and no longer on the number of
+    micro-batches once the pipeline is full."""
+    return _scheduled(job.num_stages, job.num_positions, min(job.num_microbatches, 2 * job.num_stages))
+
+
+@functools.cache
+def _scheduled(num_stages: int, num_positions: int, num_microbatches: int) -> tuple[tuple[int, ...], ...]:
+    times = [ChunkTime(1.0, 1.0)] * num_positions
+    return simulate(times, num_stages=num_stages, num_microbatches=num_microbatches).in_flight
+
+
+def _held(chunks: Sequence[ChunkBytes], in_flight: Sequence[int]) -> float:
+    always = sum(chunk.state + number * chunk.activations for chunk, number in zip(chunks, in_flight, strict=True))
+    return always + max(chunk.recomputed for chunk in chunks)
+
+
+def even_plan(job: Job) -> Plan:
+    """The split as even as it can be, which is what runs without a plan."""
+    return evaluate(job, even_stage_layers(len(job.time.layers), job.num_positions), is_proven=False)
+
+
+def best_plan(job: Job) -> Plan:
+    """The split with the least step time that fits.
+
+    Splits are looked through with a bound: a step takes at least as long as its slowest stage works. It starts from the
+    even split, mended by moving single layers over boundaries while that helps.
+
+    Raises:
+        PipelinePlanError: no split fits into memory.
+    """
+    if len(job.time.layers) < job.num_positions:
+        raise PipelinePlanError(
+            f"{len(job.time.layers)} layers cannot be laid on {job.num_positions} (virtual) stages: take fewer"
+        )
+    in_flight = _in_flight(job)
+    even = even_plan(job)
+    best = _mended(job, even.counts)
+    limit, tried = [best.seconds if best else float("inf")], 0
+    for counts in _splits(job, limit, in_flight):
+        tried += 1
+        if tried > _MOST_SPLITS:
+            break
+        plan = evaluate(job, counts)
+        if plan.seconds < limit[0] and _fits(job, plan):
+            best, limit[0] = plan, plan.seconds
+    if best is None:
+        raise _does_not_fit(job, even)
+    return evaluate(job, best.counts, is_proven=tried <= _MOST_SPLITS)
+
+
+def balanced_plan(job: Job) -> Plan:
+    """The split whose slowest stage is fastest, of those that fit: nearly the best one where micro-batches are many,
+    and found at once where `best_plan` looks through thousands. Without virtual stages.
+
+    Raises:
+        PipelinePlanError: no split fits into memory.
+    """
+    num_layers, stages, in_flight = len(job.time.layers), job.num_stages, _in_flight(job)
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by layers laid so far: slowest stage, counts
+    for stage in range(stages):
+        extended: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for first, (slowest, counts) in best.items():
+            left = stages - stage - 1
+            for count in range(1, num_layers - first - left + 1) if left else [num_layers - first]:
+                chunk = job.chunk(stage, first, count)
+                if _held([chunk.held], in_flight[stage]) > job.memory_bytes:
+                    break
+                seconds = max(slowest, chunk.time.total)
+                if seconds < extended.get(first + count, (float("inf"),))[0]:
+                    extended[first + count] = (seconds, (*counts, count))
+        best = extended
+    if num_layers not in best:
+        raise _does_not_fit(job, even_plan(job))
+    return evaluate(job, best[num_layers][1], is_proven=False)
+
+
+def _does_not_fit(job: Job, even: Plan) -> PipelinePlanError:
+    needed, there = max(even.stage_bytes) / 2**30, job.memory_bytes / 2**30
+    return PipelinePlanError(
+        f"no split fits: the even one needs {needed:.1f} GiB on its largest stage, and there are {there:.1f}: take "
+        "more tensor-parallel ranks or stages, or a smaller micro-batch"
+    )
+
+
+def _mended(job: Job, counts: Sequence[int]) -> Plan | None:
+    """The best of its neighbourhood: single layers move over boundaries while the step gets faster."""
+    best = evaluate(job, counts)
+    improved = True
+    while improved:
+        improved = False
+        for moved in _neighbours(best.counts):
+            plan = evaluate(job, moved)
+            if _fits(job, plan) and (plan.seconds < best.seconds or not _fits(job, best)):
+                best, improved = plan, True
+    return best if _fits(job, best) else None
+
+
+def _fits(job: Job, plan: Plan) -> bool:
+    return max(plan.stage_bytes) <= job.memory_bytes
+
+
+def _neighbours(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """One layer from a position to any other, through those between."""
+    for source in range(len(counts)):
+        for target in range(len(counts)):
+            if source != target and counts[source] > 1:
+                moved = list(counts)
+                moved[source] -= 1
+                moved[target] += 1
+                yield tuple(moved)
+
+
+def _splits(job: Job, limit: Sequence[float], in_flight: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:
+    """Splits whose stages all fit and whose slowest stage alone takes less than `limit[0]`, which may sink."""
+    num_layers, positions = len(job.time.layers), job.num_positions
+    work = [0.0] * job.num_stages
+    held = [0.0] * job.num_stages
+    counts: list[int] = []
+
+    def extend(first: int) -> Iterator[tuple[int, ...]]:
+        position = len(counts)
+        if position == positions:
+            yield tuple(counts)
+            return
+        left = positions - position - 1
+        sizes = [num_layers - first] if left == 0 else range(1, num_layers - first - left + 1)
+        stage, chunk = position % job.num_stages, position // job.num_stages
+        for count in sizes:
+            new = job.chunk(position, first, count)
+            seconds, num_bytes = new.time.total, new.held.state + in_flight[stage][chunk] * new.held.activations
+            too_slow = (work[stage] + seconds) * job.num_microbatches >= limit[0]
+            if too_slow or held[stage] + num_bytes > job.memory_bytes:
+                if left:
+                    return  # more layers are slower and larger still
+                continue
+            work[stage] += seconds
+            held[stage] += num_bytes
+            counts.append(count)
+            yield from extend(first + count)
+            counts.pop()
+            work[stage] -= seconds
+            held[stage] -= num_bytes
+
+    yield from extend(0)

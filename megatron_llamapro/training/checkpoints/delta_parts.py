@@ -1,0 +1,179 @@
+"""What a delta checkpoint holds of a run's state, and the base that holds the rest. All ranks call these functions.
+
+What trains is read off `requires_grad`: whatever freezing left on is saved, and nothing else.
+
+The base is the checkpoint that the run started from, kept in the run's own folder: a run can be moved as a whole, and
+survives when the starting checkpoint is moved, deleted or followed by a newer one. The base's files of weights are
+clones of the starting checkpoint's where the file system has copy-on-write, else hard links; they are copied only
+across file systems.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_llamapro.checkpoint.carried import carry_files
+from megatron_llamapro.checkpoint.convert import megatron_to_megatron
+from megatron_llamapro.checkpoint.formats.delta import BASE, Delta
+from megatron_llamapro.checkpoint.formats.folders import INDEX_NAME, TORCH_DIST_MARK
+from megatron_llamapro.checkpoint.formats.torch_dist import COMMON_STATE, is_training_state, open_torch_dist
+from megatron_llamapro.checkpoint.formats.torch_dist_index import read_index
+from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, stored_hash
+from megatron_llamapro.checkpoint.tensors.weight_map import frozen_names
+from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.config.files import file_inside
+from megatron_llamapro.config.staging import staged
+from megatron_llamapro.expansion.manifest import MANIFEST_NAME
+from megatron_llamapro.families.hf_config import CONFIG_NAME
+from megatron_llamapro.families.shape import ModelShape
+from megatron_llamapro.runtime.distributed import failing_together, from_first_rank
+
+
+def trained_keys(state: dict) -> tuple[str, ...] | None:
+    """Keys of the sharded tensors of all ranks' model `state` that train; None where all do."""
+    local = [(held.key, _is_frozen(held.data)) for tensors in state.values() for held in tensors.values()]
+    gathered: list[list[tuple[str, bool]]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(gathered, local)
+    frozen = {key for keys in gathered for key, is_frozen in keys if is_frozen}
+    trained = {key for keys in gathered for key, is_frozen in keys if not is_frozen}
+    if frozen & trained:
+        raise CheckpointError(f"{sorted(frozen & trained)[0]} trains on some ranks only: set checkpoint.delta to false")
+    return tuple(sorted(trained)) if frozen else None
+
+
+def _is_frozen(tensor: object) -> bool:
+    """Buffers, which may change while a run trains, are not."""
+    return isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
+
+
+def split(state: dict, trained: Collection[str]) -> tuple[dict, dict]:
+    """The part of a model's sharded state whose keys are `trained`, and the rest."""
+    keys = frozenset(trained)
+    parts = []
+    for wanted in (True, False):
+        parts.append(
+            {
+                chunk: {name: held for name, held in tensors.items() if (held.key in keys) is wanted}
+                for chunk, tensors in state.items()
+            }
+        )
+    return parts[0], parts[1]
+
+
+def delta_of_run(
+    save: Path, *, source: Path, resume_from: Path | None, shape: ModelShape, trained: Sequence[str]
+) -> Delta:
+    """The record that goes with a run's delta checkpoints, its base made where there is none yet.
+
+    `source` is the checkpoint that the run started from, `resume_from` the one of its own that it goes on from.
+
+    Raises:
+        CheckpointError: the base cannot be made, or another one is there.
+    """
+    known = Delta.read(resume_from) if resume_from else None
+    if known is not None and set(known.trained) == set(trained):
+        return known  # the base was checked when the run was loaded
+    start, base = resume_from or source, save / BASE
+    names = frozen_names(shape, trained)
+    hashes = _shared_out(start, names)
+    if from_first_rank(base.exists()):
+        _check_same(base, hashes, start)
+    else:
+        with failing_together(f"{base} could not be made"):
+            if dist.get_rank() == 0:
+                make_base(start, base)
+    return Delta(base=BASE, base_hashes=hashes, trained=tuple(trained), made_from=str(source))
+
+
+def _check_same(base: Path, hashes: dict[str, str], start: Path) -> None:
+    if _shared_out(base, list(hashes)) != hashes:
+        raise CheckpointError(
+            f"{base} holds other weights than {start}, from which this run starts: choose another checkpoint.save, or "
+            "remove the checkpoints of the earlier run and their base"
+        )
+
+
+def check_base(folder: Path, delta: Delta) -> None:
+    """Raise `CheckpointError`, on all ranks, where the base of the delta checkpoint in `folder` is not there, or does
+    not hold the tensors that were trained with: every one is read."""
+    with failing_together(str(folder)):
+        base = delta.base_of(folder)
+    delta.check_hashes(base, _shared_out(base, list(delta.base_hashes)))
+
+
+def _shared_out(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Hashes of a checkpoint's tensors, every rank reading its share."""
+    with failing_together(f"{folder} could not be read"):
+        mine = tensor_hashes(folder, names[dist.get_rank() :: dist.get_world_size()])
+    gathered: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    found = {name: value for hashes in gathered for name, value in hashes.items()}
+    return {name: found[name] for name in names}
+
+
+_CLONE = 0x40049409  # FICLONE of linux/fs.h
+_HASHING_THREADS = 2  # a rank; several ranks share a machine
+
+
+def make_base(source: Path, base: Path) -> None:
+    """Make `base`, a complete checkpoint of the weights of `source` (torch_dist); complete or absent at any kill.
+
+    Raises:
+        CheckpointError: it cannot be written, or is there already.
+    """
+    if Delta.read(source) is not None or any(map(is_training_state, read_index(source))):
+        megatron_to_megatron(source, base, merge_adapters=False)  # the weights alone
+        return
+    with staged(base, overwrite=False, sources=(source,)) as draft:
+        carry_files(source, draft)
+        for name in (CONFIG_NAME, MANIFEST_NAME, COMMON_STATE, INDEX_NAME, TORCH_DIST_MARK):
+            shutil.copyfile(_inside(source, name), draft / name)
+        for path in sorted(source.glob("*.distcp")):
+            share(_inside(source, path.name), draft / path.name)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = file_inside(folder, name)
+    if path is None:
+        raise CheckpointError(f"{folder} has no {name}: it is not a complete checkpoint")
+    return path.resolve()
+
+
+def share(source: Path, target: Path) -> None:
+    """Have `target` hold the bytes of `source` as cheaply as the file system can."""
+    for way in (_clone, os.link):
+        try:
+            way(source, target)
+            return
+        except OSError:
+            target.unlink(missing_ok=True)
+    shutil.copyfile(source, target)
+
+
+def _clone(source: Path, target: Path) -> None:
+    with source.open("rb") as read, target.open("wb") as written:
+        fcntl.ioctl(written.fileno(), _CLONE, read.fileno())
+
+
+def tensor_hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """BLAKE3 of tensors of a torch_dist checkpoint, by their Hugging Face names. Streams.
+
+    Raises:
+        CheckpointError: it is damaged, or has no such tensor.
+    """
+    checkpoint = open_torch_dist(folder)
+    names = list(names)
+    missing = [name for name in names if name not in checkpoint.tensors]
+    if missing:
+        raise CheckpointError(f"{folder} has no tensor {missing[0]}, which the delta checkpoints need of it")
+    with SourceFiles(checkpoint.states) as files, ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        hashes = pool.map(lambda name: stored_hash(checkpoint.tensors[name], files, checkpoint.itemsize), names)
+        return dict(zip(names, hashes, strict=True))

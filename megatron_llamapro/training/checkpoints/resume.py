@@ -1,0 +1,105 @@
+"""Whether a run can go on from the checkpoint in its folder: the same model, the same things trained, the same data.
+
+All of it is known from small files, so it is checked before a model is built.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_llamapro.checkpoint.formats.folders import LATEST, latest_checkpoint
+from megatron_llamapro.checkpoint.formats.torch_dist import COMMON_STATE, check_loadable
+from megatron_llamapro.config.checks import check_samples, left_out
+from megatron_llamapro.config.errors import CheckpointError, ConfigError
+from megatron_llamapro.config.io import to_plain
+from megatron_llamapro.config.schema import LoraConfig, RunConfig
+from megatron_llamapro.data.sampling import check_same_order, data_order_fingerprint
+from megatron_llamapro.expansion.manifest import Manifest
+
+PROGRESS = "progress"
+
+_START_ANEW = "restore it, or start a new run in another checkpoint.save"
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What must not change between the starts of one run; saved with every checkpoint."""
+
+    data_order: Mapping[str, object]
+    trainable: list[str]
+    param_groups: list[dict]
+    lora: dict
+
+
+def run_identity(config: RunConfig) -> RunIdentity:
+    """The identity of a run as it is configured now. Reads the data's side files."""
+    return RunIdentity(
+        data_order=data_order_fingerprint(
+            config.data, num_samples=config.data_order_samples, seed=config.training.seed
+        ),
+        trainable=sorted(config.model.trainable),
+        param_groups=[to_plain(rule) for rule in config.optimizer.param_groups],
+        lora=to_plain(config.lora),
+    )
+
+
+def checkpoint_to_resume(config: RunConfig, manifest: Manifest, identity: RunIdentity) -> Path | None:
+    """The newest checkpoint of the run, or None where it has none yet.
+
+    Raises:
+        CheckpointError: the folder holds a run of another model, or is damaged.
+        ConfigError, DataError: the run began with other settings that cannot change on the way.
+    """
+    folder = latest_checkpoint(Path(config.checkpoint.save)) if config.checkpoint.save else None
+    if folder is None:
+        check_samples(config)
+        return None
+    if Manifest.read(folder) != manifest:
+        raise CheckpointError(
+            f"{folder} belongs to a run of another model than model.checkpoint ({config.model.checkpoint}): choose "
+            "another checkpoint.save, or the model.checkpoint that it began with"
+        )
+    check_loadable(folder)
+    stored = read_progress(folder)
+    check_same_order(stored["data_order"], identity.data_order, train=config.data.train)
+    stored.setdefault("lora", to_plain(LoraConfig()))  # earlier versions had none
+    for called in ("model.trainable", "optimizer.param_groups", "lora"):
+        name = called.rpartition(".")[2]
+        if stored[name] != getattr(identity, name):
+            raise ConfigError(
+                f"the run in checkpoint.save began with {called} {stored[name]}, now {getattr(identity, name)}: "
+                f"its optimizer state would not fit; {_START_ANEW}"
+            )
+    check_samples(config, iteration=stored["iteration"], consumed_samples=stored["consumed_samples"])
+    _check_skips(config, stored)
+    return folder
+
+
+def _check_skips(config: RunConfig, stored: Mapping) -> None:
+    """A step that is over cannot be left out any more."""
+    done, skipped = stored["iteration"], set(stored.get("skipped_steps", ()))
+    late = [step for steps in left_out(config.training) for step in steps if step <= done and step not in skipped]
+    if late:
+        raise ConfigError(
+            f"training.skip_iterations names step {late[0]}, but the run continues from step {done} and was trained on "
+            f"it: take it out of the list, or write the step of an earlier checkpoint into checkpoint.save's {LATEST}"
+        )
+
+
+def read_progress(folder: Path) -> dict:
+    """What a training checkpoint says of the run that wrote it.
+
+    Raises:
+        CheckpointError: it says nothing: it was not written by training, or is damaged.
+    """
+    try:
+        return torch.load(folder / COMMON_STATE, weights_only=True)[PROGRESS]
+    except (OSError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be continued from: no training state in {COMMON_STATE}: {error!r}"
+        ) from None

@@ -1,0 +1,252 @@
+"""When and how a run's checkpoints are written: `save/iter_0000100/`, complete or absent, at once or beside training.
+
+A folder is written under a temporary name and renamed when every rank is done; only then does
+`latest_checkpointed_iteration.txt` name it. A kill at any moment, also of a save that runs beside training, leaves the
+last complete one loadable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+
+from megatron_llamapro.checkpoint.carried import carry_files
+from megatron_llamapro.checkpoint.formats.adapters import AdapterRecord
+from megatron_llamapro.checkpoint.formats.folders import LATEST, iteration_folder
+from megatron_llamapro.config.errors import LlamaProError, RunError
+from megatron_llamapro.config.io import dump_yaml
+from megatron_llamapro.config.staging import sync, sync_tree
+from megatron_llamapro.expansion.manifest import MANIFEST_NAME
+from megatron_llamapro.families.hf_config import CONFIG_NAME
+from megatron_llamapro.runtime.distributed import failing_together, from_first_rank
+from megatron_llamapro.training.checkpoints.delta_parts import delta_of_run, trained_keys
+from megatron_llamapro.training.checkpoints.state import model_state, training_state
+from megatron_llamapro.training.checkpoints.writer import plan_writing, write_beside, write_now
+from megatron_llamapro.training.setup import Run
+
+
+@dataclass
+class _Save:
+    """One checkpoint on its way."""
+
+    iteration: int
+    folder: Path
+    """Where it will be."""
+    draft: Path
+    """Where it is written."""
+    started: float
+    stall_seconds: float = 0.0
+    """Time until training could go on."""
+    num_bytes: int = 0
+    """Of all its files, on the first rank, once it is complete."""
+
+    @property
+    def what(self) -> str:
+        return f"step {self.iteration} was not saved in {self.folder.parent} (the last checkpoint is intact)"
+
+
+class Saver:
+    """Writes a run's checkpoints. All ranks make one and call its methods together.
+
+    The methods return `save` records of what became complete. They raise `CheckpointError`, on all ranks, where
+    something could not be written.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._config = run, run.config.checkpoint
+        self._folder = Path(str(self._config.save))
+        with failing_together(f"checkpoint.save ({self._folder}) cannot be written"):
+            if dist.get_rank() == 0:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                clear_leftovers(self._folder)
+        self._delta = self._make_delta() if self._config.delta else None
+        self._origin = self._folder / self._delta.base if self._delta else run.source.folder
+        self._queue = AsyncCallsQueue()
+        self._pending: _Save | None = None
+        self.latest: int | None = None
+        """The step that was saved last, or is being saved."""
+
+    def _make_delta(self):
+        source = self._run.source
+        trained = trained_keys(model_state(self._run.chunks))
+        if trained is None:
+            return None
+        return delta_of_run(
+            self._folder,
+            source=source.folder,
+            resume_from=source.resume_from,
+            shape=source.shape,
+            trained=trained,
+        )
+
+    def save(self) -> list[dict]:
+        """Save the state of now; asynchronously where so configured, once an earlier save is complete."""
+        finished = self.finish()
+        with self._giving_up():
+            save = self._pending = self._begin()
+            request = plan_writing(self._state(), save.draft, what=save.what)
+            request.add_finalize_fn(lambda: self._publish(save))
+            if self._config.async_save:
+                self._schedule(request, save)
+                return finished
+            write_now(request, what=save.what)
+        save.stall_seconds = time.monotonic() - save.started
+        return [*finished, self._complete()]
+
+    def poll(self) -> list[dict]:
+        """Make a checkpoint of what has been written by now, without waiting; to be called after every step."""
+        return self._finalize(wait=False)
+
+    def finish(self) -> list[dict]:
+        """Wait until what was begun is complete."""
+        return self._finalize(wait=True)
+
+    def _finalize(self, *, wait: bool) -> list[dict]:
+        if self._pending is None:
+            return []
+        with self._giving_up():
+            done = self._queue.maybe_finalize_async_calls(blocking=wait)
+        return [self._complete()] if done else []
+
+    def _begin(self) -> _Save:
+        """The folder to write into. Its name is new: what a killed run still writes goes elsewhere."""
+        iteration = self.latest = self._run.state.iteration
+        name = from_first_rank(uuid.uuid4().hex[:8])
+        folder = iteration_folder(self._folder, iteration)
+        save = _Save(iteration, folder, folder.with_name(f"{folder.name}.{name}.tmp"), time.monotonic())
+        with failing_together(save.what):
+            if dist.get_rank() == 0:
+                clear_leftovers(self._folder)
+                save.draft.mkdir(parents=True)
+        return save
+
+    def _state(self) -> dict:
+        run = self._run
+        return training_state(
+            chunks=run.chunks,
+            optimizer=run.optimizer,
+            scheduler=run.scheduler,
+            state=run.state,
+            identity=run.source.identity,
+            delta=self._delta,
+        )
+
+    def _schedule(self, request: AsyncRequest, save: _Save) -> None:
+        with failing_together(save.what):
+            self._queue.schedule_async_request(write_beside(request))
+        save.stall_seconds = time.monotonic() - save.started
+
+    def _publish(self, save: _Save) -> None:
+        """Add the small files and make the folder the newest checkpoint, in an order that a kill cannot break."""
+        with failing_together(save.what):
+            if dist.get_rank() == 0:
+                self._write_small_files(save.draft)
+                publish(save.draft, save.folder)
+                save.num_bytes = sum(path.stat().st_size for path in save.folder.rglob("*") if path.is_file())
+        with failing_together(f"{self._folder}: older checkpoints could not be removed"):
+            if dist.get_rank() == 0:
+                prune(
+                    self._folder,
+                    newest=save.iteration,
+                    keep_last=self._config.keep_last,
+                    keep_every=self._config.keep_every,
+                    needed=[self._run.source.folder],
+                )
+
+    def _write_small_files(self, draft: Path) -> None:
+        """What makes the folder a checkpoint for every tool; the tensors' files are there."""
+        carry_files(self._origin, draft)
+        for name in (CONFIG_NAME, MANIFEST_NAME):
+            shutil.copyfile(self._origin / name, draft / name)
+        if self._delta is not None:
+            self._delta.write(draft)
+        lora = self._run.config.lora
+        if lora.rank is not None:
+            AdapterRecord(lora.rank, lora.scaling * lora.rank).write(draft)
+        (draft / "run.yaml").write_text(dump_yaml(self._run.config))
+
+    def _complete(self) -> dict:
+        save, self._pending = self._pending, None
+        assert save is not None  # only called for one
+        return {
+            "kind": "save",
+            "iteration": save.iteration,
+            "stall_seconds": save.stall_seconds,
+            "seconds": time.monotonic() - save.started,
+            "num_bytes": save.num_bytes,
+            "delta": self._delta is not None,
+            "asynchronous": self._config.async_save,
+        }
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """Where a save fails, which all ranks know then, its disk is freed and the run ends. Another may go further."""
+        try:
+            yield
+        except LlamaProError as error:
+            save, self._pending = self._pending, None
+            if save is not None and dist.get_rank() == 0:
+                shutil.rmtree(save.draft, ignore_errors=True)
+            failed = RunError(str(error))
+            failed.on_all_ranks = error.on_all_ranks
+            raise failed from error
+
+
+def publish(draft: Path, folder: Path) -> None:
+    """Make a finished folder the newest checkpoint of its run."""
+    sync_tree(draft)
+    if folder.exists():
+        shutil.rmtree(folder)
+    draft.rename(folder)
+    latest = folder.parent / LATEST
+    renewed = latest.with_name(f"{LATEST}.tmp")
+    renewed.write_text(f"{int(folder.name.removeprefix('iter_'))}\n")
+    sync(renewed)
+    renewed.replace(latest)
+    sync(folder.parent)
+
+
+LEFTOVERS = "iter_*.tmp"
+"""Folders that are no checkpoints: half written or half removed."""
+
+_CHECKPOINT = re.compile(r"iter_(\d{7,})")
+
+
+def superseded(iterations: Collection[int], *, newest: int, keep_last: int | None, keep_every: int | None) -> list[int]:
+    """Those of a run's checkpoints that go, oldest first: none that is newer than `newest`, the last complete one, nor
+    that itself."""
+    if keep_last is None:
+        return []
+    older = sorted(iteration for iteration in iterations if iteration < newest)
+    spared = older[max(0, len(older) - (keep_last - 1)) :]  # beside the newest
+    return [i for i in older if i not in spared and not (keep_every and i % keep_every == 0)]
+
+
+def prune(
+    save: Path, *, newest: int, keep_last: int | None, keep_every: int | None, needed: Collection[Path] = ()
+) -> None:
+    """Remove what `superseded` says, but nothing that is `needed`; bases are no checkpoints of a step, and stay."""
+    found = (_CHECKPOINT.fullmatch(path.name) for path in save.iterdir())
+    iterations = [int(match.group(1)) for match in found if match]
+    spared = {path.resolve() for path in needed}
+    for iteration in superseded(iterations, newest=newest, keep_last=keep_last, keep_every=keep_every):
+        folder = iteration_folder(save, iteration)
+        if folder.resolve() not in spared:
+            removed = folder.with_name(f"{folder.name}.removed.tmp")
+            folder.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
+
+
+def clear_leftovers(save: Path) -> None:
+    """Remove what a run left that was killed while it wrote or removed a checkpoint."""
+    for leftover in save.glob(LEFTOVERS):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,178 @@
+"""What a training checkpoint holds, and how a run continues from one, at the same or another TP x PP x DP.
+
+A delta checkpoint holds what trains; the rest is loaded from its base. `saver.py` has when and how they are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_llamapro.checkpoint.formats.delta import Delta
+from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.model.names import unwrapped
+from megatron_llamapro.optimizer.build import torch_adam_parts
+from megatron_llamapro.optimizer.replicas import finish_param_gathers
+from megatron_llamapro.optimizer.torch_adam import init_state
+from megatron_llamapro.training.checkpoints.delta_parts import check_base, split
+from megatron_llamapro.training.checkpoints.resume import PROGRESS, RunIdentity
+
+# Optimizer state is stored in the shape of the parameters it belongs to, so that any layout can read it. (Upstream's
+# default cannot be saved at all; its faster "dp_reshardable" does not resume exactly.)
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def model_state(chunks: Sequence[torch.nn.Module]) -> dict:
+    """Sharded state dict of this rank's chunks, without Transformer Engine's extra state, which is derived."""
+    state = {f"model{i}": unwrapped(chunk).sharded_state_dict(metadata=_METADATA) for i, chunk in enumerate(chunks)}
+    return {
+        chunk: {key: value for key, value in tensors.items() if not _is_extra_state(key, value)}
+        for chunk, tensors in state.items()
+    }
+
+
+def _is_extra_state(key: str, value: object) -> bool:
+    return key.endswith("_extra_state") or isinstance(value, ShardedObject)
+
+
+def training_state(
+    *,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    state: TrainingState,
+    identity: RunIdentity,
+    delta: Delta | None,
+) -> dict:
+    """Everything a resumed run needs, as a sharded state dict; of the model only what trains, where there is a
+    `delta`. All ranks call it."""
+    _note_steps(optimizer, state)
+    finish_param_gathers(chunks)
+    if state.num_updates == 0:  # the optimizer makes its state in its first step, and all so far were skipped
+        for part in optimizer.chained_optimizers:
+            if part.optimizer is not None:
+                init_state(part)
+    model = model_state(chunks)
+    optimizer_state = optimizer.sharded_state_dict(model, is_loading=False, metadata=_METADATA)
+    progress = {**asdict(state), **asdict(identity), "scheduler": scheduler.state_dict()}
+    kept = split(model, delta.trained)[0] if delta else model
+    return {**kept, "optimizer": optimizer_state, PROGRESS: progress, "content_metadata": dict(_METADATA)}
+
+
+def load_model(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
+    """Fill the model's weights from a checkpoint in torch_dist format. All ranks call it.
+
+    Raises:
+        CheckpointError: it does not fit the model, or is a delta whose base is not there or another one.
+    """
+    _apply_model(chunks, _load(model_state(chunks), {}, folder))
+
+
+def load_values(sharded: dict, folder: Path) -> dict:
+    """The values of some of a model's sharded tensors in a checkpoint. All ranks call it. Errors as above."""
+    return _load({"values": sharded}, {}, folder).get("values", {})
+
+
+def load_checkpoint(
+    folder: Path,
+    *,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> TrainingState:
+    """Continue from `folder`: weights, optimizer, schedule; returns the progress. All ranks call it; the layout may be
+    another than the one that saved. Errors as above."""
+    for part in torch_adam_parts(optimizer):
+        init_state(part)
+    model = model_state(chunks)
+    optimizer_state = optimizer.sharded_state_dict(model, is_loading=True, metadata=_METADATA)
+    loaded = _load(model, {"optimizer": optimizer_state}, folder)
+    _apply_model(chunks, loaded)
+    optimizer.load_state_dict(loaded["optimizer"])
+    progress = loaded[PROGRESS]
+    scheduler.load_state_dict(progress["scheduler"])
+    known = {field.name: progress[field.name] for field in fields(TrainingState) if field.name in progress}
+    state = TrainingState(**known)  # earlier versions had fewer fields
+    _note_steps(optimizer, state)
+    return state
+
+
+def _load(model: dict, others: dict, folder: Path) -> dict:
+    """The values of a model's sharded state and of `others` in a checkpoint, a delta's with those of its base.
+
+    Everything that is asked for must be there. A run that goes on also asks for everything that its delta has; of the
+    base it leaves what the delta replaces.
+    """
+    delta = Delta.read(folder)
+    if delta is None:
+        return dist_checkpointing.load({**model, **others}, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    check_base(folder, delta)
+    trained, frozen = split(model, delta.trained)
+    base = str(delta.base_of(folder))
+    of_base = dist_checkpointing.load(frozen, base, strict=StrictHandling.RAISE_UNEXPECTED)
+    strict = StrictHandling.RAISE_ALL if others else StrictHandling.RAISE_UNEXPECTED
+    loaded = dist_checkpointing.load({**trained, **others}, str(folder), strict=strict)
+    return {**loaded, **{chunk: {**of_base.get(chunk, {}), **loaded.get(chunk, {})} for chunk in model}}
+
+
+def _apply_model(chunks: Sequence[torch.nn.Module], loaded: Mapping) -> None:
+    for index, chunk in enumerate(chunks):
+        missing, unexpected = unwrapped(chunk).load_state_dict(
+            loaded.get(f"model{index}", {}),  # of a chunk without layers nothing is stored
+            strict=False,
+        )
+        missing = [key for key in missing if not key.endswith("_extra_state")]
+        if missing or unexpected:
+            raise CheckpointError(f"the checkpoint does not fit the model: {[*missing, *unexpected][:3]}")
+
+
+def _note_steps(optimizer: MegatronOptimizer, state: TrainingState) -> None:
+    for part in torch_adam_parts(optimizer):
+        part.lent_step = float(state.num_updates)
+
+
+class Outcome(Enum):
+    """How a step ended."""
+
+    UPDATED = "updated"
+    SKIPPED = "skipped"
+    """Its loss or gradient norm was not finite, or the gradient exactly 0, so that it updated nothing."""
+    LEFT_OUT = "left out"
+    """Because training.skip_iterations names it."""
+
+
+@dataclass
+class TrainingState:
+    """Progress; saved with every checkpoint."""
+
+    iteration: int = 0
+    """Steps done, those without an update too."""
+    consumed_samples: int = 0
+    """Samples of the data's order that these steps stand for; with the order it is the whole state of the data."""
+    skipped_steps: list[int] = field(default_factory=list)
+    """The steps that updated nothing, counted from 1."""
+    skipped_in_a_row: int = 0
+    """Those since the last update that were not left out."""
+
+    @property
+    def num_updates(self) -> int:
+        """Steps that the optimizer took."""
+        return self.iteration - len(self.skipped_steps)
+
+    def end_step(self, outcome: Outcome, *, num_samples: int) -> None:
+        """Count a step of `num_samples`."""
+        self.iteration += 1
+        self.consumed_samples += num_samples
+        if outcome is not Outcome.UPDATED:
+            self.skipped_steps.append(self.iteration)
+        if outcome is not Outcome.LEFT_OUT:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if outcome is Outcome.SKIPPED else 0

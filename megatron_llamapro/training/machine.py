@@ -1,0 +1,94 @@
+"""What computes on a rank: its part of the model, frozen where it does not train, the optimizer and its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_llamapro.config.schema import ParallelConfig, RunConfig
+from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.expansion.trainable import first_trainable_layer
+from megatron_llamapro.families.shape import ModelShape
+from megatron_llamapro.model.build import LlamaModel, build_model
+from megatron_llamapro.model.freeze import StageReport, freeze
+from megatron_llamapro.model.lora import add_adapters
+from megatron_llamapro.model.skip_frozen import skip_frozen_work
+from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler
+from megatron_llamapro.optimizer.replicas import skip_collectives_of_one
+from megatron_llamapro.runtime.distributed import ParallelLayout, start_model_parallel
+from megatron_llamapro.training.step import connect
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What computes on this rank: its part of the model, the optimizer and its schedule."""
+
+    layout: ParallelLayout
+    chunks: Sequence[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    report: StageReport
+
+
+def build_machine(
+    config: RunConfig, shape: ModelShape, plan: ExpansionPlan, *, load: Callable[[Sequence[LlamaModel]], None]
+) -> Machine:
+    """Build what computes, on every rank of the started world. `load` fills the weights before the optimizer makes its
+    copies of them.
+
+    Raises:
+        ConfigError: what trains, or a parameter-group rule, is nothing in this model.
+    """
+    layout = start_model_parallel(config.parallel, seed=config.training.seed)
+    models = build_model(
+        shape,
+        model=config.model,
+        parallel=config.parallel,
+        precision=config.training.precision,
+        recompute=config.recompute,
+    )
+    load(models)
+    add_adapters(models, plan, config.lora, seed=config.training.seed)
+    report = freeze(
+        models,
+        plan,
+        config.model.trainable,
+        tie_word_embeddings=shape.tie_word_embeddings,
+        tensor_size=layout.tensor_size,
+    )
+    skip_frozen_work(models, first_trainable_layer(config.model.trainable, plan, lora=config.lora))
+    chunks = [wrapped(model, config.parallel) for model in models]
+    optimizer = build_optimizer(chunks, config.optimizer, precision=config.training.precision)
+    scheduler = build_scheduler(optimizer, config.optimizer, train_iters=config.training.train_iters)
+    connect(
+        models[0].config,
+        chunks,
+        optimizer,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    return Machine(layout=layout, chunks=chunks, optimizer=optimizer, scheduler=scheduler, report=report)
+
+
+def wrapped(model: LlamaModel, parallel: ParallelConfig) -> DistributedDataParallel:
+    """The model in megatron.core's DDP: gradient buffers in float32, for what trains only.
+
+    Of virtual stages the schedule starts the gather of a whole chunk, so that no bucket may start the next one's.
+    """
+    ddp = DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            align_param_gather=parallel.virtual_pipeline_model_parallel_size is not None,
+        ),
+        model,
+    )
+    skip_collectives_of_one(ddp)
+    return ddp

@@ -1,0 +1,105 @@
+"""`~` is the home folder wherever a path is given, and never the name of a folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_llamapro.config.io import options_with_homes, parse_run_config
+from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.config.values import expand_user
+
+ROOT = Path(__file__).parents[2]
+RUN = """
+model: {checkpoint: ~/model}
+data: {train: [{prefix: ~/a}, {prefix: /b}], seq_length: 8, valid: {cpp: ~/c}, tokenizer: ~/t, cache_dir: ~/cache}
+training: {train_iters: 1, micro_batch_size: 1, global_batch_size: 8}
+checkpoint: {save: ~/save}
+logging: {metrics_file: ~/m.jsonl, tensorboard_dir: ~/tb}
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Everyone's, in a working directory of its own."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "home"
+
+
+def test_every_path_of_a_run(home: Path) -> None:
+    (home / "run.yaml").write_text(RUN)
+    config = parse_run_config(["--config=~/run.yaml", "--checkpoint.save=~/other", "--data.valid.python", "~"])
+    assert config.model.checkpoint == f"{home}/model"
+    assert [entry.prefix for entry in config.data.train] == [f"{home}/a", "/b"]
+    assert config.data.valid == {"cpp": f"{home}/c", "python": str(home)}
+    assert (config.data.tokenizer, config.data.cache_dir) == (f"{home}/t", f"{home}/cache")
+    assert config.checkpoint.save == f"{home}/other"
+    assert (config.logging.metrics_file, config.logging.tensorboard_dir) == (f"{home}/m.jsonl", f"{home}/tb")
+
+
+def test_options_for_where_the_home_is_another(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "run.yaml").write_text(RUN)
+    arguments = ["--config", f"{home}/run.yaml", "--checkpoint.save=~/other"]
+    here, said = parse_run_config(arguments), options_with_homes(RunConfig, arguments)
+    monkeypatch.setenv("HOME", "/root-of-a-container")
+    assert parse_run_config(arguments) != here == parse_run_config([*arguments, *said])
+    assert "--data.tokenizer=" + f"{home}/t" in said and not any("seq_length" in word for word in said)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "it is empty"),
+        ("~nobody-has-this-name/x", "no home folder is known for ~nobody-has-this-name"),
+        ("$HOME/x", "variables such as \\$HOME are not replaced"),
+        ("/scratch/${USER}", "variables such as \\${USER} are not replaced"),
+        ("a\0b", "control character"),
+    ],
+)
+def test_what_is_no_path(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        expand_user(text)
+
+
+def test_other_paths_stay(home: Path) -> None:
+    for text in ("a~", "./~", "./x/", "a//b", "/x/~/y", "5$ bill", "a b"):
+        assert expand_user(text) == text
+    assert expand_user(f"~{os.environ.get('USER', 'root')}/x").startswith("/")
+
+
+# A command line of every tool that has paths, of which the one that is read first does not exist.
+TOOLS = {
+    "convert_checkpoint.py hf-to-megatron": ("--source=~/nowhere", "--target=~/x"),
+    "expand_checkpoint.py": ("--source=~/nowhere", "--target=~/x", "--num_added_blocks=1"),
+    "inspect_checkpoint.py": ("--checkpoint=~/nowhere",),
+    "verify_checkpoint.py": ("--original=~/nowhere", "--expanded=~/x"),
+    "preprocess_data.py": ("--input=~/nowhere", "--tokenizer=~/nowhere", "--output_prefix=~/x"),
+    "train_tokenizer.py": ("--input=~/nowhere", "--vocab_size=300", "--output_dir=~/x"),
+    "plot_metrics.py": ("--input=~/nowhere", "--output=~/x.png"),
+    "dry_run.py": ("--config=~/nowhere", "--world_size=1"),
+    "plan_pipeline.py": ("--config=~/nowhere", "--world_size=1"),
+    "plan_parallelism.py": ("--config=~/run.yaml", "--world_size=8", "--hf_config=~/nowhere"),
+    "launch_slurm.py": ("--config=~/run.yaml", "--launch=~/nowhere"),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_tool(tool: str, home: Path) -> None:
+    (home / "run.yaml").write_text(RUN)
+    name, *command = tool.split()
+    process = [sys.executable, str(ROOT / "tools" / name), *command, *TOOLS[tool]]
+    done = subprocess.run(process, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"{home}/nowhere" in done.stderr or "~/nowhere does not exist" in done.stderr
+    assert not list(Path.cwd().iterdir()) and [path.name for path in home.iterdir()] == ["run.yaml"]
+
+
+def test_every_tool_is_tried() -> None:
+    assert {tool.split()[0] for tool in TOOLS} == {path.name for path in (ROOT / "tools").glob("[!_]*.py")}

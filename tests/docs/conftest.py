@@ -1,3 +1,0 @@
-"""megatron.core is imported without its warnings, which are errors here."""
-
-from megatron_llamapro.testing import preload  # noqa: F401

@@ -1,0 +1,112 @@
+"""Manifests: written whole, read strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.expansion.manifest import Manifest, Source, config_sha256
+from megatron_llamapro.expansion.plan import ExpansionPlan
+
+MANIFEST = Manifest(
+    family="llama",
+    dtype="bfloat16",
+    plan=ExpansionPlan.unexpanded(4).expand((2, 5)).expand((0,)),
+    source=Source(name="tiny", config_sha256="0" * 64, weight_bytes=1000),
+    inits=("copy", "random"),
+    init_seeds=(None, 7),
+    original_hashes={"model.norm.weight": "1" * 64},
+    tool_versions={"torch": "2.13.0"},
+)
+
+
+def test_written_and_read_it_is_the_same(tmp_path: Path) -> None:
+    MANIFEST.write(tmp_path)
+    assert Manifest.read(tmp_path) == MANIFEST
+    assert [path.name for path in tmp_path.iterdir()] == ["llamapro.json"]
+
+
+def test_one_of_a_time_before_seeds_were_noted(tmp_path: Path) -> None:
+    content = MANIFEST.to_json()
+    del content["init_seeds"]
+    (tmp_path / "llamapro.json").write_text(json.dumps(content))
+    assert Manifest.read(tmp_path) == dataclasses.replace(MANIFEST, init_seeds=(None, None))
+
+
+def test_a_cast_keeps_the_hashes_and_says_of_what_they_are(tmp_path: Path) -> None:
+    """As format 2, which a version that does not know it refuses; cast back, it is what it was, as format 1."""
+    cast = MANIFEST.stored_as("float32")
+    assert (cast.dtype, cast.hash_dtype, cast.original_hashes) == ("float32", "bfloat16", MANIFEST.original_hashes)
+    assert (cast.to_json()["format_version"], MANIFEST.to_json()["format_version"]) == (2, 1)
+    cast.write(tmp_path)
+    assert Manifest.read(tmp_path) == cast == MANIFEST.stored_as("float16").stored_as("float32")
+    assert cast.stored_as("bfloat16") == MANIFEST
+
+
+def test_hash_of_a_config_does_not_depend_on_its_order() -> None:
+    assert config_sha256({"a": 1, "b": [2]}) == config_sha256({"b": [2], "a": 1}) != config_sha256({"a": 1})
+
+
+GOOD = MANIFEST.to_json()
+LAYERS = GOOD["plan"]["layers"]
+DAMAGED = {
+    "no object": ([], "not a JSON object"),
+    "another version": ({**GOOD, "format_version": 3}, "manifest format 3, this version reads 1 and 2"),
+    "no version": ({}, "manifest format None"),
+    "a missing field": ({k: v for k, v in GOOD.items() if k != "dtype"}, "damaged manifest .*dtype"),
+    "a type of the hashes that no weight has": (
+        {**GOOD, "format_version": 2, "hash_dtype": "int4"},
+        "damaged manifest .*int4",
+    ),
+    "no type of the hashes": ({**GOOD, "format_version": 2}, "damaged manifest .*hash_dtype"),
+    "a plan that is none": ({**GOOD, "plan": {"layers": [], "num_rounds": 0}}, "damaged manifest"),
+    "a plan of many rounds": ({**GOOD, "plan": {**GOOD["plan"], "num_rounds": 3 * 10**9}}, "more rounds than layers"),
+    "a plan with a parent that is not there": (
+        {**GOOD, "plan": {**GOOD["plan"], "layers": [*LAYERS[:-1], {**LAYERS[-1], "parent_layer": 10**6}]}},
+        "a layer that is not there",
+    ),
+    "a plan of the wrong type": ({**GOOD, "plan": "interleaved"}, "damaged manifest"),
+    "a number for a type": ({**GOOD, "dtype": 16}, "damaged manifest"),
+    "a type that no weight has": ({**GOOD, "dtype": "int4"}, "damaged manifest"),
+    "a source of the wrong type": (
+        {**GOOD, "source": {**GOOD["source"], "weight_bytes": "many"}},
+        "damaged manifest",
+    ),
+    "a source with another field": ({**GOOD, "source": {**GOOD["source"], "extra": 1}}, "damaged manifest"),
+    "an init too few": ({**GOOD, "inits": ["copy"]}, "damaged manifest .*1 inits for 2 rounds"),
+    "an init that is none": ({**GOOD, "inits": ["copy", "magic"]}, "damaged manifest"),
+    "a seed too few": ({**GOOD, "init_seeds": [7]}, "damaged manifest .*1 seeds for 2 rounds"),
+    "a seed that is no number": ({**GOOD, "init_seeds": [None, True]}, "damaged manifest"),
+    "seeds that are none": ({**GOOD, "init_seeds": 7}, "damaged manifest"),
+    "hashes that are a list": ({**GOOD, "original_hashes": []}, "damaged manifest"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), DAMAGED.values(), ids=DAMAGED.keys())
+def test_damaged_manifests_are_refused_by_name(content: object, message: str, tmp_path: Path) -> None:
+    (tmp_path / "llamapro.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=message) as refusal:
+        Manifest.read(tmp_path)
+    assert str(tmp_path / "llamapro.json") in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_folder_without_one(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no llamapro\.json: convert the model"):
+        Manifest.read(tmp_path)
+
+
+def test_a_file_that_is_not_json(tmp_path: Path) -> None:
+    (tmp_path / "llamapro.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        Manifest.read(tmp_path)
+
+
+def test_a_frozen_manifest_can_be_replaced_not_changed() -> None:
+    assert dataclasses.replace(MANIFEST, dtype="float32").dtype == "float32"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MANIFEST.dtype = "float32"  # type: ignore[misc]

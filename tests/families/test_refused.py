@@ -1,0 +1,83 @@
+"""Refused model types: each has a reason, and the reason is seen in transformers' own source, where it has the type."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+
+from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.families import refused
+from megatron_llamapro.families.hf_config import FAMILIES, family_of
+from megatron_llamapro.families.refused import REFUSED
+
+MODELS = Path(transformers.__file__).parent / "models"
+
+# What a reason is told by in the source of a model: a pattern that is there, or with "not " before it one that is not.
+EVIDENCE: Mapping[str, str] = {
+    refused.BIASES: r"nn\.LayerNorm\(|LayerNorm\(.*eps=.*\)|nn\.LayerNorm\)",
+    refused.SIDE_BY_SIDE: r"\+ (hidden_states_mlp|mlp_output|attention_output)|parallel_attn",
+    refused.NORM_BEHIND: r"post_feedforward_layernorm|post_mlp_layernorm",
+    refused.SCALED: r"residual_multiplier|scale_emb",
+    refused.OTHER_EXPERTS: r"experts",
+    refused.FUSED: r"qkv_proj|Wqkv|gate_up_proj",
+    refused.OTHER_BLOCKS: r"(?i)mamba|linear_attn|conv1d|mlstm|rglru|time_decay|lightning|shortconv",
+    refused.PLUS_ONE: r"1\.0 \+ self\.weight",
+    refused.UNGATED: r"not self\.gate_proj\b",
+    refused.LATENT: r"kv_a_proj",
+    refused.INTERLEAVED: r"\[\.\.\., 0::2\]",
+    refused.INNER_NORMS: r"attn_sub_norm|query_layernorm",
+    refused.SINKS: r"sinks",
+    refused.SOME_WINDOWS: r"layer_types\[",
+    refused.MORE_THAN_TEXT: r"vision|Vision|audio|image",
+    REFUSED["gpt_oss"]: r"sinks",
+    REFUSED["mpt"]: r"alibi",
+    REFUSED["olmo"]: r"None, None, eps=",
+    REFUSED["smollm3"]: r"use_rope",
+    REFUSED["ministral3"]: r"llama_4_scaling_beta",
+    REFUSED["seed_oss"]: r"residual_dropout",
+    REFUSED["diffllama"]: r"lambda_q1",
+}
+ELSEWHERE = {
+    *("stablelm_epoch", "orion", "minicpm", "kimi_k2", "phi3small", "qwen", "baichuan", "internlm", "internlm2"),
+    *("chatglm", "internvl_chat", "deci", "nemotron-nas", "openelm", "Yi"),
+}
+"""Types of models that bring their own code."""
+
+
+def source_of(model_type: str) -> str | None:
+    """What transformers builds a model of this type by; None where it has no such type."""
+    if model_type not in CONFIG_MAPPING_NAMES:
+        return None
+    folder = MODELS / model_type_to_module_name(model_type)
+    return "".join(path.read_text() for path in sorted(folder.glob("modeling_*.py")))
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_every_type_is_refused_with_its_reason(model_type: str) -> None:
+    reason = REFUSED[model_type]
+    with pytest.raises(CheckpointError, match=r"'.+' is not supported: .{20,}; known are llama") as refusal:
+        family_of({"model_type": model_type})
+    assert reason in str(refusal.value) and "\n" not in str(refusal.value)
+    assert model_type not in FAMILIES
+    source = source_of(model_type)
+    assert (source is None) == (model_type in ELSEWHERE)
+    if source is not None:
+        pattern = EVIDENCE[reason]
+        found = re.search(pattern.removeprefix("not "), source)
+        assert (found is None) == pattern.startswith("not ")
+
+
+@pytest.mark.parametrize("name", ["text_config", "language_config", "llm_config", "thinker_config"])
+def test_an_unknown_model_with_a_language_model_inside(name: str) -> None:
+    with pytest.raises(CheckpointError, match="'new_vl' is not supported: it reads more than text: save its language"):
+        family_of({"model_type": "new_vl", name: {"model_type": "llama"}})
+
+
+def test_an_unknown_model() -> None:
+    with pytest.raises(CheckpointError, match=r"^model_type 'abc' is not supported: known are llama, mistral, mix"):
+        family_of({"model_type": "abc", "text_config": None})

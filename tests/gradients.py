@@ -1,0 +1,133 @@
+"""What the ranks of a gradient test run: a checkpoint's chunks, and steps that hand out every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from megatron_llamapro.config.schema import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig, RecomputeConfig
+
+SEQ_LENGTH, BATCH = 32, 4
+KEEP_ALL = RecomputeConfig()
+NO_ADAPTERS = LoraConfig()
+
+
+def parallel(
+    tp: int = 1, pp: int = 1, vp: int | None = None, sp: bool = False, stage_layers: tuple[int, ...] | None = None
+) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vp,
+        sequence_parallel=sp,
+        pipeline_stage_layers=stage_layers,
+    )
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels, [BATCH, SEQ_LENGTH]."""
+    stream = torch.randint(3, 131, (BATCH, SEQ_LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
+
+
+def load_chunks(
+    folder: Path,
+    config: ParallelConfig,
+    trainable: tuple[str, ...] = ("added_blocks",),
+    *,
+    recompute: RecomputeConfig = KEEP_ALL,
+    lora: LoraConfig = NO_ADAPTERS,
+    after_loading: Callable[[list], None] = lambda chunks: None,
+    skip: bool = True,
+):
+    """This rank's chunks of a Megatron checkpoint, frozen but for what is named; without `skip` all of megatron.core's
+    work is done."""
+    from megatron_llamapro.expansion.manifest import Manifest
+    from megatron_llamapro.expansion.trainable import first_trainable_layer
+    from megatron_llamapro.families.hf_config import model_shape, read_hf_config
+    from megatron_llamapro.model.build import build_model
+    from megatron_llamapro.model.freeze import freeze
+    from megatron_llamapro.model.lora import add_adapters
+    from megatron_llamapro.model.skip_frozen import skip_frozen_work
+    from megatron_llamapro.runtime.distributed import start_model_parallel
+    from megatron_llamapro.training.checkpoints.state import load_model
+
+    layout = start_model_parallel(config, seed=1)
+    shape = model_shape(read_hf_config(folder))
+    chunks = build_model(
+        shape, model=ModelConfig(checkpoint=str(folder)), parallel=config, precision="fp32", recompute=recompute
+    )
+    plan = Manifest.read(folder).plan
+    load_model(chunks, folder)
+    add_adapters(chunks, plan, lora, seed=1)
+    after_loading(chunks)
+    if plan.added_layers:
+        freeze(chunks, plan, trainable, tie_word_embeddings=shape.tie_word_embeddings)
+        if skip:
+            skip_frozen_work(chunks, first_trainable_layer(trainable, plan, lora=lora))
+    return layout, shape, chunks
+
+
+def gradients_worker(
+    folder: Path,
+    config: ParallelConfig,
+    num_steps: int = 1,
+    trainable: tuple[str, ...] = ("added_blocks",),
+    *,
+    observe: Callable[[list], AbstractContextManager] = nullcontext,
+    **options: object,
+):
+    """Loss, gradient norm and gradients of each of some steps; `observe` is entered with the chunks around each step's
+    forward and backward passes. `options` are those of `load_chunks`."""
+    from megatron.core import parallel_state
+
+    from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler
+    from megatron_llamapro.testing.gather import gradient_pieces
+    from megatron_llamapro.training.machine import wrapped
+    from megatron_llamapro.training.step import connect, reduce_loss, run_microbatches
+
+    layout, _, models = load_chunks(folder, config, trainable, **options)
+    chunks = [wrapped(model, config) for model in models]
+    settings = OptimizerConfig(lr=1e-2, lr_warmup_fraction=0.0)
+    optimizer = build_optimizer(chunks, settings, precision="fp32")
+    scheduler = build_scheduler(optimizer, settings, train_iters=10)
+    connect(models[0].config, chunks, optimizer, overlap_grad_reduce=False, overlap_param_gather=False)
+    steps = []
+    for _ in range(num_steps):
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        with observe(models):
+            sums = run_microbatches(
+                chunks,
+                [micro_batches(layout) for _ in chunks],
+                num_microbatches=BATCH // layout.data_size,
+                micro_batch_size=1,
+                seq_length=SEQ_LENGTH,
+                forward_only=False,
+            )
+        loss = reduce_loss(sums, layout=layout).loss
+        # A copy: the whole gradients replace what the optimizer would clip.
+        saved = [buffer.grad_data.clone() for chunk in chunks for buffer in chunk.buffers]
+        pieces = gradient_pieces(chunks, data_group=parallel_state.get_data_parallel_group())
+        for buffer, data in zip([b for chunk in chunks for b in chunk.buffers], saved, strict=True):
+            buffer.grad_data.copy_(data)
+        _, norm, _ = optimizer.step()
+        scheduler.step(1)
+        steps.append((loss, norm, pieces))
+    return steps
+
+
+def micro_batches(layout):
+    tokens, labels = batch()
+    for number in range(BATCH // layout.data_size):
+        row = slice(number * layout.data_size + layout.data_rank, number * layout.data_size + layout.data_rank + 1)
+        yield {
+            "tokens": tokens[row],
+            "labels": labels[row],
+            "loss_mask": torch.ones(1, SEQ_LENGTH),
+            "position_ids": torch.arange(SEQ_LENGTH)[None],
+        }
