@@ -36,7 +36,7 @@ def main() -> int:
 
     config, expansion = parse_run_config(run_args), read_expansion_options(parser, args)
     if args.calibrate:
-        from megatron_llamapro.commands.calibrate import run
+        from megatron_llamapro.commands.plan_pipeline import run_calibration as run
     else:
         from megatron_llamapro.commands.plan_pipeline import run
     return run(config, args, expansion)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
+from megatron_llamapro.config.checks import data_parallel_size
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.files import write_atomically
 from megatron_llamapro.config.io import options_with_homes
 from megatron_llamapro.config.schema import RunConfig
-from megatron_llamapro.launch.check import check_run, not_there, with_absolute_configs
+from megatron_llamapro.config.values import expand_user
 from megatron_llamapro.launch.config import LaunchConfig
-from megatron_llamapro.launch.slurm import sbatch_script
-from megatron_llamapro.launch.torchrun import commands_by_hand
+from megatron_llamapro.launch.slurm import commands_by_hand, sbatch_script
 
 
 def run(launch: LaunchConfig, config: RunConfig, run_args: Sequence[str], *, by_hand: str | None, submit: bool) -> int:
@@ -47,3 +49,78 @@ def _submit(launch: LaunchConfig, config: RunConfig, script: str) -> int:
         raise ConfigError(f"sbatch refused {path}: {' '.join(done.stderr.split())}")
     print(f"{done.stdout.strip()}; its script is {path}")
     return 0
+
+
+_NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+
+
+def check_run(launch: LaunchConfig, run: RunConfig, run_args: Sequence[str] = ()) -> None:
+    """Raise `ConfigError` where a run cannot be started so: ranks that do not divide, nothing to go on from after a
+    stop, or files that only one of several nodes would see. `run_args` are those that `run` was read from."""
+    data_parallel_size(run, launch.world_size)
+    if run.checkpoint.save is None:
+        raise ConfigError("checkpoint.save is not set: a job that is stopped goes on from its checkpoints")
+    own = {"log_dir": launch.log_dir, "working_dir": ".", "checkpoint.save": run.checkpoint.save}
+    _check_mounts(launch, own)
+    if launch.nodes.num_nodes == 1:
+        return
+    paths = {
+        **own,
+        "model.checkpoint": run.model.checkpoint,
+        "data.cache_dir": run.data.cache_dir or ".",
+        "data.tokenizer": run.data.tokenizer or ".",
+        **{f"data.train ({entry.prefix})": entry.prefix for entry in run.data.train},
+        **{f"data.valid ({name})": prefix for name, prefix in run.data.valid.items()},
+        **{f"--config {name}": path for name, path in _config_files(run_args).items()},
+    }
+    for name, path in paths.items():
+        absolute = launch.from_here(path).absolute()
+        for folder in _NODE_LOCAL:
+            if absolute.is_relative_to(folder):
+                raise ConfigError(
+                    f"{name} is {absolute}, and each node has a {folder} for itself: name a folder that all nodes share"
+                )
+
+
+def _check_mounts(launch: LaunchConfig, paths: Mapping[str, str]) -> None:
+    """`paths` are what the job looks at itself, which runs outside of the container, and its ranks inside."""
+    for mount in launch.container_mounts:
+        outside, inside = map(Path, mount.split(":")[:2])
+        for name, path in paths.items():
+            absolute = launch.from_here(path).absolute()
+            if outside != inside and absolute.is_relative_to(inside):
+                raise ConfigError(
+                    f"{name} is {absolute}, which container_mounts makes of {outside}: the job looks there outside of "
+                    f"the container too: mount a folder by its own name ({outside}:{outside}), and name it so"
+                )
+
+
+def not_there(launch: LaunchConfig, run: RunConfig) -> Iterator[str]:
+    """What a run reads that is not there now, each with its name. In a container files have other names: nothing."""
+    if launch.container_image is not None:
+        return
+    files = {f"data.train {entry.prefix}": f"{entry.prefix}.idx" for entry in run.data.train}
+    for name, path in {f"model.checkpoint {run.model.checkpoint}": run.model.checkpoint, **files}.items():
+        if not launch.from_here(path).exists():
+            yield name
+
+
+def with_absolute_configs(run_args: Sequence[str]) -> list[str]:
+    """The arguments with their `--config` files by absolute paths: the job may run in another folder."""
+    files = _config_files(run_args)
+    changed = []
+    for before, word in itertools.pairwise(["", *run_args]):
+        if before == "--config":
+            changed.append(files[word])
+        elif word.startswith("--config="):
+            changed += ["--config", files[word.removeprefix("--config=")]]
+        else:
+            changed.append(word)
+    return changed
+
+
+def _config_files(run_args: Sequence[str]) -> dict[str, str]:
+    """Configuration files as they are named, and their absolute paths."""
+    named = [after for word, after in itertools.pairwise(run_args) if word == "--config"]
+    named += [word.removeprefix("--config=") for word in run_args if word.startswith("--config=")]
+    return {name: str(Path(expand_user(name)).absolute()) for name in named}

@@ -12,13 +12,14 @@ import yaml
 from megatron_llamapro.checkpoint.description import DescribedModel, check_fits, describe_model
 from megatron_llamapro.config.command import check_positive
 from megatron_llamapro.config.errors import ConfigError, PipelinePlanError
-from megatron_llamapro.config.files import write_atomically
+from megatron_llamapro.config.files import check_can_hold, write_atomically
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.config.stages import draw
 from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.planning.duration import check_options, outcome
 from megatron_llamapro.planning.job import Job, job_of, time_from_calibration
 from megatron_llamapro.planning.splits import Plan, best_plan, even_plan
+from megatron_llamapro.runtime.upstream import import_megatron
 
 GIB = 2**30
 
@@ -107,3 +108,31 @@ def _lines(model: DescribedModel, job: Job, even: Plan, best: Plan, args: argpar
     gain = even.seconds / best.seconds
     proof = "no split is faster" if best.is_proven else "the best of those that were tried"
     return [*lines, "", f"the best split is {gain:.3f} x as fast as the even one ({proof})"]
+
+
+def run_calibration(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None) -> int:
+    """Time the blocks on the ranks that were started (one tensor-parallel group), and write what was found."""
+    check_can_hold(args.calibrate)
+    model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
+
+    import torch.distributed as dist
+
+    from megatron_llamapro.runtime import cpu
+    from megatron_llamapro.runtime.distributed import start_world, stop_world
+
+    import_megatron()
+    cpu.install()
+    from megatron_llamapro.training.calibration import calibrate
+
+    start_world()
+    try:
+        measured = calibrate(config, model.shape)
+        if dist.get_rank() == 0:
+            write_atomically(args.calibrate, json.dumps(measured, indent=2) + "\n")
+            for kind, times in measured.items():
+                print(
+                    f"{kind:>9}: forward {1e3 * times['forward']:8.2f} ms, backward {1e3 * times['backward']:8.2f} ms"
+                )
+    finally:
+        stop_world()
+    return 0

@@ -1,4 +1,4 @@
-"""What a configuration consists of, from the types of its dataclasses, and building it from plain data. Imports no torch.
+"""What a configuration consists of, by the types of its dataclasses, and building it from plain data. Without torch.
 
 A name that does not exist is an error that says which one was meant.
 """

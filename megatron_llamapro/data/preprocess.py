@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy
 
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.config.staging import sync
-from megatron_llamapro.data.drafts import draft_folder, writing
+from megatron_llamapro.config.staging import draft_folder, sync, writing
 from megatron_llamapro.data.encoding import Encoded, chunks_of
 from megatron_llamapro.data.text_files import check_request, paths_of
 from megatron_llamapro.data.token_files import TokenFileInfo

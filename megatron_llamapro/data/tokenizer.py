@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.config.files import check_fetched
-from megatron_llamapro.config.hints import hint_inside, hint_where_nothing_is
+from megatron_llamapro.config.files import check_fetched, hint_inside, hint_where_nothing_is
 
 JSON_NAME, MODEL_NAME = "tokenizer.json", "tokenizer.model"
 

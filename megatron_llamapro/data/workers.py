@@ -20,8 +20,7 @@ from typing import Any
 
 from megatron_llamapro.config.command import in_one_line
 from megatron_llamapro.config.errors import DataError, LlamaProError, RunError
-from megatron_llamapro.data.chat import ChatEncoder, ChatTemplate
-from megatron_llamapro.data.encoding import Chunk, Encoded, Encoder, TextEncoder
+from megatron_llamapro.data.encoding import ChatEncoder, ChatTemplate, Chunk, Encoded, Encoder, TextEncoder
 from megatron_llamapro.data.tokenizer import load_tokenizer
 from megatron_llamapro.runtime.stop import children_deaf
 

@@ -13,8 +13,7 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside, read_small
-from megatron_llamapro.config.hints import hint_inside, hint_where_nothing_is
+from megatron_llamapro.config.files import file_inside, hint_inside, hint_where_nothing_is, read_small
 from megatron_llamapro.families.fields import count, flag, number
 from megatron_llamapro.families.refused import reason_for
 from megatron_llamapro.families.rotary import read_rope, with_older_spelling

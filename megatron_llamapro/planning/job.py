@@ -17,8 +17,14 @@ from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.expansion.trains import Trains
 from megatron_llamapro.families.shape import ModelShape
 from megatron_llamapro.planning.flops import Work, head_work, layer_work
-from megatron_llamapro.planning.memory import ChunkBytes, Division, chunk_bytes
-from megatron_llamapro.planning.recompute import KEEP_ALL, recomputed_groups, share_of_forward
+from megatron_llamapro.planning.memory import (
+    KEEP_ALL,
+    ChunkBytes,
+    Division,
+    chunk_bytes,
+    recomputed_groups,
+    share_of_forward,
+)
 from megatron_llamapro.planning.simulate import ChunkTime
 
 

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.data.chat import ChatTemplate
+from megatron_llamapro.data.encoding import ChatTemplate
 from megatron_llamapro.data.preprocess import preprocess
 from megatron_llamapro.data.token_files import open_token_file
 from megatron_llamapro.data.tokenizer import load_tokenizer

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_llamapro.commands.launch import check_run, not_there, with_absolute_configs
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.io import parse_run_config
-from megatron_llamapro.launch.check import check_run, not_there, with_absolute_configs
 from megatron_llamapro.launch.config import read_launch_config
 
 ROOT = Path(__file__).parents[2]

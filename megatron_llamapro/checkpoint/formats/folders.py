@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside, read_small
-from megatron_llamapro.config.hints import hint_where_nothing_is
+from megatron_llamapro.config.files import file_inside, hint_where_nothing_is, read_small
 
 LATEST = "latest_checkpointed_iteration.txt"
 RELEASE = "release"

@@ -17,8 +17,7 @@ from megatron_llamapro.checkpoint.tensors.layout import StoredTensor, whole
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, state_of, stored_hash
 from megatron_llamapro.checkpoint.tensors.weight_map import EMBEDDING, OUTPUT_LAYER, hf_shapes, is_known_extra
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside, read_small
-from megatron_llamapro.config.hints import fetch_rest
+from megatron_llamapro.config.files import fetch_rest, file_inside, read_small
 from megatron_llamapro.expansion.manifest import MANIFEST_NAME, Manifest
 from megatron_llamapro.families.hf_config import ITEMSIZES, MANIFEST_KEY, read_hf_model
 from megatron_llamapro.families.shape import ModelShape
