@@ -1,8 +1,9 @@
 """Lines of JSON to token ids: documents of text, and conversations.
 
 The tokenizer's own chat template writes the text of a conversation, as it will when the model is used. What an
-assistant's message adds to the text before it, with the template's generation prompt, is the answer. Only answers get
-loss in an instruct stage.
+assistant's message adds to the text before it, with the template's generation prompt, is the answer: what the model
+will have to generate, the end of the turn included, without which it would never stop. Only answers get loss. A message
+that nothing precedes answers nothing: a greeting at the beginning has no loss.
 """
 
 from __future__ import annotations

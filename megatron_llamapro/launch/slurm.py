@@ -1,5 +1,9 @@
 """The text of an sbatch job that trains to the end, through time limits, preemption and lost nodes, and torchrun's
-command line. Pure."""
+command line. Pure.
+
+The options and variables are written here from the configuration. What a job does with them is in `job.sh`, and in
+`node.sh` on every node; both are used as they stand.
+"""
 
 from __future__ import annotations
 
