@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
 
-.PHONY: help demo test fuzz smoke check clean
+.PHONY: help demo test fuzz smoke check hooks clean
 
 help:
 	@echo "make demo    grow a real LLaMA, train it on C++, show the picture (STEPS=$(STEPS))"
@@ -18,6 +18,7 @@ help:
 	@echo "make fuzz    damaged checkpoints, configurations and texts by the thousand (FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) of each kind)"
 	@echo "make smoke   the whole way with a tiny random LLaMA, in a minute"
 	@echo "make check   lint, format and types"
+	@echo "make hooks   the same before every commit (pre-commit)"
 
 demo: $(DEMO_READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" STEPS=$(STEPS) examples/smollm2_pro/run.sh
@@ -35,6 +36,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
+
+hooks: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pre-commit==4.7.0
+	$(BIN)/pre-commit install
 
 clean:
 	rm -rf $(VENV) runs
