@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -85,14 +86,14 @@ def test_type_checkers_see_what_is_imported() -> None:
     source = ast.parse(Path(megatron_llamapro.__file__).read_text())
     [block] = [node for node in source.body if isinstance(node, ast.If)]
     seen = {
-        alias.asname or alias.name: (node.module, alias.name)
+        alias.asname or alias.name: (str(node.module), alias.name)
         for node in block.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
     assert seen.keys() == set(megatron_llamapro.__all__)
     for name, (module, attribute) in seen.items():
-        assert getattr(sys.modules[module], attribute) is getattr(megatron_llamapro, name)
+        assert getattr(import_module(module), attribute) is getattr(megatron_llamapro, name)
 
 
 def test_a_name_that_does_not_exist() -> None:
