@@ -42,7 +42,7 @@ def verify(
 
     Lineage, original tensors, their hashes in the manifest, blocks that earlier rounds had added, blocks added since;
     and, where no block was trained yet and not `quick`, the function. `trained` says which blocks may have moved.
-    `progress` is called with the bytes that were read. Checks are made as the caller iterates; before that, nothing is.
+    `progress` is called with the bytes that were read. Nothing is compared until the caller iterates.
 
     Raises:
         CheckpointError: one of the two cannot be read, or `expanded` does not say which blocks were added.
