@@ -93,8 +93,8 @@ class Options:
 
 
 def hf_to_megatron(
-    source: Path,
-    target: Path,
+    source: str | Path,
+    target: str | Path,
     *,
     expansion: Expansion | None = None,
     dtype: str | None = None,
@@ -110,13 +110,13 @@ def hf_to_megatron(
         CheckpointError: the source is no checkpoint that can be converted, or the target cannot be written.
         ExpansionError: the blocks cannot be added as asked.
     """
-    opened = open_hf(source)
-    return _convert(opened, target, kind, expansion=expansion, dtype=dtype, options=options)
+    opened = open_hf(Path(source))
+    return _convert(opened, Path(target), kind, expansion=expansion, dtype=dtype, options=options)
 
 
 def megatron_to_megatron(
-    source: Path,
-    target: Path,
+    source: str | Path,
+    target: str | Path,
     *,
     expansion: Expansion | None = None,
     dtype: str | None = None,
@@ -126,15 +126,15 @@ def megatron_to_megatron(
 ) -> Conversion:
     """Write a Megatron checkpoint's weights in another format or division of ranks, or with another round of added
     blocks. Without `merge_adapters` low-rank adapters are left out. Other arguments and errors as above."""
-    opened = open_megatron_checkpoint(source)
+    opened = open_megatron_checkpoint(Path(source))
     if not merge_adapters:
         opened = dataclasses.replace(opened, adapters={})
-    return _convert(opened, target, kind, expansion=expansion, dtype=dtype, options=options)
+    return _convert(opened, Path(target), kind, expansion=expansion, dtype=dtype, options=options)
 
 
 def expand_hf(
-    source: Path,
-    target: Path,
+    source: str | Path,
+    target: str | Path,
     *,
     expansion: Expansion,
     dtype: str | None = None,
@@ -143,19 +143,19 @@ def expand_hf(
 ) -> Conversion:
     """Write the expansion of a checkpoint as a Hugging Face checkpoint. Arguments and errors as above."""
     kind = _hugging_face(max_shard_bytes)
-    return _convert(open_hf(source), target, kind, expansion=expansion, dtype=dtype, options=options)
+    return _convert(open_hf(Path(source)), Path(target), kind, expansion=expansion, dtype=dtype, options=options)
 
 
 def megatron_to_hf(
-    source: Path,
-    target: Path,
+    source: str | Path,
+    target: str | Path,
     *,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     options: Options = Options(),
 ) -> Conversion:
     """Write a Megatron checkpoint, trained or not, as a Hugging Face checkpoint. Arguments and errors as above."""
-    opened = open_megatron_checkpoint(source)
-    return _convert(opened, target, _hugging_face(max_shard_bytes), options=options)
+    opened = open_megatron_checkpoint(Path(source))
+    return _convert(opened, Path(target), _hugging_face(max_shard_bytes), options=options)
 
 
 def _convert(
@@ -199,7 +199,7 @@ def _convert(
         manifest = target_manifest(opened, model.plan, dtype=model.dtype, expansion=model.expansion, hashes=hashes)
         _write_small_files(draft, layout, kind, model, manifest)
     return Conversion(
-        target=Path(target),
+        target=target,
         plan=model.plan,
         num_source_layers=opened.shape.num_layers,
         dtype=model.dtype,

@@ -125,13 +125,13 @@ class Manifest:
             raise CheckpointError(f"{where}: damaged manifest ({error!r}): convert the model again") from None
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: str | Path) -> Manifest:
         """The manifest of a checkpoint folder.
 
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        path = file_inside(folder, MANIFEST_NAME)
+        path = file_inside(Path(folder), MANIFEST_NAME)
         if path is None:
             raise CheckpointError(
                 f"{folder} has no {MANIFEST_NAME}: convert the model with tools/convert_checkpoint.py"

@@ -174,13 +174,13 @@ class HfModel:
     shape: ModelShape
 
 
-def read_hf_model(folder: Path) -> HfModel:
+def read_hf_model(folder: str | Path) -> HfModel:
     """What `config.json` of a checkpoint folder describes.
 
     Raises:
         CheckpointError: what `read_hf_config` and `model_shape` raise; it names the folder.
     """
-    config = read_hf_config(folder)
+    config = read_hf_config(Path(folder))
     try:
         return HfModel(config, model_shape(config))
     except CheckpointError as error:

@@ -23,7 +23,7 @@ from megatron_llamapro.expansion.trainable import (
     is_adapter,
     trainable_blocks,
 )
-from megatron_llamapro.model.names import NamedParameter, named_parameters
+from megatron_llamapro.model.names import NamedParameter, named_parameters, unwrapped
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,24 @@ def freeze(
     plan: ExpansionPlan,
     trainable: Sequence[str] = (ADDED_BLOCKS,),
     *,
-    tie_word_embeddings: bool = False,
-    tensor_size: int = 1,
+    tie_word_embeddings: bool | None = None,
+    tensor_size: int | None = None,
 ) -> StageReport:
     """Set `requires_grad` of every parameter of this rank's model chunks, and report what trains.
 
-    `trainable` holds names out of `TRAINABLE_CHOICES`, or of rounds; `tensor_size` is the tensor-parallel size, for
-    the report's totals. Call it before DDP wraps the chunks.
+    `trainable` holds names out of `TRAINABLE_CHOICES`, or of rounds. Whether the embedding is tied to the output layer,
+    and the tensor-parallel size (for the report's totals), are the model's own unless they are given. Call it before
+    DDP wraps the chunks.
 
     Raises:
         ConfigError: a name that is nothing, or that this model does not have.
     """
+    chunks = list(chunks)
+    models = [unwrapped(chunk) for chunk in chunks]
+    if tie_word_embeddings is None:
+        tie_word_embeddings = any(model.share_embeddings_and_output_weights for model in models)
+    if tensor_size is None:
+        tensor_size = max((model.config.tensor_model_parallel_size for model in models), default=1)
     check_trainable(trainable, plan, tie_word_embeddings=tie_word_embeddings)
     parameters = list(named_parameters(chunks))
     blocks, added = trainable_blocks(trainable, plan), frozenset(plan.added_layers)

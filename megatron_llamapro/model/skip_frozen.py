@@ -8,13 +8,19 @@ Recomputation begins at the first trainable layer. Usable with any megatron.core
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_llamapro.expansion.trainable import OUTSIDE_PARTS
+from megatron_llamapro.model.names import NamedParameter, named_parameters, unwrapped
+
+# The start of names of parameters that come after the layers; what else lies outside them comes before.
+_BEHIND_LAYERS = (OUTSIDE_PARTS["final_norm"], OUTSIDE_PARTS["output_layer"])
 
 
 @dataclass(frozen=True)
@@ -41,10 +47,36 @@ def reach_of(chunk: torch.nn.Module, first_trainable_layer: int) -> Reach:
     )
 
 
-def skip_frozen_work(chunks: Iterable[torch.nn.Module], first_trainable_layer: int) -> None:
+def find_first_trainable_layer(chunks: Sequence[torch.nn.Module]) -> int:
+    """The first layer of the whole model that trains, as `reach_of` takes it, from what requires grad. All ranks call
+    it."""
+    first = min(map(_first_trainable_layer_of, chunks))
+    if torch.distributed.is_initialized():
+        of_all_ranks = [first] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_all_ranks, first)
+        first = min(of_all_ranks)
+    return first
+
+
+def _first_trainable_layer_of(chunk: torch.nn.Module) -> int:
+    behind_layers = unwrapped(chunk).config.num_layers
+
+    def layer_of(named: NamedParameter) -> int:
+        if named.layer is not None:
+            return named.layer
+        return behind_layers if named.name.startswith(_BEHIND_LAYERS) else -1
+
+    training = (named for named in named_parameters([chunk]) if named.parameter.requires_grad)
+    return min(map(layer_of, training), default=behind_layers)
+
+
+def skip_frozen_work(chunks: Sequence[torch.nn.Module], first_trainable_layer: int | None = None) -> None:
     """Prepare this rank's GPTModels: below `first_trainable_layer` they run without autograd, and their `reach` tells
-    the schedule which gradients there are. Call it once, after `freeze` and before DDP wraps them; all ranks do.
+    the schedule which gradients there are. Without that number the ranks look for it together, in what requires grad.
+    Call it once, after `freeze` and before DDP wraps them; all ranks do.
     """
+    if first_trainable_layer is None:
+        first_trainable_layer = find_first_trainable_layer(chunks)
     for chunk in chunks:
         chunk.reach = reach = reach_of(chunk, first_trainable_layer)
         chunk.decoder.__class__ = FrozenAwareBlock

@@ -16,7 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import OptimizerConfig, Precision
 from megatron_llamapro.model.build import PARAMS_DTYPE
-from megatron_llamapro.optimizer.param_groups import config_overrides
+from megatron_llamapro.optimizer.param_groups import param_group_overrides
 from megatron_llamapro.optimizer.torch_adam import ResumableDistributedOptimizer, TorchAdamDistributedOptimizer
 
 
@@ -58,7 +58,7 @@ def build_optimizer(
             use_distributed_optimizer=True,
         ),
         list(chunks),
-        config_overrides=config_overrides(chunks, config),
+        config_overrides=param_group_overrides(chunks, config.param_groups, lr=config.lr, min_lr=config.min_lr),
     )
     for part in optimizer.chained_optimizers:
         part.__class__ = ResumableDistributedOptimizer

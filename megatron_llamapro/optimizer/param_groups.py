@@ -15,21 +15,23 @@ import torch
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.schema import OptimizerConfig, ParamGroupRule
+from megatron_llamapro.config.schema import ParamGroupRule
 from megatron_llamapro.model.names import named_parameters
 
 _RULE_MARK = "llamapro_param_group_rule"
 
 
-def config_overrides(chunks: Iterable[torch.nn.Module], config: OptimizerConfig) -> dict[ParamKey, dict[str, float]]:
-    """`config_overrides` for `get_megatron_optimizer`: no weight decay on norms and biases, then the user's rules.
+def param_group_overrides(
+    chunks: Iterable[torch.nn.Module], rules: Sequence[ParamGroupRule] = (), *, lr: float, min_lr: float = 0.0
+) -> dict[ParamKey, dict[str, float]]:
+    """`config_overrides` for `get_megatron_optimizer`: no weight decay on norms and biases, then the user's rules, of
+    which the first that matches applies. `lr` and `min_lr` are those of megatron.core's `OptimizerConfig`.
 
     All ranks call it, after `freeze`.
 
     Raises:
         ConfigError: a rule that matches no trainable parameter on any rank.
     """
-    rules = config.param_groups
     _check_all_matched(rules, _mark_parameters(chunks, rules))
 
     def decays_nothing(parameter: torch.nn.Parameter) -> bool:
@@ -40,8 +42,8 @@ def config_overrides(chunks: Iterable[torch.nn.Module], config: OptimizerConfig)
     for index, rule in enumerate(rules):
         # lr_mult changes nothing by itself: it is what a resumed optimizer tells its groups apart by.
         settings = {
-            "max_lr": config.lr * rule.lr_mult,
-            "min_lr": config.min_lr * rule.lr_mult,
+            "max_lr": lr * rule.lr_mult,
+            "min_lr": min_lr * rule.lr_mult,
             "lr_mult": rule.lr_mult,
         }
         if rule.wd_mult is not None:

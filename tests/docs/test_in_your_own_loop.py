@@ -1,71 +1,53 @@
-"""The page's code, run as it stands on megatron.core's own model."""
+"""The page's code, run as it stands on megatron.core's own model: its parts, and the whole script."""
 
 from __future__ import annotations
 
+import ast
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import torch
-from pages import blocks
+from pages import ROOT, blocks, lines, workplace
 
+import megatron_llamapro
+from megatron_llamapro import verify
 from megatron_llamapro.model.names import named_parameters
 from megatron_llamapro.testing.distributed import run_distributed
+
+PAGE = "docs/in_your_own_loop.md"
+SCRIPT = "\n".join(blocks(PAGE, "python"))
 
 
 def page_code() -> dict:
     """Everything that the page's Python blocks define."""
-    names: dict = {}
-    exec("\n".join(blocks("docs/in_your_own_loop.md", "python")), names)
+    names: dict = {"__name__": "my_loop"}
+    exec(SCRIPT, names)
     return names
 
 
 def loop_worker(folder: Path) -> tuple[torch.Tensor | None, tuple[list[int], ...], float, set[float], list[str]]:
     """A user's loop: megatron.core's GPTModel with megatron.core's own local layers, over two stages."""
     from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_llamapro.testing.gather import whole_logits
 
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
     model_parallel_cuda_manual_seed(1)
-    config = TransformerConfig(
-        num_layers=6,
-        hidden_size=64,
-        ffn_hidden_size=96,
-        num_attention_heads=4,
-        num_query_groups=2,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        layernorm_epsilon=1e-6,
-        pipeline_model_parallel_size=2,
-        pipeline_dtype=torch.float32,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        batch_p2p_comm=False,
-        cuda_graph_scope=[],
-    )
-    model = GPTModel(
-        config,
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
-        256,
-        128,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        position_embedding_type="rope",
-    )
     page = page_code()
+    config = page["transformer_config"](folder, pipeline_model_parallel_size=2)
+    model = page["build"](config, folder)
     page["load"]([model], folder)
     tokens = torch.arange(3, 35)[None]
     logits = whole_logits([model], tokens, vocab_size=131)
     report = page["freeze_originals"]([model], folder)
-    page["skip"]([model], folder)
-    ddp = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
+    page["skip"]([model])
+    [ddp] = page["wrap"](config, [model])
     optimizer = page["optimizer_for"]([ddp], lr=1e-3)
     sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]
     rates = {group["max_lr"] for group in optimizer.param_groups}
@@ -108,3 +90,54 @@ def test_the_page_works(tiny_llama: Callable[..., Path], tmp_path: Path) -> None
     for layer, moving in ((2, first[4]), (5, last[4])):
         block = f"decoder.layers.{layer}"
         assert moving == [f"{block}.mlp.linear_fc2.weight", f"{block}.self_attention.linear_proj.weight"]
+
+
+def test_the_script_runs_as_typed(tmp_path: Path) -> None:
+    """By the page's own commands: from a tiny LLaMA to a trained, exported and proven one."""
+    from transformers import AutoModelForCausalLM
+
+    [commands] = [lines(text) for text in blocks(PAGE, "") if "torchrun" in text]
+    (workplace(tmp_path) / "my_loop.py").write_text(SCRIPT)
+    programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
+    printed = ""
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        if program == "pip":
+            continue  # the tests have it all
+        words = [*programs.get(program, [program]), *arguments]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        printed += done.stdout
+    for rank, layer in ((0, 2), (1, 5)):
+        assert f"rank {rank} trains layers ({layer},): 30848 parameters" in printed
+    losses = [float(loss) for loss in re.findall(r"^loss (\S+)$", printed, re.MULTILINE)]
+    assert len(losses) == 5 and losses == sorted(losses, reverse=True)
+    work = tmp_path / "work"
+    checks = list(verify(work / "llama", work / "exported"))
+    assert all(f"{check}\n" in printed for check in checks)
+    assert {check.name: check.ok for check in checks} == dict.fromkeys(
+        ("lineage", "original tensors", "manifest", "added blocks"), True
+    )
+    assert checks[-1].text == "2, 5: trained"
+    assert AutoModelForCausalLM.from_pretrained(work / "exported").config.num_hidden_layers == 6
+
+
+def test_only_public_names_are_used() -> None:
+    imports = [node for node in ast.walk(ast.parse(SCRIPT)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    assert not any(module.startswith("megatron_llamapro") for module in modules)
+    ours = [node for node in imports if isinstance(node, ast.ImportFrom) and "llamapro" in str(node.module)]
+    assert {node.module for node in ours} == {"megatron_llamapro"}
+    assert {alias.name for node in ours for alias in node.names} <= set(megatron_llamapro.__all__)
+
+
+def test_every_public_name_is_explained() -> None:
+    _, _, table = (ROOT / PAGE).read_text().partition("| name | for |")
+    assert set(re.findall(r"`(\w+)`", table)) >= set(megatron_llamapro.__all__)
+
+
+def test_the_versions_are_those_that_run() -> None:
+    page = (ROOT / PAGE).read_text()
+    assert f"`megatron.core` {metadata.version('megatron-core')}" in page
+    [accepted] = re.findall(r'"(megatron-core[^"]*)"', (ROOT / "pyproject.toml").read_text())
+    assert f"`{accepted}`" in page

@@ -21,9 +21,11 @@ def freeze_worker(
     parallel: ParallelConfig, trainable: tuple[str, ...], tied: bool, plan: ExpansionPlan, fields: dict[str, object]
 ):
     """Names of what trains on this rank, and the report; `fields` change the shape."""
+    from megatron_llamapro.expansion.trainable import first_trainable_layer
     from megatron_llamapro.model.build import build_model
     from megatron_llamapro.model.freeze import freeze
     from megatron_llamapro.model.names import named_parameters
+    from megatron_llamapro.model.skip_frozen import find_first_trainable_layer
     from megatron_llamapro.runtime.distributed import start_model_parallel
 
     layout = start_model_parallel(parallel, seed=1)
@@ -31,6 +33,8 @@ def freeze_worker(
     model = ModelConfig(checkpoint="")
     chunks = build_model(shape, model=model, parallel=parallel, precision="fp32")
     report = freeze(chunks, plan, trainable, tie_word_embeddings=tied, tensor_size=layout.tensor_size)
+    assert freeze(chunks, plan, trainable) == report  # the model says the same itself
+    assert find_first_trainable_layer(chunks) == first_trainable_layer(trainable, plan)
     return {named.name for named in named_parameters(chunks) if named.parameter.requires_grad}, report
 
 

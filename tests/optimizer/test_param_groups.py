@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.schema import OptimizerConfig, ParamGroupRule
-from megatron_llamapro.optimizer.param_groups import config_overrides
+from megatron_llamapro.config.schema import ParamGroupRule
+from megatron_llamapro.optimizer.param_groups import param_group_overrides
 from megatron_llamapro.testing.distributed import run_distributed
 
 
@@ -28,7 +28,7 @@ class FakeStage(torch.nn.Module):
 def settings_of(*rules: ParamGroupRule) -> dict[str, dict[str, float]]:
     """Merged overrides of each parameter, by stage-local name."""
     stage = FakeStage()
-    overrides = config_overrides([stage], OptimizerConfig(lr=1.0, min_lr=0.5, param_groups=rules))
+    overrides = param_group_overrides([stage], rules, lr=1.0, min_lr=0.5)
     found = {}
     for name, parameter in stage.named_parameters():
         matching = [values for key, values in overrides.items() if key.matches(parameter, name)]
@@ -56,7 +56,7 @@ def decay_worker(fields: dict[str, object]) -> set[str]:
     chunks = build_model(
         tiny_shape(**fields), model=ModelConfig(checkpoint=""), parallel=ParallelConfig(), precision="fp32"
     )
-    overrides = config_overrides(chunks, OptimizerConfig())
+    overrides = param_group_overrides(chunks, lr=1.0)
     return {
         re.sub(r"\.\d+\.", ".", named.name).removeprefix("decoder.layers.")
         for named in named_parameters(chunks)
@@ -94,4 +94,4 @@ def test_frozen_parameters_do_not_count() -> None:
     stage = types.SimpleNamespace(rule=ParamGroupRule("*.norm.*"), module=FakeStage())
     stage.module.decoder.layers[0].norm.requires_grad_(False)
     with pytest.raises(ConfigError, match="matches no trainable parameter"):
-        config_overrides([stage.module], OptimizerConfig(param_groups=(stage.rule,)))
+        param_group_overrides([stage.module], [stage.rule], lr=1.0)

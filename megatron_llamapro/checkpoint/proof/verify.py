@@ -30,8 +30,8 @@ from megatron_llamapro.families.shape import ModelShape
 
 
 def verify(
-    original: Path,
-    expanded: Path,
+    original: str | Path,
+    expanded: str | Path,
     *,
     quick: bool = False,
     trained: Trained = Trained.NEW_BLOCKS,
@@ -42,12 +42,12 @@ def verify(
 
     Lineage, original tensors, their hashes in the manifest, blocks that earlier rounds had added, blocks added since;
     and, where no block was trained yet and not `quick`, the function. `trained` says which blocks may have moved.
-    `progress` is called with the bytes that were read. Checks come as they are made.
+    `progress` is called with the bytes that were read. Nothing is compared until the caller iterates.
 
     Raises:
         CheckpointError: one of the two cannot be read, or `expanded` does not say which blocks were added.
     """
-    source, result = open_checkpoint(original), open_checkpoint(expanded)
+    source, result = open_checkpoint(Path(original)), open_checkpoint(Path(expanded))
     if result.manifest is None:
         raise CheckpointError(f"{expanded} has no manifest, so nothing says which of its blocks were added")
     if result.other_dtypes:
