@@ -16,6 +16,8 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_llamapro.runtime.upstream import become
+
 
 @dataclass(frozen=True)
 class Reach:
@@ -44,11 +46,13 @@ def reach_of(chunk: torch.nn.Module, first_trainable_layer: int) -> Reach:
 def skip_frozen_work(chunks: Iterable[torch.nn.Module], first_trainable_layer: int) -> None:
     """Prepare this rank's GPTModels: below `first_trainable_layer` they run without autograd, and their `reach` tells
     the schedule which gradients there are. Call it once, after `freeze` and before DDP wraps them; all ranks do.
+
+    Raises:
+        ConfigError: a decoder is not megatron.core's own TransformerBlock.
     """
     for chunk in chunks:
         chunk.reach = reach = reach_of(chunk, first_trainable_layer)
-        chunk.decoder.__class__ = FrozenAwareBlock
-        chunk.decoder.num_layers_below = reach.num_layers_below
+        become(chunk.decoder, FrozenAwareBlock).num_layers_below = reach.num_layers_below
         if reach.sends_gradient:
             continue
         below = [*chunk.decoder.layers[: reach.num_layers_below]]
