@@ -48,8 +48,8 @@ _MODEL = (
         how=How.CLASS,
         why="Full recomputation gives no gradient to layers whose checkpoint has no input that requires grad, computes "
         "frozen layers again, and fails where recompute_num_layers does not divide the layers.",
-        until="Stays: main loses these gradients too. From 0.18 on, TransformerBlock calls "
-        "megatron.core.recompute.checkpointed_forward (#4496) and no method: the override must move there.",
+        until="Stays: main loses these gradients too. From 0.18 on, any division works, and the method is a function, "
+        "megatron.core.recompute.checkpointed_forward (#4496): the override must move.",
     ),
     Change(
         ours="model.skip_frozen.skip_frozen_work",
