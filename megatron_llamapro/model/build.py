@@ -20,6 +20,7 @@ from megatron_llamapro.families.shape import ModelShape
 from megatron_llamapro.model.attention import RotaryTables
 from megatron_llamapro.model.loss import give_loss
 from megatron_llamapro.model.spec import block_spec, uses_transformer_engine
+from megatron_llamapro.runtime.upstream import become
 
 PARAMS_DTYPE: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -207,8 +208,7 @@ def _build_chunk(
     )
     chunk.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(chunk.rotary_pos_emb.inv_freq.device)
     if config.transformer_impl == "local":
-        chunk.rotary_pos_emb.__class__ = RotaryTables
-        chunk.rotary_pos_emb.dtype = config.params_dtype
+        become(chunk.rotary_pos_emb, RotaryTables).dtype = config.params_dtype
     _mark_tensor_parallel(chunk)
     return chunk
 

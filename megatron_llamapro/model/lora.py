@@ -30,6 +30,7 @@ from megatron_llamapro.config.schema import LoraConfig
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.expansion.trainable import ADAPTER_OWNERS, adapted_layers
 from megatron_llamapro.model.names import global_layer_index, unwrapped
+from megatron_llamapro.runtime.upstream import become
 
 
 class _HasAdapter(Protocol):
@@ -135,11 +136,11 @@ def _add_adapter(linear: torch.nn.Module, name: str, lora: LoraConfig, *, seed: 
     assert rank is not None  # adapted_layers gives none otherwise
     whole_a = _initial(f"{seed} {name}.lora_a", rank, linear.input_size)
     if isinstance(linear, ColumnParallelLinear):
-        linear.__class__ = LoraColumnParallelLinear
+        become(linear, LoraColumnParallelLinear)
         linear.is_gated = name.endswith("linear_fc1") and linear.config.gated_linear_unit
         a, out = whole_a, linear.output_size_per_partition
     elif isinstance(linear, RowParallelLinear):
-        linear.__class__ = LoraRowParallelLinear
+        become(linear, LoraRowParallelLinear)
         width = linear.input_size_per_partition
         a, out = whole_a[:, linear.tp_group.rank() * width :][:, :width], linear.output_size
     else:

@@ -28,6 +28,7 @@ from megatron.core.tensor_parallel import (
 
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import CrossEntropy
+from megatron_llamapro.runtime.upstream import become
 
 # Tokens a chunk. A product of c rows reads the whole weight once: c/2 FLOP a byte of it in float32, c in bfloat16. A
 # Hopper GPU balances near 300 FLOP a byte, so 1,024 hide the reading well. Two CPU cores need far fewer for that, but
@@ -223,8 +224,8 @@ def give_loss(layer: ColumnParallelLinear, *, vocab_size: int, cross_entropy: Cr
     """
     if cross_entropy == "liger":
         _check_liger(layer.tp_group.size())
-    layer.__class__ = OutputLayer
-    layer.vocab_size, layer.kernel = vocab_size, _KERNELS[cross_entropy]
+    ours = become(layer, OutputLayer)
+    ours.vocab_size, ours.kernel = vocab_size, _KERNELS[cross_entropy]
 
 
 def _check_liger(tensor_size: int) -> None:

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_llamapro.expansion.trainable import OUTSIDE_PARTS
 from megatron_llamapro.model.names import NamedParameter, named_parameters, unwrapped
+from megatron_llamapro.runtime.upstream import become
 
 # The start of names of parameters that come after the layers; what else lies outside them comes before.
 _BEHIND_LAYERS = (OUTSIDE_PARTS["final_norm"], OUTSIDE_PARTS["output_layer"])
@@ -74,13 +75,15 @@ def skip_frozen_work(chunks: Sequence[torch.nn.Module], first_trainable_layer: i
     """Prepare this rank's GPTModels: below `first_trainable_layer` they run without autograd, and their `reach` tells
     the schedule which gradients there are. Without that number the ranks look for it together, in what requires grad.
     Call it once, after `freeze` and before DDP wraps them; all ranks do.
+
+    Raises:
+        ConfigError: a decoder is not megatron.core's own TransformerBlock.
     """
     if first_trainable_layer is None:
         first_trainable_layer = find_first_trainable_layer(chunks)
     for chunk in chunks:
         chunk.reach = reach = reach_of(chunk, first_trainable_layer)
-        chunk.decoder.__class__ = FrozenAwareBlock
-        chunk.decoder.num_layers_below = reach.num_layers_below
+        become(chunk.decoder, FrozenAwareBlock).num_layers_below = reach.num_layers_below
         if reach.sends_gradient:
             continue
         below = [*chunk.decoder.layers[: reach.num_layers_below]]

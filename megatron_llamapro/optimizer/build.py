@@ -18,6 +18,7 @@ from megatron_llamapro.config.schema import OptimizerConfig, Precision
 from megatron_llamapro.model.build import PARAMS_DTYPE
 from megatron_llamapro.optimizer.param_groups import param_group_overrides
 from megatron_llamapro.optimizer.torch_adam import ResumableDistributedOptimizer, TorchAdamDistributedOptimizer
+from megatron_llamapro.runtime.upstream import become
 
 
 def check_apex() -> None:
@@ -61,7 +62,7 @@ def build_optimizer(
         config_overrides=param_group_overrides(chunks, config.param_groups, lr=config.lr, min_lr=config.min_lr),
     )
     for part in optimizer.chained_optimizers:
-        part.__class__ = ResumableDistributedOptimizer
+        become(part, ResumableDistributedOptimizer)
     for part in torch_adam_parts(optimizer):
         _fuse(part)
     return optimizer
@@ -71,8 +72,7 @@ def torch_adam_parts(optimizer: MegatronOptimizer) -> Iterable[TorchAdamDistribu
     """The parts of `optimizer` that run torch's AdamW, as the class that can resume them."""
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.AdamW):
-            part.__class__ = TorchAdamDistributedOptimizer
-            yield part
+            yield become(part, TorchAdamDistributedOptimizer)
 
 
 def _fuse(part: TorchAdamDistributedOptimizer) -> None:

@@ -14,6 +14,8 @@ from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketG
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
+from megatron_llamapro.runtime.upstream import become
+
 
 class BucketGroupOfOne(_ParamAndGradBucketGroup):
     """Gradients and parameters of a single replica. Set as the class of one that DDP made.
@@ -38,7 +40,7 @@ def skip_collectives_of_one(ddp: DistributedDataParallel) -> None:
     overlaps = ddp.ddp_config.overlap_grad_reduce or ddp.ddp_config.overlap_param_gather
     for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
         if group.intra_distributed_optimizer_instance_size == 1 and not overlaps:
-            group.__class__ = BucketGroupOfOne
+            become(group, BucketGroupOfOne)
 
 
 def finish_param_gathers(chunks: Sequence[torch.nn.Module]) -> None:

@@ -1,11 +1,17 @@
-"""megatron.core, imported without its noise and with a name that it forgot. Nothing is imported before
-`import_megatron` is called."""
+"""megatron.core: imported without its noise and with a name that it forgot, and its objects given our classes. Nothing
+is imported before `import_megatron` is called."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import warnings
+from typing import TypeVar, cast
+
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.runtime.changes import CHANGES, VERSION, How
+
+Ours = TypeVar("Ours")
 
 # What this package imports of megatron.core, and what warns when it is imported.
 _MEGATRON_MODULES = (
@@ -38,6 +44,8 @@ _FORGOTTEN_NAMES = (
     ("megatron.core.transformer.moe.moe_utils", "te_general_gemm"),
 )
 
+_CLASSES = {f"megatron_llamapro.{row.ours}": row for row in CHANGES if row.how is How.CLASS}
+
 
 def import_megatron() -> None:
     """Import `megatron.core` without its notices that Transformer Engine and Apex are missing, and silence what it
@@ -52,3 +60,35 @@ def import_megatron() -> None:
         vars(importlib.import_module(module)).setdefault(name, None)
     for message, category in UPSTREAM_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
+
+
+def become(built: object, ours: type[Ours]) -> Ours:
+    """Make `ours` the class of an object that megatron.core built, and return the object; its state stays as it is.
+
+    All such changes go through here, and each class has its row in `CHANGES`.
+
+    Raises:
+        ConfigError: the object's class is not the one that the row names, and methods of its own would be lost; or
+            that class lacks a method that `ours` replaces, and nobody would call ours.
+    """
+    name = _path(ours)
+    row = _CLASSES[name]
+    lineage = {_path(kind): kind for kind in ours.__mro__}
+    upstream = lineage[row.upstream]
+    if not (issubclass(ours, type(built)) and issubclass(type(built), upstream)):
+        raise ConfigError(
+            f"{name} stands in for {row.upstream}, and this object is a {_path(type(built))}, whose own methods would "
+            f"be lost: build the model or the optimizer with megatron.core's {upstream.__name__}"
+        )
+    missing = [member for member in row.replaces if not hasattr(upstream, member)]
+    if missing:
+        raise ConfigError(
+            f"{name} replaces {row.upstream}.{missing[0]}, which this version of megatron.core does not have: install "
+            f"megatron-core=={VERSION}"
+        )
+    built.__class__ = ours
+    return cast(Ours, built)
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,9 +1,16 @@
-"""What megatron.core forgets is there once it is imported."""
+"""What megatron.core forgets is there once it is imported, and its objects take our classes."""
 
 from __future__ import annotations
 
+import pytest
 import torch
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.model.attention import RotaryTables
+from megatron_llamapro.optimizer.replicas import BucketGroupOfOne
+from megatron_llamapro.runtime.upstream import become
 from megatron_llamapro.testing.distributed import run_distributed
 
 
@@ -23,3 +30,38 @@ def test_routers_work_without_transformer_engine() -> None:
     tokens = torch.arange(6.0).reshape(2, 3)
     assert torch.equal(found["logits"], tokens @ tokens.T)
     assert torch.equal(found["weight"], tokens.sum(0).expand(2, 3))
+
+
+class UsersEmbedding(RotaryEmbedding):
+    """With a method of its own, which another class would not have."""
+
+    def forward(self, *args, **kwargs):
+        return None
+
+
+def test_an_object_becomes_ours_and_keeps_its_state() -> None:
+    embedding = RotaryEmbedding(8, 1.0, use_cpu_initialization=True)
+    frequencies = embedding.inv_freq
+    assert become(embedding, RotaryTables) is embedding
+    assert type(become(embedding, RotaryTables)) is RotaryTables  # a second time changes nothing
+    assert embedding.inv_freq is frequencies
+
+
+@pytest.mark.parametrize("built", [UsersEmbedding(8, 1.0, use_cpu_initialization=True), torch.nn.Module()], ids=type)
+def test_an_object_of_another_class_is_refused(built: torch.nn.Module) -> None:
+    before = type(built)
+    with pytest.raises(
+        ConfigError, match=f"this object is a .*{before.__name__}, .* with megatron.core's RotaryEmbedding"
+    ):
+        become(built, RotaryTables)
+    assert type(built) is before
+
+
+def test_a_change_that_would_do_nothing_is_refused(monkeypatch) -> None:
+    """As with a version of megatron.core that has renamed the method."""
+    monkeypatch.delattr(_ParamAndGradBucketGroup, "start_param_sync")
+    group = object.__new__(_ParamAndGradBucketGroup)
+    with pytest.raises(
+        ConfigError, match=r"_ParamAndGradBucketGroup\.start_param_sync, which .* megatron-core==0\.16\.1"
+    ):
+        become(group, BucketGroupOfOne)
