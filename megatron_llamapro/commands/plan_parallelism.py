@@ -14,7 +14,7 @@ from megatron_llamapro.config.command import check_positive
 from megatron_llamapro.config.files import write_atomically
 from megatron_llamapro.config.io import to_plain
 from megatron_llamapro.config.schema import RunConfig
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.planning.duration import check_options, outcome
 from megatron_llamapro.planning.network import Network
 from megatron_llamapro.planning.parallelism import Machine, Parallelism, best_parallelisms

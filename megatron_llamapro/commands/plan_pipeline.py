@@ -15,7 +15,7 @@ from megatron_llamapro.config.errors import ConfigError, PipelinePlanError
 from megatron_llamapro.config.files import check_can_hold, write_atomically
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.config.stages import draw
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.planning.duration import check_options, outcome
 from megatron_llamapro.planning.job import Job, job_of, time_from_calibration
 from megatron_llamapro.planning.splits import Plan, best_plan, even_plan

@@ -16,7 +16,7 @@ from megatron_llamapro.checkpoint.carried import CARRIED_FILES, carry_files
 from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, legacy, megatron_to_hf, megatron_to_megatron
 from megatron_llamapro.checkpoint.report import summary
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.families.hf_config import FAMILIES
 
 Tiny = Callable[..., Path]

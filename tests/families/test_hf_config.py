@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoConfig
 
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.expanded_config import expanded_hf_config
 from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.expansion.round import expanded_hf_config
 from megatron_llamapro.families.hf_config import FAMILIES, model_shape, read_hf_config
 from megatron_llamapro.families.shape import RopeScaling
 

@@ -26,7 +26,7 @@ from megatron_llamapro.checkpoint.proof.verify import verify
 from megatron_llamapro.checkpoint.tensors.layout import StoredTensor
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, read_whole
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.testing.checkpoints import edit_dist_index, read_tensors, stack_layers
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES

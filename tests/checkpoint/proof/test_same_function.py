@@ -23,7 +23,7 @@ from megatron_llamapro.checkpoint.proof.transformers_model import TheirModel, th
 from megatron_llamapro.checkpoint.proof.verify import Check, verify
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, nothing
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.families import hf_config as families
 from megatron_llamapro.families.rotary import Rope
 from megatron_llamapro.families.shape import RopeScaling

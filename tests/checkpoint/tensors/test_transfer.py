@@ -30,7 +30,7 @@ from megatron_llamapro.checkpoint.proof.verify import verify
 from megatron_llamapro.checkpoint.tensors.layout import StoredTensor
 from megatron_llamapro.checkpoint.tensors.transfer import Journal, TargetFiles
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.families.hf_config import model_shape
 
 Tiny = Callable[..., Path]
@@ -40,7 +40,7 @@ CONVERT = """
 import sys, time
 from pathlib import Path
 from megatron_llamapro.checkpoint import convert, transfer
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 transfer.BATCH_BYTES = 20_000
 kind, source, target, workers = sys.argv[1:5]
 function = {"hf": convert.expand_hf, "megatron": convert.hf_to_megatron}[kind]
@@ -407,7 +407,7 @@ CONVERT_AND_MEASURE = """
 import sys
 from pathlib import Path
 from megatron_llamapro.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 hf_to_megatron(Path(sys.argv[1]), Path(sys.argv[2]), expansion=Expansion.at(1), options=Options(num_workers=2))
 megatron_to_hf(Path(sys.argv[2]), Path(sys.argv[3]), options=Options(num_workers=2))
 print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1])
