@@ -20,7 +20,6 @@ from typing import Any
 from blake3 import blake3
 
 import megatron_llamapro
-from megatron_llamapro.checkpoint.carried import carry_files, notices_left_out, without_code
 from megatron_llamapro.checkpoint.formats.adapters import unmerged_hash
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint, Format
 from megatron_llamapro.checkpoint.formats.hf_reader import check_stored_head, open_hf
@@ -29,14 +28,16 @@ from megatron_llamapro.checkpoint.formats.legacy_grid import LayerSpec
 from megatron_llamapro.checkpoint.formats.legacy_writer import LegacyTarget, legacy_layout
 from megatron_llamapro.checkpoint.formats.open import open_megatron_checkpoint
 from megatron_llamapro.checkpoint.formats.torch_dist import torch_dist_layout
-from megatron_llamapro.checkpoint.lineage import Origins, check_base, name_now, target_manifest
-from megatron_llamapro.checkpoint.report import Conversion, size_text
+from megatron_llamapro.checkpoint.lineage import Origins, check_base_tensors, name_now, target_manifest
+from megatron_llamapro.checkpoint.report import Conversion
+from megatron_llamapro.checkpoint.side_files import copy_side_files, notices_left_out, without_code
 from megatron_llamapro.checkpoint.tensors.layout import DEFAULT_MAX_SHARD_BYTES, TargetLayout
 from megatron_llamapro.checkpoint.tensors.streaming import Progress, SourceFiles, nothing, stored_hash
-from megatron_llamapro.checkpoint.tensors.transfer import Job, Journal, are_complete, default_workers, transfer
+from megatron_llamapro.checkpoint.tensors.transfer import Journal, TensorJob, are_complete, default_workers, transfer
 from megatron_llamapro.checkpoint.tensors.weight_map import iter_hf, weights_of
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
 from megatron_llamapro.config.staging import clear, draft_of, staged
+from megatron_llamapro.config.values import decimal_size
 from megatron_llamapro.expansion.manifest import Manifest
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.expansion.round import Expansion, Init, expanded_hf_config
@@ -176,11 +177,13 @@ def _convert(
     with SourceFiles(checkpoint.states) as files, staging as draft:
         check_stored_head(checkpoint, files)
         if model.dtype != checkpoint.dtype:
-            check_base(checkpoint, lambda name: stored_hash(checkpoint.tensors[name], files, checkpoint.itemsize))
+            check_base_tensors(
+                checkpoint, lambda name: stored_hash(checkpoint.tensors[name], files, checkpoint.itemsize)
+            )
         jobs = _jobs(_origins(checkpoint, files, model), layout, model)
         journal = _journal(draft, _fingerprint(checkpoint, model, layout), layout)
         _check_space(target, draft, jobs, journal)
-        carry_files(checkpoint.folder, draft)
+        copy_side_files(checkpoint.folder, draft)
         done_before = transfer(
             jobs,
             layout.files,
@@ -193,7 +196,7 @@ def _convert(
         hashes = {job.name: journal.hashes[job.name] for job in jobs}
         if model.dtype == checkpoint.dtype:
             kept = {name: hashes[name_now(name, model.plan, checkpoint.plan.num_rounds)] for name in checkpoint.tensors}
-            check_base(checkpoint, lambda name: unmerged_hash(checkpoint, name, kept, files))
+            check_base_tensors(checkpoint, lambda name: unmerged_hash(checkpoint, name, kept, files))
         manifest = target_manifest(checkpoint, model.plan, dtype=model.dtype, expansion=model.expansion, hashes=hashes)
         _write_small_files(draft, layout, kind, model, manifest)
     return Conversion(
@@ -254,19 +257,19 @@ def _origins(source: Checkpoint, files: SourceFiles, model: _Model) -> Origins:
     return Origins(source, files, model.plan, model.dtype, model.expansion.init, model.expansion.seed)
 
 
-def _jobs(origins: Origins, layout: TargetLayout, model: _Model) -> list[Job]:
+def _jobs(origins: Origins, layout: TargetLayout, model: _Model) -> list[TensorJob]:
     """A job a tensor, in the order in which the layout has them."""
     weight_of = {name: (weight, size) for weight, name, size in iter_hf(weights_of(model.shape))}
     itemsize = ITEMSIZES[model.dtype]
     return [
-        Job(name, origins.rows(weight_of[name][0], name), copies, itemsize * math.prod(weight_of[name][1]))
+        TensorJob(name, origins.rows(weight_of[name][0], name), copies, itemsize * math.prod(weight_of[name][1]))
         for name, copies in layout.tensors.items()
     ]
 
 
 def _journal(draft: Path, fingerprint: str, layout: TargetLayout) -> Journal:
     """What an earlier run has done, if it was making the same and its files are all there; else nothing. Nothing else
-    stays in the draft: the source may have lost a file since, e.g. a license, that was carried then."""
+    stays in the draft: the source may have lost a file since, e.g. a license, that was copied then."""
     journal = Journal(draft / JOURNAL, fingerprint)
     if not journal.is_new and are_complete(layout.files):
         clear(draft, but={JOURNAL, *(file.path.relative_to(draft).parts[0] for file in layout.files)})
@@ -290,13 +293,15 @@ def _fingerprint(source: Checkpoint, model: _Model, layout: TargetLayout) -> str
     return hasher.hexdigest()
 
 
-def _check_space(target: Path, draft: Path, jobs: Sequence[Job], journal: Journal) -> None:
+def _check_space(target: Path, draft: Path, jobs: Sequence[TensorJob], journal: Journal) -> None:
     """Say that the disk is too small before hours of writing, not after."""
     todo = (job for job in jobs if job.name not in journal.hashes and not job.rows.is_zero)
     needed = sum(job.num_bytes * len(job.copies) for job in todo)
     free = shutil.disk_usage(draft).free
     if needed > free:
-        raise CheckpointError(f"{target} needs {size_text(needed)}, its disk has {size_text(free)} free: make room")
+        raise CheckpointError(
+            f"{target} needs {decimal_size(needed)}, its disk has {decimal_size(free)} free: make room"
+        )
 
 
 def _write_small_files(draft: Path, layout: TargetLayout, kind: TargetKind, model: _Model, manifest: Manifest) -> None:

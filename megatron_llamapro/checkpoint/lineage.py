@@ -91,7 +91,7 @@ def target_manifest(
     )
 
 
-def check_base(source: Checkpoint, hash_of: Callable[[str], str]) -> None:
+def check_base_tensors(source: Checkpoint, hash_of: Callable[[str], str]) -> None:
     """Raise `CheckpointError` where a tensor that a delta checkpoint takes from its base, and whose hash is `hash_of`
     its name, is another than the one that was trained with."""
     if source.base is not None:

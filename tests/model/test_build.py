@@ -1,4 +1,4 @@
-"""The model's parts that are ours: padded vocabulary, norm, attention."""
+"""The model's parts that are ours: norm, attention."""
 
 from __future__ import annotations
 
@@ -7,17 +7,7 @@ import types
 import pytest
 import torch
 
-from megatron_llamapro.model.build import padded_vocab_size
 from megatron_llamapro.testing.distributed import run_distributed
-
-
-@pytest.mark.parametrize(
-    ("vocab_size", "divisible_by", "tensor_size", "padded"),
-    [(32000, 128, 2, 32000), (32001, 128, 2, 32256), (131, 1, 2, 132), (131, 1, 1, 131), (128256, 128, 8, 129024)],
-)
-def test_padded_vocab_size(vocab_size: int, divisible_by: int, tensor_size: int, padded: int) -> None:
-    found = padded_vocab_size(vocab_size, divisible_by=divisible_by, tensor_model_parallel_size=tensor_size)
-    assert found == padded
 
 
 @pytest.mark.parametrize("tokens_before", [None, 0, 2, 3, 4, 100])
