@@ -45,7 +45,7 @@ def padding_worker(divisible_by: int) -> tuple[torch.Tensor, torch.Tensor]:
     from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
     from megatron_llamapro.model.build import build_model
     from megatron_llamapro.runtime.distributed import start_model_parallel
-    from megatron_llamapro.testing.shapes import tiny_shape
+    from megatron_llamapro.testing.tiny_models import tiny_shape
 
     parallel = ParallelConfig(tensor_model_parallel_size=torch.distributed.get_world_size())
     layout = start_model_parallel(parallel, seed=1)
@@ -77,7 +77,7 @@ def attention_worker(queries_a_group: int) -> list[bool]:
     from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
     from megatron_llamapro.model.build import build_model
     from megatron_llamapro.runtime.distributed import start_model_parallel
-    from megatron_llamapro.testing.shapes import tiny_shape
+    from megatron_llamapro.testing.tiny_models import tiny_shape
 
     start_model_parallel(ParallelConfig(), seed=1)
     shape = tiny_shape(num_query_groups=4 // queries_a_group)
