@@ -39,7 +39,8 @@ Tiny = Callable[..., Path]
 CONVERT = """
 import sys, time
 from pathlib import Path
-from megatron_llamapro.checkpoint import convert, transfer
+from megatron_llamapro.checkpoint import convert
+from megatron_llamapro.checkpoint.tensors import transfer
 from megatron_llamapro.expansion.round import Expansion
 transfer.BATCH_BYTES = 20_000
 kind, source, target, workers = sys.argv[1:5]
@@ -257,7 +258,7 @@ def test_cut_while_the_disk_catches_up_nothing_is_done_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("megatron_llamapro.checkpoint.formats.folders.sync_tree", interrupt)
+        patch.setattr("megatron_llamapro.config.staging.sync_tree", interrupt)
         hf_to_megatron(tiny_llama(), tmp_path / "it")
     done = hf_to_megatron(tiny_llama(), tmp_path / "it", options=Options(resume=True))
     assert done.num_resumed_bytes == done.num_bytes
