@@ -15,9 +15,9 @@ from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.expansion.plan import ExpansionPlan, placed_positions
 from megatron_llamapro.families.hf_config import model_shape
-from megatron_llamapro.planning.duration import EFFICIENCY, PEAK_TFLOPS, outcome
+from megatron_llamapro.planning.duration import EFFICIENCY, PEAK_TFLOPS, run_cost
 from megatron_llamapro.planning.network import Network
-from megatron_llamapro.planning.parallelism import Machine, best_parallelisms
+from megatron_llamapro.planning.parallelism import Cluster, best_parallelisms
 from random_llama import SHAPES, LlamaShape, hf_config
 from recipes import GIB, ROOT
 
@@ -52,9 +52,9 @@ def row(size: str, num_gpus: int) -> str:
     """One job's."""
     recipe = str(ROOT / "examples" / "llama2_7b_pro" / "run.yaml")
     config, model = parse_run_config(["--config", recipe, "--training.micro_batch_size=1"]), expanded(size)
-    machine = Machine(num_gpus, PEAK_TFLOPS * 1e12 * EFFICIENCY, MEMORY_GIB * GIB, Network())
-    [best] = best_parallelisms(config, model, machine, at_most=1)
-    whole = outcome(best.job, best.seconds)
+    cluster = Cluster(num_gpus, PEAK_TFLOPS * 1e12 * EFFICIENCY, MEMORY_GIB * GIB, Network())
+    [best] = best_parallelisms(config, model, cluster, at_most=1)
+    whole = run_cost(best.job, best.seconds)
     counts = sorted(set(best.plan.counts))
     layers = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (

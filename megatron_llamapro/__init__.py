@@ -13,9 +13,9 @@ if TYPE_CHECKING:  # the same names as in the table, for type checkers and edito
     from megatron_llamapro.checkpoint.proof.verify import verify
     from megatron_llamapro.config.errors import LlamaProError
     from megatron_llamapro.config.schema import LoraConfig, ParamGroupRule
-    from megatron_llamapro.expansion.inits import Expansion
     from megatron_llamapro.expansion.manifest import Manifest
     from megatron_llamapro.expansion.plan import ExpansionPlan
+    from megatron_llamapro.expansion.round import Expansion
     from megatron_llamapro.families.hf_config import read_hf_model
     from megatron_llamapro.model.freeze import freeze
     from megatron_llamapro.model.lora import add_adapters
@@ -36,7 +36,7 @@ _PUBLIC = {
     "ConversionOptions": "checkpoint.convert:Options",
     "verify": "checkpoint.proof.verify",
     # what a checkpoint is
-    "Expansion": "expansion.inits",
+    "Expansion": "expansion.round",
     "ExpansionPlan": "expansion.plan",
     "Manifest": "expansion.manifest",
     "read_hf_model": "families.hf_config",

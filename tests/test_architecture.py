@@ -94,6 +94,15 @@ def test_no_files_import_one_another_in_a_circle() -> None:
     TopologicalSorter(graph).prepare()  # CycleError names them
 
 
+def test_a_class_name_means_one_thing() -> None:
+    files: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                files.setdefault(node.name, []).append(str(path))
+    assert {name: paths for name, paths in files.items() if len(paths) > 1} == {}
+
+
 def test_what_starts_fast_imports_no_torch() -> None:
     names = [name for name in map(name_of, MODULES) if name.split(".")[0] in WITHOUT_TORCH]
     names = [name for name in (*names, *WITHOUT_TORCH_TOO) if not name.startswith(WITH_TORCH)]

@@ -24,6 +24,7 @@ megatron_to_megatron(source, target, *, expansion=None, dtype=None, kind=TargetK
 expand_hf(source, target, *, expansion, dtype=None, max_shard_bytes=5000000000, options=Options())
 verify(original, expanded, *, quick=False, trained=Trained.NEW_BLOCKS, num_workers=0, progress=nothing)
 ConversionOptions(overwrite=False, resume=False, num_workers=0, progress=nothing, on_total=nothing)
+Expansion(*, positions=None, num_added_blocks=None, placement=Placement.INTERLEAVED, blocks_per_group=1, init=Init.COPY, seed=0)
 Expansion.at(*positions, init=Init.COPY, seed=0)
 ExpansionPlan.unexpanded(num_layers)
 ExpansionPlan.expand(self, positions)

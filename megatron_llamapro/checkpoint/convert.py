@@ -20,7 +20,6 @@ from typing import Any
 from blake3 import blake3
 
 import megatron_llamapro
-from megatron_llamapro.checkpoint.carried import carry_files, notices_left_out, without_code
 from megatron_llamapro.checkpoint.formats.adapters import unmerged_hash
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint, Format
 from megatron_llamapro.checkpoint.formats.hf_reader import check_stored_head, open_hf
@@ -29,18 +28,19 @@ from megatron_llamapro.checkpoint.formats.legacy_grid import LayerSpec
 from megatron_llamapro.checkpoint.formats.legacy_writer import LegacyTarget, legacy_layout
 from megatron_llamapro.checkpoint.formats.open import open_megatron_checkpoint
 from megatron_llamapro.checkpoint.formats.torch_dist import torch_dist_layout
-from megatron_llamapro.checkpoint.lineage import Origins, check_base, name_now, target_manifest
-from megatron_llamapro.checkpoint.report import Conversion, size_text
+from megatron_llamapro.checkpoint.lineage import Origins, check_base_tensors, name_now, target_manifest
+from megatron_llamapro.checkpoint.report import Conversion
+from megatron_llamapro.checkpoint.side_files import copy_side_files, notices_left_out, without_code
 from megatron_llamapro.checkpoint.tensors.layout import DEFAULT_MAX_SHARD_BYTES, TargetLayout
 from megatron_llamapro.checkpoint.tensors.streaming import Progress, SourceFiles, nothing, stored_hash
-from megatron_llamapro.checkpoint.tensors.transfer import Job, Journal, are_complete, default_workers, transfer
+from megatron_llamapro.checkpoint.tensors.transfer import Journal, TensorJob, are_complete, default_workers, transfer
 from megatron_llamapro.checkpoint.tensors.weight_map import iter_hf, weights_of
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
 from megatron_llamapro.config.staging import clear, draft_of, staged
-from megatron_llamapro.expansion.expanded_config import expanded_hf_config
-from megatron_llamapro.expansion.inits import Expansion, Init
+from megatron_llamapro.config.values import decimal_size
 from megatron_llamapro.expansion.manifest import Manifest
 from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.expansion.round import Expansion, Init, expanded_hf_config
 from megatron_llamapro.families.hf_config import CONFIG_NAME, ITEMSIZES, MANIFEST_KEY, model_shape, spelled_for_all
 from megatron_llamapro.families.shape import ModelShape
 
@@ -110,8 +110,8 @@ def hf_to_megatron(
         CheckpointError: the source is no checkpoint that can be converted, or the target cannot be written.
         ExpansionError: the blocks cannot be added as asked.
     """
-    opened = open_hf(Path(source))
-    return _convert(opened, Path(target), kind, expansion=expansion, dtype=dtype, options=options)
+    checkpoint = open_hf(Path(source))
+    return _convert(checkpoint, Path(target), kind, expansion=expansion, dtype=dtype, options=options)
 
 
 def megatron_to_megatron(
@@ -126,10 +126,10 @@ def megatron_to_megatron(
 ) -> Conversion:
     """Write a Megatron checkpoint's weights in another format or division of ranks, or with another round of added
     blocks. Without `merge_adapters` low-rank adapters are left out. Other arguments and errors as above."""
-    opened = open_megatron_checkpoint(Path(source))
+    checkpoint = open_megatron_checkpoint(Path(source))
     if not merge_adapters:
-        opened = dataclasses.replace(opened, adapters={})
-    return _convert(opened, Path(target), kind, expansion=expansion, dtype=dtype, options=options)
+        checkpoint = dataclasses.replace(checkpoint, adapters={})
+    return _convert(checkpoint, Path(target), kind, expansion=expansion, dtype=dtype, options=options)
 
 
 def expand_hf(
@@ -154,12 +154,12 @@ def megatron_to_hf(
     options: Options = Options(),
 ) -> Conversion:
     """Write a Megatron checkpoint, trained or not, as a Hugging Face checkpoint. Arguments and errors as above."""
-    opened = open_megatron_checkpoint(Path(source))
-    return _convert(opened, Path(target), _hugging_face(max_shard_bytes), options=options)
+    checkpoint = open_megatron_checkpoint(Path(source))
+    return _convert(checkpoint, Path(target), _hugging_face(max_shard_bytes), options=options)
 
 
 def _convert(
-    opened: Checkpoint,
+    checkpoint: Checkpoint,
     target: Path,
     kind: TargetKind,
     *,
@@ -168,21 +168,22 @@ def _convert(
     options: Options,
 ) -> Conversion:
     started = time.monotonic()
-    model = _target_model(opened, expansion or Expansion(lambda plan: plan), dtype)
+    model = _target_model(checkpoint, expansion, dtype)
     layout = kind.layout(draft_of(target), model.shape, model.dtype)
     options.on_total(model.num_bytes)
     staging = staged(
-        target, overwrite=options.overwrite, resume=options.resume, sources=(opened.folder,), journal=JOURNAL
+        target, overwrite=options.overwrite, resume=options.resume, sources=(checkpoint.folder,), journal=JOURNAL
     )
-    with SourceFiles(opened.states) as files, staging as draft:
-        check_stored_head(opened, files)
-        if model.dtype != opened.dtype:
-            check_base(opened, lambda name: stored_hash(opened.tensors[name], files, opened.itemsize))
-        origins = Origins(opened, files, model.plan, model.dtype, model.expansion.init, model.expansion.seed)
-        jobs = _jobs(origins, layout, model)
-        journal = _journal(draft, _fingerprint(opened, model, layout), layout)
+    with SourceFiles(checkpoint.states) as files, staging as draft:
+        check_stored_head(checkpoint, files)
+        if model.dtype != checkpoint.dtype:
+            check_base_tensors(
+                checkpoint, lambda name: stored_hash(checkpoint.tensors[name], files, checkpoint.itemsize)
+            )
+        jobs = _jobs(_origins(checkpoint, files, model), layout, model)
+        journal = _journal(draft, _fingerprint(checkpoint, model, layout), layout)
         _check_space(target, draft, jobs, journal)
-        carry_files(opened.folder, draft)
+        copy_side_files(checkpoint.folder, draft)
         done_before = transfer(
             jobs,
             layout.files,
@@ -193,23 +194,23 @@ def _convert(
         )
         files.check_unchanged()
         hashes = {job.name: journal.hashes[job.name] for job in jobs}
-        if model.dtype == opened.dtype:
-            kept = {name: hashes[name_now(name, model.plan, opened.plan.num_rounds)] for name in opened.tensors}
-            check_base(opened, lambda name: unmerged_hash(opened, name, kept, files))
-        manifest = target_manifest(opened, model.plan, dtype=model.dtype, expansion=model.expansion, hashes=hashes)
+        if model.dtype == checkpoint.dtype:
+            kept = {name: hashes[name_now(name, model.plan, checkpoint.plan.num_rounds)] for name in checkpoint.tensors}
+            check_base_tensors(checkpoint, lambda name: unmerged_hash(checkpoint, name, kept, files))
+        manifest = target_manifest(checkpoint, model.plan, dtype=model.dtype, expansion=model.expansion, hashes=hashes)
         _write_small_files(draft, layout, kind, model, manifest)
     return Conversion(
         target=target,
         plan=model.plan,
-        num_source_layers=opened.shape.num_layers,
+        num_source_layers=checkpoint.shape.num_layers,
         dtype=model.dtype,
         num_bytes=model.num_bytes,
         num_resumed_bytes=done_before,
-        is_foreign=opened.manifest is None and opened.format is not Format.HUGGING_FACE,
+        is_foreign=checkpoint.manifest is None and checkpoint.format is not Format.HUGGING_FACE,
         seconds=time.monotonic() - started,
-        num_merged=opened.num_adapters,
-        left_out_code=without_code(opened.config) != opened.config,
-        left_out_notices=notices_left_out(opened.folder),
+        num_merged=checkpoint.num_adapters,
+        left_out_code=without_code(checkpoint.config) != checkpoint.config,
+        left_out_notices=notices_left_out(checkpoint.folder),
     )
 
 
@@ -222,7 +223,7 @@ class _Model:
     """Without any manifest."""
     shape: ModelShape
     dtype: str
-    expansion: Expansion
+    expansion: Expansion | None
 
     @property
     def num_bytes(self) -> int:
@@ -230,7 +231,7 @@ class _Model:
         return ITEMSIZES[self.dtype] * sum(math.prod(size) for size in sizes)
 
 
-def _target_model(source: Checkpoint, expansion: Expansion, dtype: str | None) -> _Model:
+def _target_model(source: Checkpoint, expansion: Expansion | None, dtype: str | None) -> _Model:
     if dtype is not None and dtype not in ITEMSIZES:
         raise CheckpointError(f"dtype '{dtype}' is not known: it is one of {', '.join(ITEMSIZES)}")
     if source.other_dtypes and dtype is None:
@@ -239,29 +240,36 @@ def _target_model(source: Checkpoint, expansion: Expansion, dtype: str | None) -
             f"{source.folder} mixes types: {name} is {other}, most are {source.dtype}: say --dtype {source.dtype}, or "
             f"--dtype {other}"
         )
-    plan = expansion.expand(source.plan)
-    if expansion.init is Init.ZERO_NORM and source.shape.add_qkv_bias:
-        raise ExpansionError("init zero_norm makes no identity of blocks with biases of queries, keys and values")
+    plan = source.plan
     config = without_code({key: value for key, value in source.config.items() if key != MANIFEST_KEY})
-    if plan.num_rounds > source.plan.num_rounds:
+    if expansion is not None:
+        plan = expansion.expand(plan)
+        if expansion.init is Init.ZERO_NORM and source.shape.add_qkv_bias:
+            raise ExpansionError("init zero_norm makes no identity of blocks with biases of queries, keys and values")
         config = expanded_hf_config(config, plan)
     config = spelled_for_all(config)
     return _Model(plan, config, model_shape(config), dtype or source.dtype, expansion)
 
 
-def _jobs(origins: Origins, layout: TargetLayout, model: _Model) -> list[Job]:
+def _origins(source: Checkpoint, files: SourceFiles, model: _Model) -> Origins:
+    if model.expansion is None:
+        return Origins(source, files, model.plan, model.dtype)
+    return Origins(source, files, model.plan, model.dtype, model.expansion.init, model.expansion.seed)
+
+
+def _jobs(origins: Origins, layout: TargetLayout, model: _Model) -> list[TensorJob]:
     """A job a tensor, in the order in which the layout has them."""
     weight_of = {name: (weight, size) for weight, name, size in iter_hf(weights_of(model.shape))}
     itemsize = ITEMSIZES[model.dtype]
     return [
-        Job(name, origins.rows(weight_of[name][0], name), copies, itemsize * math.prod(weight_of[name][1]))
+        TensorJob(name, origins.rows(weight_of[name][0], name), copies, itemsize * math.prod(weight_of[name][1]))
         for name, copies in layout.tensors.items()
     ]
 
 
 def _journal(draft: Path, fingerprint: str, layout: TargetLayout) -> Journal:
     """What an earlier run has done, if it was making the same and its files are all there; else nothing. Nothing else
-    stays in the draft: the source may have lost a file since, e.g. a license, that was carried then."""
+    stays in the draft: the source may have lost a file since, e.g. a license, that was copied then."""
     journal = Journal(draft / JOURNAL, fingerprint)
     if not journal.is_new and are_complete(layout.files):
         clear(draft, but={JOURNAL, *(file.path.relative_to(draft).parts[0] for file in layout.files)})
@@ -275,7 +283,9 @@ def _fingerprint(source: Checkpoint, model: _Model, layout: TargetLayout) -> str
     hasher = blake3()
     states = [(str(path.resolve()), state) for path, state in sorted(source.states.items())]
     what = [megatron_llamapro.__version__, states, source.config, model.config, model.plan.to_json(), model.dtype]
-    hasher.update(json.dumps([*what, model.expansion.init.value, model.expansion.seed]).encode())
+    if model.expansion is not None:
+        what += [model.expansion.init.value, model.expansion.seed]
+    hasher.update(json.dumps(what).encode())
     for file in layout.files:
         hasher.update(repr((str(file.path), file.num_bytes, file.fixed)).encode())
     for name, copies in layout.tensors.items():
@@ -283,13 +293,15 @@ def _fingerprint(source: Checkpoint, model: _Model, layout: TargetLayout) -> str
     return hasher.hexdigest()
 
 
-def _check_space(target: Path, draft: Path, jobs: Sequence[Job], journal: Journal) -> None:
+def _check_space(target: Path, draft: Path, jobs: Sequence[TensorJob], journal: Journal) -> None:
     """Say that the disk is too small before hours of writing, not after."""
     todo = (job for job in jobs if job.name not in journal.hashes and not job.rows.is_zero)
     needed = sum(job.num_bytes * len(job.copies) for job in todo)
     free = shutil.disk_usage(draft).free
     if needed > free:
-        raise CheckpointError(f"{target} needs {size_text(needed)}, its disk has {size_text(free)} free: make room")
+        raise CheckpointError(
+            f"{target} needs {decimal_size(needed)}, its disk has {decimal_size(free)} free: make room"
+        )
 
 
 def _write_small_files(draft: Path, layout: TargetLayout, kind: TargetKind, model: _Model, manifest: Manifest) -> None:

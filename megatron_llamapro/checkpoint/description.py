@@ -9,9 +9,9 @@ from megatron_llamapro.checkpoint.formats.folders import resolve_megatron_checkp
 from megatron_llamapro.config.checks import check_model
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import RunConfig
-from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.expansion.manifest import MANIFEST_NAME, Manifest
 from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.expansion.trainable import check_lora, check_trainable, what_trains
 from megatron_llamapro.expansion.trains import Trains
 from megatron_llamapro.families.hf_config import model_shape, read_hf_config

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint
 from megatron_llamapro.checkpoint.formats.open import open_checkpoint
-from megatron_llamapro.checkpoint.report import size_text
 from megatron_llamapro.checkpoint.tensors.weight_map import (
     EMBEDDING,
     FINAL_NORM,
@@ -19,18 +18,22 @@ from megatron_llamapro.checkpoint.tensors.weight_map import (
     weights_of,
 )
 from megatron_llamapro.config.stages import draw
+from megatron_llamapro.config.values import decimal_size
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.families.hf_config import ITEMSIZES
 from megatron_llamapro.families.shape import ModelShape
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """A part of a model, in numbers."""
 
     name: str
     num_parameters: int
     num_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.num_parameters:,} parameters, {decimal_size(self.num_bytes)}"
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Inspection:
     plan: ExpansionPlan
     source: str | None
     """Name of the first source model; None without a manifest."""
-    parts: tuple[Part, ...]
+    parts: tuple[ModelPart, ...]
     division: str | None = None
     """How it is divided over ranks, where its format fixes that."""
     stage_layers: tuple[int, ...] | None = None
@@ -113,7 +116,7 @@ class Inspection:
                 f"{size.num_attention_heads} in {size.num_query_groups} groups of {size.kv_channels} channels",
             ),
             *_particulars(size),
-            *((part.name, f"{part.num_parameters:,} parameters, {size_text(part.num_bytes)}") for part in self.parts),
+            *((part.name, str(part)) for part in self.parts),
         ]
         return "\n".join(f"{name:<16}{text}" for name, text in rows)
 
@@ -158,23 +161,23 @@ def inspect(folder: Path) -> Inspection:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    opened = open_checkpoint(folder)
-    plan = opened.plan
+    checkpoint = open_checkpoint(folder)
+    plan = checkpoint.plan
     return Inspection(
-        folder=opened.folder,
-        format=opened.format.value,
-        family=opened.config["model_type"],
-        dtype=opened.dtype,
-        other_dtypes=opened.other_dtypes,
-        shape=opened.shape,
+        folder=checkpoint.folder,
+        format=checkpoint.format.value,
+        family=checkpoint.config["model_type"],
+        dtype=checkpoint.dtype,
+        other_dtypes=checkpoint.other_dtypes,
+        shape=checkpoint.shape,
         plan=plan,
-        source=opened.manifest.source.name if opened.manifest else None,
-        division=opened.division,
-        stage_layers=opened.stage_layers,
-        base=opened.base.folder if opened.base else None,
-        num_adapters=opened.num_adapters,
-        num_base_tensors=len(opened.base.delta.base_hashes) if opened.base else 0,
-        parts=tuple(_part(name, belongs, opened) for name, belongs in _PARTS.items()),
+        source=checkpoint.manifest.source.name if checkpoint.manifest else None,
+        division=checkpoint.division,
+        stage_layers=checkpoint.stage_layers,
+        base=checkpoint.base.folder if checkpoint.base else None,
+        num_adapters=checkpoint.num_adapters,
+        num_base_tensors=len(checkpoint.base.delta.base_hashes) if checkpoint.base else 0,
+        parts=tuple(_part(name, belongs, checkpoint) for name, belongs in _PARTS.items()),
     )
 
 
@@ -187,11 +190,11 @@ _PARTS: dict[str, Callable[[Weight, ExpansionPlan], bool]] = {
 }
 
 
-def _part(name: str, belongs: Callable[[Weight, ExpansionPlan], bool], opened: Checkpoint) -> Part:
-    weights = [weight for weight in weights_of(opened.shape) if belongs(weight, opened.plan)]
+def _part(name: str, belongs: Callable[[Weight, ExpansionPlan], bool], checkpoint: Checkpoint) -> ModelPart:
+    weights = [weight for weight in weights_of(checkpoint.shape) if belongs(weight, checkpoint.plan)]
     sizes = {name: math.prod(size) for _, name, size in iter_hf(weights)}
-    num_bytes = sum(ITEMSIZES[opened.dtype_of(name)] * size for name, size in sizes.items())
-    return Part(name, sum(sizes.values()), num_bytes)
+    num_bytes = sum(ITEMSIZES[checkpoint.dtype_of(name)] * size for name, size in sizes.items())
+    return ModelPart(name, sum(sizes.values()), num_bytes)
 
 
 def drawing(plan: ExpansionPlan, *, tie_word_embeddings: bool) -> str:

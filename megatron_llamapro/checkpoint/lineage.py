@@ -19,9 +19,9 @@ from megatron_llamapro.checkpoint.tensors.weight_map import (
     is_norm,
     layer_of,
 )
-from megatron_llamapro.expansion.inits import Expansion, Init
 from megatron_llamapro.expansion.manifest import Manifest, Source, config_sha256, tool_versions
 from megatron_llamapro.expansion.plan import ExpansionPlan, Layer
+from megatron_llamapro.expansion.round import Expansion, Init
 from megatron_llamapro.families.fields import number
 
 
@@ -62,19 +62,19 @@ def after_rounds(checkpoint: Checkpoint, num_rounds: int) -> Checkpoint:
 
 
 def target_manifest(
-    source: Checkpoint, plan: ExpansionPlan, *, dtype: str, expansion: Expansion, hashes: Mapping[str, str]
+    source: Checkpoint, plan: ExpansionPlan, *, dtype: str, expansion: Expansion | None, hashes: Mapping[str, str]
 ) -> Manifest:
-    """The manifest of what was made of `source`, by `expansion` where `plan` has a round more; its tensors have
+    """The manifest of what was made of `source`, with a round more if there is an `expansion`; its tensors have
     `hashes`.
 
     What an expanded source's manifest says of the original tensors is kept, not made anew from tensors that may have
     been trained or cast since; a source that was never expanded is its own original.
     """
-    known, is_new_round = source.manifest, plan.num_rounds > source.plan.num_rounds
-    if known and not is_new_round and known.dtype == dtype:
+    known = source.manifest
+    if known and expansion is None and known.dtype == dtype:
         return known
     rounds = {"inits": known.inits if known else (), "init_seeds": known.init_seeds if known else ()}
-    if is_new_round:
+    if expansion is not None:
         seed = expansion.seed if expansion.init is Init.RANDOM else None
         rounds = {"inits": (*rounds["inits"], expansion.init.value), "init_seeds": (*rounds["init_seeds"], seed)}
     if known and known.plan.num_rounds:
@@ -91,7 +91,7 @@ def target_manifest(
     )
 
 
-def check_base(source: Checkpoint, hash_of: Callable[[str], str]) -> None:
+def check_base_tensors(source: Checkpoint, hash_of: Callable[[str], str]) -> None:
     """Raise `CheckpointError` where a tensor that a delta checkpoint takes from its base, and whose hash is `hash_of`
     its name, is another than the one that was trained with."""
     if source.base is not None:

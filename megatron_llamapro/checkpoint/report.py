@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_llamapro.config.values import decimal_size
 from megatron_llamapro.expansion.plan import ExpansionPlan
 
 
@@ -50,8 +51,8 @@ def summary(conversion: Conversion) -> str:
             lines.append(f"{text}: {', '.join(map(str, layers))}")
     seconds = max(conversion.seconds, 1e-9)
     lines.append(
-        f"{size_text(conversion.num_bytes)} of {conversion.dtype} weights in {conversion.seconds:.1f} s "
-        f"({size_text(conversion.num_bytes / seconds)}/s), read back and compared"
+        f"{decimal_size(conversion.num_bytes)} of {conversion.dtype} weights in {conversion.seconds:.1f} s "
+        f"({decimal_size(conversion.num_bytes / seconds)}/s), read back and compared"
     )
     if conversion.num_merged:
         lines.append(f"{conversion.num_merged} low-rank adapters were merged into their weights")
@@ -63,22 +64,13 @@ def summary(conversion: Conversion) -> str:
     if conversion.is_foreign:
         lines.append("the source has no llamapro.json: it was taken as a model that was never expanded")
     if conversion.num_resumed_bytes:
-        lines.append(f"{size_text(conversion.num_resumed_bytes)} of them were there from an earlier run")
+        lines.append(f"{decimal_size(conversion.num_resumed_bytes)} of them were there from an earlier run")
     return "\n".join(lines)
 
 
 def layers_text(before: int, after: int) -> str:
     """30 → 36 layers."""
     return f"{after} layers" if before == after else f"{before} → {after} layers"
-
-
-def size_text(num_bytes: float) -> str:
-    """1234567 → 1.23 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 999.5:  # above, three digits would be 1e+03
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"
 
 
 @dataclass(frozen=True)
@@ -100,4 +92,4 @@ class Conversion:
     left_out_code: bool = False
     """Whether config.json named code of the model's own, which `without_code` left out."""
     left_out_notices: tuple[str, ...] = ()
-    """As `carried.notices_left_out` says."""
+    """As `side_files.notices_left_out` says."""

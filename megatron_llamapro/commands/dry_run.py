@@ -12,7 +12,7 @@ from megatron_llamapro.config.command import check_positive
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.dry_run.run import check_runs_dry
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.runtime.upstream import import_megatron
 
 

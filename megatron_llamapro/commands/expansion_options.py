@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from megatron_llamapro.config.command import CommandParser
-from megatron_llamapro.expansion.inits import Expand, Expansion, Init, check_init
-from megatron_llamapro.expansion.plan import ExpansionPlan, Placement, placed_positions
+from megatron_llamapro.expansion.plan import Placement
+from megatron_llamapro.expansion.round import Expansion, Init, check_init
 
 
 def add_expansion_options(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +53,7 @@ def read_expansion_options(parser: CommandParser, args: argparse.Namespace) -> E
     Raises:
         ExpansionError: an init that cannot learn.
     """
-    expand = _read_placement(parser, args)
-    if expand is None:
+    if not _asks_for_blocks(parser, args):
         given = [name for name in ("init", "init_seed") if getattr(args, name) is not None]
         if given:
             parser.error(f"--{given[0]} needs --num_added_blocks or --positions")
@@ -65,32 +64,25 @@ def read_expansion_options(parser: CommandParser, args: argparse.Namespace) -> E
     if (args.init_seed or 0) < 0:
         parser.error(f"--init_seed is {args.init_seed}: it cannot be negative")
     check_init(init, force=args.force)
-    return Expansion(expand, init, args.init_seed or 0)
+    return Expansion(
+        positions=args.positions,
+        num_added_blocks=args.num_added_blocks,
+        placement=Placement(args.placement or Placement.INTERLEAVED.value),
+        blocks_per_group=1 if args.blocks_per_group is None else args.blocks_per_group,
+        init=init,
+        seed=args.init_seed or 0,
+    )
 
 
-def _read_placement(parser: CommandParser, args: argparse.Namespace) -> Expand | None:
+def _asks_for_blocks(parser: CommandParser, args: argparse.Namespace) -> bool:
     counted = [
         name for name in ("num_added_blocks", "placement", "blocks_per_group") if getattr(args, name) is not None
     ]
-    if args.positions is not None:
-        if counted:
-            parser.error(f"--positions says where every added block goes: leave out --{counted[0]}")
-        return lambda plan: plan.expand(args.positions)
-    if args.num_added_blocks is None:
-        if counted:
-            parser.error(f"--{counted[0]} needs --num_added_blocks")
-        return None
-
-    def expand(plan: ExpansionPlan) -> ExpansionPlan:
-        positions = placed_positions(
-            plan.num_layers,
-            args.num_added_blocks,
-            placement=Placement(args.placement or Placement.INTERLEAVED.value),
-            blocks_per_group=1 if args.blocks_per_group is None else args.blocks_per_group,
-        )
-        return plan.expand(positions)
-
-    return expand
+    if args.positions is not None and counted:
+        parser.error(f"--positions says where every added block goes: leave out --{counted[0]}")
+    if args.positions is None and args.num_added_blocks is None and counted:
+        parser.error(f"--{counted[0]} needs --num_added_blocks")
+    return args.positions is not None or args.num_added_blocks is not None
 
 
 def _layer_indices(text: str) -> tuple[int, ...]:

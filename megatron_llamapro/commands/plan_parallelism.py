@@ -14,10 +14,10 @@ from megatron_llamapro.config.command import check_positive
 from megatron_llamapro.config.files import write_atomically
 from megatron_llamapro.config.io import to_plain
 from megatron_llamapro.config.schema import RunConfig
-from megatron_llamapro.expansion.inits import Expansion
-from megatron_llamapro.planning.duration import check_options, outcome
+from megatron_llamapro.expansion.round import Expansion
+from megatron_llamapro.planning.duration import check_options, run_cost
 from megatron_llamapro.planning.network import Network
-from megatron_llamapro.planning.parallelism import Machine, Parallelism, best_parallelisms
+from megatron_llamapro.planning.parallelism import Cluster, Parallelism, best_parallelisms
 
 GIB, GB = 2**30, 1e9
 
@@ -27,13 +27,13 @@ def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None
     check_options(args)
     check_positive(args, "memory_gib", "ranks_per_node", "within_node_gb", "between_nodes_gb", "at_most")
     model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
-    machine = Machine(
+    cluster = Cluster(
         num_ranks=args.world_size,
         flops_per_second=args.peak_tflops * 1e12 * args.efficiency,
         memory_bytes=args.memory_gib * GIB,
         network=Network(args.ranks_per_node, args.within_node_gb * GB, args.between_nodes_gb * GB),
     )
-    found = best_parallelisms(config, model, machine, at_most=args.at_most)
+    found = best_parallelisms(config, model, cluster, at_most=args.at_most)
     if args.json:
         print(json.dumps([_as_json(each, args) for each in found], indent=2))
     else:
@@ -66,7 +66,7 @@ def _fields(found: Parallelism) -> dict[str, object]:
 
 
 def _as_json(found: Parallelism, args: argparse.Namespace) -> dict[str, object]:
-    whole = vars(outcome(found.job, found.seconds, peak_tflops=args.peak_tflops, tokens=args.tokens))
+    whole = vars(run_cost(found.job, found.seconds, peak_tflops=args.peak_tflops, tokens=args.tokens))
     figures = {"data_parallel_size": found.job.division.data_size, "seconds": found.seconds}
     return {**_fields(found), **figures, "memory_bytes": found.memory_bytes, "bubble": found.plan.bubble, **whole}
 
@@ -86,7 +86,7 @@ def _lines(found: list[Parallelism], args: argparse.Namespace) -> Iterator[str]:
         f"GPU-hours for {args.tokens / 1e9:g} B tokens"
     )
     for each in found:
-        whole = outcome(each.job, each.seconds, peak_tflops=args.peak_tflops, tokens=args.tokens)
+        whole = run_cost(each.job, each.seconds, peak_tflops=args.peak_tflops, tokens=args.tokens)
         yield (
             f"{name(each):<17}{each.config.recompute.granularity or 'no':<9}{each.memory_bytes / GIB:>12.1f}"
             f"{each.seconds:>9.2f}{whole.tokens_per_second / args.world_size:>17,.0f}"

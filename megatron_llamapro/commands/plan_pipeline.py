@@ -15,8 +15,8 @@ from megatron_llamapro.config.errors import ConfigError, PipelinePlanError
 from megatron_llamapro.config.files import check_can_hold, write_atomically
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.config.stages import draw
-from megatron_llamapro.expansion.inits import Expansion
-from megatron_llamapro.planning.duration import check_options, outcome
+from megatron_llamapro.expansion.round import Expansion
+from megatron_llamapro.planning.duration import check_options, run_cost
 from megatron_llamapro.planning.job import Job, job_of, time_from_calibration
 from megatron_llamapro.planning.splits import Plan, best_plan, even_plan
 from megatron_llamapro.runtime.upstream import import_megatron
@@ -33,7 +33,7 @@ def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None
     even, best = even_plan(job), best_plan(job)
     if args.json:
         figures = {
-            name: {**vars(plan), **vars(outcome(job, plan.seconds, peak_tflops=args.peak_tflops, tokens=args.tokens))}
+            name: {**vars(plan), **vars(run_cost(job, plan.seconds, peak_tflops=args.peak_tflops, tokens=args.tokens))}
             for name, plan in (("even", even), ("best", best))
         }
         print(json.dumps(figures, indent=2))
@@ -90,7 +90,7 @@ def _lines(model: DescribedModel, job: Job, even: Plan, best: Plan, args: argpar
         f"times from {source}"
     ]
     for name, plan in (("even split", even), ("best split", best)):
-        whole = outcome(job, plan.seconds, peak_tflops=args.peak_tflops, tokens=args.tokens)
+        whole = run_cost(job, plan.seconds, peak_tflops=args.peak_tflops, tokens=args.tokens)
         lines += [
             "",
             f"{name}: {', '.join(map(str, plan.counts))}",

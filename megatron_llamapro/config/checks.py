@@ -217,6 +217,21 @@ def _check_lora(config: RunConfig) -> None:
         raise ConfigError("model.trainable names everything and lora: name one of them")
 
 
+def count_microbatches(global_batch_size: int, *, micro_batch_size: int, data_parallel_size: int) -> int:
+    """Micro-batches that a replica runs in a step.
+
+    Raises:
+        ConfigError: they do not divide the batch.
+    """
+    samples = micro_batch_size * data_parallel_size
+    if global_batch_size % samples:
+        raise ConfigError(
+            f"training.global_batch_size ({global_batch_size}) is not a multiple of micro_batch_size "
+            f"({micro_batch_size}) x data-parallel size ({data_parallel_size}) = {samples}"
+        )
+    return global_batch_size // samples
+
+
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
     """Replicas that `world_size` ranks make.
 
@@ -232,13 +247,9 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
             f"{model_ranks} processes"
         )
     replicas = world_size // model_ranks
-    samples = training.micro_batch_size * replicas
-    if training.global_batch_size % samples:
-        raise ConfigError(
-            f"training.global_batch_size ({training.global_batch_size}) is not a multiple of micro_batch_size "
-            f"({training.micro_batch_size}) x data-parallel size ({replicas}) = {samples}"
-        )
-    micro_batches = training.global_batch_size // samples
+    micro_batches = count_microbatches(
+        training.global_batch_size, micro_batch_size=training.micro_batch_size, data_parallel_size=replicas
+    )
     stages = parallel.pipeline_model_parallel_size
     if parallel.virtual_pipeline_model_parallel_size and micro_batches % stages:
         raise ConfigError(

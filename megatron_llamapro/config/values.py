@@ -1,4 +1,4 @@
-"""Values as people write them: numbers, words and paths, in YAML and as options of commands. Imports no torch."""
+"""Values as people write and read them: numbers, words, paths and sizes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,31 @@ LARGEST_INT, LARGEST_FLOAT = 10**15, 1e30
 LARGEST_VOCAB_MULTIPLE = 2**20
 """Of make_vocab_size_divisible_by: what is padded is held, and written."""
 
-# Megatron's and Hugging Face's word for a dtype.
-_DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
-_OTHER_SPELLING = _DTYPES | {long: short for short, long in _DTYPES.items()}
+GIB = 2**30
+
+DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+"""Megatron's word for a dtype, that of `training.precision` -> Hugging Face's and torch's."""
+_OTHER_SPELLING = DTYPES | {long: short for short, long in DTYPES.items()}
 
 
 def spelled_as(choices: Collection[str], word: str) -> str:
     """A dtype's other spelling, where that is one of the choices; any other word as it is."""
     other = _OTHER_SPELLING.get(word)
     return other if other in choices and word not in choices else word
+
+
+def decimal_size(num_bytes: float) -> str:
+    """Bytes of a file, in the units of disks: 1234567 → 1.23 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 999.5:  # above, three digits would be 1e+03
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def binary_size(num_bytes: float) -> str:
+    """Bytes of memory, in the units of GPUs: 1.50 GiB, 22.1 MiB."""
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def printable(text: str) -> str:

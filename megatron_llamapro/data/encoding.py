@@ -27,7 +27,7 @@ CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
-class Chunk:
+class LineChunk:
     """Some whole lines of a file."""
 
     path: Path
@@ -50,7 +50,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedChunk:
     """A chunk's documents, end to end."""
 
     tokens: array.array
@@ -63,13 +63,13 @@ class Encoded:
     num_bytes: int
 
 
-def chunks_of(paths: Sequence[Path]) -> Iterator[Chunk]:
+def chunks_of(paths: Sequence[Path]) -> Iterator[LineChunk]:
     """The files' lines in order, about a mebibyte at a time."""
     for path in paths:
         with path.open("rb") as file:
             first_line = 1
             while lines := tuple(file.readlines(CHUNK_BYTES)):
-                yield Chunk(path, first_line, lines)
+                yield LineChunk(path, first_line, lines)
                 first_line += len(lines)
 
 
@@ -81,7 +81,7 @@ class Encoder(abc.ABC):
         self.json_key = json_key
         self._mended = False
 
-    def __call__(self, chunk: Chunk) -> Encoded:
+    def __call__(self, chunk: LineChunk) -> EncodedChunk:
         """Raises `DataError` with file and line where a line is not a JSON object with what is needed under the key."""
         tokens, documents, num_empty, num_mended = array.array("i"), [], 0, 0
         for number, line in enumerate(chunk.lines, chunk.first_line):
@@ -96,7 +96,7 @@ class Encoder(abc.ABC):
                 tokens.extend(segment.ids)
             if segments:
                 documents.append(tuple((len(segment.ids), segment.is_answer) for segment in segments))
-        return Encoded(tokens, tuple(documents), num_empty, num_mended, chunk.num_bytes)
+        return EncodedChunk(tokens, tuple(documents), num_empty, num_mended, chunk.num_bytes)
 
     @abc.abstractmethod
     def segments(self, value: object, where: str) -> list[Segment]:

@@ -12,7 +12,7 @@ import numpy
 
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.staging import draft_folder, sync, writing
-from megatron_llamapro.data.encoding import Encoded, chunks_of
+from megatron_llamapro.data.encoding import EncodedChunk, chunks_of
 from megatron_llamapro.data.text_files import check_request, paths_of
 from megatron_llamapro.data.token_files import TokenFileInfo
 from megatron_llamapro.data.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ class _Writer:
         self.digest = hashlib.sha256()
         self.num_documents = self.num_tokens = self.num_answer_tokens = self.max_token = 0
 
-    def add(self, part: Encoded) -> None:
+    def add(self, part: EncodedChunk) -> None:
         tokens = numpy.frombuffer(part.tokens, dtype=numpy.int32) if part.tokens else numpy.empty(0, numpy.int32)
         if not len(tokens):
             return

@@ -8,6 +8,7 @@ from functools import partial
 
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_llamapro.config.checks import count_microbatches
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.schema import BlendEntry, DataConfig
 from megatron_llamapro.data.token_files import content_digest, is_content
@@ -40,7 +41,10 @@ class BatchSampler:
             for step, start in enumerate(starts, iteration + 1)
             if not any(step in steps for steps in left_out)
         }
-        self.rounds = range(global_batch_size // (micro_batch_size * data_parallel_size))
+        rounds = count_microbatches(
+            global_batch_size, micro_batch_size=micro_batch_size, data_parallel_size=data_parallel_size
+        )
+        self.rounds = range(rounds)
         self.micro_batch_size = micro_batch_size
         self.rank, self.size = data_parallel_rank, data_parallel_size
 

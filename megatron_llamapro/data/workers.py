@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_llamapro.config.command import in_one_line
 from megatron_llamapro.config.errors import DataError, LlamaProError, RunError
-from megatron_llamapro.data.encoding import ChatEncoder, ChatTemplate, Chunk, Encoded, Encoder, TextEncoder
+from megatron_llamapro.data.encoding import ChatEncoder, ChatTemplate, EncodedChunk, Encoder, LineChunk, TextEncoder
 from megatron_llamapro.data.tokenizer import load_tokenizer
 from megatron_llamapro.runtime.stop import children_deaf
 
@@ -50,7 +50,7 @@ def serve(connection: Connection, options: EncoderOptions) -> None:
     """Encode the chunks that come, one after the other; what is wrong with one is the answer to it."""
     encoder = options.make()
     while True:
-        chunk: Chunk = connection.recv()
+        chunk: LineChunk = connection.recv()
         try:
             answer = encoder(chunk)
         except LlamaProError as error:
@@ -58,7 +58,9 @@ def serve(connection: Connection, options: EncoderOptions) -> None:
         connection.send(answer)
 
 
-def encoded(chunks: Iterable[Chunk], encoder: Encoder, options: EncoderOptions, num_workers: int) -> Iterator[Encoded]:
+def encoded(
+    chunks: Iterable[LineChunk], encoder: Encoder, options: EncoderOptions, num_workers: int
+) -> Iterator[EncodedChunk]:
     """The encoded chunks, in order: by `encoder` here, or by as many workers.
 
     Raises:

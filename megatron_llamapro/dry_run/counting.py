@@ -67,7 +67,7 @@ _COLLECTIVES = {
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldMemory:
     """One piece of memory."""
 
     num_bytes: int
@@ -99,12 +99,12 @@ class CountingMode(TorchDispatchMode):
         super().__init__()
         self.counts = Counts()
         self.group_names = group_names or {}
-        self.held: dict[int, Held] = {}
+        self.held: dict[int, HeldMemory] = {}
         self.by_kind: Counter[Kind] = Counter()
         self.weights: dict[int, torch.Size] = {}
         self.num_ops, self.snapshot_at = 0, snapshot_at
         self.updating = False
-        self.snapshot: list[Held] = []
+        self.snapshot: list[HeldMemory] = []
 
     def hold(self, tensors: Iterable[torch.Tensor], kind: Kind) -> None:
         """Note memory that is there already."""
@@ -185,7 +185,7 @@ class CountingMode(TorchDispatchMode):
         if address in self.held or not storage.nbytes():
             return
         label = f"{op} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-        self.held[address] = Held(storage.nbytes(), kind, label.strip())
+        self.held[address] = HeldMemory(storage.nbytes(), kind, label.strip())
         self.by_kind[kind] += storage.nbytes()
         weakref.finalize(storage, self._release, address)
 
@@ -193,14 +193,14 @@ class CountingMode(TorchDispatchMode):
         freed = self.held.pop(address)
         self.by_kind[freed.kind] -= freed.num_bytes
 
-    def largest(self) -> Iterator[tuple[int, int, Held]]:
+    def largest(self) -> Iterator[tuple[int, int, HeldMemory]]:
         """The snapshot's pieces, alike ones together: how many, their bytes, one of them."""
         alike = Counter(self.snapshot)
         for held, number in sorted(alike.items(), key=lambda item: -item[0].num_bytes * item[1]):
             yield number, number * held.num_bytes, held
 
 
-class Saved:
+class SavedActivations:
     """Counts what autograd keeps from a forward pass to the backward pass while `hooks` are on: every piece of memory
     once, weights not, nor what is recomputed."""
 

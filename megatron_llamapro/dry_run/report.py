@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from megatron_llamapro.checkpoint.description import DescribedModel
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.config.stages import draw, stage_layers
+from megatron_llamapro.config.values import GIB, binary_size
 from megatron_llamapro.dry_run.counting import Kind, Product
 from megatron_llamapro.dry_run.run import RankReport
 from megatron_llamapro.planning.job import job_of
-from megatron_llamapro.training.report import GIB, human, work_per_token
+from megatron_llamapro.training.report import work_per_token
 
 _SCALARS = 4096  # bytes: norms, losses and counts that ranks agree on; not worth a line
 
@@ -102,28 +103,30 @@ def describe(config: RunConfig, report: RankReport, arithmetic: Arithmetic, *, w
     lines = [
         f"stage {report.stage}, rank {report.rank} for its {alike} alike: {stage.num_layers} blocks, trainable in "
         f"{trainable}; {stage.num_trainable:,} of {stage.num_parameters:,} parameters",
-        f"  held      {human(sum(held.values()))}: {_kinds(held)}",
-        f"  peak      {human(counts.peak_bytes)}: {_kinds(counts.peak_by_kind)}",
+        f"  held      {binary_size(sum(held.values()))}: {_kinds(held)}",
+        f"  peak      {binary_size(counts.peak_bytes)}: {_kinds(counts.peak_by_kind)}",
     ]
-    lines.append(f"  keeps     {human(report.saved_bytes)} of activations for the backward pass of a micro-batch")
+    lines.append(f"  keeps     {binary_size(report.saved_bytes)} of activations for the backward pass of a micro-batch")
     flops = [f"{product.value} {count / report.tokens / 1e9:.2f}" for product, count in counts.flops.items()]
     lines.append(f"  executes  {counts.flops.total() / report.tokens / 1e9:.2f} GFLOP a token: {', '.join(flops)}")
-    sent = [f"{group} {what} {human(size)}" for (group, what), size in counts.sent_bytes.items() if size > _SCALARS]
+    sent = [
+        f"{group} {what} {binary_size(size)}" for (group, what), size in counts.sent_bytes.items() if size > _SCALARS
+    ]
     lines.append(f"  a step    {', '.join(sent) or 'nothing reduced or gathered'}")
     if config.parallel.pipeline_model_parallel_size > 1:
-        sizes = [f"{what} {human(size)}" for what, size in messages(report).items()]
+        sizes = [f"{what} {binary_size(size)}" for what, size in messages(report).items()]
         lines.append(f"  messages  a micro-batch: {', '.join(sizes)}")
     lines.append(
-        f"  the cost model: holds {human(arithmetic.held_bytes)}, keeps {human(arithmetic.saved_bytes)}, executes "
-        f"{arithmetic.flops_per_token / 1e9:.2f} GFLOP a token"
+        f"  the cost model: holds {binary_size(arithmetic.held_bytes)}, "
+        f"keeps {binary_size(arithmetic.saved_bytes)}, executes {arithmetic.flops_per_token / 1e9:.2f} GFLOP a token"
     )
     for number, size, held in report.largest:
-        lines.append(f"  {number:>7} x {held.label} ({held.kind.value}): {human(size)}")
+        lines.append(f"  {number:>7} x {held.label} ({held.kind.value}): {binary_size(size)}")
     return "\n".join(lines)
 
 
 def _kinds(sizes: Mapping[Kind, int]) -> str:
-    return ", ".join(f"{kind.value} {human(sizes[kind])}" for kind in Kind if sizes.get(kind))
+    return ", ".join(f"{kind.value} {binary_size(sizes[kind])}" for kind in Kind if sizes.get(kind))
 
 
 def messages(report: RankReport) -> dict[str, float]:

@@ -15,10 +15,10 @@ from itertools import islice
 import torch
 
 from megatron_llamapro.checkpoint.description import DescribedModel, check_fits
-from megatron_llamapro.config.checks import data_parallel_size
+from megatron_llamapro.config.checks import count_microbatches, data_parallel_size
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import RunConfig
-from megatron_llamapro.dry_run.counting import CountingMode, Counts, Held, Kind, Saved
+from megatron_llamapro.dry_run.counting import CountingMode, Counts, HeldMemory, Kind, SavedActivations
 from megatron_llamapro.dry_run.fake_world import fake_world, watched_messages
 from megatron_llamapro.model.freeze import StageReport
 from megatron_llamapro.runtime.distributed import process_groups
@@ -46,7 +46,7 @@ class RankReport:
     """Of the counted step: enough to fill the pipeline, not the whole step's."""
     tokens: int
     """Of the counted step."""
-    largest: Sequence[tuple[int, int, Held]]
+    largest: Sequence[tuple[int, int, HeldMemory]]
     """At the peak: how many alike, their bytes, one of them."""
     seconds: float
 
@@ -71,7 +71,7 @@ def dry_run(
     with fake_world(rank, world_size):
         machine = build_machine(config, model.shape, model.plan, load=lambda models: None)
         num_microbatches = _enough_microbatches(config, machine)
-        saved = Saved(parameter for chunk in machine.chunks for parameter in chunk.parameters())
+        saved = SavedActivations(parameter for chunk in machine.chunks for parameter in chunk.parameters())
         with saved.hooks:
             _step(config, machine, num_microbatches)  # makes the optimizer's moments
         mode, messages = counting(machine), Counter()
@@ -102,7 +102,9 @@ def dry_run(
 def _enough_microbatches(config: RunConfig, machine: Machine) -> int:
     """As many as fill the pipeline, so that as many activations are in flight as in the whole step."""
     layout, training = machine.layout, config.training
-    in_step = training.global_batch_size // (training.micro_batch_size * layout.data_size)
+    in_step = count_microbatches(
+        training.global_batch_size, micro_batch_size=training.micro_batch_size, data_parallel_size=layout.data_size
+    )
     filling = layout.pipeline_size * (2 if layout.virtual_pipeline_size else 1)
     return min(in_step, max(2, filling))
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import megatron_llamapro
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
 from megatron_llamapro.config.files import file_inside, read_small
-from megatron_llamapro.expansion.inits import Init
 from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.expansion.round import Init
 from megatron_llamapro.families.hf_config import MANIFEST_KEY, WEIGHT_DTYPES
 from megatron_llamapro.families.shape import ModelShape
 
@@ -52,7 +52,7 @@ class Manifest:
     original_hashes: Mapping[str, str]
     """BLAKE3 of every original tensor's bytes in `hash_dtype`, by its Hugging Face name in the first source model."""
     inits: tuple[str, ...] = ()
-    """What the added blocks of each round began as (`expansion.inits.Init`)."""
+    """What the added blocks of each round began as (`expansion.round.Init`)."""
     init_seeds: tuple[int | None, ...] = ()
     """The seed that each round's were drawn with; None: they were not drawn, or it was not noted yet."""
     tool_versions: Mapping[str, str] = field(default_factory=dict)

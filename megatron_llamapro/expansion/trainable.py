@@ -20,6 +20,9 @@ NEWEST_BLOCKS = "newest_blocks"
 EVERYTHING = "everything"
 LORA = "lora"
 
+LORA_A, LORA_B = ".lora_a", ".lora_b"
+"""Ends of the names of an adapter's two matrices."""
+
 # Parts outside the blocks: what a user names -> the start of its parameters' names.
 OUTSIDE_PARTS = {
     "embedding": "embedding.",
@@ -183,5 +186,5 @@ def check_lora(lora: LoraConfig, plan: ExpansionPlan, shape: ModelShape) -> None
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter's name is an adapter's."""
-    return name.endswith((".lora_a", ".lora_b"))
+    """Whether the name of a parameter, or its key in a checkpoint, is an adapter's."""
+    return name.endswith((LORA_A, LORA_B))

@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside, hint_inside, hint_where_nothing_is, read_small
 from megatron_llamapro.families.fields import count, flag, number
-from megatron_llamapro.families.refused import reason_for
+from megatron_llamapro.families.refusals import reason_for
 from megatron_llamapro.families.rotary import read_rope, with_older_spelling
 from megatron_llamapro.families.shape import ModelShape
 

@@ -67,3 +67,10 @@ class ModelShape:
         windows = self.window_attn_skip_freq
         picked = None if windows is None else tuple(windows[layer] for layer in layers)
         return replace(self, num_layers=len(layers), window_attn_skip_freq=picked)
+
+
+def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_model_parallel_size: int) -> int:
+    """`vocab_size` rounded up so that every tensor-parallel rank holds a multiple of `divisible_by`: rows of embedding
+    and head over all ranks, as Megatron-LM pads them."""
+    multiple = divisible_by * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple

@@ -15,14 +15,15 @@ from torch.nn.functional import silu
 
 from megatron_llamapro.config.schema import CrossEntropy, ModelConfig, ParallelConfig, Precision, RecomputeConfig
 from megatron_llamapro.config.stages import stage_layers, to_megatron_layout
+from megatron_llamapro.config.values import DTYPES
 from megatron_llamapro.families.rotary import inverse_frequencies
-from megatron_llamapro.families.shape import ModelShape
+from megatron_llamapro.families.shape import ModelShape, padded_vocab_size
 from megatron_llamapro.model.attention import RotaryTables
 from megatron_llamapro.model.loss import give_loss
 from megatron_llamapro.model.spec import block_spec, uses_transformer_engine
 from megatron_llamapro.runtime.upstream import become
 
-PARAMS_DTYPE: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PARAMS_DTYPE: dict[str, torch.dtype] = {precision: getattr(torch, dtype) for precision, dtype in DTYPES.items()}
 
 # Fields of ModelShape that TransformerConfig has under the same name.
 _SHAPE_FIELDS = (
@@ -151,12 +152,6 @@ def _experts(shape: ModelShape, *, grouped: bool) -> dict:
         "moe_ffn_hidden_size": shape.ffn_hidden_size,
         "moe_grouped_gemm": grouped,
     }
-
-
-def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_model_parallel_size: int) -> int:
-    """`vocab_size` rounded up so that every tensor-parallel rank holds a multiple of `divisible_by`."""
-    multiple = divisible_by * tensor_model_parallel_size
-    return -(-vocab_size // multiple) * multiple
 
 
 def build_model(

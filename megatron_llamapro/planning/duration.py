@@ -13,7 +13,7 @@ from megatron_llamapro.planning.job import Job
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunCost:
     """Speed and cost."""
 
     tokens_per_second: float
@@ -28,13 +28,13 @@ PEAK_TFLOPS, EFFICIENCY, TOKENS = 989, 0.4, 80e9
 """An H100's dense bfloat16, of its data sheet; a round number, docs/planning.md; the paper's."""
 
 
-def outcome(job: Job, seconds: float, *, peak_tflops: float = PEAK_TFLOPS, tokens: float = TOKENS) -> Outcome:
+def run_cost(job: Job, seconds: float, *, peak_tflops: float = PEAK_TFLOPS, tokens: float = TOKENS) -> RunCost:
     """Of a job whose step takes so long."""
     division = job.division
     num_ranks = division.tensor_size * job.num_stages * division.data_size
     speed = job.num_microbatches * division.tokens * division.data_size / seconds
     work = step_work(job.shape, seq_length=division.seq_length, trains=job.trains).total
-    return Outcome(speed, work * speed / (num_ranks * peak_tflops * 1e12), tokens / speed / 3600 * num_ranks)
+    return RunCost(speed, work * speed / (num_ranks * peak_tflops * 1e12), tokens / speed / 3600 * num_ranks)
 
 
 def add_options(parser: CommandParser) -> None:

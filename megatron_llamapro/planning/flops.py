@@ -32,11 +32,6 @@ class Work:
         )
 
 
-def block_matrix_flops(shape: ModelShape) -> float:
-    """Forward FLOP a token of one block's weight matrices; of experts, those that the router chooses for it."""
-    return sum(linear.forward_flops for linear in linears(shape))
-
-
 def block_attention_flops(shape: ModelShape, seq_length: int, layer: int = 0) -> float:
     """Forward FLOP a token of one block's causal attention: scores and their product with the values."""
     window = min(shape.window_of(layer) or seq_length, seq_length)

@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_llamapro.checkpoint.description import trains_of
-from megatron_llamapro.config.checks import data_parallel_size
+from megatron_llamapro.config.checks import count_microbatches, data_parallel_size
 from megatron_llamapro.config.errors import PipelinePlanError
 from megatron_llamapro.config.schema import RecomputeConfig, RunConfig
+from megatron_llamapro.config.values import DTYPES
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.expansion.trains import Trains
+from megatron_llamapro.families.hf_config import ITEMSIZES
 from megatron_llamapro.families.shape import ModelShape
 from megatron_llamapro.planning.flops import Work, head_work, layer_work
 from megatron_llamapro.planning.memory import (
@@ -43,7 +45,7 @@ class ModelTime:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ChunkCost:
     """Layers on one (virtual) stage."""
 
     time: ChunkTime
@@ -72,12 +74,12 @@ class Job:
         """Stages and virtual stages, in the order of the layers."""
         return self.num_stages * self.num_chunks
 
-    def chunks(self, counts: Sequence[int]) -> tuple[Chunk, ...]:
+    def chunks(self, counts: Sequence[int]) -> tuple[ChunkCost, ...]:
         """What every position does and holds under a split."""
         starts = [sum(counts[:position]) for position in range(len(counts))]
         return tuple(self.chunk(position, start, counts[position]) for position, start in enumerate(starts))
 
-    def chunk(self, position: int, first: int, count: int) -> Chunk:
+    def chunk(self, position: int, first: int, count: int) -> ChunkCost:
         """`count` layers from `first` on, at a position: the embedding is at the first one, the head at the last."""
         is_first, is_last = position == 0, position == self.num_positions - 1
         key = (first, count, is_first, is_last)
@@ -92,11 +94,11 @@ class Job:
                 division=self.division,
                 recompute=self.recompute,
             )
-            self._known[key] = Chunk(self._time(layers, is_first=is_first, is_last=is_last), held)
+            self._known[key] = ChunkCost(self._time(layers, is_first=is_first, is_last=is_last), held)
         return self._known[key]
 
     @functools.cached_property
-    def _known(self) -> dict[tuple[int, int, bool, bool], Chunk]:
+    def _known(self) -> dict[tuple[int, int, bool, bool], ChunkCost]:
         """A search asks for the same few hundred chunks millions of times."""
         return {}
 
@@ -158,9 +160,6 @@ def time_from_calibration(shape: ModelShape, trains: Trains, measured: Mapping[s
     return ModelTime(layers, times["embedding"], times["head"])
 
 
-_ITEMSIZE = {"bf16": 2, "fp32": 4}
-
-
 def division_of(config: RunConfig, world_size: int) -> Division:
     """How a job of so many ranks divides model and batch, without the pipeline. Errors of `data_parallel_size`."""
     return Division(
@@ -169,7 +168,7 @@ def division_of(config: RunConfig, world_size: int) -> Division:
         sequence_parallel=config.parallel.sequence_parallel,
         micro_batch_size=config.training.micro_batch_size,
         seq_length=config.data.seq_length,
-        itemsize=_ITEMSIZE[config.training.precision],
+        itemsize=ITEMSIZES[DTYPES[config.training.precision]],
     )
 
 
@@ -184,7 +183,7 @@ def job_of(
 ) -> Job:
     """The job that `config` describes, its times by arithmetic: `flops_per_second` is what a rank really reaches."""
     trains, division = trains_of(config, shape, plan), division_of(config, world_size)
-    samples = config.training.micro_batch_size * division.data_size
+    training = config.training
     return Job(
         shape=shape,
         trains=trains,
@@ -192,7 +191,11 @@ def job_of(
         time=time_from_flops(shape, trains, division, flops_per_second=flops_per_second),
         num_stages=config.parallel.pipeline_model_parallel_size,
         num_chunks=config.parallel.virtual_pipeline_model_parallel_size or 1,
-        num_microbatches=config.training.global_batch_size // samples,
+        num_microbatches=count_microbatches(
+            training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            data_parallel_size=division.data_size,
+        ),
         recompute=config.recompute,
         memory_bytes=memory_bytes,
     )

@@ -13,6 +13,7 @@ from megatron_llamapro.checkpoint.description import DescribedModel, check_fits
 from megatron_llamapro.config.checks import check_run_config
 from megatron_llamapro.config.errors import ConfigError, PipelinePlanError
 from megatron_llamapro.config.schema import ParallelConfig, RecomputeConfig, RunConfig
+from megatron_llamapro.config.values import GIB
 from megatron_llamapro.planning.job import Job, job_of
 from megatron_llamapro.planning.network import Network, replicas_time, tensor_parallel_time
 from megatron_llamapro.planning.splits import Plan, balanced_plan, even_plan
@@ -21,7 +22,7 @@ RECOMPUTE_ALL = RecomputeConfig(granularity="full", method="uniform", num_layers
 
 
 @dataclass(frozen=True)
-class Machine:
+class Cluster:
     """What a job runs on."""
 
     num_ranks: int
@@ -48,7 +49,7 @@ class Parallelism:
         return max(self.plan.stage_bytes)
 
 
-def best_parallelisms(config: RunConfig, model: DescribedModel, machine: Machine, *, at_most: int) -> list[Parallelism]:
+def best_parallelisms(config: RunConfig, model: DescribedModel, cluster: Cluster, *, at_most: int) -> list[Parallelism]:
     """The divisions with the least step time that fit, the best first. What `config` says of parallel and recompute is
     replaced; its batch sizes are kept.
 
@@ -57,47 +58,47 @@ def best_parallelisms(config: RunConfig, model: DescribedModel, machine: Machine
         PipelinePlanError: none fits into memory.
     """
     check_fits(_undivided(config), model.shape, model.plan)
-    if machine.num_ranks < machine.network.ranks_per_node:  # a part of a node is a node
-        network = replace(machine.network, ranks_per_node=machine.num_ranks)
-        machine = replace(machine, network=network)
-    jobs = sorted(_jobs(config, model, machine), key=lambda each: _least_seconds(each[1]))
+    if cluster.num_ranks < cluster.network.ranks_per_node:  # a part of a node is a node
+        network = replace(cluster.network, ranks_per_node=cluster.num_ranks)
+        cluster = replace(cluster, network=network)
+    jobs = sorted(_jobs(config, model, cluster), key=lambda each: _least_seconds(each[1]))
     if not jobs:
         raise ConfigError(
-            f"{machine.num_ranks} ranks, training.global_batch_size {config.training.global_batch_size} and "
+            f"{cluster.num_ranks} ranks, training.global_batch_size {config.training.global_batch_size} and "
             f"micro_batch_size {config.training.micro_batch_size}: no division of the ranks divides the batch too"
         )
     found: list[Parallelism] = []
     for changed, job in jobs:
         if len(found) == at_most and _least_seconds(job) >= found[-1].seconds:
             break
-        planned = _planned(changed, job, machine)
+        planned = _planned(changed, job, cluster)
         if planned is not None:
             found = sorted([*found, planned], key=lambda each: each.seconds)[:at_most]
     if not found:
         least = min(max(even_plan(replace(job, recompute=RECOMPUTE_ALL)).stage_bytes) for _, job in jobs)
         raise PipelinePlanError(
-            f"no division of {machine.num_ranks} ranks fits into {machine.memory_bytes / 2**30:g} GiB a rank: the "
-            f"smallest needs {least / 2**30:.3g}"
+            f"no division of {cluster.num_ranks} ranks fits into {cluster.memory_bytes / GIB:g} GiB a rank: the "
+            f"smallest needs {least / GIB:.3g}"
         )
     return found
 
 
-def _jobs(config: RunConfig, model: DescribedModel, machine: Machine) -> Iterator[tuple[RunConfig, Job]]:
-    for changed in _divisions(config, model.shape.num_layers, machine):
+def _jobs(config: RunConfig, model: DescribedModel, cluster: Cluster) -> Iterator[tuple[RunConfig, Job]]:
+    for changed in _divisions(config, model.shape.num_layers, cluster):
         try:
             check_run_config(changed)
             check_fits(changed, model.shape, model.plan)
-            yield changed, _job(changed, model, machine)
+            yield changed, _job(changed, model, cluster)
         except ConfigError:
             continue  # it does not divide
 
 
-def _divisions(config: RunConfig, num_layers: int, machine: Machine) -> Iterator[RunConfig]:
+def _divisions(config: RunConfig, num_layers: int, cluster: Cluster) -> Iterator[RunConfig]:
     """Tensor-parallel ranks within a node; replicas overlap their messages with work."""
-    node = machine.network.ranks_per_node
-    for tensor_size in (each for each in _divisors(machine.num_ranks, node) if node % each == 0):
-        for stages in _divisors(machine.num_ranks // tensor_size, num_layers):
-            has_replicas = tensor_size * stages < machine.num_ranks
+    node = cluster.network.ranks_per_node
+    for tensor_size in (each for each in _divisors(cluster.num_ranks, node) if node % each == 0):
+        for stages in _divisors(cluster.num_ranks // tensor_size, num_layers):
+            has_replicas = tensor_size * stages < cluster.num_ranks
             alone = _undivided(config)
             parallel = replace(
                 alone.parallel,
@@ -119,21 +120,21 @@ def _divisors(number: int, most: int) -> list[int]:
     return [each for each in range(1, min(number, most) + 1) if number % each == 0]
 
 
-def _job(config: RunConfig, model: DescribedModel, machine: Machine) -> Job:
+def _job(config: RunConfig, model: DescribedModel, cluster: Cluster) -> Job:
     job = job_of(
         config,
         model.shape,
         model.plan,
-        world_size=machine.num_ranks,
-        flops_per_second=machine.flops_per_second,
-        memory_bytes=machine.memory_bytes,
+        world_size=cluster.num_ranks,
+        flops_per_second=cluster.flops_per_second,
+        memory_bytes=cluster.memory_bytes,
     )
     division = job.division
-    messages = tensor_parallel_time(job.shape, job.trains, division, machine.network)
+    messages = tensor_parallel_time(job.shape, job.trains, division, cluster.network)
     hidden = division.tokens * job.shape.hidden_size * division.itemsize
     along = division.tensor_size if division.sequence_parallel else 1
     stride = division.tensor_size * division.data_size
-    return replace(job, time=job.time + messages, message=machine.network.message(hidden / along, stride=stride))
+    return replace(job, time=job.time + messages, message=cluster.network.message(hidden / along, stride=stride))
 
 
 def _least_seconds(job: Job) -> float:
@@ -142,7 +143,7 @@ def _least_seconds(job: Job) -> float:
     return job.num_microbatches * sum(part.total for part in parts) / job.num_stages
 
 
-def _planned(config: RunConfig, job: Job, machine: Machine) -> Parallelism | None:
+def _planned(config: RunConfig, job: Job, cluster: Cluster) -> Parallelism | None:
     """The best split, with recomputation where it fits only so; None where it does not fit at all."""
     for recompute in (config.recompute, RECOMPUTE_ALL):
         try:
@@ -152,7 +153,7 @@ def _planned(config: RunConfig, job: Job, machine: Machine) -> Parallelism | Non
             continue
         layers = plan.counts if job.num_stages > 1 else None
         parallel = replace(config.parallel, pipeline_stage_layers=layers)
-        seconds = plan.seconds + _not_hidden(changed, plan, machine.network)
+        seconds = plan.seconds + _not_hidden(changed, plan, cluster.network)
         return Parallelism(replace(config, parallel=parallel, recompute=recompute), changed, plan, seconds)
     return None
 

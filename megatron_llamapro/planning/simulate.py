@@ -49,7 +49,7 @@ Task = tuple[bool, int, int]
 
 def stage_tasks(stage: int, *, num_stages: int, num_chunks: int, num_microbatches: int) -> list[Task]:
     """What one stage does, in order. Several chunks need a multiple of `num_stages` micro-batches."""
-    forwards = list(_order(num_stages, num_chunks, num_microbatches))
+    forwards = list(chunk_order(num_stages, num_chunks, num_microbatches))
     backwards = [(num_chunks - 1 - chunk, number) for chunk, number in forwards]
     if num_chunks == 1:
         warm_up = num_stages - stage - 1
@@ -64,7 +64,7 @@ def stage_tasks(stage: int, *, num_stages: int, num_chunks: int, num_microbatche
     return tasks + [(False, *task) for task in backwards[len(forwards) - warm_up :]]
 
 
-def _order(num_stages: int, num_chunks: int, num_microbatches: int) -> Iterator[tuple[int, int]]:
+def chunk_order(num_stages: int, num_chunks: int, num_microbatches: int) -> Iterator[tuple[int, int]]:
     """Chunks and micro-batches in the order of the forward passes: groups of P micro-batches, chunk after chunk."""
     for group in range(0, num_microbatches, num_stages):
         for chunk in range(num_chunks):

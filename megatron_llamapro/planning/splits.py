@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from megatron_llamapro.config.errors import PipelinePlanError
 from megatron_llamapro.config.stages import even_stage_layers
-from megatron_llamapro.planning.job import Chunk, Job
+from megatron_llamapro.config.values import GIB
+from megatron_llamapro.planning.job import ChunkCost, Job
 from megatron_llamapro.planning.memory import ChunkBytes
 from megatron_llamapro.planning.simulate import ChunkTime, simulate, step_seconds
 
@@ -32,7 +33,7 @@ class Plan:
     """Whether no better split can exist in this model of costs."""
 
 
-def evaluate(job: Job, counts: Sequence[int], *, is_proven: bool = True) -> Plan:
+def plan_of(job: Job, counts: Sequence[int], *, is_proven: bool = True) -> Plan:
     """What a split costs."""
     chunks = job.chunks(counts)
     times = [chunk.time for chunk in chunks]
@@ -57,7 +58,7 @@ def evaluate(job: Job, counts: Sequence[int], *, is_proven: bool = True) -> Plan
     )
 
 
-def _stage_bytes(job: Job, chunks: Sequence[Chunk]) -> tuple[float, ...]:
+def _stage_bytes(job: Job, chunks: Sequence[ChunkCost]) -> tuple[float, ...]:
     """Bytes that each stage holds at its peak: its state, and the activations of what is in flight."""
     held = [chunk.held for chunk in chunks]
     return tuple(_held(held[stage :: job.num_stages], in_flight) for stage, in_flight in enumerate(_in_flight(job)))
@@ -82,7 +83,7 @@ def _held(chunks: Sequence[ChunkBytes], in_flight: Sequence[int]) -> float:
 
 def even_plan(job: Job) -> Plan:
     """The split as even as it can be, which is what runs without a plan."""
-    return evaluate(job, even_stage_layers(len(job.time.layers), job.num_positions), is_proven=False)
+    return plan_of(job, even_stage_layers(len(job.time.layers), job.num_positions), is_proven=False)
 
 
 def best_plan(job: Job) -> Plan:
@@ -106,12 +107,12 @@ def best_plan(job: Job) -> Plan:
         tried += 1
         if tried > _MOST_SPLITS:
             break
-        plan = evaluate(job, counts)
+        plan = plan_of(job, counts)
         if plan.seconds < limit[0] and _fits(job, plan):
             best, limit[0] = plan, plan.seconds
     if best is None:
         raise _does_not_fit(job, even)
-    return evaluate(job, best.counts, is_proven=tried <= _MOST_SPLITS)
+    return plan_of(job, best.counts, is_proven=tried <= _MOST_SPLITS)
 
 
 def balanced_plan(job: Job) -> Plan:
@@ -137,11 +138,11 @@ def balanced_plan(job: Job) -> Plan:
         best = extended
     if num_layers not in best:
         raise _does_not_fit(job, even_plan(job))
-    return evaluate(job, best[num_layers][1], is_proven=False)
+    return plan_of(job, best[num_layers][1], is_proven=False)
 
 
 def _does_not_fit(job: Job, even: Plan) -> PipelinePlanError:
-    needed, there = max(even.stage_bytes) / 2**30, job.memory_bytes / 2**30
+    needed, there = max(even.stage_bytes) / GIB, job.memory_bytes / GIB
     return PipelinePlanError(
         f"no split fits: the even one needs {needed:.1f} GiB on its largest stage, and there are {there:.1f}: take "
         "more tensor-parallel ranks or stages, or a smaller micro-batch"
@@ -150,12 +151,12 @@ def _does_not_fit(job: Job, even: Plan) -> PipelinePlanError:
 
 def _mended(job: Job, counts: Sequence[int]) -> Plan | None:
     """The best of its neighbourhood: single layers move over boundaries while the step gets faster."""
-    best = evaluate(job, counts)
+    best = plan_of(job, counts)
     improved = True
     while improved:
         improved = False
         for moved in _neighbours(best.counts):
-            plan = evaluate(job, moved)
+            plan = plan_of(job, moved)
             if _fits(job, plan) and (plan.seconds < best.seconds or not _fits(job, best)):
                 best, improved = plan, True
     return best if _fits(job, best) else None

@@ -17,7 +17,7 @@ from megatron_llamapro.training.checkpoints.state import model_state
 
 
 @dataclass(frozen=True)
-class Piece:
+class RankPiece:
     """A part of a global tensor."""
 
     key: str
@@ -53,7 +53,7 @@ def whole_logits(chunks: Sequence[torch.nn.Module], tokens: torch.Tensor, *, voc
     return gather_from_tensor_model_parallel_region(logits[0])[..., :vocab_size].contiguous()
 
 
-def gradient_pieces(chunks: Sequence[torch.nn.Module], *, data_group: dist.ProcessGroup) -> list[Piece]:
+def gradient_pieces(chunks: Sequence[torch.nn.Module], *, data_group: dist.ProcessGroup) -> list[RankPiece]:
     """This rank's part of every trainable parameter's gradient, after a backward pass through DDP."""
     for chunk in chunks:
         for buffer in chunk.buffers:
@@ -81,12 +81,12 @@ def _parts(sharded: ShardedTensor | ShardedTensorFactory, data: torch.Tensor) ->
     return with_data.build() if isinstance(with_data, ShardedTensorFactory) else [with_data]
 
 
-def _piece(part: ShardedTensor) -> Piece:
+def _piece(part: ShardedTensor) -> RankPiece:
     data = part.data.reshape(*[1] * part.prepend_axis_num, *part.data.shape)  # an expert of all the experts
-    return Piece(part.key, tuple(part.global_shape), tuple(part.global_offset), data.clone())
+    return RankPiece(part.key, tuple(part.global_shape), tuple(part.global_offset), data.clone())
 
 
-def assembled(pieces: Iterable[Piece]) -> dict[str, torch.Tensor]:
+def assembled(pieces: Iterable[RankPiece]) -> dict[str, torch.Tensor]:
     """Whole tensors by megatron.core's key, from the pieces of all ranks."""
     whole: dict[str, torch.Tensor] = {}
     for piece in pieces:

@@ -1,11 +1,12 @@
-"""Tiny random checkpoints of every family in Hugging Face's format, complete with a tokenizer, the same for the same
-seed."""
+"""Tiny models: shapes for tests that need no weights, and random checkpoints of every family in Hugging Face's format,
+complete with a tokenizer, the same for the same seed."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import torch
+from megatron_llamapro.families.shape import ModelShape
 
 VOCABULARY = 131  # no multiple of anything, so that padding of the vocabulary is always in play
 
@@ -30,6 +31,27 @@ TINY_FAMILIES: dict[str, dict] = {
 }
 
 
+def tiny_shape(**fields: Any) -> ModelShape:
+    """Two dense blocks with two query groups of two heads, untied; `fields` are what a test has otherwise."""
+    return ModelShape(
+        **{
+            "num_layers": 2,
+            "hidden_size": 32,
+            "ffn_hidden_size": 48,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "kv_channels": 8,
+            "vocab_size": VOCABULARY,
+            "layernorm_epsilon": 1e-5,
+            "max_position_embeddings": 64,
+            "rotary_base": 10000.0,
+            "rope_scaling": None,
+            "tie_word_embeddings": False,
+            **fields,
+        }
+    )
+
+
 def make_tiny_model(
     folder: Path,
     *,
@@ -48,6 +70,7 @@ def make_tiny_model(
     **config: object,
 ) -> Path:
     """Write the checkpoint and return its folder. `config` are further fields of transformers' configuration."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from megatron_llamapro.checkpoint.report import size_text
 from megatron_llamapro.config.schema import LoggingConfig
+from megatron_llamapro.config.values import decimal_size
 
 Record = Mapping[str, object]
 
@@ -67,7 +67,7 @@ class ConsoleWriter:
         line = f"saved step {record['iteration']}: {record['stall_seconds']:.1f} s stall, "
         if record["asynchronous"]:
             line += f"{record['seconds']:.1f} s in all, "
-        return line + size_text(record["num_bytes"])
+        return line + decimal_size(record["num_bytes"])
 
     def _block_line(self, record: Record) -> str:
         return (

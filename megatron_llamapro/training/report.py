@@ -10,14 +10,13 @@ import torch.distributed as dist
 from megatron_llamapro.checkpoint.description import trains_of
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.config.stages import draw, stage_layers
+from megatron_llamapro.config.values import GIB, binary_size
 from megatron_llamapro.data.dataset import conversation_sets
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.families.shape import ModelShape
 from megatron_llamapro.model.freeze import StageReport
 from megatron_llamapro.planning.flops import Work, step_work
 from megatron_llamapro.training.setup import Run
-
-GIB = 2**30
 
 
 def print_report(run: Run) -> dict[str, object]:
@@ -60,14 +59,9 @@ def _stage_line(number: int, stage: StageReport, data_size: int) -> str:
     blocks = ", ".join(map(str, stage.trainable_layers)) or "none"
     return (
         f"  stage {number}: {stage.num_layers} blocks, trainable in {blocks}; "
-        f"{stage.num_trainable:,} of {stage.num_parameters:,} parameters; weights {human(stage.weight_bytes)}, "
-        f"gradients {human(stage.gradient_bytes)}, optimizer {human(stage.optimizer_bytes / data_size)}"
+        f"{stage.num_trainable:,} of {stage.num_parameters:,} parameters; weights {binary_size(stage.weight_bytes)}, "
+        f"gradients {binary_size(stage.gradient_bytes)}, optimizer {binary_size(stage.optimizer_bytes / data_size)}"
     )
-
-
-def human(num_bytes: float) -> str:
-    """Bytes for people: 1.50 GiB, 22.1 MiB."""
-    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _run_record(run: Run, *, parameters: int, trainable: int) -> dict[str, object]:

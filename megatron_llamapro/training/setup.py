@@ -13,6 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.utils.data import Dataset
 
 from megatron_llamapro.checkpoint.formats.adapters import AdapterRecord
+from megatron_llamapro.config.checks import count_microbatches
 from megatron_llamapro.config.errors import CheckpointError, ConfigError, LlamaProError
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.data.dataset import CheckedDataset, build_train_dataset, build_valid_datasets
@@ -64,7 +65,11 @@ class Run:
     def num_microbatches(self) -> int:
         """Micro-batches a replica runs in a step."""
         training = self.config.training
-        return training.global_batch_size // (training.micro_batch_size * self.layout.data_size)
+        return count_microbatches(
+            training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            data_parallel_size=self.layout.data_size,
+        )
 
 
 def set_up(config: RunConfig) -> Run:

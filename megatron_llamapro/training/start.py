@@ -6,21 +6,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.carried import carried_files
 from megatron_llamapro.checkpoint.description import check_fits
 from megatron_llamapro.checkpoint.formats.delta import BASE
 from megatron_llamapro.checkpoint.formats.folders import is_torch_dist, resolve_megatron_checkpoint
 from megatron_llamapro.checkpoint.formats.torch_dist import check_loadable
+from megatron_llamapro.checkpoint.side_files import side_files
 from megatron_llamapro.config.checks import data_parallel_size
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.config.values import DTYPES
 from megatron_llamapro.data.token_files import check_token_file
 from megatron_llamapro.data.tokenizer import tokenizer_file
 from megatron_llamapro.expansion.manifest import Manifest
 from megatron_llamapro.families.hf_config import model_shape, read_hf_config
 from megatron_llamapro.families.shape import ModelShape
-
-_MANIFEST_DTYPE = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def read_start(config: RunConfig, *, world_size: int) -> Start:
     _check_precision(config, manifest, folder)
     if config.logging.diagnostics_interval and not manifest.plan.added_layers:
         raise ConfigError("logging.diagnostics_interval is set, but the checkpoint has no added blocks: set it to 0")
-    carried_files(folder)  # what cannot be copied to the run's checkpoints is said now, not at the first of them
+    side_files(folder)  # what cannot be copied to the run's checkpoints is said now, not at the first of them
     tokenizer = tokenizer_file(Path(config.data.tokenizer or folder))
     for entry in config.data.train:
         check_token_file(entry.prefix, vocab_size=shape.vocab_size, data_format=config.data.format)
@@ -73,7 +72,7 @@ def _starting_checkpoint(config: RunConfig) -> Path:
 
 def _check_precision(config: RunConfig, manifest: Manifest, folder: Path) -> None:
     """Weights are trained in the type they are stored in: a cast would change every original weight unseen."""
-    wanted = _MANIFEST_DTYPE[config.training.precision]
+    wanted = DTYPES[config.training.precision]
     if manifest.dtype != wanted:
         raise ConfigError(
             f"training.precision is {config.training.precision}, but {folder} holds {manifest.dtype} weights: "

@@ -14,8 +14,8 @@ from megatron_llamapro.checkpoint.convert import Options, expand_hf, hf_to_megat
 from megatron_llamapro.checkpoint.formats.hf_reader import open_hf
 from megatron_llamapro.checkpoint.proof.verify import verify
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.expansion.manifest import Manifest
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.testing.checkpoints import read_with_torch
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from fuzzing import fuzz_settings
 from megatron_llamapro.checkpoint.convert import hf_to_megatron, legacy, megatron_to_hf, megatron_to_megatron
 from megatron_llamapro.config.errors import LlamaProError
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.testing.checkpoints import stack_layers
 
 Tiny = Callable[..., Path]

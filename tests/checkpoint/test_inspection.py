@@ -11,8 +11,8 @@ import pytest
 from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, legacy
 from megatron_llamapro.checkpoint.formats.open import open_checkpoint
 from megatron_llamapro.checkpoint.inspection import drawing, inspect
-from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.expansion.plan import ExpansionPlan, placed_positions
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
 Tiny = Callable[..., Path]

@@ -15,7 +15,7 @@ from megatron_llamapro.checkpoint.convert import hf_to_megatron, megatron_to_meg
 from megatron_llamapro.checkpoint.formats.torch_dist import check_loadable
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.schema import ParallelConfig
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.testing.checkpoints import read_tensors
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES

@@ -17,9 +17,9 @@ from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, mega
 from megatron_llamapro.checkpoint.inspection import inspect
 from megatron_llamapro.checkpoint.proof.verify import Check, verify
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.inits import Expansion, Init
 from megatron_llamapro.expansion.manifest import Manifest
 from megatron_llamapro.expansion.plan import Trained
+from megatron_llamapro.expansion.round import Expansion, Init
 
 Tiny = Callable[..., Path]
 ADDED, TOKENS = Expansion.at(2, 5), torch.arange(3, 43)[None]

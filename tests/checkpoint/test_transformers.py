@@ -14,7 +14,7 @@ from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, mega
 from megatron_llamapro.checkpoint.formats.open import OpenTensors, open_checkpoint
 from megatron_llamapro.checkpoint.proof.reference import logits as reference_logits
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
 Tiny = Callable[..., Path]

@@ -160,7 +160,7 @@ def test_in_one_line() -> None:
 
 
 HEAVY = ("torch", "megatron.core", "numpy", "transformers")
-LIGHT = ("config.io", "config.checks", "config.command", "expansion.plan", "pipeline.cost", "pipeline.layout")
+LIGHT = ("config.io", "config.checks", "config.command", "expansion.plan", "planning.flops", "config.stages")
 
 
 def test_light_modules_import_nothing_heavy() -> None:

@@ -1,4 +1,4 @@
-"""`~` is the home folder wherever a path is given, and never the name of a folder."""
+"""`~` is the home folder wherever a path is given, and never the name of a folder; sizes as a terminal shows them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from megatron_llamapro.config.io import options_with_homes, parse_run_config
 from megatron_llamapro.config.schema import RunConfig
-from megatron_llamapro.config.values import expand_user
+from megatron_llamapro.config.values import decimal_size, expand_user
 
 ROOT = Path(__file__).parents[2]
 RUN = """
@@ -103,3 +103,20 @@ def test_every_tool(tool: str, home: Path) -> None:
 
 def test_every_tool_is_tried() -> None:
     assert {tool.split()[0] for tool in TOOLS} == {path.name for path in (ROOT / "tools").glob("[!_]*.py")}
+
+
+SIZES = {
+    0: "0 B",
+    999: "999 B",
+    1000: "1 kB",
+    1_234_567: "1.23 MB",
+    999_400_000: "999 MB",
+    999_600_000: "1 GB",
+    13_500_000_000: "13.5 GB",
+    2_000_000_000_000: "2 TB",
+}
+
+
+@pytest.mark.parametrize(("num_bytes", "text"), SIZES.items())
+def test_sizes_have_three_digits_and_no_exponent(num_bytes: int, text: str) -> None:
+    assert decimal_size(num_bytes) == text

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from fuzzing import fuzz_settings
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.data.encoding import Chunk
+from megatron_llamapro.data.encoding import LineChunk
 from megatron_llamapro.data.preprocess import preprocess
 from megatron_llamapro.data.workers import EncoderOptions
 
@@ -195,7 +195,7 @@ def transformers_tokenizer(tokenizer_folder: Path):
 def test_conversations(line: bytes, chat_encoder, transformers_tokenizer) -> None:
     """Their tokens are those of transformers' own `apply_chat_template`."""
     try:
-        encoded = chat_encoder(Chunk(Path("a.jsonl"), 7, (line,)))
+        encoded = chat_encoder(LineChunk(Path("a.jsonl"), 7, (line,)))
     except DataError as error:
         assert "\n" not in str(error) and len(str(error)) < LONGEST and str(error).startswith("a.jsonl, line 7: ")
         assert line.strip()

@@ -14,7 +14,7 @@ from megatron_llamapro.checkpoint.convert import hf_to_megatron
 from megatron_llamapro.checkpoint.inspection import inspect
 from megatron_llamapro.checkpoint.proof.verify import verify
 from megatron_llamapro.config.io import parse_run_config
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 
 PAGE = "docs/going_on.md"
 [CONFIGURATION] = map(yaml.safe_load, blocks(PAGE, "yaml"))

@@ -12,7 +12,7 @@ from pages import ROOT, blocks, commands, run, workplace
 
 from megatron_llamapro.checkpoint.convert import hf_to_megatron
 from megatron_llamapro.config.io import parse_run_config
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 
 RECIPE = ROOT / "examples" / "llama2_7b_pro_instruct" / "run.yaml"
 PAGE = "docs/instruct.md"

@@ -167,7 +167,7 @@ def test_only_what_trains_is_reduced(config: Callable) -> None:
 
 def test_no_gradient_goes_below_the_first_trainable_block(config: Callable, models: Callable, tmp_path: Path) -> None:
     from megatron_llamapro.checkpoint.convert import hf_to_megatron
-    from megatron_llamapro.expansion.inits import Expansion
+    from megatron_llamapro.expansion.round import Expansion
 
     hf_to_megatron(models().original_hf, tmp_path / "suffix", expansion=Expansion.at(4, 5))
     settings = config(parallel(pp=2, stage_layers=(4, 2)))

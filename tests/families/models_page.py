@@ -11,7 +11,7 @@ from public_models import MODELS, REFUSED, PublicModel
 from megatron_llamapro.checkpoint.tensors.weight_map import hf_shapes
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.families.hf_config import model_shape
-from megatron_llamapro.families.refused import REFUSED as REASONS
+from megatron_llamapro.families.refusals import REFUSED as REASONS
 from megatron_llamapro.families.shape import ModelShape
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"

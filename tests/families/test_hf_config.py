@@ -10,10 +10,10 @@ import pytest
 from transformers import AutoConfig
 
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.expanded_config import expanded_hf_config
 from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.expansion.round import expanded_hf_config
 from megatron_llamapro.families.hf_config import FAMILIES, model_shape, read_hf_config
-from megatron_llamapro.families.shape import RopeScaling
+from megatron_llamapro.families.shape import RopeScaling, padded_vocab_size
 
 LLAMA_2 = {
     "model_type": "llama",
@@ -343,3 +343,12 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 def test_a_config_file_is_read_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3))
     assert read_hf_config(tmp_path) == LLAMA_3
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "divisible_by", "tensor_size", "padded"),
+    [(32000, 128, 2, 32000), (32001, 128, 2, 32256), (131, 1, 2, 132), (131, 1, 1, 131), (128256, 128, 8, 129024)],
+)
+def test_padded_vocab_size(vocab_size: int, divisible_by: int, tensor_size: int, padded: int) -> None:
+    found = padded_vocab_size(vocab_size, divisible_by=divisible_by, tensor_model_parallel_size=tensor_size)
+    assert found == padded

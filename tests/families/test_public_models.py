@@ -12,7 +12,7 @@ from models_page import PAGE, tables, with_tables
 from public_models import MODELS, PublicModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_llamapro.checkpoint.formats.hf_tensors import Entry, named
+from megatron_llamapro.checkpoint.formats.hf_tensors import HeaderEntry, named
 from megatron_llamapro.checkpoint.tensors.weight_map import hf_shapes
 from megatron_llamapro.families.hf_config import model_shape
 from megatron_llamapro.families.rotary import inverse_frequencies
@@ -29,7 +29,7 @@ def test_shapes_and_frequencies_are_those_of_transformers(model: PublicModel) ->
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(config)
     stored = {name: tensor for name, tensor in theirs.state_dict().items() if name not in theirs.all_tied_weights_keys}
-    entries = {name: Entry("BF16", tuple(tensor.shape), Path(), 0) for name, tensor in stored.items()}
+    entries = {name: HeaderEntry("BF16", tuple(tensor.shape), Path(), 0) for name, tensor in stored.items()}
     assert {name: entry.shape for name, entry in named(entries, shape).items()} == hf_shapes(shape)
     rotary = type(theirs.model.rotary_emb)(config=config)
     torch.testing.assert_close(inverse_frequencies(shape), rotary.inv_freq, rtol=1e-6, atol=0)

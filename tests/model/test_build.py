@@ -1,4 +1,4 @@
-"""The model's parts that are ours: padded vocabulary, norm, attention."""
+"""The model's parts that are ours: norm, attention."""
 
 from __future__ import annotations
 
@@ -7,17 +7,7 @@ import types
 import pytest
 import torch
 
-from megatron_llamapro.model.build import padded_vocab_size
 from megatron_llamapro.testing.distributed import run_distributed
-
-
-@pytest.mark.parametrize(
-    ("vocab_size", "divisible_by", "tensor_size", "padded"),
-    [(32000, 128, 2, 32000), (32001, 128, 2, 32256), (131, 1, 2, 132), (131, 1, 1, 131), (128256, 128, 8, 129024)],
-)
-def test_padded_vocab_size(vocab_size: int, divisible_by: int, tensor_size: int, padded: int) -> None:
-    found = padded_vocab_size(vocab_size, divisible_by=divisible_by, tensor_model_parallel_size=tensor_size)
-    assert found == padded
 
 
 @pytest.mark.parametrize("tokens_before", [None, 0, 2, 3, 4, 100])
@@ -55,7 +45,7 @@ def padding_worker(divisible_by: int) -> tuple[torch.Tensor, torch.Tensor]:
     from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
     from megatron_llamapro.model.build import build_model
     from megatron_llamapro.runtime.distributed import start_model_parallel
-    from megatron_llamapro.testing.shapes import tiny_shape
+    from megatron_llamapro.testing.tiny_models import tiny_shape
 
     parallel = ParallelConfig(tensor_model_parallel_size=torch.distributed.get_world_size())
     layout = start_model_parallel(parallel, seed=1)
@@ -87,7 +77,7 @@ def attention_worker(queries_a_group: int) -> list[bool]:
     from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
     from megatron_llamapro.model.build import build_model
     from megatron_llamapro.runtime.distributed import start_model_parallel
-    from megatron_llamapro.testing.shapes import tiny_shape
+    from megatron_llamapro.testing.tiny_models import tiny_shape
 
     start_model_parallel(ParallelConfig(), seed=1)
     shape = tiny_shape(num_query_groups=4 // queries_a_group)

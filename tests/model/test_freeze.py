@@ -8,7 +8,7 @@ from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.testing.distributed import run_distributed
-from megatron_llamapro.testing.shapes import tiny_shape
+from megatron_llamapro.testing.tiny_models import tiny_shape
 
 PLAN = ExpansionPlan.unexpanded(10).expand((1, 11))  # 1 is the start of 11's name: names are not matched by their start
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.model.loss import VocabShard, give_loss, linear_cross_entropy
 from megatron_llamapro.testing.distributed import run_distributed
-from megatron_llamapro.testing.shapes import tiny_shape
+from megatron_llamapro.testing.tiny_models import tiny_shape
 
 TOKENS, HIDDEN, ROWS, VOCABULARY = 300, 48, 256, 131  # more than two chunks; almost half of the rows are padding
 WHOLE = VocabShard(first=0, num_entries=VOCABULARY, is_padding=False, group=None)

@@ -50,7 +50,7 @@ def decay_worker(fields: dict[str, object]) -> set[str]:
     from megatron_llamapro.model.build import build_model
     from megatron_llamapro.model.names import named_parameters
     from megatron_llamapro.runtime.distributed import start_model_parallel
-    from megatron_llamapro.testing.shapes import tiny_shape
+    from megatron_llamapro.testing.tiny_models import tiny_shape
 
     start_model_parallel(ParallelConfig(), seed=1)
     chunks = build_model(

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from megatron_llamapro.expansion.trains import Trains
+from megatron_llamapro.expansion.trains import Trains, linears
 from megatron_llamapro.families.shape import ModelShape
-from megatron_llamapro.planning.flops import block_attention_flops, block_matrix_flops, step_work
+from megatron_llamapro.planning.flops import block_attention_flops, step_work
 
 LLAMA2_7B = ModelShape(
     num_layers=40,
@@ -45,6 +45,11 @@ def test_everything_trainable() -> None:
 MIXTRAL_8X7B = dataclasses.replace(
     LLAMA2_7B, num_layers=32, ffn_hidden_size=14336, num_query_groups=8, num_moe_experts=8, moe_router_topk=2
 )
+
+
+def block_matrix_flops(shape: ModelShape) -> float:
+    """Forward FLOP a token of one block's weight matrices; of experts, those that the router chooses for it."""
+    return sum(linear.forward_flops for linear in linears(shape))
 
 
 def test_experts_count_as_many_as_are_chosen() -> None:

@@ -13,7 +13,7 @@ from megatron_llamapro.config.errors import ConfigError, PipelinePlanError
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
 from megatron_llamapro.planning.job import job_of
 from megatron_llamapro.planning.network import Network, tensor_parallel_time
-from megatron_llamapro.planning.parallelism import Machine, best_parallelisms
+from megatron_llamapro.planning.parallelism import Cluster, best_parallelisms
 from megatron_llamapro.testing.distributed import run_apart
 
 NETWORK = Network(ranks_per_node=2, within_node=1e9, between_nodes=1e7)
@@ -66,14 +66,14 @@ def test_tensor_parallel_messages(layout: ParallelConfig, trainable: tuple[str, 
         assert 0 <= 2 * sent["all-reduce"] - expected < 0.01 * expected and not sent["all-gather"]
 
 
-def machine(**fields: object) -> Machine:
+def cluster(**fields: object) -> Cluster:
     settings = {"num_ranks": 8, "flops_per_second": 1e9, "memory_bytes": float("inf"), "network": NETWORK, **fields}
-    return Machine(**settings)
+    return Cluster(**settings)
 
 
 def test_replicas_alone_where_everything_fits(run_config: Callable) -> None:
     config = run_config(global_batch_size=64)
-    best, *others = best_parallelisms(config, model_of(config), machine(), at_most=100)
+    best, *others = best_parallelisms(config, model_of(config), cluster(), at_most=100)
     assert (best.config.parallel.tensor_model_parallel_size, best.job.num_stages) == (1, 1)
     divisions = {(each.job.division.tensor_size, each.job.num_stages, each.job.division.data_size) for each in others}
     assert divisions == {(1, 2, 4), (1, 4, 2), (2, 1, 4), (2, 2, 2), (2, 4, 1)}  # all of a model of 6 blocks
@@ -82,24 +82,24 @@ def test_replicas_alone_where_everything_fits(run_config: Callable) -> None:
 
 def test_the_search_stops_early_with_the_same_result(run_config: Callable) -> None:
     config = run_config(global_batch_size=64)
-    whole = best_parallelisms(config, model_of(config), machine(), at_most=100)
+    whole = best_parallelisms(config, model_of(config), cluster(), at_most=100)
     for at_most in (1, 3):
-        some = best_parallelisms(config, model_of(config), machine(), at_most=at_most)
+        some = best_parallelisms(config, model_of(config), cluster(), at_most=at_most)
         assert [each.config for each in some] == [each.config for each in whole[:at_most]]
 
 
 def test_what_does_not_fit_is_divided_or_recomputed(run_config: Callable) -> None:
     config = run_config(global_batch_size=64)
     model = model_of(config)
-    everything = best_parallelisms(config, model, machine(), at_most=100)
+    everything = best_parallelisms(config, model, cluster(), at_most=100)
     [alone] = [each for each in everything if each.job.num_stages == each.job.division.tensor_size == 1]
     limit = alone.memory_bytes - 1
-    for each in best_parallelisms(config, model, machine(memory_bytes=limit), at_most=100):
+    for each in best_parallelisms(config, model, cluster(memory_bytes=limit), at_most=100):
         assert each.memory_bytes <= limit
         is_alone = each.job.num_stages == each.job.division.tensor_size == 1
         assert (each.config.recompute.granularity == "full") is is_alone
     with pytest.raises(PipelinePlanError, match="no division of 8 ranks fits into"):
-        best_parallelisms(config, model, machine(memory_bytes=1e4), at_most=1)
+        best_parallelisms(config, model, cluster(memory_bytes=1e4), at_most=1)
 
 
 def test_tensor_parallel_ranks_are_on_one_node(run_config: Callable) -> None:
@@ -107,7 +107,7 @@ def test_tensor_parallel_ranks_are_on_one_node(run_config: Callable) -> None:
     config = run_config(global_batch_size=24)
     for node, sizes in ((6, {1, 2}), (4, {1, 2}), (12, {1, 2})):
         network = Network(ranks_per_node=node)
-        found = best_parallelisms(config, model_of(config), machine(num_ranks=12, network=network), at_most=100)
+        found = best_parallelisms(config, model_of(config), cluster(num_ranks=12, network=network), at_most=100)
         assert {each.job.division.tensor_size for each in found} == sizes
 
 
@@ -117,7 +117,7 @@ def test_everything_that_trains_is_reduced(run_config: Callable) -> None:
     tables = {}
     for trainable in (("added_blocks",), ("added_blocks", "embedding", "output_layer")):
         config = run_config(global_batch_size=2, trainable=trainable)
-        found = best_parallelisms(config, model_of(config), machine(num_ranks=2, network=network), at_most=9)
+        found = best_parallelisms(config, model_of(config), cluster(num_ranks=2, network=network), at_most=9)
         tables[trainable] = next(each.seconds for each in found if each.job.division.data_size == 2)
     shape = found[0].job.shape
     few, many = tables.values()
@@ -128,7 +128,7 @@ def test_slow_links_between_replicas_are_counted(run_config: Callable) -> None:
     """Gradients take longer than the backward pass that they hide behind."""
     config = run_config(global_batch_size=8)
     fast, slow = (
-        best_parallelisms(config, model_of(config), machine(num_ranks=2, network=network), at_most=9)
+        best_parallelisms(config, model_of(config), cluster(num_ranks=2, network=network), at_most=9)
         for network in (Network(), replace(Network(), within_node=1e3))
     )
     hidden, shown = (next(each for each in found if each.job.division.data_size == 2) for found in (fast, slow))
@@ -143,4 +143,4 @@ def test_a_batch_that_nothing_divides(run_config: Callable) -> None:
     config = run_config(global_batch_size=3)
     with pytest.raises(ConfigError, match=r"8 ranks, .*batch_size 3 and micro_batch_size 2: no division"):
         changed = replace(config, training=replace(config.training, micro_batch_size=2))
-        best_parallelisms(changed, model_of(config), machine(), at_most=1)
+        best_parallelisms(changed, model_of(config), cluster(), at_most=1)

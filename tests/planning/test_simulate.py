@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_llamapro.planning.simulate import ChunkTime, _order, simulate, stage_tasks, step_seconds
+from megatron_llamapro.planning.simulate import ChunkTime, chunk_order, simulate, stage_tasks, step_seconds
 
 
 @pytest.mark.parametrize(("stages", "microbatches"), [(1, 3), (2, 2), (2, 8), (4, 8), (4, 3), (8, 64)])
@@ -69,4 +69,4 @@ def test_order_is_that_of_megatron_core() -> None:
 
     for stages, chunks, microbatches in ((2, 2, 4), (4, 3, 12)):
         table = get_schedule_table(microbatches, chunks, stages)
-        assert [(chunk, number) for number, chunk in table] == list(_order(stages, chunks, microbatches))
+        assert [(chunk, number) for number, chunk in table] == list(chunk_order(stages, chunks, microbatches))

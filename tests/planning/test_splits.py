@@ -15,7 +15,7 @@ from megatron_llamapro.expansion.trains import Trains
 from megatron_llamapro.planning.job import KINDS, Job, ModelTime, time_from_calibration, time_from_flops
 from megatron_llamapro.planning.memory import Division, block_activations, chunk_bytes
 from megatron_llamapro.planning.simulate import ChunkTime
-from megatron_llamapro.planning.splits import Plan, balanced_plan, best_plan, evaluate, even_plan
+from megatron_llamapro.planning.splits import Plan, balanced_plan, best_plan, even_plan, plan_of
 
 GIB = 2**30
 PRO = Trains(frozenset(ADDED))
@@ -80,10 +80,10 @@ def test_no_split_is_better(kinds: list, layout: tuple[int, int], head: float, g
     trains = Trains(frozenset(range(first, len(kinds))))
     small = Job(shape, trains, Division(), time, num_stages, num_chunks, groups * num_stages)
     plan = best_plan(small)
-    best = min(evaluate(small, counts).seconds for counts in splits(len(kinds), num_stages * num_chunks))
+    best = min(plan_of(small, counts).seconds for counts in splits(len(kinds), num_stages * num_chunks))
     assert plan.seconds == pytest.approx(best) and plan.is_proven
     if num_chunks == 1:
-        fastest = min(slowest(evaluate(small, counts)) for counts in splits(len(kinds), num_stages))
+        fastest = min(slowest(plan_of(small, counts)) for counts in splits(len(kinds), num_stages))
         assert slowest(balanced_plan(small)) == pytest.approx(fastest)
 
 

@@ -13,7 +13,7 @@ import pytest
 from cluster import Cluster, why_not
 
 from megatron_llamapro.checkpoint.convert import hf_to_megatron
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,7 +16,7 @@ import torch
 import workers
 from gradients import BATCH, gradients_worker, parallel
 from megatron_llamapro.config.schema import ParallelConfig, RecomputeConfig
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.model.names import global_layer_index
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.testing.gather import assembled

@@ -63,11 +63,12 @@ def fill_b(chunks: list) -> None:
 
 def adapters_worker(folder: Path, lora: LoraConfig) -> dict[str, torch.Tensor]:
     """Every tensor of the model on one rank, with filled adapters, under megatron.core's keys."""
-    from megatron_llamapro.testing.gather import Piece
+    from megatron_llamapro.testing.gather import RankPiece
 
     _, _, chunks = load_chunks(folder, parallel(), ("lora",), lora=lora, after_loading=fill_b)
     return assembled(
-        Piece(held.key, held.global_shape, held.global_offset, held.data.detach().clone()) for held in _sharded(chunks)
+        RankPiece(held.key, held.global_shape, held.global_offset, held.data.detach().clone())
+        for held in _sharded(chunks)
     )
 
 

@@ -11,7 +11,7 @@ import torch
 
 import workers
 from megatron_llamapro.config.schema import ParallelConfig
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.testing.checkpoints import read_tensors
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES

@@ -21,7 +21,7 @@ import workers
 from megatron_llamapro.checkpoint.convert import hf_to_megatron
 from megatron_llamapro.checkpoint.formats.folders import LATEST
 from megatron_llamapro.config.schema import BlendEntry, LoraConfig, OptimizerConfig, ParallelConfig, RunConfig
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.testing.checkpoints import read_tensors, read_with_torch
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.training.checkpoints.resume import read_progress

@@ -26,12 +26,13 @@ from megatron_llamapro.checkpoint.tensors.streaming import (
 from megatron_llamapro.checkpoint.tensors.weight_map import Weight, weights_of
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside, read_small
+from megatron_llamapro.expansion.trainable import LORA_A, LORA_B
 from megatron_llamapro.families.hf_config import ITEMSIZES
 
 RECORD_NAME = "llamapro_lora.json"
 FORMAT_VERSION = 1
 
-_WEIGHT, _A, _B = ".weight", ".lora_a", ".lora_b"
+_WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
@@ -76,57 +77,52 @@ class AdapterRecord:
         (Path(folder) / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def is_adapter(name: str) -> bool:
-    """Whether a key of a checkpoint is an adapter's."""
-    return name.endswith((_A, _B))
-
-
 def with_adapters(
-    opened: Checkpoint, matrices: Mapping[str, MegatronTensor], states: Mapping[Path, FileState]
+    checkpoint: Checkpoint, matrices: Mapping[str, MegatronTensor], states: Mapping[Path, FileState]
 ) -> Checkpoint:
-    """An opened checkpoint with the adapters that lie beside its weights, by megatron.core's keys; `states` are those
+    """A checkpoint with the adapters that lie beside its weights, by megatron.core's keys; `states` are those
     of all its files.
 
     Raises:
         CheckpointError: an adapter without its other half, its weight or its record; one of another shape or type.
     """
-    record = AdapterRecord.read(opened.folder)
+    record = AdapterRecord.read(checkpoint.folder)
     if (record is None) is not (not matrices):
         there, lacks = (RECORD_NAME, "adapters") if record else ("adapters", RECORD_NAME)
-        raise CheckpointError(f"{opened.folder} has {there} but no {lacks}: take a complete checkpoint")
+        raise CheckpointError(f"{checkpoint.folder} has {there} but no {lacks}: take a complete checkpoint")
     if record is None:
-        return opened
+        return checkpoint
     found: dict[str, Adapter] = {}
     known = set()
-    for weight in weights_of(opened.shape):
+    for weight in weights_of(checkpoint.shape):
         stem = weight.megatron_name.removesuffix(_WEIGHT)
-        if not {stem + _A, stem + _B} & matrices.keys():
+        if not {stem + LORA_A, stem + LORA_B} & matrices.keys():
             continue
-        known |= {stem + _A, stem + _B}
-        found.update(_adapters_of(opened, weight, stem, matrices, record))
+        known |= {stem + LORA_A, stem + LORA_B}
+        found.update(_adapters_of(checkpoint, weight, stem, matrices, record))
     unknown = sorted(matrices.keys() - known)
     if unknown:
-        raise CheckpointError(f"{opened.folder} has the adapter {unknown[0][:200]}, but no such weight")
+        raise CheckpointError(f"{checkpoint.folder} has the adapter {unknown[0][:200]}, but no such weight")
     files = {piece.file for adapter in found.values() for half in (adapter.a, adapter.b) for piece in half.pieces}
-    return replace(opened, adapters=found, states={**opened.states, **{file: states[file] for file in files}})
+    return replace(checkpoint, adapters=found, states={**checkpoint.states, **{file: states[file] for file in files}})
 
 
 def _adapters_of(
-    opened: Checkpoint, weight: Weight, stem: str, matrices: Mapping[str, MegatronTensor], record: AdapterRecord
+    checkpoint: Checkpoint, weight: Weight, stem: str, matrices: Mapping[str, MegatronTensor], record: AdapterRecord
 ) -> dict[str, Adapter]:
     """Those of Hugging Face's tensors that are parts of one weight: its A, and the rows of its B that are theirs."""
     rows, columns = weight.megatron_shape
-    wanted = {stem + _A: (record.rank, columns), stem + _B: (rows, record.rank)}
+    wanted = {stem + LORA_A: (record.rank, columns), stem + LORA_B: (rows, record.rank)}
     for name, size in wanted.items():
         held = matrices.get(name)
-        if held is None or held.shape != size or held.dtype != opened.dtype:
+        if held is None or held.shape != size or held.dtype != checkpoint.dtype:
             is_now = f"is {held.dtype} {list(held.shape)}" if held else "is not there"
-            raise CheckpointError(f"{opened.folder}: {name} {is_now}; it must be {opened.dtype} {list(size)}")
-    a = StoredTensor(wanted[stem + _A], matrices[stem + _A].pieces)
+            raise CheckpointError(f"{checkpoint.folder}: {name} {is_now}; it must be {checkpoint.dtype} {list(size)}")
+    a = StoredTensor(wanted[stem + LORA_A], matrices[stem + LORA_A].pieces)
     narrow = replace(weight, hf_shapes=tuple((size[0], record.rank) for size in weight.hf_shapes))
-    parts = parts_of(narrow, matrices[stem + _B].pieces, shape=opened.shape, itemsize=opened.itemsize)
+    parts = parts_of(narrow, matrices[stem + LORA_B].pieces, shape=checkpoint.shape, itemsize=checkpoint.itemsize)
     if not all(map(is_whole, (a, *parts.values()))):
-        raise CheckpointError(f"{opened.folder}: the pieces of the adapter of {stem} overlap or leave a gap")
+        raise CheckpointError(f"{checkpoint.folder}: the pieces of the adapter of {stem} overlap or leave a gap")
     return {name: Adapter(a, b, record.scaling) for name, b in parts.items()}
 
 

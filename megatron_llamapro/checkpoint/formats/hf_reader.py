@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint, Format
 from megatron_llamapro.checkpoint.formats.folders import LATEST, TORCH_DIST_MARK
 from megatron_llamapro.checkpoint.formats.hf_foreign import FOLDERS
-from megatron_llamapro.checkpoint.formats.hf_tensors import Entry, are_same, check_tensors, named
+from megatron_llamapro.checkpoint.formats.hf_tensors import HeaderEntry, are_same, check_tensors, named
 from megatron_llamapro.checkpoint.tensors.layout import StoredTensor, whole
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, state_of, stored_hash
 from megatron_llamapro.checkpoint.tensors.weight_map import EMBEDDING, OUTPUT_LAYER, hf_shapes, is_known_extra
@@ -90,7 +90,7 @@ def _another_head(folder: Path) -> CheckpointError:
     )
 
 
-def _stored_head(folder: Path, entries: Mapping[str, Entry]) -> StoredTensor | None:
+def _stored_head(folder: Path, entries: Mapping[str, HeaderEntry]) -> StoredTensor | None:
     if _HEAD not in entries:
         return None
     if entries[_HEAD][:2] != entries[_EMBEDDING][:2]:  # type and shape
@@ -98,7 +98,7 @@ def _stored_head(folder: Path, entries: Mapping[str, Entry]) -> StoredTensor | N
     return _stored(entries[_HEAD])
 
 
-def _stored(entry: Entry) -> StoredTensor:
+def _stored(entry: HeaderEntry) -> StoredTensor:
     return whole(entry.shape, entry.path, entry.offset)
 
 
@@ -160,9 +160,9 @@ def _promised(folder: Path) -> dict[str, str]:
     return _weight_map(index) if index.is_file() and not (folder / SINGLE_FILE).is_file() else {}
 
 
-def _read_headers(paths: Iterable[Path], promised: Mapping[str, str]) -> dict[str, Entry]:
+def _read_headers(paths: Iterable[Path], promised: Mapping[str, str]) -> dict[str, HeaderEntry]:
     """Every tensor of all files; of two that are the same the one that the index names."""
-    entries: dict[str, Entry] = {}
+    entries: dict[str, HeaderEntry] = {}
     for path in paths:
         for name, entry in _read_header(path).items():
             if not name.isprintable():
@@ -178,7 +178,7 @@ def _read_headers(paths: Iterable[Path], promised: Mapping[str, str]) -> dict[st
     return entries
 
 
-def _read_header(path: Path) -> dict[str, Entry]:
+def _read_header(path: Path) -> dict[str, HeaderEntry]:
     """Every tensor of a file. The library says whether the header is sound (offsets within the file, no overlap, no
     gap); what it does not tell is where a tensor begins."""
     try:
@@ -189,7 +189,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
             header = json.loads(file.read(length))
         start = 8 + length
         entries = {
-            name: Entry(entry["dtype"], tuple(entry["shape"]), path, start + entry["data_offsets"][0])
+            name: HeaderEntry(entry["dtype"], tuple(entry["shape"]), path, start + entry["data_offsets"][0])
             for name, entry in header.items()
             if name != "__metadata__"
         }
@@ -202,7 +202,9 @@ def _read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _check_index(folder: Path, entries: Mapping[str, Entry], shape: ModelShape, promised: Mapping[str, str]) -> None:
+def _check_index(
+    folder: Path, entries: Mapping[str, HeaderEntry], shape: ModelShape, promised: Mapping[str, str]
+) -> None:
     """Every tensor that the index promises is in the shard it names, but for what can be left out."""
     for name, shard in promised.items():
         if name not in entries and is_known_extra(name, shape):

@@ -31,7 +31,7 @@ _HEAD, _EMBEDDING, _NORM = (row.hugging_face[0][0] for row in (OUTPUT_LAYER, EMB
 _MODEL = "model."
 
 
-class Entry(NamedTuple):
+class HeaderEntry(NamedTuple):
     """Where a tensor lies."""
 
     dtype: str
@@ -42,7 +42,7 @@ class Entry(NamedTuple):
     """Of its bytes in the file."""
 
 
-def named(entries: Mapping[str, Entry], shape: ModelShape) -> dict[str, Entry]:
+def named(entries: Mapping[str, HeaderEntry], shape: ModelShape) -> dict[str, HeaderEntry]:
     """The same tensors under the weight map's names, where transformers would read them as these:
 
     1. `model.` is missing before all names but the head's, or is there once too often.
@@ -55,7 +55,7 @@ def named(entries: Mapping[str, Entry], shape: ModelShape) -> dict[str, Entry]:
     return found
 
 
-def _with_one_prefix(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+def _with_one_prefix(entries: Mapping[str, HeaderEntry]) -> dict[str, HeaderEntry]:
     renamed = {**entries}
     if _NORM in entries:
         return renamed
@@ -66,7 +66,7 @@ def _with_one_prefix(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     return renamed if len(renamed) == len(entries) else {**entries}  # else two had become one
 
 
-def _split_experts(entries: Mapping[str, Entry], shape: ModelShape) -> dict[str, Entry]:
+def _split_experts(entries: Mapping[str, HeaderEntry], shape: ModelShape) -> dict[str, HeaderEntry]:
     """Each layer's `mlp.experts.gate_up_proj` [experts, 2 · feed-forward, hidden] holds w1, then w3, expert by expert;
     `mlp.experts.down_proj` [experts, hidden, feed-forward] every w2. A tensor of another shape stays what it is."""
     found = {**entries}
@@ -82,12 +82,12 @@ def _split_experts(entries: Mapping[str, Entry], shape: ModelShape) -> dict[str,
     return found
 
 
-def _rename(entries: dict[str, Entry], name: str, wanted: str) -> None:
+def _rename(entries: dict[str, HeaderEntry], name: str, wanted: str) -> None:
     if name in entries and wanted not in entries:
         entries[wanted] = entries.pop(name)
 
 
-def _split(entries: dict[str, Entry], name: str, whole: Shape, parts: list[str], part: Shape) -> None:
+def _split(entries: dict[str, HeaderEntry], name: str, whole: Shape, parts: list[str], part: Shape) -> None:
     """Replace a tensor of shape `whole` by the parts of shape `part` that lie in it one behind the other."""
     held = entries.get(name)
     if held is None or held.shape != whole or held.dtype not in _DTYPES or entries.keys() & {*parts}:
@@ -95,7 +95,7 @@ def _split(entries: dict[str, Entry], name: str, whole: Shape, parts: list[str],
     num_bytes = math.prod(part) * ITEMSIZES[_DTYPES[held.dtype]]
     del entries[name]
     for index, each in enumerate(parts):
-        entries[each] = Entry(held.dtype, part, held.path, held.offset + index * num_bytes)
+        entries[each] = HeaderEntry(held.dtype, part, held.path, held.offset + index * num_bytes)
 
 
 class Types(NamedTuple):
@@ -107,7 +107,7 @@ class Types(NamedTuple):
     """Of the tensors that are stored in another one, by name."""
 
 
-def are_same(one: Entry, other: Entry) -> bool:
+def are_same(one: HeaderEntry, other: HeaderEntry) -> bool:
     """Whether two tensors of a supported type are the same to the last bit. Reads both."""
     dtype = _DTYPES.get(one.dtype)
     if dtype is None or one[:2] != other[:2]:  # type and shape
@@ -120,7 +120,7 @@ def are_same(one: Entry, other: Entry) -> bool:
     return ours == theirs
 
 
-def check_tensors(folder: Path, entries: Mapping[str, Entry], shape: ModelShape, config: Mapping) -> Types:
+def check_tensors(folder: Path, entries: Mapping[str, HeaderEntry], shape: ModelShape, config: Mapping) -> Types:
     """Check names, shapes and types; return the types.
 
     Raises:
@@ -142,7 +142,7 @@ def check_tensors(folder: Path, entries: Mapping[str, Entry], shape: ModelShape,
     return types
 
 
-def _check(folder: Path, entries: Mapping[str, Entry], shape: ModelShape) -> Types:
+def _check(folder: Path, entries: Mapping[str, HeaderEntry], shape: ModelShape) -> Types:
     expected = hf_shapes(shape)
     missing = [name for name in expected if name not in entries]
     unknown = [name for name in entries if name not in expected and not is_known_extra(name, shape)]

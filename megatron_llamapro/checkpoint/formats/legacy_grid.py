@@ -65,7 +65,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Segment:
+class Rectangle:
     """Rows and columns of megatron.core's whole tensor (as a matrix) that lie together, row-major."""
 
     rows: Span
@@ -77,13 +77,13 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor of a rank's file."""
+class RankEntry:
+    """A tensor in a rank's file."""
 
     name: str
     shape: Shape
     weight: Weight
-    segments: tuple[Segment, ...]
+    rectangles: tuple[Rectangle, ...]
     """What it holds, in order; a padded vocabulary's last rows are none of them."""
 
 
@@ -103,7 +103,7 @@ def check_grid(grid: Grid, shape: ModelShape) -> None:
 
 def chunk_entries(
     shape: ModelShape, grid: Grid, *, stage: int, chunk: int, tensor_rank: int, spec: LayerSpec, padded_vocab_size: int
-) -> Iterator[Entry]:
+) -> Iterator[RankEntry]:
     """Every tensor of one chunk of one rank."""
     layers = grid.chunk(stage, chunk)
     is_first = stage == 0 and chunk == 0
@@ -126,7 +126,7 @@ def _local_name(weight: Weight, first_layer: int, spec: LayerSpec) -> str:
     return template.format(layer=weight.layer - first_layer)
 
 
-def _entries(weight: Weight, grid: Grid, rank: int, name: str, padded_vocab_size: int) -> Iterator[Entry]:
+def _entries(weight: Weight, grid: Grid, rank: int, name: str, padded_vocab_size: int) -> Iterator[RankEntry]:
     """One, or of experts one each, which have names of their own here."""
     if not weight.row.per_expert:
         all_rows = padded_vocab_size if weight.row.megatron in VOCABULARY_ROWS else matrix(weight.megatron_shape)[0]
@@ -141,7 +141,7 @@ def _entries(weight: Weight, grid: Grid, rank: int, name: str, padded_vocab_size
 
 def _entry(
     weight: Weight, grid: Grid, rank: int, name: str, first_row: int, parts: Sequence[Shape], all_rows: int
-) -> Entry:
+) -> RankEntry:
     """A rank's part of a matrix whose rows begin at `first_row`; `parts` are the Hugging Face tensors in it."""
     columns, size = matrix(parts[0])[1], grid.tensor_size
     held = sum(part[0] for part in parts)
@@ -157,8 +157,8 @@ def _entry(
         spans = [_share(part[0], rank, size, sum(other[0] for other in parts[:i])) for i, part in enumerate(parts)]
         num_rows = held // size
     across = (rank * width, (rank + 1) * width) if width < columns else (0, columns)
-    segments = [Segment((first_row + start, first_row + stop), across) for start, stop in spans if start < stop]
-    return Entry(name, (num_rows,) if len(parts[0]) == 1 else (num_rows, width), weight, tuple(segments))
+    rectangles = [Rectangle((first_row + start, first_row + stop), across) for start, stop in spans if start < stop]
+    return RankEntry(name, (num_rows,) if len(parts[0]) == 1 else (num_rows, width), weight, tuple(rectangles))
 
 
 def _share(count: int, rank: int, size: int, offset: int) -> Span:

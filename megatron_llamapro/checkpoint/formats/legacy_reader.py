@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint, Format
 from megatron_llamapro.checkpoint.formats.folders import LATEST, RELEASE, iteration_folder
-from megatron_llamapro.checkpoint.formats.legacy_grid import Entry, Grid, LayerSpec, check_grid, chunk_entries
+from megatron_llamapro.checkpoint.formats.legacy_grid import Grid, LayerSpec, RankEntry, check_grid, chunk_entries
 from megatron_llamapro.checkpoint.formats.legacy_writer import RANK_FILE, Copies, copy_of, pieces_of
 from megatron_llamapro.checkpoint.formats.megatron_args import MEGATRON_GLOBALS, check_args
 from megatron_llamapro.checkpoint.formats.megatron_tensors import MegatronTensor, open_megatron
@@ -61,9 +61,9 @@ def open_legacy(folder: Path) -> Checkpoint:
     files = {rank: (path, _chunks(path, held[rank])) for rank, path in paths.items()}
     for state in held.values():
         check_args(state.get("args"), model.shape, where=ranks)
-    opened = _Opened(ranks, files, model.shape)
-    checkpoint = open_megatron(folder, Format.LEGACY, model, opened.tensors(), states=states)
-    return replace(checkpoint, division=str(opened.grid), stage_layers=opened.grid.stage_layers)
+    rank_files = _RankFiles(ranks, files, model.shape)
+    checkpoint = open_megatron(folder, Format.LEGACY, model, rank_files.tensors(), states=states)
+    return replace(checkpoint, division=str(rank_files.grid), stage_layers=rank_files.grid.stage_layers)
 
 
 def _rank(path: Path) -> tuple[int, int]:
@@ -106,7 +106,7 @@ def _is_state_dict(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
-class _Opened:
+class _RankFiles:
     """The files of all ranks, and the division that they are of."""
 
     def __init__(self, folder: Path, files: Mapping[_RankKey, tuple[Path, list[dict]]], shape: ModelShape) -> None:
@@ -152,7 +152,7 @@ class _Opened:
             for name, copies in pieces.items()
         }
 
-    def _entries(self, rank: tuple[int, int], chunk: int) -> Iterator[Entry]:
+    def _entries(self, rank: tuple[int, int], chunk: int) -> Iterator[RankEntry]:
         place = {"stage": rank[1], "chunk": chunk, "tensor_rank": rank[0], "spec": self._spec}
         return chunk_entries(self._shape, self.grid, padded_vocab_size=self._padded_vocab_size, **place)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_llamapro.checkpoint.formats.folders import LATEST, RELEASE
-from megatron_llamapro.checkpoint.formats.legacy_grid import Entry, Grid, LayerSpec, check_grid, chunk_entries
+from megatron_llamapro.checkpoint.formats.legacy_grid import Grid, LayerSpec, RankEntry, check_grid, chunk_entries
 from megatron_llamapro.checkpoint.formats.pickles import instance
 from megatron_llamapro.checkpoint.formats.torch_archive import archive_layout, tensor_call
 from megatron_llamapro.checkpoint.tensors.layout import Piece, StoredTensor, TargetFile, TargetLayout, parts_of
@@ -19,7 +19,7 @@ from megatron_llamapro.checkpoint.tensors.weight_map import OUTPUT_LAYER, Shardi
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.stages import even_stage_layers
 from megatron_llamapro.families.hf_config import ITEMSIZES
-from megatron_llamapro.families.shape import ModelShape
+from megatron_llamapro.families.shape import ModelShape, padded_vocab_size
 
 RANK_FILE = "model_optim_rng.pt"
 
@@ -64,13 +64,16 @@ class LegacyTarget:
         return grid
 
     def padded_vocab_size(self, shape: ModelShape) -> int:
-        """Rows of embedding and head over all ranks, as Megatron-LM pads them."""
-        multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
-        return -(-shape.vocab_size // multiple) * multiple
+        """Rows of embedding and head over all ranks."""
+        return padded_vocab_size(
+            shape.vocab_size,
+            divisible_by=self.make_vocab_size_divisible_by,
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+        )
 
 
 @dataclass(frozen=True)
-class _Divided:
+class _DividedModel:
     """A model, divided: what all ranks' files have in common."""
 
     shape: ModelShape
@@ -90,7 +93,7 @@ def legacy_layout(folder: Path, shape: ModelShape, dtype: str, *, target: Legacy
         CheckpointError: the model cannot be divided so.
     """
     grid = target.grid(shape)
-    divided = _Divided(shape, dtype, target, grid)
+    divided = _DividedModel(shape, dtype, target, grid)
     files: list[TargetFile] = []
     pieces: Copies = {}
     for stage in range(grid.pipeline_size):
@@ -109,7 +112,7 @@ def _rank_folder(grid: Grid, tensor_rank: int, stage: int) -> str:
     return f"mp_rank_{tensor_rank:02d}" + (f"_{stage:03d}" if grid.pipeline_size > 1 else "")
 
 
-def _rank_file(path: Path, divided: _Divided, stage: int, rank: int, pieces: Copies) -> TargetFile:
+def _rank_file(path: Path, divided: _DividedModel, stage: int, rank: int, pieces: Copies) -> TargetFile:
     """A rank's file; where its tensors go is added to `pieces`."""
     shape, target, itemsize = divided.shape, divided.target, divided.itemsize
     state: dict[str, object] = {
@@ -118,7 +121,7 @@ def _rank_file(path: Path, divided: _Divided, stage: int, rank: int, pieces: Cop
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
     }
-    entries: list[Entry] = []
+    entries: list[RankEntry] = []
     for chunk, key in enumerate(_model_keys(divided.grid)):
         place = {"stage": stage, "chunk": chunk, "tensor_rank": rank, "spec": target.layer_spec}
         found = list(chunk_entries(shape, divided.grid, padded_vocab_size=target.padded_vocab_size(shape), **place))
@@ -139,17 +142,17 @@ Copies = dict[str, dict[tuple[bool, int], list[Piece]]]
 """Weight → copies of it → pieces of a copy."""
 
 
-def copy_of(entry: Entry, rank: int) -> tuple[bool, int]:
+def copy_of(entry: RankEntry, rank: int) -> tuple[bool, int]:
     """Which copy of its weight a tensor is of: tensor-parallel ranks hold a norm each, and the last stage has a tied
     embedding once more."""
     is_replicated = entry.weight.row.sharding is Sharding.REPLICATED
     return entry.name == OUTPUT_LAYER.megatron, rank if is_replicated else 0
 
 
-def pieces_of(entry: Entry, path: Path, offset: int, itemsize: int) -> Iterator[Piece]:
-    for segment in entry.segments:
-        yield Piece(segment.rows, segment.columns, path, offset)
-        offset += segment.num_elements * itemsize
+def pieces_of(entry: RankEntry, path: Path, offset: int, itemsize: int) -> Iterator[Piece]:
+    for rectangle in entry.rectangles:
+        yield Piece(rectangle.rows, rectangle.columns, path, offset)
+        offset += rectangle.num_elements * itemsize
 
 
 def _args(shape: ModelShape, target: LegacyTarget) -> object:

@@ -26,7 +26,7 @@ _STACKED = re.compile(r"(decoder\.layers\.)(?!\d+\.)(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Part:
+class SavedPart:
     """A part of a tensor: row-major in `path` from byte `offset` on."""
 
     start: Shape
@@ -44,7 +44,7 @@ class DividedTensor:
     shape: Shape
     dtype: str
     """Of `ITEMSIZES`."""
-    parts: tuple[Part, ...]
+    parts: tuple[SavedPart, ...]
 
     def pieces(self) -> Iterator[Piece]:
         """Its parts as pieces of the tensor as a matrix, all dimensions but the last its rows."""
@@ -79,7 +79,7 @@ def unstacked(tensors: Mapping[str, DividedTensor], *, num_layers: int, where: P
 
 
 def _layers(tensor: DividedTensor) -> list[DividedTensor]:
-    parts: list[list[Part]] = [[] for _ in range(tensor.shape[0])]
+    parts: list[list[SavedPart]] = [[] for _ in range(tensor.shape[0])]
     for part in tensor.parts:
         start, shape = part.start[1:], part.shape[1:]
         step = math.prod(shape) * ITEMSIZES[tensor.dtype]
@@ -89,7 +89,7 @@ def _layers(tensor: DividedTensor) -> list[DividedTensor]:
     return [DividedTensor(tensor.shape[1:], tensor.dtype, tuple(held)) for held in parts]
 
 
-def _pieces(tensor: DividedTensor, part: Part) -> Iterator[Piece]:
+def _pieces(tensor: DividedTensor, part: SavedPart) -> Iterator[Piece]:
     """One, or of experts one each."""
     leading = [range(start, start + size) for start, size in zip(part.start[:-2], part.shape[:-2], strict=True)]
     start, shape = part.start[-2:], part.shape[-2:]

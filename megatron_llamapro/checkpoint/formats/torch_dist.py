@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_llamapro.checkpoint.formats.adapters import is_adapter, with_adapters
+from megatron_llamapro.checkpoint.formats.adapters import with_adapters
 from megatron_llamapro.checkpoint.formats.checkpoint import BasePart, Checkpoint, Format
 from megatron_llamapro.checkpoint.formats.delta import DELTA_NAME, Delta
 from megatron_llamapro.checkpoint.formats.folders import INDEX_NAME, TORCH_DIST_MARK
@@ -23,7 +23,7 @@ from megatron_llamapro.checkpoint.formats.megatron_args import check_common_stat
 from megatron_llamapro.checkpoint.formats.megatron_tensors import (
     DividedTensor,
     MegatronTensor,
-    Part,
+    SavedPart,
     is_stacked,
     matrix,
     open_megatron,
@@ -44,6 +44,7 @@ from megatron_llamapro.checkpoint.tensors.streaming import allow_many_open_files
 from megatron_llamapro.checkpoint.tensors.weight_map import Weight, frozen_names, weights_of
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside
+from megatron_llamapro.expansion.trainable import is_adapter
 from megatron_llamapro.families.hf_config import ITEMSIZES, read_hf_model
 from megatron_llamapro.families.shape import ModelShape
 
@@ -111,9 +112,9 @@ def open_torch_dist(folder: Path) -> Checkpoint:
     divided = unstacked(located, num_layers=model.shape.num_layers, where=folder)
     tensors = {name: MegatronTensor(held.shape, held.dtype, tuple(held.pieces())) for name, held in divided.items()}
     matrices = {name: tensors.pop(name) for name in [*tensors] if is_adapter(name)}
-    opened = open_megatron(folder, Format.TORCH_DIST, model, tensors, states=states)
-    opened = with_adapters(opened, matrices, states)
-    return replace(opened, base=_base_part(opened, base, delta)) if delta and base else opened
+    checkpoint = open_megatron(folder, Format.TORCH_DIST, model, tensors, states=states)
+    checkpoint = with_adapters(checkpoint, matrices, states)
+    return replace(checkpoint, base=_base_part(checkpoint, base, delta)) if delta and base else checkpoint
 
 
 def _indexed_weights(folder: Path) -> dict[str, IndexedTensor]:
@@ -139,11 +140,11 @@ def _taken_from(base: Path, delta: Delta, shape: ModelShape) -> dict[str, Indexe
     return {name: held for name, held in _indexed_weights(base).items() if name not in names | trained}
 
 
-def _base_part(opened: Checkpoint, base: Path, delta: Delta) -> BasePart:
-    names = set(frozen_names(opened.shape, delta.trained))
+def _base_part(checkpoint: Checkpoint, base: Path, delta: Delta) -> BasePart:
+    names = set(frozen_names(checkpoint.shape, delta.trained))
     differing = sorted(names ^ delta.base_hashes.keys())
     if differing:
-        raise CheckpointError(f"{opened.folder / DELTA_NAME} is damaged: it has no hash of {differing[0][:200]}")
+        raise CheckpointError(f"{checkpoint.folder / DELTA_NAME} is damaged: it has no hash of {differing[0][:200]}")
     return BasePart(base, delta)
 
 
@@ -182,14 +183,14 @@ def _check_types(tensors: Mapping[str, IndexedTensor], *, where: Path) -> None:
 
 
 def _located(name: str, tensor: IndexedTensor, files: _SectionFiles) -> DividedTensor:
-    parts: list[Part] = []
+    parts: list[SavedPart] = []
     for section in tensor.sections:
         if 0 in section.shape:
             continue
         stored = files.tensor(name, section)
         if stored.dtype != tensor.dtype or stored.shape != section.shape:
             raise CheckpointError(f"{section.path}: {name} is not the tensor that the index promises")
-        parts.append(Part(section.start, section.shape, section.path, stored.offset))
+        parts.append(SavedPart(section.start, section.shape, section.path, stored.offset))
     return DividedTensor(tensor.shape, tensor.dtype, tuple(parts))
 
 
@@ -254,7 +255,7 @@ def torch_dist_layout(
 
     The same model gives the same bytes.
     """
-    files = _Files(folder, max_file_bytes)
+    files = _NewFiles(folder, max_file_bytes)
     tensors: dict[str, tuple[StoredTensor, ...]] = {}
     indexed: dict[str, IndexedTensor] = {}
     objects: dict[str, Section] = {}
@@ -294,7 +295,7 @@ def _whole_file(archive: ArchiveLayout) -> bytes:
     return bytes(data)
 
 
-class _Files:
+class _NewFiles:
     """Sections, one behind the other, a new file begun where one is full."""
 
     def __init__(self, folder: Path, max_file_bytes: int) -> None:

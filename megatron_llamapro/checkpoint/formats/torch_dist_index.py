@@ -90,7 +90,7 @@ def read_index(folder: Path) -> dict[str, IndexedTensor]:
             for index, stored in metadata.field("storage_data").items()  # type: ignore[attr-defined]
             if index.state.get("offset") is not None  # objects that are no tensors have none
         }
-        files = _Files(folder)
+        files = _FolderFiles(folder)
         return {
             name: _tensor(name, entry, places, files)
             for name, entry in metadata.field("state_dict_metadata").items()  # type: ignore[attr-defined]
@@ -115,7 +115,7 @@ def _unpickle(folder: Path) -> Record:
     return index
 
 
-class _Files:
+class _FolderFiles:
     """The folder's files, each looked at once."""
 
     def __init__(self, folder: Path) -> None:
@@ -135,7 +135,7 @@ class _Files:
         return self._sizes[name]
 
 
-def _tensor(name: str, entry: Record, places: dict[tuple[str, Shape], Record], files: _Files) -> IndexedTensor:
+def _tensor(name: str, entry: Record, places: dict[tuple[str, Shape], Record], files: _FolderFiles) -> IndexedTensor:
     dtype = entry.field("properties").state[0]  # type: ignore[attr-defined]
     dtype = dtype.path.removeprefix("torch.") if isinstance(dtype, type) and issubclass(dtype, Record) else None
     if dtype not in _DTYPES:
@@ -154,7 +154,7 @@ def _tensor(name: str, entry: Record, places: dict[tuple[str, Shape], Record], f
     return IndexedTensor(shape, dtype, sections)
 
 
-def _section(name: str, chunk: Record, places: dict[tuple[str, Shape], Record], files: _Files) -> Section:
+def _section(name: str, chunk: Record, places: dict[tuple[str, Shape], Record], files: _FolderFiles) -> Section:
     start, shape = _shape(chunk.field("offsets")), _shape(chunk.field("sizes"))
     stored = places[name, start]
     file, offset, num_bytes = _file_name(stored.field("relative_path")), stored.field("offset"), stored.field("length")

@@ -18,7 +18,7 @@ from megatron_llamapro.checkpoint.lineage import Origins, after_rounds, is_zeroe
 from megatron_llamapro.checkpoint.tensors.computed import NormalRows, cast_along
 from megatron_llamapro.checkpoint.tensors.streaming import Progress, Rows, SourceFiles, hash_rows, nothing
 from megatron_llamapro.checkpoint.tensors.weight_map import hf_name_in_layer, iter_hf, weights_of
-from megatron_llamapro.expansion.inits import Init
+from megatron_llamapro.expansion.round import Init
 
 
 class BlockState(Enum):

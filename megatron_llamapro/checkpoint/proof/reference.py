@@ -18,7 +18,7 @@ from megatron_llamapro.families.shape import ModelShape
 ReadWeight = Callable[[str], torch.Tensor]
 """A block's weight by its name in the block."""
 
-Linear = Callable[[torch.Tensor, str], torch.Tensor]
+ApplyLinear = Callable[[torch.Tensor, str], torch.Tensor]
 """A block's linear, with its bias if it has one, by its name in the block."""
 
 _HEAD_ROWS = 8192  # entries of the vocabulary that are turned to float32 at once
@@ -91,7 +91,7 @@ def _attention(
     return attended.transpose(1, 2).flatten(2)
 
 
-def _feed_forward(normed: torch.Tensor, linear: Linear) -> torch.Tensor:
+def _feed_forward(normed: torch.Tensor, linear: ApplyLinear) -> torch.Tensor:
     inner = functional.silu(linear(normed, "mlp.gate_proj")) * linear(normed, "mlp.up_proj")
     return linear(inner, "mlp.down_proj")
 

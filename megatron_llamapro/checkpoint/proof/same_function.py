@@ -37,7 +37,7 @@ class Check:
         return f"{'ok  ' if self.ok else 'FAIL'} {self.name}: {self.text}"
 
 
-class Watched(OpenTensors):
+class CastTensors(OpenTensors):
     """Tensors of a model, cast to each of `types` in turn, that report every byte that is read of them."""
 
     def __init__(self, checkpoint: Checkpoint, files: SourceFiles, types: Sequence[str], progress: Progress) -> None:
@@ -64,7 +64,7 @@ def _with_short_window(config: Mapping) -> dict:
     return {**{name: value for name, value in config.items() if name != MANIFEST_KEY}, **shorter}
 
 
-def check_function(source: Watched, result: Watched) -> Check:
+def check_function(source: CastTensors, result: CastTensors) -> Check:
     """Logits of both models on the same random tokens, each computed from its own weights, block by block."""
     import torch
 
@@ -101,7 +101,9 @@ def _told(config: Mapping) -> Mapping:
     return spelled_for_all(config) if (version() or "").startswith("4.") else config
 
 
-def _against_transformers(source: Watched, result: Watched, tokens: torch.Tensor, ours: torch.Tensor) -> str | None:
+def _against_transformers(
+    source: CastTensors, result: CastTensors, tokens: torch.Tensor, ours: torch.Tensor
+) -> str | None:
     """What transformers computes otherwise; None where nothing. Errors as `their_model`."""
     import torch
 

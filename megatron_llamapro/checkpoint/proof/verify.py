@@ -19,7 +19,7 @@ from megatron_llamapro.checkpoint.formats.hf_reader import check_stored_head
 from megatron_llamapro.checkpoint.formats.open import open_checkpoint
 from megatron_llamapro.checkpoint.lineage import name_now, original_name
 from megatron_llamapro.checkpoint.proof.added_blocks import AddedBlocks, BlockReport, BlockState
-from megatron_llamapro.checkpoint.proof.same_function import Check, Watched, check_function
+from megatron_llamapro.checkpoint.proof.same_function import CastTensors, Check, check_function
 from megatron_llamapro.checkpoint.tensors.computed import cast_along
 from megatron_llamapro.checkpoint.tensors.streaming import Progress, SourceFiles, hash_rows, nothing
 from megatron_llamapro.checkpoint.tensors.transfer import default_workers
@@ -78,7 +78,7 @@ def verify(
         may_differ = trained is Trained.ADDED_BLOCKS and kept.moved(kept.earlier)
         if not quick and not may_differ and not any(block.state is BlockState.TRAINED for block in blocks):
             yield check_function(
-                Watched(source, files, kept.types, progress), Watched(result, files, (result.dtype,), progress)
+                CastTensors(source, files, kept.types, progress), CastTensors(result, files, (result.dtype,), progress)
             )
 
 
@@ -116,7 +116,7 @@ def _differing_fields(before: ModelShape, after: ModelShape) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _SharedTensors:
     """Tensors that `source` and `result` both have."""
 
     source: Checkpoint
@@ -154,15 +154,15 @@ def _kept(
     files: SourceFiles,
     pool: ThreadPoolExecutor,
     progress: Progress,
-) -> _Kept:
+) -> _SharedTensors:
     """What of `source` is in `result`, whose hashes are `actual`.
 
     Where the manifest tells of a cast to a narrower type, the source may be from before it, or from after it (trained
     since, in a wider type, and expanded again). The way that leaves fewer tensors that differ is taken.
     """
 
-    def after(*types: str) -> _Kept:
-        return _Kept(source, result, types, _hashes(source, types, files, pool, progress), actual)
+    def after(*types: str) -> _SharedTensors:
+        return _SharedTensors(source, result, types, _hashes(source, types, files, pool, progress), actual)
 
     assert result.manifest is not None
     casts = result.manifest.casts
@@ -178,7 +178,7 @@ def _types(checkpoint: Checkpoint) -> list[str]:
     return sorted({checkpoint.dtype, *checkpoint.other_dtypes.values()})
 
 
-def _check_originals(kept: _Kept) -> Check:
+def _check_originals(kept: _SharedTensors) -> Check:
     """Tensors of the first source model are the original's, bit for bit."""
     types, number = _types(kept.source), len(kept.originals)
     casts = f", after the cast from {' and '.join(types)} to {', then to '.join(kept.types)}"
@@ -188,7 +188,7 @@ def _check_originals(kept: _Kept) -> Check:
 
 
 def _hashes_as_noted(
-    kept: _Kept, files: SourceFiles, pool: ThreadPoolExecutor, progress: Progress
+    kept: _SharedTensors, files: SourceFiles, pool: ThreadPoolExecutor, progress: Progress
 ) -> Mapping[str, str] | None:
     """Hashes of the original tensors, by their names in `source`, in the type that the manifest noted them in: those
     of `result`, or of `source` where `result` was cast since; None where that has other values in that type."""
@@ -202,7 +202,7 @@ def _hashes_as_noted(
     return None
 
 
-def _check_manifest(kept: _Kept, hashes: Mapping[str, str] | None) -> Check:
+def _check_manifest(kept: _SharedTensors, hashes: Mapping[str, str] | None) -> Check:
     """Tensors of the first source model have the hashes that the manifest noted when they were first converted."""
     source, manifest, number = kept.source, kept.result.manifest, len(kept.originals)
     assert manifest is not None
@@ -231,7 +231,7 @@ def _check_base(result: Checkpoint, hashes: Mapping[str, str], files: SourceFile
     return _check_none(differing, "base", problem, f"{len(expected)} {where} are those that were trained with")
 
 
-def _check_earlier(kept: _Kept, trained: Trained) -> Check:
+def _check_earlier(kept: _SharedTensors, trained: Trained) -> Check:
     """Blocks that the original already had from rounds before are its own, unless they may have been trained since."""
     moved, number = kept.moved(kept.earlier), len(kept.earlier)
     if moved and trained is Trained.ADDED_BLOCKS:

@@ -37,7 +37,7 @@ BATCH_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
-class Job:
+class TensorJob:
     """A tensor to write."""
 
     name: str
@@ -146,7 +146,7 @@ def are_complete(files: Iterable[TargetFile]) -> bool:
 
 
 def transfer(
-    jobs: Sequence[Job],
+    jobs: Sequence[TensorJob],
     files: Sequence[TargetFile],
     journal: Journal,
     *,
@@ -166,9 +166,9 @@ def transfer(
         return sum(_run_all([partial(worker.write, batch) for batch in _batches(jobs)], num_workers))
 
 
-def _batches(jobs: Iterable[Job]) -> Iterator[list[Job]]:
+def _batches(jobs: Iterable[TensorJob]) -> Iterator[list[TensorJob]]:
     """Neighbours, about `BATCH_BYTES` together."""
-    batch: list[Job] = []
+    batch: list[TensorJob] = []
     held = 0
     for job in jobs:
         batch.append(job)
@@ -187,7 +187,7 @@ class _Worker:
         self._target, self._journal = target, journal
         self._itemsize, self._progress = itemsize, progress
 
-    def write(self, batch: Sequence[Job]) -> int:
+    def write(self, batch: Sequence[TensorJob]) -> int:
         """Returns how many bytes were there already."""
         todo = [job for job in batch if not self._is_done(job)]
         hashes = {job.name: self._write(job) for job in todo}
@@ -198,14 +198,14 @@ class _Worker:
         self._journal.note(hashes)
         return sum(job.num_bytes for job in batch if job.name not in hashes)
 
-    def _is_done(self, job: Job) -> bool:
+    def _is_done(self, job: TensorJob) -> bool:
         noted = self._journal.hashes.get(job.name)
         if noted is None or any(stored_hash(copy, self._target, self._itemsize) != noted for copy in job.copies):
             return False
         self._progress(job.num_bytes)
         return True
 
-    def _write(self, job: Job) -> str:
+    def _write(self, job: TensorJob) -> str:
         def put(start: int, rows: numpy.ndarray) -> None:
             for copy in job.copies:
                 self._target.put(copy, start, rows, self._itemsize)

@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_llamapro.checkpoint.carried import carry_files
 from megatron_llamapro.checkpoint.convert import megatron_to_megatron
 from megatron_llamapro.checkpoint.formats.delta import BASE, Delta
 from megatron_llamapro.checkpoint.formats.folders import INDEX_NAME, TORCH_DIST_MARK
 from megatron_llamapro.checkpoint.formats.torch_dist import COMMON_STATE, is_training_state, open_torch_dist
 from megatron_llamapro.checkpoint.formats.torch_dist_index import read_index
+from megatron_llamapro.checkpoint.side_files import copy_side_files
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, stored_hash
 from megatron_llamapro.checkpoint.tensors.weight_map import frozen_names
 from megatron_llamapro.config.errors import CheckpointError
@@ -133,7 +133,7 @@ def make_base(source: Path, base: Path) -> None:
         megatron_to_megatron(source, base, merge_adapters=False)  # the weights alone
         return
     with staged(base, overwrite=False, sources=(source,)) as draft:
-        carry_files(source, draft)
+        copy_side_files(source, draft)
         for name in (CONFIG_NAME, MANIFEST_NAME, COMMON_STATE, INDEX_NAME, TORCH_DIST_MARK):
             shutil.copyfile(_inside(source, name), draft / name)
         for path in sorted(source.glob("*.distcp")):

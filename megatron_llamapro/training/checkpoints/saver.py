@@ -19,9 +19,9 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
-from megatron_llamapro.checkpoint.carried import carry_files
 from megatron_llamapro.checkpoint.formats.adapters import AdapterRecord
 from megatron_llamapro.checkpoint.formats.folders import LATEST, iteration_folder
+from megatron_llamapro.checkpoint.side_files import copy_side_files
 from megatron_llamapro.config.errors import LlamaProError, RunError
 from megatron_llamapro.config.io import dump_yaml
 from megatron_llamapro.config.staging import sync, sync_tree
@@ -164,7 +164,7 @@ class Saver:
 
     def _write_small_files(self, draft: Path) -> None:
         """What makes the folder a checkpoint for every tool; the tensors' files are there."""
-        carry_files(self._origin, draft)
+        copy_side_files(self._origin, draft)
         for name in (CONFIG_NAME, MANIFEST_NAME):
             shutil.copyfile(self._origin / name, draft / name)
         if self._delta is not None:

@@ -20,7 +20,7 @@ from megatron_llamapro.checkpoint.inspection import inspect
 from megatron_llamapro.checkpoint.proof.verify import verify
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.staging import staged
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 
 Tiny = Callable[..., Path]
 
@@ -239,7 +239,7 @@ def progress(num_bytes):
     if written > int(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)
 from megatron_llamapro.checkpoint.convert import Options
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 convert(Path(sys.argv[1]), Path(sys.argv[2]), expansion=Expansion.at(4), options=Options(progress=progress))
 """
 
@@ -266,7 +266,7 @@ import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 from megatron_llamapro.config.command import run_command
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 convert = {"hf": expand_hf, "megatron": hf_to_megatron}[sys.argv[3]]
 run_command(lambda: convert(Path(sys.argv[1]), Path(sys.argv[2]), expansion=Expansion.at(4)) and 0)
 """

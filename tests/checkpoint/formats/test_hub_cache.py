@@ -22,7 +22,7 @@ from megatron_llamapro.checkpoint.inspection import inspect
 from megatron_llamapro.checkpoint.proof.verify import verify
 from megatron_llamapro.config.errors import CheckpointError, LlamaProError
 from megatron_llamapro.data.tokenizer import load_tokenizer
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 
 Tiny = Callable[..., Path]
 REVISION = "0123456789abcdef0123456789abcdef01234567"

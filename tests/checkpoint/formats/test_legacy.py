@@ -14,7 +14,7 @@ from megatron_llamapro.checkpoint.convert import hf_to_megatron, legacy, megatro
 from megatron_llamapro.checkpoint.formats.open import open_checkpoint
 from megatron_llamapro.checkpoint.proof.verify import verify
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.testing.checkpoints import read_tensors
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_llamapro.checkpoint.convert import hf_to_megatron, megatron_to_hf, megatron_to_megatron
-from megatron_llamapro.checkpoint.formats.megatron_tensors import DividedTensor, Part, is_stacked, unstacked
+from megatron_llamapro.checkpoint.formats.megatron_tensors import DividedTensor, SavedPart, is_stacked, unstacked
 from megatron_llamapro.checkpoint.formats.torch_dist import check_loadable
 from megatron_llamapro.checkpoint.formats.torch_dist_index import read_index
 from megatron_llamapro.checkpoint.inspection import inspect
@@ -26,7 +26,7 @@ from megatron_llamapro.checkpoint.proof.verify import verify
 from megatron_llamapro.checkpoint.tensors.layout import StoredTensor
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, read_whole
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.testing.checkpoints import edit_dist_index, read_tensors, stack_layers
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
@@ -236,7 +236,7 @@ def test_a_stack_cut_anyhow(tmp_path_factory: pytest.TempPathFactory, data: st.D
     parts, stored = [], b""
     for spans in itertools.product(*(data.draw(cuts(size)) for size in shape)):
         values = whole[tuple(slice(*span) for span in spans)]
-        parts.append(Part(tuple(start for start, _ in spans), values.shape, file, len(stored)))
+        parts.append(SavedPart(tuple(start for start, _ in spans), values.shape, file, len(stored)))
         stored += values.tobytes()
     file.write_bytes(stored)
     stack = {"decoder.layers.a.b": DividedTensor(shape, "float32", tuple(parts))}

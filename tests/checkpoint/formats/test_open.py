@@ -142,7 +142,7 @@ import resource, sys
 from pathlib import Path
 from megatron_llamapro.checkpoint.convert import expand_hf, megatron_to_hf
 from megatron_llamapro.config.command import run_command
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
 source, target = map(Path, sys.argv[2:])
 if sys.argv[1] == "hf":

@@ -136,7 +136,7 @@ from pathlib import Path
 from megatron_llamapro.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_llamapro.checkpoint.proof.verify import verify
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 hf_to_megatron(source, target / "megatron", expansion=Expansion.at(4))
 megatron_to_hf(target / "megatron", target / "back")
 assert all(check.ok for check in verify(source, target / "megatron", quick=True))

@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron
 from megatron_llamapro.checkpoint.formats.open import OpenTensors, open_checkpoint
-from megatron_llamapro.checkpoint.proof.same_function import Watched
+from megatron_llamapro.checkpoint.proof.same_function import CastTensors
 from megatron_llamapro.checkpoint.proof.transformers_model import TheirModel, their_model
 from megatron_llamapro.checkpoint.proof.verify import Check, verify
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, nothing
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.families import hf_config as families
 from megatron_llamapro.families.rotary import Rope
 from megatron_llamapro.families.shape import RopeScaling
@@ -161,9 +161,9 @@ def test_a_window_that_is_absent_is_shortened_where_the_family_has_one(
     path.write_text(json.dumps(config))
     default = getattr(AutoConfig.for_model(model_type, **switch), "sliding_window", None)
     with SourceFiles() as files:
-        watched = Watched(open_checkpoint(source), files, ("float32",), nothing)
-        assert watched.config == config | ({"sliding_window": 8} if default else {})
-        found = their_model(watched.config, watched, TOKENS).logits
+        tensors = CastTensors(open_checkpoint(source), files, ("float32",), nothing)
+        assert tensors.config == config | ({"sliding_window": 8} if default else {})
+        found = their_model(tensors.config, tensors, TOKENS).logits
     with torch.no_grad():
         whole = AutoModelForCausalLM.from_pretrained(source)(TOKENS, use_cache=False).logits
     assert default or torch.allclose(found, whole, rtol=1e-5, atol=1e-5)

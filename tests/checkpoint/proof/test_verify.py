@@ -16,8 +16,8 @@ from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, mega
 from megatron_llamapro.checkpoint.formats.open import open_checkpoint
 from megatron_llamapro.checkpoint.proof.verify import Check, verify
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.inits import Expansion, Init
 from megatron_llamapro.expansion.plan import Trained
+from megatron_llamapro.expansion.round import Expansion, Init
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
 Tiny = Callable[..., Path]

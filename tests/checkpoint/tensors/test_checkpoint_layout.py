@@ -14,7 +14,7 @@ from megatron_llamapro.checkpoint.tensors.layout import Piece, StoredTensor, is_
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, StoredRows, hash_rows, read_whole, stored_hash
 from megatron_llamapro.checkpoint.tensors.weight_map import weights_of
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.testing.shapes import tiny_shape
+from megatron_llamapro.testing.tiny_models import tiny_shape
 
 SHAPE = tiny_shape(num_layers=1)
 PATH = Path("file")

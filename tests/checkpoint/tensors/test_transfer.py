@@ -30,7 +30,7 @@ from megatron_llamapro.checkpoint.proof.verify import verify
 from megatron_llamapro.checkpoint.tensors.layout import StoredTensor
 from megatron_llamapro.checkpoint.tensors.transfer import Journal, TargetFiles
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.families.hf_config import model_shape
 
 Tiny = Callable[..., Path]
@@ -39,8 +39,9 @@ Tiny = Callable[..., Path]
 CONVERT = """
 import sys, time
 from pathlib import Path
-from megatron_llamapro.checkpoint import convert, transfer
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.checkpoint import convert
+from megatron_llamapro.checkpoint.tensors import transfer
+from megatron_llamapro.expansion.round import Expansion
 transfer.BATCH_BYTES = 20_000
 kind, source, target, workers = sys.argv[1:5]
 function = {"hf": convert.expand_hf, "megatron": convert.hf_to_megatron}[kind]
@@ -257,7 +258,7 @@ def test_cut_while_the_disk_catches_up_nothing_is_done_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("megatron_llamapro.checkpoint.formats.folders.sync_tree", interrupt)
+        patch.setattr("megatron_llamapro.config.staging.sync_tree", interrupt)
         hf_to_megatron(tiny_llama(), tmp_path / "it")
     done = hf_to_megatron(tiny_llama(), tmp_path / "it", options=Options(resume=True))
     assert done.num_resumed_bytes == done.num_bytes
@@ -407,7 +408,7 @@ CONVERT_AND_MEASURE = """
 import sys
 from pathlib import Path
 from megatron_llamapro.checkpoint.convert import Options, hf_to_megatron, megatron_to_hf
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 hf_to_megatron(Path(sys.argv[1]), Path(sys.argv[2]), expansion=Expansion.at(1), options=Options(num_workers=2))
 megatron_to_hf(Path(sys.argv[2]), Path(sys.argv[3]), options=Options(num_workers=2))
 print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1])

@@ -17,7 +17,7 @@ from megatron_llamapro.checkpoint.tensors.weight_map import (
     weights_of,
 )
 from megatron_llamapro.families.shape import ModelShape
-from megatron_llamapro.testing.shapes import tiny_shape
+from megatron_llamapro.testing.tiny_models import tiny_shape
 
 
 @st.composite

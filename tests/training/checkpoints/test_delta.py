@@ -18,7 +18,7 @@ from megatron_llamapro.checkpoint.inspection import inspect
 from megatron_llamapro.checkpoint.proof.verify import verify
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.testing.checkpoints import read_tensors, read_with_torch
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES

@@ -11,29 +11,29 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.families import refused
+from megatron_llamapro.families import refusals
 from megatron_llamapro.families.hf_config import FAMILIES, family_of
-from megatron_llamapro.families.refused import REFUSED
+from megatron_llamapro.families.refusals import REFUSED
 
 MODELS = Path(transformers.__file__).parent / "models"
 
 # What a reason is told by in the source of a model: a pattern that is there, or with "not " before it one that is not.
 EVIDENCE: Mapping[str, str] = {
-    refused.BIASES: r"nn\.LayerNorm\(|LayerNorm\(.*eps=.*\)|nn\.LayerNorm\)",
-    refused.SIDE_BY_SIDE: r"\+ (hidden_states_mlp|mlp_output|attention_output)|parallel_attn",
-    refused.NORM_BEHIND: r"post_feedforward_layernorm|post_mlp_layernorm",
-    refused.SCALED: r"residual_multiplier|scale_emb",
-    refused.OTHER_EXPERTS: r"experts",
-    refused.FUSED: r"qkv_proj|Wqkv|gate_up_proj",
-    refused.OTHER_BLOCKS: r"(?i)mamba|linear_attn|conv1d|mlstm|rglru|time_decay|lightning|shortconv",
-    refused.PLUS_ONE: r"1\.0 \+ self\.weight",
-    refused.UNGATED: r"not self\.gate_proj\b",
-    refused.LATENT: r"kv_a_proj",
-    refused.INTERLEAVED: r"\[\.\.\., 0::2\]",
-    refused.INNER_NORMS: r"attn_sub_norm|query_layernorm",
-    refused.SINKS: r"sinks",
-    refused.SOME_WINDOWS: r"layer_types\[",
-    refused.MORE_THAN_TEXT: r"vision|Vision|audio|image",
+    refusals.BIASES: r"nn\.LayerNorm\(|LayerNorm\(.*eps=.*\)|nn\.LayerNorm\)",
+    refusals.SIDE_BY_SIDE: r"\+ (hidden_states_mlp|mlp_output|attention_output)|parallel_attn",
+    refusals.NORM_BEHIND: r"post_feedforward_layernorm|post_mlp_layernorm",
+    refusals.SCALED: r"residual_multiplier|scale_emb",
+    refusals.OTHER_EXPERTS: r"experts",
+    refusals.FUSED: r"qkv_proj|Wqkv|gate_up_proj",
+    refusals.OTHER_BLOCKS: r"(?i)mamba|linear_attn|conv1d|mlstm|rglru|time_decay|lightning|shortconv",
+    refusals.PLUS_ONE: r"1\.0 \+ self\.weight",
+    refusals.UNGATED: r"not self\.gate_proj\b",
+    refusals.LATENT: r"kv_a_proj",
+    refusals.INTERLEAVED: r"\[\.\.\., 0::2\]",
+    refusals.INNER_NORMS: r"attn_sub_norm|query_layernorm",
+    refusals.SINKS: r"sinks",
+    refusals.SOME_WINDOWS: r"layer_types\[",
+    refusals.MORE_THAN_TEXT: r"vision|Vision|audio|image",
     REFUSED["gpt_oss"]: r"sinks",
     REFUSED["mpt"]: r"alibi",
     REFUSED["olmo"]: r"None, None, eps=",

@@ -3,9 +3,12 @@ refused."""
 
 from __future__ import annotations
 
+import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, megatron_to_hf
 from megatron_llamapro.checkpoint.proof.verify import verify
 from megatron_llamapro.config.errors import ExpansionError
-from megatron_llamapro.expansion.inits import Expansion, Init, check_init
 from megatron_llamapro.expansion.manifest import Manifest
+from megatron_llamapro.expansion.plan import ExpansionPlan, Placement
+from megatron_llamapro.expansion.round import Expansion, Init, check_init
 from megatron_llamapro.testing.checkpoints import read_tensors
 
 Tiny = Callable[..., Path]
@@ -104,3 +108,41 @@ def test_from_the_command_line(tiny_llama: Tiny, tmp_path: Path) -> None:
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and "cannot learn" in refused.stderr
     subprocess.run([*command, "--force"], check=True, capture_output=True)
     assert Manifest.read(tmp_path / "it").inits == ("zero_norm",)
+
+
+def test_an_expansion_is_plain_data() -> None:
+    expansion = Expansion(num_added_blocks=2, placement=Placement.SUFFIX, init=Init.RANDOM, seed=3)
+    assert expansion == Expansion(num_added_blocks=2, placement=Placement.SUFFIX, init=Init.RANDOM, seed=3)
+    assert expansion != Expansion(num_added_blocks=2)
+    assert pickle.loads(pickle.dumps(expansion)) == expansion
+    assert json.loads(json.dumps(asdict(Expansion.at(2, 5)))) == {
+        "positions": [2, 5],
+        "num_added_blocks": None,
+        "placement": "interleaved",
+        "blocks_per_group": 1,
+        "init": "copy",
+        "seed": 0,
+    }
+
+
+def test_an_expansion_by_number_adds_the_same_blocks_as_by_positions() -> None:
+    plan = ExpansionPlan.unexpanded(4)
+    assert Expansion(num_added_blocks=2).expand(plan) == Expansion.at(2, 5).expand(plan) == plan.expand((2, 5))
+    suffix = Expansion(num_added_blocks=2, placement=Placement.SUFFIX)
+    assert suffix.expand(plan) == Expansion.at(4, 5).expand(plan)
+    assert Expansion(num_added_blocks=2, blocks_per_group=2).expand(plan) == Expansion.at(4, 5).expand(plan)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "an expansion needs either positions or num_added_blocks"),
+        ({"positions": (2,), "num_added_blocks": 1}, "an expansion needs either positions or num_added_blocks"),
+        ({"positions": (2,), "placement": Placement.PREFIX}, "are for num_added_blocks: leave them out"),
+        ({"num_added_blocks": 2, "placement": "prefix"}, "'prefix' is no Placement: use one of Placement.INTERL"),
+        ({"positions": (2,), "init": "random"}, "'random' is no Init: use one of Init.COPY, Init.RANDOM"),
+    ],
+)
+def test_an_unclear_expansion_is_refused(fields: dict, message: str) -> None:
+    with pytest.raises(ExpansionError, match=message):
+        Expansion(**fields)

@@ -17,7 +17,7 @@ from megatron_llamapro.config.files import check_small, file_inside, read_small
 
 _NOTICES = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # licenses ask for it; no program reads them
 
-CARRIED_FILES = (
+SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.*.json",  # "fast_tokenizer_files" in tokenizer_config.json: one for each version of transformers
@@ -41,15 +41,15 @@ CARRIED_FILES = (
 _AUTO_MAP, _AUTO_TOKENIZER = "auto_map", "AutoTokenizer"
 
 
-def carry_files(source: Path, target: Path) -> None:
-    """Copy `carried_files`. Errors as there."""
-    for name, path in carried_files(source).items():
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy `side_files`. Errors as there."""
+    for name, path in side_files(source).items():
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target / name)
 
 
-def carried_files(folder: Path) -> dict[str, Path]:
-    """What a folder has of `CARRIED_FILES`, and the code of a tokenizer that transformers does not have, by name.
+def side_files(folder: Path) -> dict[str, Path]:
+    """What a folder has of `SIDE_FILES`, and the code of a tokenizer that transformers does not have, by name.
     `notices_left_out` are not among them.
 
     Raises:
@@ -83,8 +83,8 @@ def _is_inside(link: Path) -> bool:
 def _names(folder: Path) -> list[str]:
     """A name without a wildcard counts whether or not it is there: a link to nothing is an error. Hidden files that
     match are others', such as macOS' `._name` beside each file."""
-    plain = [name for name in CARRIED_FILES if "*" not in name]
-    found = [path for pattern in CARRIED_FILES if "*" in pattern for path in folder.glob(pattern)]
+    plain = [name for name in SIDE_FILES if "*" not in name]
+    found = [path for pattern in SIDE_FILES if "*" in pattern for path in folder.glob(pattern)]
     return [*plain, *sorted(str(path.relative_to(folder)) for path in found if not path.name.startswith("."))]
 
 
@@ -92,7 +92,7 @@ def without_code(config: Mapping) -> dict:
     """A model's configuration without the classes that it names of the repository's own code, but for the tokenizer's.
 
     Every family here is one of transformers' own, is converted and trained as such, and is loaded as such where
-    nobody trusts remote code. Whoever trusts it would be sent to files that are not carried, and to another forward
+    nobody trusts remote code. Whoever trusts it would be sent to files that are not copied, and to another forward
     pass than the one that was trained.
     """
     kept = {key: value for key, value in config.items() if key != _AUTO_MAP}

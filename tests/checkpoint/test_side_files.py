@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
-from megatron_llamapro.checkpoint.carried import CARRIED_FILES, carry_files
 from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, legacy, megatron_to_hf, megatron_to_megatron
 from megatron_llamapro.checkpoint.report import summary
+from megatron_llamapro.checkpoint.side_files import SIDE_FILES, copy_side_files
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.inits import Expansion
+from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.families.hf_config import FAMILIES
 
 Tiny = Callable[..., Path]
@@ -71,21 +71,21 @@ def test_a_vocabulary_and_its_merges(damaged: Tiny, tmp_path: Path) -> None:
         assert isinstance(loaded, Qwen2Tokenizer) and loaded("abba").input_ids == expected
 
 
-def test_every_file_of_the_families_tokenizers_is_carried() -> None:
+def test_every_file_of_the_families_tokenizers_is_copied() -> None:
     """transformers says itself what it looks for."""
     classes = {TOKENIZER_MAPPING_NAMES.get(family, "LlamaTokenizer") for family in FAMILIES} | {"CodeLlamaTokenizer"}
     found = [each for each in map(tokenizer_class_from_name, classes) if each is not None]
     names = {name for each in found for name in each.vocab_files_names.values()}
     assert {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"} <= names
     names |= {"tekken.json", "tiktoken.model", "tokenizer.model.v3", "tokenizer.4.0.json"}
-    assert all(any(fnmatch.fnmatch(name, pattern) for pattern in CARRIED_FILES) for name in names), names
+    assert all(any(fnmatch.fnmatch(name, pattern) for pattern in SIDE_FILES) for name in names), names
 
 
 def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_only_known_files_are_carried(tmp_path: Path) -> None:
+def test_only_known_files_are_copied(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     (source / "additional_chat_templates" / "more").mkdir(parents=True)
     (source / "LICENSES").mkdir()
@@ -111,9 +111,9 @@ def test_only_known_files_are_carried(tmp_path: Path) -> None:
     ]
     for name in (*kept, *left):
         (source / name).write_text(name)
-    carry_files(source, target)
+    copy_side_files(source, target)
     assert names(target) == kept
-    carry_files(source, target)  # a conversion that is resumed
+    copy_side_files(source, target)  # a conversion that is resumed
     assert names(target) == kept
 
 
@@ -214,7 +214,7 @@ def test_code_of_the_model_itself_is_left_out(damaged: Tiny, tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("modules")
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "config.json"])
-def test_code_of_the_tokenizer_is_carried_and_not_run(where: str, damaged: Tiny, tmp_path: Path) -> None:
+def test_code_of_the_tokenizer_is_copied_and_not_run(where: str, damaged: Tiny, tmp_path: Path) -> None:
     source = damaged(config={"auto_map": {**AUTO_MAP, **TOKENIZER_MAP}} if where == "config.json" else None)
     write_code(source, {**TOKENIZER_CODE, **MODEL_CODE}, tmp_path / "ran")
     config = json.loads((source / "tokenizer_config.json").read_text())
