@@ -31,16 +31,28 @@ ROOMS = {
     "pretrain": "config runtime checkpoint training",
     "commands": "config runtime launch families expansion checkpoint planning data training dry_run",
     "testing": "config runtime families checkpoint training",
+    "__main__": "config",  # and, by its table of names, the command that is typed
 }
 # Which folders of checkpoint/ a folder of it may import; "" is checkpoint/ itself.
 CHECKPOINT_FOLDERS = {"tensors": "", "formats": "tensors", "": "tensors formats", "proof": "tensors formats "}
 
 # What commands import before they do anything, and what says what is wrong before it takes seconds.
-WITHOUT_TORCH = ("config", "families", "expansion", "checkpoint", "launch", "planning")
+WITHOUT_TORCH = (
+    "config",
+    "families",
+    "expansion",
+    "checkpoint",
+    "launch",
+    "planning",
+    "commands",
+    "pretrain",
+    "__main__",
+)
 WITHOUT_TORCH_TOO = (
     "data.preprocess",
     "data.tokenizer",
     "data.train_tokenizer",
+    "dry_run.check",
     "runtime.console",
     "runtime.launched",
     "runtime.lock",
