@@ -2,7 +2,7 @@
 
 python benchmarks/baselines.py
 
-Runs on tensors without data (tools/dry_run.py): needs no GPU and no weights, is the same on every run, and takes half a
+Runs on tensors without data (llamapro dry-run): needs no GPU and no weights, is the same on every run, and takes half a
 minute. docs/baselines.md has its table.
 """
 

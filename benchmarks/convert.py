@@ -39,7 +39,8 @@ class Step:
 def steps(work_dir: Path, *, peers: bool, venvs: Path) -> list[Step]:
     """What a round runs, in order. What a step wrote stays until no later step reads it."""
     source, megatron = work_dir / "source", work_dir / "megatron"
-    convert, added = ROOT / "tools" / "convert_checkpoint.py", ("--num_added_blocks", str(NUM_ADDED_BLOCKS))
+    convert = (sys.executable, "-m", "megatron_llamapro", "convert")
+    added = ("--num_added_blocks", str(NUM_ADDED_BLOCKS))
 
     def between(here: Path, there: str) -> tuple[str | Path, ...]:
         return ("--source", here, "--target", work_dir / there)
@@ -49,7 +50,7 @@ def steps(work_dir: Path, *, peers: bool, venvs: Path) -> list[Step]:
             "hf_to_megatron",
             f"this converter, Hugging Face → Megatron, {NUM_ADDED_BLOCKS} blocks added",
             "megatron",
-            (sys.executable, convert, "hf-to-megatron", *between(source, "megatron"), *added),
+            (*convert, "hf-to-megatron", *between(source, "megatron"), *added),
         ),
         Step("floor", "cp of that Megatron checkpoint: **the floor**", "copy", _copy(megatron, work_dir / "copy")),
         Step("copy_of_source", "cp of the source", "source_copy", _copy(source, work_dir / "source_copy")),
@@ -57,7 +58,7 @@ def steps(work_dir: Path, *, peers: bool, venvs: Path) -> list[Step]:
             "megatron_to_hf",
             "this converter, Megatron → Hugging Face",
             "back",
-            (sys.executable, convert, "megatron-to-hf", *between(megatron, "back")),
+            (*convert, "megatron-to-hf", *between(megatron, "back")),
         ),
     ]
     if not peers:

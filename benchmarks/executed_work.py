@@ -2,7 +2,7 @@
 
 python benchmarks/executed_work.py [--json FILE]
 
-Runs on tensors without data (tools/dry_run.py): needs no GPU and no weights, is the same on every run, and takes half a
+Runs on tensors without data (llamapro dry-run): needs no GPU and no weights, is the same on every run, and takes half a
 minute. Exit code 1 where a figure is not what it must be.
 """
 

@@ -1,4 +1,4 @@
-"""What tools/plan_parallelism.py says for 8 to 1,024 GPUs of 80 GB and LLaMA-2 with an added block after every fourth.
+"""What llamapro plan-parallelism says for 8 to 1,024 GPUs of 80 GB and LLaMA-2 with an added block after every fourth.
 
 python benchmarks/parallelism.py
 

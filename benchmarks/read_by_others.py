@@ -120,7 +120,7 @@ class Result:
 
 def make_checkpoints(folder: Path, **settings: object) -> dict[str, Path]:
     """A tiny random model with a sentencepiece tokenizer, its expansion by two blocks, and that in Megatron's format:
-    what is read is what the tools write. `settings` are `make_tiny_model`'s."""
+    what is read is what the commands write. `settings` are `make_tiny_model`'s."""
     from megatron_llamapro.testing.tiny_models import make_tiny_model
 
     folder.mkdir()
@@ -130,9 +130,9 @@ def make_checkpoints(folder: Path, **settings: object) -> dict[str, Path]:
     # Heads of 64, which every tool has kernels for.
     sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512}
     make_tiny_model(made["original"], **sizes, **settings, with_tokenizer=False)
-    _tool("train_tokenizer", "--input", text, "--vocab_size", 512, "--output_dir", made["original"])
-    _tool("expand_checkpoint", "--source", made["original"], "--target", made["expanded"], "--num_added_blocks", 2)
-    _tool("convert_checkpoint", "hf-to-megatron", "--source", made["expanded"], "--target", made["megatron"])
+    _llamapro("train-tokenizer", "--input", text, "--vocab_size", 512, "--output_dir", made["original"])
+    _llamapro("expand", "--source", made["original"], "--target", made["expanded"], "--num_added_blocks", 2)
+    _llamapro("convert", "hf-to-megatron", "--source", made["expanded"], "--target", made["megatron"])
     return made
 
 
@@ -146,12 +146,12 @@ def make_legacy(expanded: Path, folder: Path, tool: Tool) -> Path:
         into += ["--pipeline_stage_layers", _comma_separated(tool.stage_layers)]
         if len(tool.stage_layers) > pp:
             into += ["--virtual_pipeline_model_parallel_size", len(tool.stage_layers) // pp]
-    _tool("convert_checkpoint", "hf-to-megatron", "--source", expanded, *into)
+    _llamapro("convert", "hf-to-megatron", "--source", expanded, *into)
     return folder
 
 
-def _tool(name: str, *options: object) -> None:
-    command = [sys.executable, ROOT / "tools" / f"{name}.py", *options]
+def _llamapro(*words: object) -> None:
+    command = [sys.executable, "-m", "megatron_llamapro", *words]
     subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
 
 

@@ -2,31 +2,30 @@
 
     torchrun --nproc-per-node N -m megatron_llamapro.pretrain --config run.yaml [--section.field value …]
 
-One process needs no torchrun: python -m megatron_llamapro.pretrain --config run.yaml
+One process needs no torchrun: llamapro train --config run.yaml
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 from megatron_llamapro.config.command import INTERRUPTED, in_one_line, run_command
-from megatron_llamapro.config.errors import ConfigError, LlamaProError, RunError
+from megatron_llamapro.config.errors import LlamaProError, RunError
+from megatron_llamapro.config.io import parse_run_config
+from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.runtime.console import keep_on_printing
+from megatron_llamapro.runtime.launched import world_of_environment
 from megatron_llamapro.runtime.stop import StopRequest
-from megatron_llamapro.training.trackers import check_trackers
-
-if TYPE_CHECKING:
-    from megatron_llamapro.config.schema import RunConfig
 
 
-def main() -> int:
-    """Parse, check, set up, train, close."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse (by default the command line), check, set up, train, close."""
     stop = StopRequest()  # before the imports, which take seconds
     keep_on_printing()
     try:
-        _run(_read(stop), stop)
+        _run(_read(arguments, stop), stop)
     except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError):
         raise  # a path of the configuration
     except OSError as raised:  # a full disk, a file system that fails
@@ -36,19 +35,20 @@ def main() -> int:
     return INTERRUPTED if stop.interrupted else 0
 
 
-def _read(stop: StopRequest) -> RunConfig:
+def _read(arguments: Sequence[str] | None, stop: StopRequest) -> RunConfig:
     """The configuration, once all that small files tell of it is checked: seconds before there is a world to ask.
 
     Each rank reads the same files, and so refuses the same. Where one does not see what the others see, it ends alone,
     and the others with it (torchrun's doing), or when they have waited for it for the time that start_world has.
     """
-    from megatron_llamapro.checkpoint.formats.folders import what_is_kept
-    from megatron_llamapro.runtime.launched import world_of_environment
-    from megatron_llamapro.training.start import read_start
-
     launched = world_of_environment(os.environ)  # may be wrong on this rank alone
     try:
-        config = _parse()
+        config = parse_run_config(arguments)
+
+        from megatron_llamapro.checkpoint.formats.folders import what_is_kept
+        from megatron_llamapro.training.start import read_start
+        from megatron_llamapro.training.trackers import check_trackers
+
         if os.environ.get("RANK", "0") == "0":  # the rank that reports
             check_trackers(config.logging)
         stop.kept = partial(what_is_kept, config.checkpoint.save)
@@ -57,15 +57,6 @@ def _read(stop: StopRequest) -> RunConfig:
         error.on_all_of_node = True
         raise
     return config
-
-
-def _parse() -> RunConfig:
-    from megatron_llamapro.config.io import parse_run_config
-
-    try:
-        return parse_run_config()
-    except OSError as error:  # of a name that the user typed
-        raise ConfigError(in_one_line(error)) from None
 
 
 def _run(config: RunConfig, stop: StopRequest) -> None:

@@ -31,6 +31,7 @@ ROOMS = {
     "pretrain": "config runtime checkpoint training",
     "commands": "config runtime launch families expansion checkpoint planning data training dry_run",
     "testing": "config runtime families checkpoint training",
+    "__main__": "config",  # and, by its table of names, the command that is typed
 }
 # Rooms that know no ranks: all that they may import of runtime/.
 OF_RUNTIME = {"model": "upstream", "optimizer": "upstream"}
@@ -38,7 +39,17 @@ OF_RUNTIME = {"model": "upstream", "optimizer": "upstream"}
 CHECKPOINT_FOLDERS = {"tensors": "", "formats": "tensors", "": "tensors formats", "proof": "tensors formats "}
 
 # What commands import before they do anything, and what says what is wrong before it takes seconds.
-WITHOUT_TORCH = ("config", "families", "expansion", "checkpoint", "launch", "planning")
+WITHOUT_TORCH = (
+    "config",
+    "families",
+    "expansion",
+    "checkpoint",
+    "launch",
+    "planning",
+    "commands",
+    "pretrain",
+    "__main__",
+)
 WITHOUT_TORCH_TOO = (
     "data.preprocess",
     "data.tokenizer",

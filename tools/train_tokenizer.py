@@ -1,35 +1,6 @@
-"""Train a sentencepiece tokenizer (BPE with byte fallback, as LLaMA's) and write DIR/tokenizer.model.
+"""`llamapro train-tokenizer` under its old name."""
 
-python tools/train_tokenizer.py --input FILE... --vocab_size N --output_dir DIR
-"""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-import _package  # noqa: F401
-from megatron_llamapro.config.command import CommandParser, end_when_terminated, run_command
-
-
-def main() -> int:
-    """Read the options, train, say where the model is."""
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help="text, or .jsonl")
-    parser.add_argument("--vocab_size", type=int, required=True, metavar="N", help="tokens in all, at least 260")
-    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="folder to write into")
-    parser.add_argument("--json_key", default="text", help="field of a .jsonl line that holds the text (default: text)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer.model that is there")
-    args = parser.parse_args()
-    end_when_terminated()
-
-    from megatron_llamapro.data.train_tokenizer import train_tokenizer
-
-    path = train_tokenizer(
-        args.input, args.output_dir, vocab_size=args.vocab_size, json_key=args.json_key, overwrite=args.overwrite
-    )
-    print(f"{path}: {args.vocab_size} tokens")
-    return 0
-
+import _package
 
 if __name__ == "__main__":
-    run_command(main)
+    _package.run("train-tokenizer")

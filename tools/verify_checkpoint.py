@@ -1,53 +1,6 @@
-"""Prove that an expanded model is what it should be; exit code 0 if it is, 1 if not.
+"""`llamapro verify` under its old name."""
 
-python tools/verify_checkpoint.py --original DIR --expanded DIR [--trained nothing]
-"""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-import _package  # noqa: F401
-from megatron_llamapro.commands.checkpoint_options import add_workers_option
-from megatron_llamapro.config.command import CommandParser, run_command
-from megatron_llamapro.expansion.plan import Trained
-
-
-def main() -> int:
-    """Print one line a check."""
-    parser = CommandParser(description=__doc__)
-    parser.add_argument(
-        "--original", type=Path, required=True, metavar="DIR", help="checkpoint that was expanded, of any format"
-    )
-    parser.add_argument(
-        "--expanded",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="its expansion, trained or not, of any format; of a run's folder, its newest checkpoint",
-    )
-    parser.add_argument("--quick", action="store_true", help="structure alone: do not compute the two models' logits")
-    parser.add_argument(
-        "--trained",
-        choices=[trained.value for trained in Trained],
-        default=Trained.NEW_BLOCKS.value,
-        help="which blocks may have been trained: nothing, right after the conversion; new_blocks (default), those "
-        "that were added to the original; added_blocks, also those that earlier rounds had added to it",
-    )
-    add_workers_option(parser)
-    args = parser.parse_args()
-
-    from megatron_llamapro.checkpoint.proof.verify import verify
-    from megatron_llamapro.checkpoint.report import byte_bar
-
-    all_ok = True
-    settings = {"quick": args.quick, "trained": Trained(args.trained), "num_workers": args.num_workers}
-    with byte_bar("verifying") as bar:
-        for check in verify(args.original, args.expanded, progress=bar.progress, **settings):
-            bar.write(str(check))
-            all_ok &= check.ok
-    return 0 if all_ok else 1
-
+import _package
 
 if __name__ == "__main__":
-    run_command(main)
+    _package.run("verify")

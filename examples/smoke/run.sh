@@ -15,22 +15,22 @@ say_and_do() {
 }
 
 say_and_do python examples/smoke/make_inputs.py --output_dir "$RUN"
-say_and_do python tools/train_tokenizer.py --input "$RUN/text.jsonl" --vocab_size 512 --output_dir "$RUN/llama"
-say_and_do python tools/preprocess_data.py --input "$RUN/text.jsonl" --tokenizer "$RUN/llama" --output_prefix "$RUN/text" --num_workers 2
+say_and_do llamapro train-tokenizer --input "$RUN/text.jsonl" --vocab_size 512 --output_dir "$RUN/llama"
+say_and_do llamapro preprocess --input "$RUN/text.jsonl" --tokenizer "$RUN/llama" --output_prefix "$RUN/text" --num_workers 2
 
-say_and_do python tools/convert_checkpoint.py hf-to-megatron --source "$RUN/llama" --target "$RUN/megatron"
+say_and_do llamapro convert hf-to-megatron --source "$RUN/llama" --target "$RUN/megatron"
 say_and_do torchrun --nproc-per-node 2 -m megatron_llamapro.pretrain --config examples/smoke/run.yaml \
   --model.checkpoint "$RUN/megatron" --model.trainable "[everything]" --data.train "[{prefix: $RUN/text}]" \
   --parallel.tensor_model_parallel_size 2 --checkpoint.save "$RUN/first"
-say_and_do python tools/convert_checkpoint.py megatron-to-hf --source "$RUN/first" --target "$RUN/first-hf"
+say_and_do llamapro convert megatron-to-hf --source "$RUN/first" --target "$RUN/first-hf"
 
-say_and_do python tools/expand_checkpoint.py --source "$RUN/first-hf" --target "$RUN/expanded" --num_added_blocks 2
-say_and_do python tools/convert_checkpoint.py hf-to-megatron --source "$RUN/expanded" --target "$RUN/expanded-megatron"
+say_and_do llamapro expand --source "$RUN/first-hf" --target "$RUN/expanded" --num_added_blocks 2
+say_and_do llamapro convert hf-to-megatron --source "$RUN/expanded" --target "$RUN/expanded-megatron"
 say_and_do torchrun --nproc-per-node 4 -m megatron_llamapro.pretrain --config examples/smoke/run.yaml \
   --model.checkpoint "$RUN/expanded-megatron" --data.train "[{prefix: $RUN/text}]" \
   --parallel.tensor_model_parallel_size 2 --parallel.pipeline_model_parallel_size 2 \
   --parallel.sequence_parallel true --checkpoint.save "$RUN/second"
-say_and_do python tools/convert_checkpoint.py megatron-to-hf --source "$RUN/second" --target "$RUN/second-hf"
-say_and_do python tools/inspect_checkpoint.py --checkpoint "$RUN/second-hf"
-say_and_do python tools/verify_checkpoint.py --original "$RUN/first-hf" --expanded "$RUN/second-hf"
+say_and_do llamapro convert megatron-to-hf --source "$RUN/second" --target "$RUN/second-hf"
+say_and_do llamapro inspect --checkpoint "$RUN/second-hf"
+say_and_do llamapro verify --original "$RUN/first-hf" --expanded "$RUN/second-hf"
 echo "smoke: all steps passed"

@@ -38,16 +38,16 @@ step $RUN/smollm2 python $HERE/extract_model.py --target $RUN/smollm2
 echo "# 2. Text: English and Python, which it knows, and C++, the new domain"
 step $RUN/text/cpp.train.jsonl python $HERE/build_text.py --output_dir $RUN/text
 for part in cpp.train english.held_out python.held_out cpp.held_out; do
-  step $RUN/data/$part.idx python tools/preprocess_data.py --input $RUN/text/$part.jsonl \
+  step $RUN/data/$part.idx llamapro preprocess --input $RUN/text/$part.jsonl \
     --tokenizer $RUN/smollm2 --output_prefix $RUN/data/$part --num_workers 2
 done
 
 echo "# 3. Convert to Megatron: 30 blocks and 6 identity blocks; and, for the control, as it is"
-step $RUN/megatron-36 python tools/convert_checkpoint.py hf-to-megatron \
+step $RUN/megatron-36 llamapro convert hf-to-megatron \
   --source $RUN/smollm2 --target $RUN/megatron-36 --num_added_blocks 6
-step $RUN/verify-before.txt tee_to $RUN/verify-before.txt python tools/verify_checkpoint.py \
+step $RUN/verify-before.txt tee_to $RUN/verify-before.txt llamapro verify \
   --original $RUN/smollm2 --expanded $RUN/megatron-36 --trained nothing
-step $RUN/megatron-30 python tools/convert_checkpoint.py hf-to-megatron \
+step $RUN/megatron-30 llamapro convert hf-to-megatron \
   --source $RUN/smollm2 --target $RUN/megatron-30
 
 echo "# 4. Post-pretrain on C++, $STEPS steps: the added blocks alone; then, as control, all weights of the original"
@@ -58,10 +58,10 @@ done
 
 echo "# 5. Back to Hugging Face; did any original weight move?"
 for method in llamapro all_weights; do
-  step $OUT/$method-hf python tools/convert_checkpoint.py megatron-to-hf \
+  step $OUT/$method-hf llamapro convert megatron-to-hf \
     --source $OUT/$method --target $OUT/$method-hf
 done
-step $OUT/verify.txt tee_to $OUT/verify.txt python tools/verify_checkpoint.py \
+step $OUT/verify.txt tee_to $OUT/verify.txt llamapro verify \
   --original $RUN/smollm2 --expanded $OUT/llamapro-hf
 
 echo "# 6. Report"

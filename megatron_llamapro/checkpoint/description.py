@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_llamapro.checkpoint.formats.folders import resolve_megatron_checkpoint
-from megatron_llamapro.config.checks import check_model
+from megatron_llamapro.config.checks import check_model, data_parallel_size
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.manifest import MANIFEST_NAME, Manifest
@@ -77,3 +77,19 @@ def describe_model(checkpoint: Path, *, hf_config: Path | None, expansion: Expan
         )
     folder = checkpoint if (checkpoint / MANIFEST_NAME).is_file() else resolve_megatron_checkpoint(checkpoint)
     return DescribedModel(model_shape(read_hf_config(folder)), Manifest.read(folder).plan)
+
+
+MAX_WORLD_SIZE = 4096
+"""Of a dry run."""
+
+
+def check_runs_dry(config: RunConfig, model: DescribedModel, world_size: int) -> None:
+    """Raise `ConfigError` where the job could not start, or cannot run without data."""
+    if not 1 <= world_size <= MAX_WORLD_SIZE:
+        raise ConfigError(f"--world_size is {world_size}: it is from 1 to {MAX_WORLD_SIZE:,}")
+    if model.shape.is_moe:
+        raise ConfigError(
+            "a model with experts cannot run dry: which of them a token goes through is known from data only"
+        )
+    data_parallel_size(config, world_size)
+    check_fits(config, model.shape, model.plan)

@@ -1,4 +1,4 @@
-"""Options of the commands that write checkpoints, the same in every tool that takes them."""
+"""Options of the commands that write checkpoints, the same in every command that takes them."""
 
 from __future__ import annotations
 

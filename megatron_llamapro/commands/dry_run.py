@@ -1,23 +1,39 @@
-"""What tools/dry_run.py does once its options are read."""
+"""What every rank of a job would hold, execute and send in a step: the program itself, run on tensors without data.
+Needs no GPU, no weights and no corpus, and takes seconds a rank.
+
+llamapro dry-run --config run.yaml --world_size 16 [--ranks all|0,5] [--memory_gib 80] [--json]
+llamapro dry-run --config run.yaml --world_size 16 --hf_config llama-2-7b-hf --num_added_blocks 8
+
+Any field of the configuration can be overridden by its dotted name, as for train. Exit code 1: a rank would not fit.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.description import describe_model
-from megatron_llamapro.config.command import check_positive
+from megatron_llamapro.checkpoint.description import DescribedModel, check_runs_dry, describe_model
+from megatron_llamapro.commands.expansion_options import read_expansion_options
+from megatron_llamapro.commands.planning_options import add_job_options
+from megatron_llamapro.config.command import CommandParser, check_positive
 from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.config.schema import RunConfig
-from megatron_llamapro.dry_run.run import check_runs_dry
-from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.runtime.upstream import import_megatron
 
 
-def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None) -> int:
-    """Run the ranks, printing each when it is done (as JSON all at the end). Returns the exit code."""
+def main(arguments: Sequence[str]) -> int:
+    """Read the options, run the ranks, print each when it is done (as JSON all at the end)."""
+    parser = CommandParser(prog="llamapro dry-run", description=__doc__)
+    add_job_options(parser)
+    parser.add_argument("--ranks", type=_ranks, default=None, help="all: one of every stage (default), or a list: 0,5")
+    parser.add_argument("--memory_gib", type=float, metavar="GIB", help="of a GPU; exit code 1 where it is not enough")
+    parser.add_argument("--largest", type=int, default=0, metavar="N", help="name the N largest things at the peak")
+    args, run_args = parser.parse_own_args(arguments)
+    config, expansion = parse_run_config(run_args), read_expansion_options(parser, args)
     check_positive(args, "memory_gib")
     if args.largest < 0:
         raise ConfigError(f"--largest is {args.largest}: it cannot be negative")
@@ -25,7 +41,17 @@ def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None
     check_runs_dry(config, model, args.world_size)
     if not all(0 <= rank < args.world_size for rank in args.ranks or ()):
         raise ConfigError(f"--ranks names a rank that a job of {args.world_size} does not have")
+    return _run(config, model, args)
 
+
+def _ranks(text: str) -> list[int] | None:
+    try:
+        return None if text == "all" else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither all nor a list of ranks such as 0,5") from None
+
+
+def _run(config: RunConfig, model: DescribedModel, args: argparse.Namespace) -> int:
     from megatron_llamapro.runtime import cpu
 
     import_megatron()

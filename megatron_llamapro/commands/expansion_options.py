@@ -1,4 +1,4 @@
-"""The command-line options that ask for added blocks, the same in every tool that takes them. Imports no torch."""
+"""The command-line options that ask for added blocks, the same in every command that takes them. Imports no torch."""
 
 from __future__ import annotations
 

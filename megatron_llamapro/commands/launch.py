@@ -1,4 +1,10 @@
-"""What tools/launch_slurm.py does once its options are read."""
+"""The sbatch job that trains a run to its end, through time limits, preemption and lost nodes; printed, or submitted.
+
+llamapro launch --config run.yaml --launch slurm.yaml [--submit] [--section.field value …]
+llamapro launch --config run.yaml --launch slurm.yaml --by_hand HOST      without a scheduler
+
+docs/cluster.md shows the way from a login node to a running job.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +16,34 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_llamapro.config.checks import data_parallel_size
+from megatron_llamapro.config.command import CommandParser
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.files import write_atomically
-from megatron_llamapro.config.io import options_with_homes
+from megatron_llamapro.config.io import options_with_homes, parse_run_config
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.config.values import expand_user
-from megatron_llamapro.launch.config import LaunchConfig
+from megatron_llamapro.launch.config import LaunchConfig, read_launch_config
 from megatron_llamapro.launch.slurm import commands_by_hand, sbatch_script
 
 
-def run(launch: LaunchConfig, config: RunConfig, run_args: Sequence[str], *, by_hand: str | None, submit: bool) -> int:
-    """Print the job, and submit it where asked. `run_args` are those that `config` was read from."""
+def main(arguments: Sequence[str]) -> int:
+    """Read both configurations, print the job, and submit it where asked."""
+    parser = CommandParser(prog="llamapro launch", description=__doc__)
+    parser.add_argument("--launch", type=Path, required=True, metavar="FILE.yaml", help="nodes, SLURM, container, logs")
+    parser.add_argument("--submit", action="store_true", help="also give it to sbatch")
+    parser.add_argument("--by_hand", metavar="HOST", help="print what to type on every node instead; HOST is the first")
+    args, run_args = parser.parse_own_args(arguments)
+    config, launch = parse_run_config(run_args), read_launch_config(args.launch)
     check_run(launch, config, run_args)
     run_args = [*with_absolute_configs(run_args), *options_with_homes(RunConfig, run_args)]
-    if by_hand is not None and submit:
+    if args.by_hand is not None and args.submit:
         raise ConfigError("--submit is for a scheduler and --by_hand for where there is none: give one of them")
-    if by_hand is not None:
-        print(commands_by_hand(launch, run_args, head=by_hand))
+    if args.by_hand is not None:
+        print(commands_by_hand(launch, run_args, head=args.by_hand))
         return 0
     script = sbatch_script(launch, run_args, save=str(config.checkpoint.save), train_iters=config.training.train_iters)
     print(script, end="")
-    return _submit(launch, config, script) if submit else 0
+    return _submit(launch, config, script) if args.submit else 0
 
 
 def _submit(launch: LaunchConfig, config: RunConfig, script: str) -> int:

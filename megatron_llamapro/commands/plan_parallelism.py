@@ -1,31 +1,53 @@
-"""What tools/plan_parallelism.py does once its options are read."""
+"""How many tensor-parallel ranks, stages and replicas: the divisions of a job's ranks with the least step time.
+
+llamapro plan-parallelism --config run.yaml --world_size 64 [--memory_gib 70] [--output parallel.yaml] [--json]
+
+The model need not be converted yet: --hf_config DIR --num_added_blocks N. Batch sizes are the configuration's, and any
+field of it can be overridden by its dotted name, as for train. docs/planning.md says what is assumed.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 
 from megatron_llamapro.checkpoint.description import describe_model
-from megatron_llamapro.config.command import check_positive
+from megatron_llamapro.commands.expansion_options import read_expansion_options
+from megatron_llamapro.commands.planning_options import add_duration_options, add_job_options, check_duration_options
+from megatron_llamapro.config.command import CommandParser, check_positive
 from megatron_llamapro.config.files import write_atomically
-from megatron_llamapro.config.io import to_plain
-from megatron_llamapro.config.schema import RunConfig
-from megatron_llamapro.expansion.round import Expansion
-from megatron_llamapro.planning.duration import check_options, run_cost
+from megatron_llamapro.config.io import parse_run_config, to_plain
+from megatron_llamapro.planning.duration import run_cost
 from megatron_llamapro.planning.network import Network
 from megatron_llamapro.planning.parallelism import Cluster, Parallelism, best_parallelisms
 
 GIB, GB = 2**30, 1e9
 
+# What a rank has, besides what every planning command assumes: option, type, default, metavar, help.
+RANK_OPTIONS = (
+    ("memory_gib", float, 70, "GIB", "that a rank may hold (default: 70, of 80 GB)"),
+    ("ranks_per_node", int, Network.ranks_per_node, "N", "default: 8"),
+    ("within_node_gb", float, Network.within_node / GB, "N", "GB/s a rank sends in a node (default: NVLink)"),
+    ("between_nodes_gb", float, Network.between_nodes / GB, "N", "to others (default: 400 Gbit/s for each rank)"),
+    ("at_most", int, 5, "N", "divisions to print (default: 5)"),
+)
 
-def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None) -> int:
-    """Search, print the best, write the first one where asked."""
-    check_options(args)
-    check_positive(args, "memory_gib", "ranks_per_node", "within_node_gb", "between_nodes_gb", "at_most")
+
+def main(arguments: Sequence[str]) -> int:
+    """Read the options, search, print the best, write the first one where asked."""
+    parser = CommandParser(prog="llamapro plan-parallelism", description=__doc__)
+    add_job_options(parser)
+    add_duration_options(parser)
+    for name, kind, default, metavar, text in RANK_OPTIONS:
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
+    args, run_args = parser.parse_own_args(arguments)
+    config, expansion = parse_run_config(run_args), read_expansion_options(parser, args)
+    check_duration_options(args)
+    check_positive(args, *(name for name, *_ in RANK_OPTIONS))
     model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
     cluster = Cluster(
         num_ranks=args.world_size,
@@ -41,7 +63,7 @@ def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None
     if args.output:
         write_atomically(args.output, yaml.safe_dump(_fields(found[0]), sort_keys=False))
         if not args.json:
-            print(f"{args.output}: the first of them; give it to pretrain as a further --config")
+            print(f"{args.output}: the first of them; give it to the run as a further --config")
     return 0
 
 

@@ -1,22 +1,33 @@
-"""What tools/plan_pipeline.py does once its options are read."""
+"""The split of layers over pipeline stages with the least step time, beside the even one.
+
+llamapro plan-pipeline --config run.yaml --world_size 16 --parallel.pipeline_model_parallel_size 4
+    [--memory_gib 80] [--output parallel.yaml] [--json]
+llamapro plan-pipeline --config run.yaml --world_size 1 --calibrate times.json     measure the blocks here first
+
+The model need not be converted yet: --hf_config DIR --num_added_blocks N. Any field of the configuration can be
+overridden by its dotted name, as for train. docs/planning.md says what is assumed.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from megatron_llamapro.checkpoint.description import DescribedModel, check_fits, describe_model
-from megatron_llamapro.config.command import check_positive
+from megatron_llamapro.commands.expansion_options import read_expansion_options
+from megatron_llamapro.commands.planning_options import add_duration_options, add_job_options, check_duration_options
+from megatron_llamapro.config.command import CommandParser, check_positive
 from megatron_llamapro.config.errors import ConfigError, PipelinePlanError
 from megatron_llamapro.config.files import check_can_hold, write_atomically
+from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.config.stages import draw
-from megatron_llamapro.expansion.round import Expansion
-from megatron_llamapro.planning.duration import check_options, run_cost
+from megatron_llamapro.planning.duration import run_cost
 from megatron_llamapro.planning.job import Job, job_of, time_from_calibration
 from megatron_llamapro.planning.splits import Plan, best_plan, even_plan
 from megatron_llamapro.runtime.upstream import import_megatron
@@ -24,11 +35,29 @@ from megatron_llamapro.runtime.upstream import import_megatron
 GIB = 2**30
 
 
-def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None) -> int:
-    """Plan, print the even split and the best one, write the layout where asked."""
-    check_options(args)
+def main(arguments: Sequence[str]) -> int:
+    """Read the options, then plan, or measure the blocks."""
+    parser = CommandParser(prog="llamapro plan-pipeline", description=__doc__)
+    add_job_options(parser)
+    add_duration_options(parser)
+    parser.add_argument("--memory_gib", type=float, metavar="GIB", help="that a rank may hold (default: no limit)")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="block times that --calibrate measured")
+    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="measure block times, write them, end")
+    args, run_args = parser.parse_own_args(arguments)
+    config, expansion = parse_run_config(run_args), read_expansion_options(parser, args)
+    check_duration_options(args)
     check_positive(args, "memory_gib")
+    check_can_hold(args.calibrate)
     model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
+    if args.calibrate:
+        _calibrate(config, model, args.calibrate)
+    else:
+        _plan(config, model, args)
+    return 0
+
+
+def _plan(config: RunConfig, model: DescribedModel, args: argparse.Namespace) -> None:
+    """Print the even split and the best one, write the layout where asked."""
     job = _job(config, model, args)
     even, best = even_plan(job), best_plan(job)
     if args.json:
@@ -47,8 +76,7 @@ def run(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None
         }
         write_atomically(args.output, yaml.safe_dump({"parallel": layout}, sort_keys=False))
         if not args.json:
-            print(f"{args.output}: give it to pretrain as a further --config")
-    return 0
+            print(f"{args.output}: give it to the run as a further --config")
 
 
 def _job(config: RunConfig, model: DescribedModel, args: argparse.Namespace) -> Job:
@@ -110,11 +138,8 @@ def _lines(model: DescribedModel, job: Job, even: Plan, best: Plan, args: argpar
     return [*lines, "", f"the best split is {gain:.3f} x as fast as the even one ({proof})"]
 
 
-def run_calibration(config: RunConfig, args: argparse.Namespace, expansion: Expansion | None) -> int:
+def _calibrate(config: RunConfig, model: DescribedModel, output: Path) -> None:
     """Time the blocks on the ranks that were started (one tensor-parallel group), and write what was found."""
-    check_can_hold(args.calibrate)
-    model = describe_model(Path(config.model.checkpoint), hf_config=args.hf_config, expansion=expansion)
-
     import torch.distributed as dist
 
     from megatron_llamapro.runtime import cpu
@@ -128,11 +153,10 @@ def run_calibration(config: RunConfig, args: argparse.Namespace, expansion: Expa
     try:
         measured = calibrate(config, model.shape)
         if dist.get_rank() == 0:
-            write_atomically(args.calibrate, json.dumps(measured, indent=2) + "\n")
+            write_atomically(output, json.dumps(measured, indent=2) + "\n")
             for kind, times in measured.items():
                 print(
                     f"{kind:>9}: forward {1e3 * times['forward']:8.2f} ms, backward {1e3 * times['backward']:8.2f} ms"
                 )
     finally:
         stop_world()
-    return 0

@@ -1,4 +1,7 @@
-"""Pictures of runs, from their JSONL records: loss, held-out losses, gradient norm, learning rate, speed."""
+"""Draw the metrics of one or several runs: loss, held-out losses, gradient norm, learning rate, tokens a second.
+
+llamapro plot --input runs/first runs/second --output plot.png
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 
+from megatron_llamapro.config.command import CommandParser
 from megatron_llamapro.config.errors import ConfigError, DataError
+from megatron_llamapro.config.files import check_can_hold
 from megatron_llamapro.training.metrics import BLOCK_FIGURES
 from megatron_llamapro.training.metrics_file import figure, read_records
 
@@ -23,6 +28,38 @@ TRAIN_PANELS = {
     "learning_rate": "learning rate",
     "tokens_per_second": "tokens a second",
 }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Read the options, draw, say where the picture is."""
+    parser = CommandParser(prog="llamapro plot", description=__doc__)
+    parser.add_argument(
+        "--input", type=Path, nargs="+", required=True, metavar="RUN", help="folders of runs, or their metrics.jsonl"
+    )
+    parser.add_argument("--label", nargs="+", help="a name for each run (default: from the files' names)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE.png",
+        help="picture to write (png, pdf, svg; without an ending: png)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a picture that is there")
+    args = parser.parse_args(arguments)
+    if args.label and len(args.label) != len(args.input):
+        parser.error(f"--label names {len(args.label)} runs, --input {len(args.input)}")
+    output = args.output if args.output.suffix else args.output.with_name(f"{args.output.name}.png")
+    for path in (args.output, output):
+        check_can_hold(path)
+    if output.exists() and not args.overwrite:
+        raise ConfigError(f"{output} exists: choose another --output, or give --overwrite")
+    inputs = [path / "metrics.jsonl" if path.is_dir() else path for path in args.input]
+    labels = args.label or labels_of(inputs)
+    if len(set(labels)) < len(labels):
+        raise ConfigError(f"runs have the same name, {', '.join(labels)}: give each its own with --label")
+    plot({label: read_series(path) for label, path in zip(labels, inputs, strict=True)}, output)
+    print(output)
+    return 0
 
 
 def read_series(path: Path) -> Panels:

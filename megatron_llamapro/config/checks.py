@@ -178,7 +178,7 @@ def _check_parallel(parallel: ParallelConfig) -> None:
     if parallel.distributed_timeout_minutes <= 0:
         raise ConfigError("parallel.distributed_timeout_minutes must be above 0: nothing would be waited for")
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
-        raise ConfigError("parallel.sequence_parallel needs tensor_model_parallel_size above 1: leave it out")
+        raise ConfigError("parallel.sequence_parallel needs parallel.tensor_model_parallel_size above 1: leave it out")
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         raise ConfigError("parallel.overlap_param_gather needs parallel.overlap_grad_reduce")
 
@@ -328,7 +328,7 @@ def _steps(entry: str, train_iters: int) -> range:
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= first <= last <= train_iters:
         raise ConfigError(
-            f"training.skip_iterations has {entry}: name steps from 1 to train_iters ({train_iters}), one (7) or the "
-            "first and the last of several (7-9)"
+            f"training.skip_iterations has {entry}: name steps from 1 to training.train_iters ({train_iters}), one "
+            "(7) or the first and the last of several (7-9)"
         )
     return range(first, last + 1)

@@ -80,9 +80,10 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
         for kind, read in _TYPES.items():
             self.register("type", kind, read)
-        # On a command and on its sub-commands; these must not reset what was given before them.
-        default = argparse.SUPPRESS if " " in kwargs.get("prog", "") else False
-        self.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
+        # `run_command` looks for it on the command line, wherever it stands.
+        self.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         """What is not known is an error here already, so that a sub-command says which options it has."""
@@ -91,10 +92,10 @@ class CommandParser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._nearest_option(unknown)}")
         return namespace, unknown
 
-    def parse_own_args(self) -> tuple[argparse.Namespace, list[str]]:
-        """The command line's options that are this parser's, and the others, which another one reads. One of these
-        that is nearly this parser's is an error here."""
-        namespace, others = super().parse_known_args()
+    def parse_own_args(self, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The options that are this parser's, and the others, which another one reads. One of these that is nearly
+        this parser's is an error here."""
+        namespace, others = super().parse_known_args(args)
         for word in others:
             name = word.partition("=")[0]
             is_a_runs = name in _OF_A_RUN or "." in name

@@ -113,7 +113,8 @@ def nearest(kind: Any, name: str, *, in_entry: bool) -> list[str]:
     known = names_of(kind)
     entry = list(fields_of(items_of(known.get(section))))
     if entry:
-        return _alike(last, entry) if in_entry else [f"{section}: [{{{each}: …}}]" for each in _alike(last, entry)]
+        holder = name.rpartition(".")[0]
+        return [f"{holder}.{each}" if in_entry else f"{section}: [{{{each}: …}}]" for each in _alike(last, entry)]
     same = [each for each in known if each.rpartition(".")[2] == last]
     same += [f"{each}: [{{{field}: …}}]" for each, field in entry_fields_of(kind) if field == last]
     if same:

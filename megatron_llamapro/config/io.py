@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, get_origin
 
 from megatron_llamapro.config.checks import check_run_config
+from megatron_llamapro.config.command import in_one_line
 from megatron_llamapro.config.documents import dump, read_document
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.fields import (
@@ -24,7 +25,8 @@ from megatron_llamapro.config.reading import Place, read_text, read_value, shown
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.config.values import printable
 
-PROG = "torchrun --nproc-per-node N -m megatron_llamapro.pretrain"
+USAGE = """llamapro train --config run.yaml [--section.field value …]
+       torchrun --nproc-per-node N -m megatron_llamapro.pretrain --config run.yaml [--section.field value …]"""
 Config = TypeVar("Config")
 
 
@@ -35,8 +37,11 @@ def parse_run_config(args: Sequence[str] | None = None) -> RunConfig:
         ConfigError: a file that is not there, a key that does not exist (with the nearest that does), a value of
             the wrong type, a required field that is missing, or values that cannot go together.
     """
-    run_config = parse_sections(RunConfig, sys.argv[1:] if args is None else list(args))
-    check_run_config(run_config)
+    try:
+        run_config = parse_sections(RunConfig, sys.argv[1:] if args is None else list(args))
+        check_run_config(run_config)
+    except OSError as error:  # of a name that no file can have
+        raise ConfigError(in_one_line(error)) from None
     return run_config
 
 
@@ -149,7 +154,8 @@ def _print_help(kind: type) -> None:
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog=PROG,
+        prog="llamapro train",
+        usage=USAGE,
         description="Post-pretrain an expanded LLaMA: one YAML file, every field overridable by its dotted name.",
         print_config=None,
     )

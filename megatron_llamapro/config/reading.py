@@ -56,10 +56,14 @@ class Place:
         """One of its items."""
         return dataclasses.replace(self, name=f"{self.name}[{index}]")
 
+    @property
+    def dashes(self) -> str:
+        """What stands before its name where it is typed; nothing in a file."""
+        return self.source if self.source == "--" else ""
+
     def is_unknown(self) -> NoReturn:
         """Raise the `ConfigError` for a name that does not exist."""
-        dashes = self.source if self.source == "--" else ""
-        raise ConfigError(f"{self} does not exist{suggestion(self.root, self.name, dashes=dashes)}")
+        raise ConfigError(f"{self} does not exist{suggestion(self.root, self.name, dashes=self.dashes)}")
 
     def refuse(self, value: object, what: str) -> NoReturn:
         """Raise the `ConfigError` for a value that cannot be."""
@@ -132,7 +136,7 @@ def _read_fields(kind: Any, value: object, place: Place) -> dict:
         first = next(iter(hints))
         if is_entry:
             place.refuse(value, f"it has names with values: write {{{first}: {value if _is_word(value) else '…'}}}")
-        place.refuse(value, f"it is a section: write its fields, e.g. {place.under(first).name}")
+        place.refuse(value, f"it is a section: write its fields, e.g. {place.dashes}{place.under(first).name}")
     for name in value:
         if name not in hints:
             place.under(name if isinstance(name, str) else shown(name)).is_unknown()

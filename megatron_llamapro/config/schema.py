@@ -28,8 +28,8 @@ class ModelConfig:
     """What is trained."""
 
     checkpoint: FilePath
-    """Megatron checkpoint folder to start from, written by tools/convert_checkpoint.py. Its llamapro.json says
-    which blocks were added, its config.json the model's shape."""
+    """Megatron checkpoint folder to start from, written by llamapro convert. Its llamapro.json says which blocks
+    were added, its config.json the model's shape."""
     trainable: tuple[str, ...] = ("added_blocks",)
     """What trains: added_blocks (of all rounds), newest_blocks (of the latest), round_1, round_2, …, embedding,
     final_norm, output_layer, everything, lora (the adapters of the section lora), or parts of all added blocks:
@@ -149,7 +149,7 @@ class BlendEntry:
     """One source of training data."""
 
     prefix: FilePath
-    """Path of a .bin/.idx pair, without the ending, written by tools/preprocess_data.py or Megatron-LM."""
+    """Path of a .bin/.idx pair, without the ending, written by llamapro preprocess or Megatron-LM."""
     weight: float = 1.0
     """Share of the samples that come from it, relative to the other weights."""
 
@@ -164,7 +164,7 @@ class DataConfig:
     """Tokens a sample."""
     format: DataFormat = "text"
     """text: documents one behind the other, cut into samples, with loss everywhere. chat: whole conversations
-    (tools/preprocess_data.py --chat), with loss on what the assistant says; those longer than a sample are left out."""
+    (llamapro preprocess --chat), with loss on what the assistant says; those longer than a sample are left out."""
     packing: bool = False
     """Of chat. Lay several conversations into a sample, where they fit; later ones see earlier ones, as documents of
     text do. Without it a sample is one conversation and padding."""

@@ -133,9 +133,7 @@ class Manifest:
         """
         path = file_inside(Path(folder), MANIFEST_NAME)
         if path is None:
-            raise CheckpointError(
-                f"{folder} has no {MANIFEST_NAME}: convert the model with tools/convert_checkpoint.py"
-            )
+            raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: convert the model (llamapro convert)")
         return cls.from_json(_read_json(path), where=path)
 
     def write(self, folder: Path) -> None:

@@ -89,7 +89,7 @@ def check_trainable(
         if needs_added and not plan.added_layers:
             raise ConfigError(
                 f"model.trainable names '{choice}', but the checkpoint has no added blocks: expand it first "
-                "(tools/convert_checkpoint.py --num_added_blocks N), or set model.trainable to [everything]"
+                "(llamapro convert … --num_added_blocks N), or set model.trainable to [everything]"
             )
         if chosen_round is not None and choice not in _rounds(plan):
             raise ConfigError(
@@ -176,7 +176,7 @@ def check_lora(lora: LoraConfig, plan: ExpansionPlan, shape: ModelShape) -> None
     if not adapted_layers(lora, plan):
         raise ConfigError(
             f"lora.blocks is {lora.blocks}, but the checkpoint has no added blocks: expand it first "
-            "(tools/convert_checkpoint.py --num_added_blocks N), or set lora.blocks to originals"
+            "(llamapro convert … --num_added_blocks N), or set lora.blocks to originals"
         )
     in_experts = [target for target in lora.targets if shape.is_moe and ADAPTER_OWNERS[target] == "mlp"]
     if in_experts:

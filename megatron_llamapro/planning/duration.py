@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
-from megatron_llamapro.config.command import CommandParser, check_positive
-from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.files import check_can_hold
 from megatron_llamapro.planning.flops import step_work
 from megatron_llamapro.planning.job import Job
 
@@ -35,24 +31,3 @@ def run_cost(job: Job, seconds: float, *, peak_tflops: float = PEAK_TFLOPS, toke
     speed = job.num_microbatches * division.tokens * division.data_size / seconds
     work = step_work(job.shape, seq_length=division.seq_length, trains=job.trains).total
     return RunCost(speed, work * speed / (num_ranks * peak_tflops * 1e12), tokens / speed / 3600 * num_ranks)
-
-
-def add_options(parser: CommandParser) -> None:
-    """What both planning tools assume of a rank."""
-    parser.add_argument(
-        "--tokens", type=float, default=TOKENS, metavar="N", help="to train on (default: the paper's 80e9)"
-    )
-    parser.add_argument(
-        "--peak_tflops", type=float, default=PEAK_TFLOPS, metavar="N", help="of a rank (default: H100, bf16)"
-    )
-    parser.add_argument(
-        "--efficiency", type=float, default=EFFICIENCY, metavar="PART", help="of the peak that a block reaches"
-    )
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """Raise `ConfigError` where one of `add_options` cannot be."""
-    check_positive(args, "world_size", "peak_tflops", "efficiency", "tokens")
-    check_can_hold(args.output)
-    if args.efficiency > 1:
-        raise ConfigError(f"--efficiency is {args.efficiency:g}: it is a part of 1, e.g. 0.4")

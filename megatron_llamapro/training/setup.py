@@ -133,7 +133,7 @@ def _read_source(config: RunConfig) -> Source:
     if resume_from is None and AdapterRecord.read(folder):
         raise CheckpointError(
             f"{folder} has low-rank adapters beside its weights, and a new run would leave them out: merge them first "
-            f"(tools/convert_checkpoint.py megatron-to-megatron --source {folder} --target MERGED)"
+            f"(llamapro convert megatron-to-megatron --source {folder} --target MERGED)"
         )
     return Source(folder, manifest, shape, tokenizer, held_out, identity, resume_from)
 

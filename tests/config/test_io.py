@@ -1,11 +1,14 @@
 """YAML, overrides, and what a user sees when one is wrong."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.fields import fields_of, names_of
 from megatron_llamapro.config.io import dump_yaml, parse_run_config
+from megatron_llamapro.config.schema import RunConfig
 
 MINIMAL = """
 model: {checkpoint: somewhere}
@@ -72,7 +75,7 @@ WRONG = {
     "an entry without its path": ("data: {train: [{weight: 2}]}", "data.train[0] has no prefix: write {prefix: …}"),
     "an entry's misspelt field": (
         "data: {train: [{prefx: a}]}",
-        "data.train[0].prefx does not exist: did you mean prefix?",
+        "data.train[0].prefx does not exist: did you mean data.train[0].prefix?",
     ),
     "a number for text": ("logging: {wandb_project: 12}", "logging.wandb_project is 12: it is text: write '12'"),
     "a word for text": (
@@ -213,22 +216,44 @@ OPTIONS = {
     "--optimizer.lr .inf": "--optimizer.lr is inf: it must be finite",
     "--optimizer.lr 1e300": "no such number is that large",
     "--training.train_iters 9999999999999999999": "no such number is that large",
-    "--optimizer x.yaml": "it is a section: write its fields, e.g. optimizer.lr",
+    "--data.train [{prefx: a}]": "--data.train[0].prefx does not exist: did you mean --data.train=[{prefix: …}]?",
+    "--optimizer x.yaml": "it is a section: write its fields, e.g. --optimizer.lr",
     "--optimizer.lr": "--optimizer.lr has no value: write --optimizer.lr=…",
     "--optimizer.lr --debug": "--optimizer.lr has no value",
     "--optimizer.lr=": "--optimizer.lr has no value",
     "run.yaml": "'run.yaml' stands behind no option: for a file, write --config run.yaml",
     "--config nowhere.yaml": "nowhere.yaml does not exist",
     "--config .": ". is a folder: name the YAML file in it",
+    f"--config {'x' * 300}": "x: File name too long",
     "--data.num_workers -1": "data.num_workers is -1: it cannot be negative",
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options[:60])
 def test_wrong_options(options: str, run_yaml: Path) -> None:
     with pytest.raises(ConfigError) as error:
         parsed(run_yaml, *options.split(" ", 1))
     assert OPTIONS[options] in str(error.value)
+
+
+FIELDS = {name: name.rpartition(".")[2] for name, kind in names_of(RunConfig).items() if not fields_of(kind)}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_suggestion_is_the_whole_dotted_name(name: str, run_yaml: Path) -> None:
+    """Of a field without its section, and of a misspelt one: as an option, and in a file."""
+    section, field = name.split(".")
+    if field not in fields_of(RunConfig):  # checkpoint is a section too
+        with pytest.raises(ConfigError, match=rf"^--{field} does not exist: did you mean .*--{re.escape(name)}\b"):
+            parsed(run_yaml, f"--{field}=1")
+    misspelt = field[:-1] + field[-1] * 2
+    with pytest.raises(ConfigError, match=rf"^--{section}.{misspelt} does not exist: did you mean --{section}\.\w+\?$"):
+        parsed(run_yaml, f"--{section}.{misspelt}=1")
+    run_yaml.write_text(f"{section}: {{{misspelt}: 1}}")
+    with pytest.raises(
+        ConfigError, match=rf"run.yaml: {section}.{misspelt} does not exist: did you mean {section}\.\w+\?$"
+    ):
+        parsed(run_yaml)
 
 
 def test_either_word_for_a_dtype(run_yaml: Path) -> None:

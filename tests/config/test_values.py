@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_llamapro.__main__ import COMMANDS
 from megatron_llamapro.config.io import options_with_homes, parse_run_config
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.config.values import decimal_size, expand_user
 
-ROOT = Path(__file__).parents[2]
 RUN = """
 model: {checkpoint: ~/model}
 data: {train: [{prefix: ~/a}, {prefix: /b}], seq_length: 8, valid: {cpp: ~/c}, tokenizer: ~/t, cache_dir: ~/cache}
@@ -74,35 +74,31 @@ def test_other_paths_stay(home: Path) -> None:
     assert expand_user(f"~{os.environ.get('USER', 'root')}/x").startswith("/")
 
 
-# A command line of every tool that has paths, of which the one that is read first does not exist.
-TOOLS = {
-    "convert_checkpoint.py hf-to-megatron": ("--source=~/nowhere", "--target=~/x"),
-    "expand_checkpoint.py": ("--source=~/nowhere", "--target=~/x", "--num_added_blocks=1"),
-    "inspect_checkpoint.py": ("--checkpoint=~/nowhere",),
-    "verify_checkpoint.py": ("--original=~/nowhere", "--expanded=~/x"),
-    "preprocess_data.py": ("--input=~/nowhere", "--tokenizer=~/nowhere", "--output_prefix=~/x"),
-    "train_tokenizer.py": ("--input=~/nowhere", "--vocab_size=300", "--output_dir=~/x"),
-    "plot_metrics.py": ("--input=~/nowhere", "--output=~/x.png"),
-    "dry_run.py": ("--config=~/nowhere", "--world_size=1"),
-    "plan_pipeline.py": ("--config=~/nowhere", "--world_size=1"),
-    "plan_parallelism.py": ("--config=~/run.yaml", "--world_size=8", "--hf_config=~/nowhere"),
-    "launch_slurm.py": ("--config=~/run.yaml", "--launch=~/nowhere"),
+# A line of every command, of whose paths the one that is read first does not exist.
+LINES = {
+    "convert hf-to-megatron": ("--source=~/nowhere", "--target=~/x"),
+    "expand": ("--source=~/nowhere", "--target=~/x", "--num_added_blocks=1"),
+    "inspect": ("--checkpoint=~/nowhere",),
+    "verify": ("--original=~/nowhere", "--expanded=~/x"),
+    "preprocess": ("--input=~/nowhere", "--tokenizer=~/nowhere", "--output_prefix=~/x"),
+    "train-tokenizer": ("--input=~/nowhere", "--vocab_size=300", "--output_dir=~/x"),
+    "plot": ("--input=~/nowhere", "--output=~/x.png"),
+    "dry-run": ("--config=~/nowhere", "--world_size=1"),
+    "plan-pipeline": ("--config=~/nowhere", "--world_size=1"),
+    "plan-parallelism": ("--config=~/run.yaml", "--world_size=8", "--hf_config=~/nowhere"),
+    "train": ("--config=~/nowhere",),
+    "launch": ("--config=~/run.yaml", "--launch=~/nowhere"),
 }
 
 
-@pytest.mark.parametrize("tool", TOOLS)
-def test_every_tool(tool: str, home: Path) -> None:
+@pytest.mark.parametrize("command", LINES)
+def test_every_command(command: str, home: Path) -> None:
     (home / "run.yaml").write_text(RUN)
-    name, *command = tool.split()
-    process = [sys.executable, str(ROOT / "tools" / name), *command, *TOOLS[tool]]
+    process = [sys.executable, "-m", "megatron_llamapro", *command.split(), *LINES[command]]
     done = subprocess.run(process, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert f"{home}/nowhere" in done.stderr or "~/nowhere does not exist" in done.stderr
     assert not list(Path.cwd().iterdir()) and [path.name for path in home.iterdir()] == ["run.yaml"]
-
-
-def test_every_tool_is_tried() -> None:
-    assert {tool.split()[0] for tool in TOOLS} == {path.name for path in (ROOT / "tools").glob("[!_]*.py")}
 
 
 SIZES = {
@@ -120,3 +116,7 @@ SIZES = {
 @pytest.mark.parametrize(("num_bytes", "text"), SIZES.items())
 def test_sizes_have_three_digits_and_no_exponent(num_bytes: int, text: str) -> None:
     assert decimal_size(num_bytes) == text
+
+
+def test_every_command_is_tried() -> None:
+    assert {command.split()[0] for command in LINES} == set(COMMANDS)

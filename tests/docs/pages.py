@@ -31,9 +31,8 @@ def commands(page: str) -> list[str]:
 
 
 def workplace(folder: Path) -> Path:
-    """`folder`, with the repository's folders that a page's commands name."""
-    for name in ("examples", "tools"):
-        (folder / name).symlink_to(ROOT / name)
+    """`folder`, with the repository's examples, which a page's commands name."""
+    (folder / "examples").symlink_to(ROOT / "examples")
     return folder
 
 
@@ -44,8 +43,8 @@ def run(command: str, folder: Path, *more: str, num_ranks: int = 1) -> str:
         program_and_options = arguments[arguments.index("-m") :]
         arguments = ["--standalone", "--nproc-per-node", str(num_ranks), *program_and_options]
     here = Path(sys.executable)
-    path = {"python": here, "torchrun": here.with_name("torchrun")}.get(program, program)
-    words: Sequence[str | Path] = [path, *arguments, *more]
+    of_this_environment = {"python": here, **{name: here.with_name(name) for name in ("torchrun", "llamapro")}}
+    words: Sequence[str | Path] = [of_this_environment.get(program, program), *arguments, *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr

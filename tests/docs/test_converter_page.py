@@ -39,12 +39,12 @@ def test_its_commands_run(tiny_llama: Callable[..., Path], tmp_path: Path) -> No
 
 def test_every_option_that_it_names_is_one() -> None:
     programs = [
-        *(f"tools/{name}_checkpoint.py" for name in ("convert", "expand", "verify", "inspect")),
-        "tools/convert_checkpoint.py hf-to-megatron",
-        "tools/convert_checkpoint.py megatron-to-hf",
-        "benchmarks/convert.py",
+        *(f"llamapro {name}" for name in ("convert", "expand", "verify", "inspect")),
+        "llamapro convert hf-to-megatron",
+        "llamapro convert megatron-to-hf",
+        "python benchmarks/convert.py",
     ]
-    known = set(re.findall(r"--\w+", " ".join(run(f"python {program} --help", ROOT) for program in programs)))
+    known = set(re.findall(r"--\w+", " ".join(run(f"{program} --help", ROOT) for program in programs)))
     named = set(re.findall(r"--[a-z][\w-]+", (ROOT / PAGE).read_text())) - {"--ckpt-format"}  # Megatron-LM's
     assert len(named) > 15
     assert named <= known, named - known

@@ -38,7 +38,7 @@ def make_inputs(source: Path, folder: Path) -> None:
     for number, name in enumerate(names):
         (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[number::4]))
         options = f"--input text.jsonl --tokenizer {source} --output_prefix data/{name}"
-        run(f"python tools/preprocess_data.py {options}", folder)
+        run(f"llamapro preprocess {options}", folder)
 
 
 def test_the_page(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:

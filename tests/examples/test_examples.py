@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_llamapro.__main__ import COMMANDS
 from megatron_llamapro.config.io import parse_run_config
 
 ROOT = Path(__file__).parents[2]
@@ -35,8 +36,10 @@ def test_files_that_go_with_another_parse(path: Path, tmp_path: Path) -> None:
 def test_scripts_are_shell_and_name_files_that_are_there(path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)
     assert path.stat().st_mode & 0o111
-    for name in re.findall(r"\b(?:tools|examples)/[\w/]+\.(?:py|yaml)", path.read_text()):
+    text = path.read_text()
+    for name in re.findall(r"\b(?:tools|examples)/[\w/]+\.(?:py|yaml)", text):
         assert (ROOT / name).is_file(), name
+    assert set(re.findall(r"(?<!\S)llamapro ([\w-]+)(?: [\w-]+)? (?:--|\\\n)", text)) <= set(COMMANDS)
 
 
 def test_the_readmes_configuration_parses(tmp_path: Path) -> None:
@@ -49,9 +52,9 @@ def readme_yaml() -> str:
     return text
 
 
-def test_every_tool_of_the_readme_is_there() -> None:
-    named = set(re.findall(r"tools/(\w+)\.py", (ROOT / "README.md").read_text()))
-    assert named == {path.stem for path in ROOT.glob("tools/[!_]*.py")}
+def test_the_readme_lists_every_command_in_order() -> None:
+    named = re.findall(r"^\| `llamapro ([\w-]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert named == list(COMMANDS)
 
 
 def test_links_of_the_documents_lead_somewhere() -> None:

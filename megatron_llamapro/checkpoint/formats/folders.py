@@ -57,12 +57,12 @@ def resolve_megatron_checkpoint(path: Path) -> Path:
     if any((folder or path).glob("mp_rank_*")):
         raise CheckpointError(
             f"{folder or path} is a legacy checkpoint, for one division of ranks: convert it with "
-            "tools/convert_checkpoint.py megatron-to-megatron"
+            "llamapro convert megatron-to-megatron"
         )
     if folder is None or not is_torch_dist(folder):
         raise CheckpointError(
             f"{folder or path} is not a Megatron checkpoint: it has no {TORCH_DIST_MARK} of one "
-            "(tools/convert_checkpoint.py hf-to-megatron writes one)"
+            "(llamapro convert hf-to-megatron writes one)"
         )
     return folder
 

@@ -74,7 +74,7 @@ _BACKENDS = {
     "common_backend_version": 1,
 }
 
-_CONVERT = "convert it with tools/convert_checkpoint.py megatron-to-megatron"
+_CONVERT = "convert it with llamapro convert megatron-to-megatron"
 
 # Parts of a training checkpoint that are no weights: their keys start so, or contain it.
 _OTHER_STATE = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")

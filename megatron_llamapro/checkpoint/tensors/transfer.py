@@ -3,7 +3,7 @@
 Tensors go in batches. A batch is written, read back from where its tensors should be, compared by its hashes and noted
 in a journal. A run that goes on compares once more what the journal names, and does again what a power cut took back.
 What is read back comes out of the page cache, so that the disk moves each byte once; that it kept them is for
-tools/verify_checkpoint.py to prove. (Reading, writing and hashing leave Python's lock, so threads use all cores.)
+`llamapro verify` to prove. (Reading, writing and hashing leave Python's lock, so threads use all cores.)
 """
 
 from __future__ import annotations

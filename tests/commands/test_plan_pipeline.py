@@ -1,4 +1,4 @@
-"""The planning tool: what it prints, what it writes, and that pretrain reads it."""
+"""The split of the layers: what the command prints, what it writes, and that a run reads it."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def arguments(tiny_llama: Callable[..., Path], tmp_path: Path) -> list:
     return ["--config", tmp_path / "run.yaml", "--hf_config", model, "--num_added_blocks", 2, "--placement", "suffix"]
 
 
-def tool(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/plan_pipeline.py", *map(str, arguments)]
+def plan_pipeline(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "megatron_llamapro", "plan-pipeline", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
-def test_the_layout_is_read_by_pretrain(arguments: list, tmp_path: Path) -> None:
-    result = tool(*arguments, "--world_size", 4, "--output", tmp_path / "parallel.yaml")
+def test_the_layout_is_read_by_a_run(arguments: list, tmp_path: Path) -> None:
+    result = plan_pipeline(*arguments, "--world_size", 4, "--output", tmp_path / "parallel.yaml")
     assert result.returncode == 0, result.stderr
     assert "even split: 4, 4" in result.stdout and "no split is faster" in result.stdout
     run = parse_run_config(["--config", str(tmp_path / "run.yaml"), "--config", str(tmp_path / "parallel.yaml")])
     assert run.parallel.pipeline_stage_layers is not None and run.parallel.pipeline_stage_layers[0] > 4
-    found = json.loads(tool(*arguments, "--world_size", 4, "--json").stdout)
+    found = json.loads(plan_pipeline(*arguments, "--world_size", 4, "--json").stdout)
     assert found["best"]["counts"] == list(run.parallel.pipeline_stage_layers)
     assert found["best"]["seconds"] < found["even"]["seconds"]
     assert found["best"]["gpu_hours"] == pytest.approx(4 * 80e9 / found["best"]["tokens_per_second"] / 3600)
@@ -49,12 +49,12 @@ def test_the_layout_is_read_by_pretrain(arguments: list, tmp_path: Path) -> None
 def test_measured_blocks(arguments: list, tmp_path: Path) -> None:
     """Every kind is timed, and the plan is made of it."""
     times = tmp_path / "times.json"
-    result = tool(*arguments, "--world_size", 1, "--calibrate", times)
+    result = plan_pipeline(*arguments, "--world_size", 1, "--calibrate", times)
     assert result.returncode == 0, result.stderr
     measured = json.loads(times.read_text())
     assert set(measured) == set(KINDS) and all(kind["forward"] > 0 for kind in measured.values())
     assert measured["below"]["backward"] == 0 < measured["frozen"]["backward"]
-    planned = tool(*arguments, "--world_size", 2, "--calibration", times, "--json")
+    planned = plan_pipeline(*arguments, "--world_size", 2, "--calibration", times, "--json")
     [even, best] = (json.loads(planned.stdout)[name] for name in ("even", "best"))
     assert sum(best["counts"]) == 8 and best["seconds"] <= even["seconds"]
     total = sum(even["stage_forward"]) + sum(even["stage_backward"])
@@ -76,5 +76,5 @@ def test_measured_blocks(arguments: list, tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_line(more: list, message: str, arguments: list) -> None:
-    result = tool(*arguments, *more)
+    result = plan_pipeline(*arguments, *more)
     assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr

@@ -16,6 +16,7 @@ from megatron_llamapro.config.io import dump_yaml
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = "-m megatron_llamapro.pretrain --config {run} "
+LLAMAPRO = "-m megatron_llamapro "
 # What is typed, and what is said of it. {run} is a configuration that is right, {model} a Hugging Face model.
 REFUSED = {
     PRETRAIN + "--training.train_iters 0": "training.train_iters is 0",
@@ -27,22 +28,23 @@ REFUSED = {
     PRETRAIN + "--training.precision bf16": "holds float32 weights",
     PRETRAIN + "--parallel.tensor_model_parallel_size 2": "1 ranks cannot be divided",
     "-m megatron_llamapro.pretrain --config nowhere.yaml": "nowhere.yaml",
-    "tools/preprocess_data.py --input nowhere --tokenizer {model} --output_prefix x": "nowhere is not there",
-    "tools/preprocess_data.py --input {run} --tokenizer nowhere --output_prefix x": "nowhere is not there",
-    "tools/train_tokenizer.py --input nowhere --vocab_size 300 --output_dir x": "nowhere is not there",
-    "tools/convert_checkpoint.py hf-to-megatron --source nowhere --target x": "nowhere is not a folder",
-    "tools/convert_checkpoint.py hf-to-megatron --source {model} --target {model}": "overlap",
-    "tools/convert_checkpoint.py hf-to-megatron --source {model} --target x --num_added_blocks 99": "99",
-    "tools/expand_checkpoint.py --source nowhere --target x --num_added_blocks 1": "nowhere is not a folder",
-    "tools/verify_checkpoint.py --original nowhere --expanded nowhere": "nowhere is not a folder",
-    "tools/inspect_checkpoint.py --checkpoint nowhere": "nowhere is not a folder",
-    "tools/dry_run.py --config {run} --world_size 1 --model.checkpoint nowhere": "nowhere is not there",
-    "tools/dry_run.py --config {run} --world_size 3": "is not a multiple of",
-    "tools/plan_parallelism.py --config {run} --world_size 1 --model.checkpoint nowhere": "nowhere is not there",
-    "tools/plan_pipeline.py --config {run} --world_size 1": "there is one stage",
-    "tools/plan_pipeline.py --config {run} --world_size 1 --calibrate x --model.checkpoint nowhere": "nowhere is not",
-    "tools/launch_slurm.py --config {run} --launch nowhere": "nowhere does not exist",
-    "tools/plot_metrics.py --input nowhere --output x.png": "nowhere is not there",
+    LLAMAPRO + "train --config {run} --training.train_iters 0": "training.train_iters is 0",
+    LLAMAPRO + "preprocess --input nowhere --tokenizer {model} --output_prefix x": "nowhere is not there",
+    LLAMAPRO + "preprocess --input {run} --tokenizer nowhere --output_prefix x": "nowhere is not there",
+    LLAMAPRO + "train-tokenizer --input nowhere --vocab_size 300 --output_dir x": "nowhere is not there",
+    LLAMAPRO + "convert hf-to-megatron --source nowhere --target x": "nowhere is not a folder",
+    LLAMAPRO + "convert hf-to-megatron --source {model} --target {model}": "overlap",
+    LLAMAPRO + "convert hf-to-megatron --source {model} --target x --num_added_blocks 99": "99",
+    LLAMAPRO + "expand --source nowhere --target x --num_added_blocks 1": "nowhere is not a folder",
+    LLAMAPRO + "verify --original nowhere --expanded nowhere": "nowhere is not a folder",
+    LLAMAPRO + "inspect --checkpoint nowhere": "nowhere is not a folder",
+    LLAMAPRO + "dry-run --config {run} --world_size 1 --model.checkpoint nowhere": "nowhere is not there",
+    LLAMAPRO + "dry-run --config {run} --world_size 3": "is not a multiple of",
+    LLAMAPRO + "plan-parallelism --config {run} --world_size 1 --model.checkpoint nowhere": "nowhere is not there",
+    LLAMAPRO + "plan-pipeline --config {run} --world_size 1": "there is one stage",
+    LLAMAPRO + "plan-pipeline --config {run} --world_size 1 --calibrate x --model.checkpoint nowhere": "nowhere is not",
+    LLAMAPRO + "launch --config {run} --launch nowhere": "nowhere does not exist",
+    LLAMAPRO + "plot --input nowhere --output x.png": "nowhere is not there",
 }
 
 
@@ -112,16 +114,3 @@ def test_without_torch_it_says_so(run_yaml: Path, packages_but_torch: Path) -> N
     code, out, errors = typed(PRETRAIN.format(run=run_yaml), options=["-S"], variables=variables)
     assert (code, out, errors.count("\n")) == (2, "", 1), errors
     assert errors.startswith(f"error: the module torch is not in this Python ({sys.executable}): ")
-
-
-@pytest.mark.parametrize("tool", sorted(path.name for path in (ROOT / "tools").glob("[!_]*.py")))
-def test_without_the_package_a_tool_says_so(tool: str) -> None:
-    code, out, errors = typed(f"tools/{tool} --help", options=["-S"], variables={"PYTHONPATH": ""})
-    assert (code, out, errors.count("\n")) == (2, "", 1), errors
-    assert errors.startswith(f"error: the module megatron_llamapro is not in this Python ({sys.executable}): ")
-
-
-@pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "tools").glob("[!_]*.py")))
-def test_a_tool_is_a_module_too(tool: str) -> None:
-    """`python -m tools.NAME` from the repository's folder."""
-    assert typed(f"-m tools.{tool} --help") == typed(f"tools/{tool}.py --help")

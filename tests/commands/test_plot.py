@@ -1,4 +1,4 @@
-"""The picture tool: reads what training writes, refuses what is none."""
+"""Pictures of runs: the command reads what training writes, refuses what is none."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def test_labels() -> None:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/plot_metrics.py", *map(str, arguments)]
+    command = [sys.executable, "-m", "megatron_llamapro", "plot", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_the_tool_draws(metrics: Path, tmp_path: Path) -> None:
+def test_it_draws(metrics: Path, tmp_path: Path) -> None:
     output = tmp_path / "plot.png"
     assert run("--input", metrics, metrics, "--label", "one", "two", "--output", output).returncode == 0
     assert output.read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""The checkpoint tools as a user runs them: what they print, their exit codes, one line for every mistake."""
+"""The commands on checkpoints as a user types them: what they print, their exit codes, one line for every mistake."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import pty
 import re
-import runpy
 import struct
 import subprocess
 import sys
@@ -19,9 +18,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_llamapro.__main__ import main
+
 Tiny = Callable[..., Path]
-TOOLS = Path(__file__).parents[2] / "tools"
-NAMES = ("convert", "expand", "verify", "inspect")
+LLAMAPRO = ("-m", "megatron_llamapro")
 
 
 @dataclass(frozen=True)
@@ -38,44 +38,41 @@ Run = Callable[..., Ended]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a tool's script in this process, as `python tools/…` would: `run("expand", "--source", …)`."""
+    """Run a command in this process: `run("expand", "--source", …)`."""
 
-    def run_tool(tool: str, *arguments: object) -> Ended:
-        script = str(TOOLS / f"{tool}_checkpoint.py")
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which a script replaces
-        monkeypatch.syspath_prepend(TOOLS)
+    def run_command(*words: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["llamapro", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(script, run_name="__main__")
+            main()
         return Ended(int(ended.value.code or 0), *capsys.readouterr())
 
-    return run_tool
+    return run_command
 
 
 @pytest.fixture
 def run_well(run: Run) -> Callable[..., str]:
     """Its output; it must succeed and say nothing on standard error (no bar, where there is no terminal)."""
 
-    def run_tool_well(tool: str, *arguments: object) -> str:
-        ended = run(tool, *arguments)
+    def run_command_well(*words: object) -> str:
+        ended = run(*words)
         assert (ended.returncode, ended.stderr) == (0, "")
         return ended.stdout
 
-    return run_tool_well
+    return run_command_well
 
 
-def run_as_a_program(tool: str, *arguments: object) -> Ended:
+def run_as_a_program(*words: object) -> Ended:
     """In a process of its own."""
-    command = [sys.executable, "-W", "error", str(TOOLS / f"{tool}_checkpoint.py"), *map(str, arguments)]
+    command = [sys.executable, "-W", "error", *LLAMAPRO, *map(str, words)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
-def lines_on_a_terminal(tool: str, *arguments: object) -> list[str]:
-    """What stands on a terminal of 100 columns once a tool has ended: of every line what was written last."""
+def lines_on_a_terminal(*words: object) -> list[str]:
+    """What stands on a terminal of 100 columns once a command has ended: of every line what was written last."""
     ours, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    command = [sys.executable, str(TOOLS / f"{tool}_checkpoint.py"), *map(str, arguments)]
+    command = [sys.executable, *LLAMAPRO, *map(str, words)]
     process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal)
     os.close(terminal)
     written = b""
@@ -93,8 +90,8 @@ def lines_on_a_terminal(tool: str, *arguments: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def megatron(tiny_llama: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, converted by the tool, with blocks 2 and 5 added."""
-    target = tmp_path_factory.mktemp("tools") / "megatron"
+    """A tiny model, converted by the command, with blocks 2 and 5 added."""
+    target = tmp_path_factory.mktemp("commands") / "megatron"
     options = ("--source", tiny_llama(), "--target", target, "--num_added_blocks", 2)
     ended = run_as_a_program("convert", "hf-to-megatron", *options)
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -173,20 +170,6 @@ def test_placements(run_well: Callable[..., str], tiny_llama: Tiny, tmp_path: Pa
         assert f"added blocks: {blocks}\n" in said
 
 
-@pytest.mark.parametrize("tool", NAMES)
-def test_help_imports_nothing_heavy(tool: str) -> None:
-    """Which is what makes it start at once."""
-    code = (
-        "import runpy, sys; sys.argv = [sys.argv[1], '--help']; sys.path.insert(0, sys.argv[0].rpartition('/')[0])\n"
-        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit: print([m for m in ('torch', 'numpy', 'megatron.core', 'transformers') if m in sys.modules])"
-    )
-    script = str(TOOLS / f"{tool}_checkpoint.py")
-    ended = subprocess.run([sys.executable, "-c", code, script], capture_output=True, text=True, check=True)
-    assert ended.stdout.startswith("usage: ")
-    assert ended.stdout.endswith("[]\n")
-
-
 USAGE = {
     "positions and a count": (
         "expand",
@@ -211,11 +194,11 @@ USAGE = {
 }
 
 
-@pytest.mark.parametrize(("tool", "options", "message"), USAGE.values(), ids=USAGE.keys())
+@pytest.mark.parametrize(("command", "options", "message"), USAGE.values(), ids=USAGE.keys())
 def test_one_line_for_every_mistake(
-    run: Run, tool: str, options: tuple, message: str, tiny_llama: Tiny, tmp_path: Path
+    run: Run, command: str, options: tuple, message: str, tiny_llama: Tiny, tmp_path: Path
 ) -> None:
-    ended = run(tool, "--source", tiny_llama(), "--target", tmp_path / "target", *options)
+    ended = run(command, "--source", tiny_llama(), "--target", tmp_path / "target", *options)
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1, ended.stderr

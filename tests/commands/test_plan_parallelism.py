@@ -1,4 +1,4 @@
-"""The tool that divides a job's ranks: what it prints, what it writes, and that a job so divided runs dry."""
+"""The command that divides a job's ranks: what it prints, what it writes, and that a job so divided runs dry."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def arguments(tiny_llama: Callable[..., Path], tmp_path: Path) -> list:
     return ["--config", tmp_path / "run.yaml", "--hf_config", model, "--num_added_blocks", 2, "--world_size", 4]
 
 
-def tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, f"tools/{name}.py", *map(str, arguments)]
+def llamapro(*words: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "megatron_llamapro", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
 def test_the_best_one_runs(arguments: list, tmp_path: Path) -> None:
     """Where nothing fits without recomputation."""
     divided = ["--memory_gib", 0.0035, "--ranks_per_node", 1]
-    result = tool("plan_parallelism", *arguments, *divided, "--output", tmp_path / "parallel.yaml")
+    result = llamapro("plan-parallelism", *arguments, *divided, "--output", tmp_path / "parallel.yaml")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[2].startswith("TP x PP x DP") and " full " in lines[3]
-    [best, *_] = json.loads(tool("plan_parallelism", *arguments, *divided, "--json").stdout)
+    [best, *_] = json.loads(llamapro("plan-parallelism", *arguments, *divided, "--json").stdout)
     tensor, stages = (best["parallel"][f"{name}_model_parallel_size"] for name in ("tensor", "pipeline"))
     assert lines[3].startswith(f"{tensor} x {stages} x {best['data_parallel_size']} ")
     assert best["recompute"]["granularity"] == "full"
-    dry = tool("dry_run", *arguments, "--config", tmp_path / "parallel.yaml")
+    dry = llamapro("dry-run", *arguments, "--config", tmp_path / "parallel.yaml")
     assert dry.returncode == 0, dry.stderr
     assert f"TP {tensor} x PP {stages} x DP {best['data_parallel_size']}" in dry.stdout and "recomputed" in dry.stdout
     assert best["gpu_hours"] == pytest.approx(4 * 80e9 / best["tokens_per_second"] / 3600)
@@ -62,7 +62,7 @@ def test_what_the_file_said_before_is_replaced(arguments: list, tmp_path: Path) 
     }
     run = tmp_path / "run.yaml"
     run.write_text(yaml.safe_dump({**yaml.safe_load(RUN), **before}))
-    assert tool("plan_parallelism", *arguments, "--output", tmp_path / "parallel.yaml").returncode == 0
+    assert llamapro("plan-parallelism", *arguments, "--output", tmp_path / "parallel.yaml").returncode == 0
     both = parse_run_config(["--config", str(run), "--config", str(tmp_path / "parallel.yaml")])
     assert parse_run_config(["--config", str(run)]).recompute.modules == ("mlp",)
     assert both.recompute == RecomputeConfig() and both.parallel.virtual_pipeline_model_parallel_size is None
@@ -90,5 +90,5 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name: str, arguments: list) -> None:
     more, message = BAD[name]
-    result = tool("plan_parallelism", *arguments, *more)
+    result = llamapro("plan-parallelism", *arguments, *more)
     assert result.returncode == 2 and result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
