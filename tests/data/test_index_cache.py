@@ -163,7 +163,7 @@ def test_another_runs_order_is_kept(sources: Sources, undisturbed: torch.Tensor,
 
 def test_what_cannot_be_a_cache(sources: Sources, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"cannot be made or written in: Not a directory: set data\.cache_dir"):
+    with pytest.raises(DataError, match=r"cannot be created or written to: Not a directory: set data\.cache_dir"):
         built(sources, tmp_path / "file" / "cache")
 
 
