@@ -198,7 +198,7 @@ def test_a_second_interrupt_ends_at_once(run_config: Callable, start: Callable) 
     assert code == 130
     step, save = run.saved_step(), config.checkpoint.save
     assert lines[-1] == (
-        f"error: interrupted at once, what was not saved is lost; checkpoint: {save}, step {step}; the same command "
+        f"error: interrupted at once, unsaved steps are lost; checkpoint: {save}, step {step}; the same command "
         "resumes from it"
     )
 
