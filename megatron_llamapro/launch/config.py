@@ -73,9 +73,9 @@ class NodesConfig:
     gpus_per_node: int | None = 8
     """GPUs to request on each node; null requests none."""
     cpus_per_node: int | None = None
-    """CPU cores to request on each node. Default: the partition's."""
+    """CPU cores to request on each node. If unset, the partition's default."""
     memory_per_node: str | None = None
-    """Host memory to request on each node, in sbatch's format (0: all of it). Default: the partition's."""
+    """Host memory to request on each node, in sbatch's format (0: all of it). If unset, the partition's default."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class SlurmConfig:
     job_name: str = "llamapro"
     """Name of the job and of its log file."""
     partition: str | None = None
-    """Partition to run in. Default: the cluster's."""
+    """Partition to run in. If unset, the cluster's default."""
     account: str | None = None
-    """Account to charge. Default: the user's."""
+    """Account to charge. If unset, the user's default."""
     time: str = "24:00:00"
     """Time limit of each life of the job: minutes, hours:minutes:seconds, or days-hours:minutes:seconds."""
     signal_seconds: int = 300
@@ -111,7 +111,7 @@ class LaunchConfig:
     nodes: NodesConfig = field(default_factory=NodesConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     working_dir: FilePath | None = None
-    """Folder that the ranks run in, shared by all nodes. Default: the folder from which the job is submitted."""
+    """Folder that the ranks run in, shared by all nodes. If unset, the folder from which the job is submitted."""
     setup: tuple[str, ...] = ()
     """Lines of shell that run first on every node: module load, source …/bin/activate, export …. With a container they
     run inside it."""
@@ -124,7 +124,7 @@ class LaunchConfig:
     container_mounts: tuple[FilePath, ...] = ()
     """Folders to mount, as host:container. checkpoint.save and log_dir must have the same path inside and outside."""
     rendezvous_port: int | None = None
-    """Port on the first node at which the ranks find each other. Default: derived from the job's number."""
+    """Port on the first node at which the ranks find each other. If unset, it is derived from the job's number."""
     max_restarts: int = 0
     """How often torchrun restarts all ranks within a life after one of them died."""
 
