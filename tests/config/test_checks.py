@@ -83,7 +83,7 @@ BAD_ENTRIES = (0, -1, 11, "3-11", "5-4", "a", "3-", "3..4", "1e2", True)
         ({"training__seed": -1}, r"training\.seed is -1: it cannot be negative"),
         ({"training__hang_timeout_minutes": 1e7}, "must be at most"),
         ({"parallel__distributed_timeout_minutes": 0.0}, "must be above 0"),
-        ({"optimizer__param_groups": (ParamGroupRule("*", lr_mult=-1.0),)}, r"lr_mult and wd_mult of .* cannot be negative"),
+        ({"optimizer__param_groups": (ParamGroupRule("*", lr_mult=-1.0),)}, r"wd_mult of .* cannot be negative"),
         ({"model__trainable": ()}, "trainable is empty"),
         ({"model__trainable": ("lora",)}, r"set lora\.rank, e\.g\. 16"),
         ({"lora__rank": 4}, r"add lora to model\.trainable"),
