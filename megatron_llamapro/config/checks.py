@@ -317,7 +317,7 @@ def _steps(entry: str, train_iters: int) -> range:
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= first <= last <= train_iters:
         raise ConfigError(
-            f"training.skip_iterations has {entry}: give a step (7) or a first and a last one (7-9), from 1 to "
-            f"train_iters ({train_iters})"
+            f"training.skip_iterations has {entry}: name steps from 1 to train_iters ({train_iters}), one (7) or the "
+            "first and the last of several (7-9)"
         )
     return range(first, last + 1)

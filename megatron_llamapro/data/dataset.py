@@ -93,7 +93,7 @@ class HeldOutDataset(Dataset):
 
 
 def check_train_files(data: DataConfig, *, vocab_size: int) -> None:
-    """Raise `DataError` if a training pair is missing or damaged, or has another vocabulary or format."""
+    """Raise `DataError` where a pair to train on is missing, damaged, or of another vocabulary or kind."""
     for entry in data.train:
         open_token_file(entry.prefix, vocab_size=vocab_size, data_format=data.format)
 
@@ -101,14 +101,12 @@ def check_train_files(data: DataConfig, *, vocab_size: int) -> None:
 def build_train_dataset(
     data: DataConfig, *, num_samples: int, seed: int, tokenizer: Tokenizer, vocab_size: int, cache_dir: Path
 ) -> CheckedDataset:
-    """Return the blended training set, with an order made for `num_samples`. All ranks call it; rank 0 builds the
-    indices.
-
-    If ranks may see different files, let them agree on `check_train_files` first: an error on one rank alone leaves
-    the others waiting.
+    """The blended training set, with an order made for `num_samples`. All ranks call it; rank 0 builds the indices.
 
     Raises:
-        DataError: a pair is missing or damaged, or has another vocabulary; or a rank cannot read rank 0's indices.
+        DataError: a pair is missing, damaged or of another vocabulary (if that can differ between ranks, let them
+            agree on `check_train_files` first: an error on one rank leaves the others waiting); or a rank cannot read
+            what rank 0 wrote.
         RunError: the disk is full.
     """
     check_train_files(data, vocab_size=vocab_size)
@@ -161,15 +159,15 @@ def conversation_sets(train_set: CheckedDataset) -> list[ConversationDataset]:
 
 
 def _order_name(data: DataConfig, order: Mapping[str, object]) -> str:
-    """Name an order by everything that its index files depend on. megatron.core's own names cover the paths of the
-    token files, not their contents."""
+    """All that the index files depend on. megatron.core's own names have the paths of the token files, and not what is
+    in them."""
     files = [[entry.prefix, entry.weight, content_digest(entry.prefix)] for entry in data.train]
     settings = {"files": files, "seq_length": data.seq_length, "format": data.format, "packing": data.packing, **order}
     return f"order-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def build_valid_datasets(data: DataConfig, *, vocab_size: int, eod: int) -> dict[str, Dataset]:
-    """Open the held-out sets, by name."""
+    """The held-out sets, by name."""
     return {
         name: CheckedDataset(
             _held_out(prefix, data, vocab_size=vocab_size, eod=eod), name=prefix, vocab_size=vocab_size

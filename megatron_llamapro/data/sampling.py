@@ -116,7 +116,7 @@ def _end_with_parent(parent: int, worker: int) -> None:
 
 
 def data_order_fingerprint(data: DataConfig, *, num_samples: int, seed: int) -> dict[str, object]:
-    """Return everything that the order of the samples depends on. The files' paths are not part of it."""
+    """Everything that the order of the samples depends on; not the paths of the files."""
     return {
         "train_samples": num_samples,
         "seed": seed,

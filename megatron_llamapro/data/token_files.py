@@ -73,7 +73,7 @@ def read_info(prefix: str | Path) -> TokenFileInfo | None:
 def open_token_file(
     prefix: str | Path, *, vocab_size: int | None = None, data_format: DataFormat = "text"
 ) -> IndexedDataset:
-    """Open a pair, after `check_token_file`."""
+    """The pair, checked by `check_token_file`."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     has_modes = check_token_file(prefix, vocab_size=vocab_size, data_format=data_format)
@@ -81,17 +81,17 @@ def open_token_file(
 
 
 def check_token_file(prefix: str | Path, *, vocab_size: int | None = None, data_format: DataFormat = "text") -> bool:
-    """Check a pair's two files against each other and, if it is known, against the vocabulary. Return whether its
-    sequences have modes. Imports no torch.
+    """Check a pair's two files against each other and, where that is known, against the vocabulary. Returns whether
+    its sequences have modes. Imports no torch.
 
     Raises:
-        DataError: a file is missing, empty, damaged or from another pair; the pair has another format than
-            `data_format`; or a token is beyond `vocab_size`.
+        DataError: a file is missing, empty, damaged or another set's; it is not of `data_format`; or tokens lie beyond
+            `vocab_size`.
     """
     bin_path, index_path, _ = paths_of(prefix)
     for path in (bin_path, index_path):
         if not path.is_file():
-            raise DataError(f"{path} does not exist: {prefix} must be the path of a .bin/.idx pair without the suffix")
+            raise DataError(f"{path} is not there: {prefix} must be the path of a .bin/.idx pair without the ending")
         check_fetched(path, error=DataError)
     has_modes = _check_index(bin_path, index_path)
     if has_modes and data_format == "text":
@@ -108,8 +108,8 @@ def check_token_file(prefix: str | Path, *, vocab_size: int | None = None, data_
 
 
 def _check_index(bin_path: Path, index_path: Path) -> bool:
-    """Check that the index is valid and matches the token file. Return whether its sequences have modes: a byte each,
-    at the end of the index. (megatron.core notices only when it reads past the end, in mid-training, or never.)"""
+    """The index is one, and says of the tokens' file what is so. megatron.core looks when it reads beyond the end, in
+    the middle of training, or not at all. Returns whether the sequences have modes: a byte each at the index' end."""
     damaged = DataError(f"{index_path} is damaged: preprocess the text again")
     with index_path.open("rb") as file:
         start = file.read(_HEADER.size)
@@ -137,7 +137,7 @@ def _check_index(bin_path: Path, index_path: Path) -> bool:
 
 
 def _arrays(index_path: Path, num_sequences: int, num_documents: int) -> tuple[numpy.ndarray, ...]:
-    """Map three arrays, unread: each sequence's length in tokens and first byte, and each document's first sequence."""
+    """Tokens of each sequence, where it begins in bytes, and at which sequence each document does; not read yet."""
     found, place = [], _HEADER.size
     for dtype, count in ((numpy.int32, num_sequences), (numpy.int64, num_sequences), (numpy.int64, num_documents)):
         array = numpy.memmap(index_path, dtype=dtype, mode="r", offset=place, shape=(count,))

@@ -59,10 +59,10 @@ def serve(connection: Connection, options: EncoderOptions) -> None:
 
 
 def encoded(chunks: Iterable[Chunk], encoder: Encoder, options: EncoderOptions, num_workers: int) -> Iterator[Encoded]:
-    """Yield the encoded chunks, in order. One worker means `encoder` in this process; more are processes.
+    """The encoded chunks, in order: by `encoder` here, or by as many workers.
 
     Raises:
-        DataError: a line cannot be encoded.
+        DataError: of a line.
         RunError: a worker was killed.
     """
     if num_workers <= 1:

@@ -22,12 +22,12 @@ _RULE_MARK = "llamapro_param_group_rule"
 
 
 def config_overrides(chunks: Iterable[torch.nn.Module], config: OptimizerConfig) -> dict[ParamKey, dict[str, float]]:
-    """Return `get_megatron_optimizer`'s `config_overrides`: no weight decay on norms and biases, then the user's rules.
+    """`config_overrides` for `get_megatron_optimizer`: no weight decay on norms and biases, then the user's rules.
 
     All ranks call it, after `freeze`.
 
     Raises:
-        ConfigError: a rule matches no trainable parameter on any rank.
+        ConfigError: a rule that matches no trainable parameter on any rank.
     """
     rules = config.param_groups
     _check_all_matched(rules, _mark_parameters(chunks, rules))
