@@ -1,7 +1,7 @@
-"""What a run's configuration cannot be. Checks raise; none changes a value. Imports neither torch nor megatron.
+"""Checks of a run's configuration. They raise and never change a value. Imports neither torch nor megatron.
 
-`check_run_config` needs the configuration alone; `check_world` also needs the number of ranks, and `check_model`
-the model's shape. All are called before anything is built or written.
+`check_run_config` needs only the configuration. `data_parallel_size` also needs the number of ranks, and `check_model`
+the model's shape. All run before anything is built or written.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _NOT_NEGATIVE = (
     ("data", "num_workers"),
     ("training", "seed"),
 )
-# Times end before what a timer takes; a seed and its successors fit into numpy's 32 bits.
+# Times stay below a timer's limit. A seed and its successors fit into numpy's 32 bits.
 _AT_MOST = {
     "model.make_vocab_size_divisible_by": LARGEST_VOCAB_MULTIPLE,
     "data.num_workers": 1000,
@@ -60,7 +60,7 @@ _AT_MOST = {
 
 
 def check_run_config(config: RunConfig) -> None:
-    """Raise `ConfigError` where values are out of range or contradict each other."""
+    """Raise `ConfigError` if values are out of range or contradict each other."""
     check_ranges(config, {f"{section}.{name}": 1 for section, name in _AT_LEAST_ONE})
     check_ranges(config, {f"{section}.{name}": 0 for section, name in _NOT_NEGATIVE}, _AT_MOST)
     _check_optimizer(config)
@@ -77,12 +77,12 @@ def check_run_config(config: RunConfig) -> None:
         raise ConfigError("training.exit_interval saves and stops: set checkpoint.save to the folder to save in")
     left_out(config.training)
     if not config.model.trainable:
-        raise ConfigError("model.trainable is empty: name at least one thing that trains, e.g. added_blocks")
+        raise ConfigError("model.trainable is empty: name at least one part to train, e.g. added_blocks")
 
 
 def check_ranges(config: object, least: Mapping[str, int], most: Mapping[str, int] = MappingProxyType({})) -> None:
-    """Raise `ConfigError` where one of these fields, by dotted names, is set and below its least value or above its
-    most."""
+    """Raise `ConfigError` if a field is set and below its value in `least` or above its value in `most`. Fields are
+    given by dotted name."""
     for name, bound in least.items():
         value = operator.attrgetter(name)(config)
         if value is not None and value < bound:
@@ -90,21 +90,21 @@ def check_ranges(config: object, least: Mapping[str, int], most: Mapping[str, in
     for name, bound in most.items():
         value = operator.attrgetter(name)(config)
         if value is not None and value > bound:
-            raise ConfigError(f"{name} is {value}: it can be {bound} at the most")
+            raise ConfigError(f"{name} is {value}: it must be at most {bound}")
 
 
 def _check_optimizer(config: RunConfig) -> None:
     optimizer = config.optimizer
     if not 0 <= optimizer.lr_warmup_fraction < 1:
         raise ConfigError(
-            f"optimizer.lr_warmup_fraction is {optimizer.lr_warmup_fraction}: it is a part of 1, e.g. 0.06"
+            f"optimizer.lr_warmup_fraction is {optimizer.lr_warmup_fraction}: it must be in [0, 1), e.g. 0.06"
         )
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(optimizer, name) < 1:
             raise ConfigError(f"optimizer.{name} is {getattr(optimizer, name)}: it must be in [0, 1)")
     for rule in optimizer.param_groups:
         if min(rule.lr_mult, rule.wd_mult or 0) < 0:
-            raise ConfigError(f"optimizer.param_groups: the multiples of {rule.match} cannot be negative")
+            raise ConfigError(f"optimizer.param_groups: lr_mult and wd_mult of {rule.match} cannot be negative")
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(f"optimizer.min_lr ({optimizer.min_lr}) is above optimizer.lr ({optimizer.lr})")
 
@@ -115,21 +115,21 @@ def _check_data(config: RunConfig) -> None:
         raise ConfigError("data.train is empty: name at least one .bin/.idx prefix")
     for entry in data.train:
         if entry.weight <= 0:
-            raise ConfigError(f"data.train: {entry.prefix} has weight {entry.weight}: weights are above 0")
+            raise ConfigError(f"data.train: {entry.prefix} has weight {entry.weight}: weights must be above 0")
     if data.packing and data.format != "chat":
         raise ConfigError("data.packing is for data.format chat: text is always packed; leave it out")
     if data.eod_mask_loss and data.format != "text":
         raise ConfigError("data.eod_mask_loss is for data.format text: in chat only answers have loss; leave it out")
     save = config.checkpoint.save
-    if save is None or not Path(save).exists():  # else it may be the rest of a run, of which some had another batch
+    if save is None or not Path(save).exists():  # a resumed run may have used another batch size for earlier steps
         check_samples(config)
     if config.training.eval_interval and not data.valid:
         raise ConfigError("training.eval_interval is set, but data.valid names no held-out set")
 
 
 def check_samples(config: RunConfig, *, iteration: int = 0, consumed_samples: int = 0) -> None:
-    """Raise `ConfigError` where the data's order is too short for the rest of a run: that after step `iteration`, which
-    comes after the first `consumed_samples` samples."""
+    """Raise `ConfigError` if the data's order is too short for the rest of a run: the part after step `iteration` and
+    the first `consumed_samples` samples."""
     batch, train_iters = config.training.global_batch_size, config.training.train_iters
     steps, left = train_iters - iteration, config.data_order_samples - consumed_samples
     needed = steps * batch
@@ -142,8 +142,8 @@ def check_samples(config: RunConfig, *, iteration: int = 0, consumed_samples: in
         )
     smaller = f", or --training.global_batch_size {left // steps} or less" if left >= steps else ""
     raise ConfigError(
-        f"the run in checkpoint.save has used {consumed_samples} of the {config.data_order_samples} samples of its "
-        f"data's order in {iteration} steps, and {steps} more of {batch} need {needed}: "
+        f"the run in checkpoint.save has used {consumed_samples} of the {config.data_order_samples} samples in its "
+        f"data's order in {iteration} steps, and {steps} more steps of {batch} need {needed}: "
         f"{consumed_samples} + {needed} > {config.data_order_samples}; "
         f"set --training.train_iters {iteration + left // batch}{smaller}; only a new run can have a longer order"
     )
@@ -158,7 +158,7 @@ def _check_retention(checkpoint: CheckpointConfig) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"checkpoint.{name} is {value}: it must be at least 1; leave it out to keep all")
     if checkpoint.keep_every is not None and checkpoint.keep_last is None:
-        raise ConfigError("checkpoint.keep_every says what keep_last spares: set checkpoint.keep_last too")
+        raise ConfigError("checkpoint.keep_every makes exceptions from keep_last: set checkpoint.keep_last too")
 
 
 def _check_parallel(parallel: ParallelConfig) -> None:
@@ -172,11 +172,11 @@ def _check_parallel(parallel: ParallelConfig) -> None:
     layers = parallel.pipeline_stage_layers
     if layers is not None and (len(layers) != stages * (virtual or 1) or min(layers) < 0):
         raise ConfigError(
-            f"parallel.pipeline_stage_layers has {len(layers)} entries: it needs one count of layers (0 or more) "
+            f"parallel.pipeline_stage_layers has {len(layers)} entries: it needs one number of layers (0 or more) "
             f"for each of the {stages * (virtual or 1)} (virtual) stages"
         )
     if parallel.distributed_timeout_minutes <= 0:
-        raise ConfigError("parallel.distributed_timeout_minutes must be above 0: nothing would be waited for")
+        raise ConfigError("parallel.distributed_timeout_minutes must be above 0: else no rank waits for another")
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ConfigError("parallel.sequence_parallel needs parallel.tensor_model_parallel_size above 1: leave it out")
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
@@ -196,8 +196,8 @@ def _check_recompute(recompute: RecomputeConfig) -> None:
     for name, belongs in (("method", full), ("num_layers", full), ("modules", selective)):
         if getattr(recompute, name) and not belongs:
             raise ConfigError(
-                f"recompute.{name} is set, but recompute.granularity is {recompute.granularity}: it is read with "
-                f"{'selective' if name == 'modules' else 'full'} only"
+                f"recompute.{name} is set, but recompute.granularity is {recompute.granularity}: it applies only to "
+                f"{'selective' if name == 'modules' else 'full'}"
             )
 
 
@@ -208,13 +208,13 @@ def _check_lora(config: RunConfig) -> None:
     if lora.alpha is not None and lora.alpha <= 0:
         raise ConfigError(f"lora.alpha is {lora.alpha}: it must be above 0")
     if not lora.targets:
-        raise ConfigError("lora.targets is empty: name at least one linear, e.g. linear_qkv")
+        raise ConfigError("lora.targets is empty: name at least one linear layer, e.g. linear_qkv")
     if "lora" in trainable and lora.rank is None:
         raise ConfigError("model.trainable names lora, but there are no adapters: set lora.rank, e.g. 16")
     if "lora" not in trainable and lora != LoraConfig():
-        raise ConfigError("lora is set, but its adapters do not train: have model.trainable name lora, or leave it out")
+        raise ConfigError("lora is set, but its adapters do not train: add lora to model.trainable, or leave it out")
     if "lora" in trainable and "everything" in trainable:
-        raise ConfigError("model.trainable names everything and lora: name one of them")
+        raise ConfigError("model.trainable names everything and lora: choose one of them")
 
 
 def count_microbatches(global_batch_size: int, *, micro_batch_size: int, data_parallel_size: int) -> int:
@@ -233,10 +233,10 @@ def count_microbatches(global_batch_size: int, *, micro_batch_size: int, data_pa
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
-    """Replicas that `world_size` ranks make.
+    """Return the number of replicas that `world_size` ranks form.
 
     Raises:
-        ConfigError: the ranks, the batch or the micro-batch do not divide.
+        ConfigError: the ranks, the batch or the micro-batches cannot be divided evenly.
     """
     parallel, training = config.parallel, config.training
     model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
@@ -268,7 +268,7 @@ def check_model(
     ffn_hidden_size: int,
     has_experts: bool = False,
 ) -> None:
-    """Raise `ConfigError` where the model cannot be divided as `config.parallel` says."""
+    """Raise `ConfigError` if the model cannot be divided as `config.parallel` says."""
     parallel = config.parallel
     tensor_ranks = parallel.tensor_model_parallel_size
     counts = {
@@ -289,20 +289,20 @@ def check_model(
             )
     if has_experts and tensor_ranks > 1 and not parallel.sequence_parallel:
         raise ConfigError(
-            "a model with experts trains on several tensor-parallel ranks only with sequence parallelism "
-            "(megatron.core): set parallel.sequence_parallel to true"
+            "in megatron.core, a model with experts needs sequence parallelism to train on several tensor-parallel "
+            "ranks: set parallel.sequence_parallel to true"
         )
     stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     if parallel.pipeline_stage_layers is None and num_layers < stages:
         raise ConfigError(f"the model has {num_layers} layers, fewer than the {stages} (virtual) pipeline stages")
     if parallel.pipeline_stage_layers is not None and sum(parallel.pipeline_stage_layers) != num_layers:
         raise ConfigError(
-            f"parallel.pipeline_stage_layers has {sum(parallel.pipeline_stage_layers)} layers in all, "
-            f"the model has {num_layers}"
+            f"parallel.pipeline_stage_layers has {sum(parallel.pipeline_stage_layers)} layers in total, "
+            f"but the model has {num_layers}"
         )
     if parallel.sequence_parallel and config.data.seq_length % tensor_ranks:
         raise ConfigError(
-            f"data.seq_length ({config.data.seq_length}) cannot be divided by {tensor_ranks} tensor ranks"
+            f"data.seq_length ({config.data.seq_length}) cannot be divided by {tensor_ranks} tensor-parallel ranks"
         )
 
 
@@ -310,10 +310,10 @@ _STEPS = re.compile(r"(\d{1,18})(?:-(\d{1,18}))?")
 
 
 def left_out(training: TrainingConfig) -> Sequence[range]:
-    """The steps that `skip_iterations` names.
+    """Return the steps that `skip_iterations` names.
 
     Raises:
-        ConfigError: an entry is neither a step of the run nor a first and a last one.
+        ConfigError: an entry is neither a step of the run nor a range of its steps.
     """
     return [_steps(str(entry), training.train_iters) for entry in training.skip_iterations]
 

@@ -1,6 +1,6 @@
-"""YAML, read and written in one way everywhere. An error names the file and the line. Imports no torch.
+"""The one reader and writer of YAML. An error names the file and the line. Imports no torch.
 
-Beyond `yaml.safe_load`: a name that is given twice is an error, 1e-4 is a number, and ~, 24:00:00, 010 and dates are
+Unlike in `yaml.safe_load`, a name that is given twice is an error, 1e-4 is a number, and ~, 24:00:00, 010 and dates are
 text.
 """
 
@@ -19,9 +19,9 @@ from megatron_llamapro.config.values import expand_user, printable
 _LARGEST_FILE = 16 * 2**20  # bytes
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _TAG = "tag:yaml.org,2002:"
-# Of YAML 1.1, and not wanted: 24:00:00 would be 86400, 010 would be 8, and a lone = has no meaning at all.
+# Unwanted meanings of YAML 1.1: 24:00:00 would be 86400, 010 would be 8, and a lone = would be an error.
 _OTHER_MEANINGS = {f"{_TAG}{name}" for name in ("int", "float", "timestamp", "value")}
-# An integer of more digits than Python converts stays text, and is refused as such.
+# An integer with more digits than Python converts stays text, and is then rejected as text.
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]{0,4000})$")
 _FLOAT = re.compile(
     r"""(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?
@@ -32,24 +32,24 @@ _FLOAT = re.compile(
 )
 
 
-_REMEDIES = {r"\t": ": indent with spaces", "an alias": ": put text that begins with * in quotes"}
+_REMEDIES = {r"\t": ": indent with spaces", "an alias": ": put text that starts with * in quotes"}
 
 
 class DocumentError(ConfigError):
-    """Text that is no YAML; where it is from is not said."""
+    """Text is not YAML. The message does not name its source."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a name that stands twice in a mapping, of which the last would win silently."""
+    """Refuses a name that occurs twice in a mapping. In plain YAML the last one silently wins."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in known if tag not in _OTHER_MEANINGS]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        if first != "~"  # null, or the home folder: the field decides
+        if first != "~"  # it means null or the home folder: the field decides
     }
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        """As composed, before `<<` adds what its own names may replace."""
+        """Compose a mapping and check its names, before `<<` adds names that the mapping may override."""
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
@@ -65,7 +65,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Also quotes the text 1e-4, which `_Loader` would read as a number."""
+    """Also quotes text such as 1e-4, which `_Loader` would read as a number."""
 
 
 for _kind, _pattern in (("int", _INT), ("float", _FLOAT)):
@@ -74,15 +74,15 @@ for _kind, _pattern in (("int", _INT), ("float", _FLOAT)):
 
 
 def dump(value: object) -> str:
-    """Plain data as YAML that `load` reads back."""
+    """Write plain data as YAML that `load` reads back."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def load(text: str) -> object:
-    """Plain data of YAML text.
+    """Read YAML text as plain data.
 
     Raises:
-        DocumentError: it is no YAML.
+        DocumentError: the text is not YAML.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -98,10 +98,10 @@ def load(text: str) -> object:
 
 
 def read_document(name: str) -> dict:
-    """What a file of names with values holds; `~` in its name is the home folder.
+    """Read a file of names with values. `~` in its name is the home folder.
 
     Raises:
-        ConfigError: there is no such file, it is no text, no YAML, or holds something else.
+        ConfigError: the file does not exist, is not text or not YAML, or holds no names with values.
     """
     text, name = _text_of(name), printable(name)
     try:
@@ -109,10 +109,10 @@ def read_document(name: str) -> dict:
     except DocumentError as error:
         raise ConfigError(f"{name}, {error}" if str(error).startswith("line ") else f"{name}: {error}") from None
     if document is None:
-        raise ConfigError(f"{name} is empty: it takes names with values, e.g. training: {{train_iters: 100}}")
+        raise ConfigError(f"{name} is empty: it must hold names with values, e.g. training: {{train_iters: 100}}")
     if not isinstance(document, dict):
         what = "a list" if isinstance(document, list) else "a single value"
-        raise ConfigError(f"{name} is {what}: it takes names with values, e.g. training: {{train_iters: 100}}")
+        raise ConfigError(f"{name} is {what}: it must hold names with values, e.g. training: {{train_iters: 100}}")
     return document
 
 
@@ -120,7 +120,7 @@ def _text_of(name: str) -> str:
     try:
         path = Path(expand_user(name))
     except ValueError as error:
-        raise ConfigError(f"{name!r} names no file: {error}") from None
+        raise ConfigError(f"{name!r} is not a file name: {error}") from None
     name = printable(name)
     if path.is_dir():
         raise ConfigError(f"{name} is a folder: name the YAML file in it")
@@ -131,10 +131,10 @@ def _text_of(name: str) -> str:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
         raise ConfigError(f"{name} {reason}") from None
     if len(content) > _LARGEST_FILE:
-        raise ConfigError(f"{name} has more than {_LARGEST_FILE >> 20} MiB: it is no configuration")
+        raise ConfigError(f"{name} has more than {_LARGEST_FILE >> 20} MiB: it is not a configuration file")
     if content.startswith(_UTF16):
         raise ConfigError(f"{name} is UTF-16: save it as UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{name} is no text: byte {error.start + 1} is not UTF-8") from None
+        raise ConfigError(f"{name} is not text: byte {error.start + 1} is not UTF-8") from None

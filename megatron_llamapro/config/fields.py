@@ -1,6 +1,6 @@
-"""What a configuration consists of, by the types of its dataclasses, and building it from plain data. Without torch.
+"""The fields of a configuration, from the types of its dataclasses, and their construction from plain data. No torch.
 
-A name that does not exist is an error that says which one was meant.
+An unknown name is an error that suggests the nearest name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_llamapro.config.values import expand_user, printable
 _UNIONS = (Union, types.UnionType)
 
 FilePath = Annotated[str, "path"]
-"""Of a file or folder: `~` at its start is the home folder, wherever it comes from."""
+"""Path of a file or folder. `~` at its start is the home folder, both in files and on the command line."""
 
 
 def is_file_path(kind: Any) -> bool:
@@ -29,12 +29,12 @@ def is_file_path(kind: Any) -> bool:
 
 @functools.cache
 def fields_of(kind: Any) -> dict[str, Any]:
-    """The types of a dataclass's fields by their names, with their annotations; of anything else, none."""
+    """Return the types of a dataclass's fields by name, with annotations. Return no fields for any other type."""
     return get_type_hints(kind, include_extras=True) if dataclasses.is_dataclass(kind) else {}
 
 
 def required_of(kind: Any) -> list[str]:
-    """Fields that have no default."""
+    """Return the names of the fields without a default."""
     missing = dataclasses.MISSING
     return [
         field.name
@@ -44,7 +44,7 @@ def required_of(kind: Any) -> list[str]:
 
 
 def alternatives_of(kind: Any) -> tuple:
-    """The members of a union, without their annotations; of any other type, itself."""
+    """Return the members of a union, without annotations. Any other type is its only member."""
     if get_origin(kind) is Annotated:
         return alternatives_of(get_args(kind)[0])
     if get_origin(kind) in _UNIONS:
@@ -53,12 +53,12 @@ def alternatives_of(kind: Any) -> tuple:
 
 
 def is_optional(kind: Any) -> bool:
-    """Whether it may be null."""
+    """Whether a value may be null."""
     return type(None) in alternatives_of(kind)
 
 
 def items_of(kind: Any) -> Any:
-    """The type of what a list holds, or of the values that names have; None of anything else."""
+    """Return the type of a list's items or a dict's values; None for any other type."""
     for alternative in alternatives_of(kind):
         if get_origin(alternative) is tuple:
             return get_args(alternative)[0]
@@ -68,7 +68,7 @@ def items_of(kind: Any) -> Any:
 
 
 def names_of(kind: Any) -> dict[str, Any]:
-    """Dotted names and types of all sections and fields, from the top."""
+    """Return the dotted names and types of all sections and fields, from the top."""
     found = {}
     for name, of_field in fields_of(kind).items():
         found[name] = of_field
@@ -77,7 +77,7 @@ def names_of(kind: Any) -> dict[str, Any]:
 
 
 def entry_fields_of(kind: Any) -> Iterator[tuple[str, str]]:
-    """Dotted names of the lists whose items have fields, each with every such field."""
+    """Yield the dotted name of each list whose items have fields, paired with each of these fields."""
     for name, of_field in names_of(kind).items():
         for inner in fields_of(items_of(of_field)):
             yield name, inner
@@ -88,8 +88,8 @@ _AT_MOST = 3
 
 
 def suggestion(kind: Any, name: str, *, dashes: str = "") -> str:
-    """What to add to the error that `name`, dotted, is no name of the configuration `kind`: the nearest ones, or
-    else all of the section. `dashes` stand before an option."""
+    """Return the text to add to the error that the dotted `name` does not exist in the configuration `kind`: the
+    nearest names, or all names of the section. `dashes` are written before an option."""
     near = nearest(kind, name, in_entry=not dashes and name.rpartition(".")[0].endswith("]"))
     if near:
         forms = (f"{dashes}{each.replace(': ', '=', 1) if dashes else each}" for each in near)
@@ -99,16 +99,16 @@ def suggestion(kind: Any, name: str, *, dashes: str = "") -> str:
     while section and section not in known:
         section = section.rpartition(".")[0]
     if not section:
-        anchor = "" if dashes else "; an anchor (&x) stands where its value is used first"
+        anchor = "" if dashes else "; put an anchor (&x) where its value is first used"
         return f": the top level takes {', '.join(fields_of(kind))}{anchor}"
     takes = fields_of(known[section]) or fields_of(items_of(known[section]))
     return f": {section} takes {', '.join(takes)}" if takes else ""
 
 
 def nearest(kind: Any, name: str, *, in_entry: bool) -> list[str]:
-    """Existing dotted names, best first: the same name in another section; else one that is spelt alike, in the
-    same section before others. Fields of a list's entries are in the form that the list is written in, unless the name
-    stands in such an entry (`in_entry`)."""
+    """Return existing dotted names, best first: the same name in another section; else a similar name, from the same
+    section if possible. A field of a list's entries is written in the list's form, unless `name` itself is inside such
+    an entry (`in_entry`)."""
     section, _, last = _INDEX.sub("", name.replace("-", "_")).rpartition(".")
     known = names_of(kind)
     entry = list(fields_of(items_of(known.get(section))))
@@ -133,7 +133,7 @@ def _alike(word: str, words: list[str]) -> list[str]:
 
 
 def to_plain(value: object) -> object:
-    """A config as plain dicts, lists, strings and numbers, in the order of its fields."""
+    """Return a config as plain dicts, lists, strings and numbers, in the order of its fields."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -144,7 +144,7 @@ def to_plain(value: object) -> object:
 
 
 def built(kind: Any, given: Any) -> Any:
-    """The dataclass of what was given; nothing that is required is missing."""
+    """Build the dataclass from plain data. No required field may be missing."""
     if fields_of(kind):
         sections = {name: {} for name, of_field in fields_of(kind).items() if fields_of(of_field)}
         return kind(**{name: built(fields_of(kind)[name], item) for name, item in {**sections, **given}.items()})
@@ -154,7 +154,7 @@ def built(kind: Any, given: Any) -> Any:
 
 
 def missing(kind: Any, given: dict, section: str = "") -> Iterator[str]:
-    """Dotted names of required fields that were not given."""
+    """Yield the dotted names of required fields that were not given."""
     required = required_of(kind)
     for name, of_field in fields_of(kind).items():
         if fields_of(of_field):
@@ -164,7 +164,7 @@ def missing(kind: Any, given: dict, section: str = "") -> Iterator[str]:
 
 
 def with_defaults(kind: Any, given: Any) -> Any:
-    """All fields, in their order; null where a required one was not given."""
+    """Return all fields, in their order. A required field that was not given is null."""
     if isinstance(given, list):
         return [with_defaults(items_of(kind), item) for item in given]
     if not fields_of(kind):
@@ -182,10 +182,10 @@ def with_defaults(kind: Any, given: Any) -> Any:
 
 
 def with_homes(kind: Any, given: Any, name: str = "") -> Any:
-    """What was given, with `~` in its paths replaced.
+    """Return `given` with `~` in its paths expanded.
 
     Raises:
-        ConfigError: a path cannot be meant as it stands.
+        ConfigError: a path cannot be expanded, or cannot be what was meant.
     """
     if isinstance(given, str) and is_file_path(kind):
         try:

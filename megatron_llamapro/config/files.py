@@ -1,4 +1,4 @@
-"""Files read without being led astray and written whole or not at all, and what a wrong path was meant to be.
+"""Safe reading of files, atomic writing, and hints about wrong paths.
 
 Errors name the file. Imports no torch.
 """
@@ -16,20 +16,20 @@ from megatron_llamapro.config.errors import CheckpointError, ConfigError, LlamaP
 
 POINTER_START = b"version https://git-lfs.github.com/spec/"
 IS_POINTER = "is a Git-LFS pointer, not the file itself: run `git lfs pull` in its folder, then try again"
-_LARGEST_POINTER = 1024  # bytes, as Git-LFS itself has it
+_LARGEST_POINTER = 1024  # bytes; Git-LFS's own limit
 
 _CACHED_REPOSITORY = re.compile(r"(models|datasets|spaces)--.+")
 _SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 
 
 def file_inside(folder: Path, name: str) -> Path | None:
-    """The file of a checkpoint folder; None where it has none of that name.
+    """Return the path of a file in a checkpoint folder, or None if it does not exist.
 
-    Links are followed, but not out of the folder: only into the blobs of the Hugging Face cache that it lies in.
+    A link may not lead out of the folder, except into the blobs of the Hugging Face cache that the folder lies in.
 
     Raises:
-        CheckpointError: it is a link to somewhere else or in a loop, no regular file (reading a pipe would wait), or
-            only a Git-LFS pointer.
+        CheckpointError: the file is a link to elsewhere or in a loop, not a regular file (reading a pipe would wait),
+            or only a Git-LFS pointer.
     """
     path = Path(folder) / name
     try:
@@ -38,8 +38,8 @@ def file_inside(folder: Path, name: str) -> Path | None:
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
             raise CheckpointError(
-                f"{path} is a link to a file that is not there, {path.readlink()}: copy models with `cp -rL`, mount "
-                "the whole cache, or fetch it again"
+                f"{path} is a link to {path.readlink()}, which does not exist: copy models with `cp -rL`, mount "
+                "the whole cache, or fetch the model again"
             ) from None
         return None
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop, in Python before 3.13
@@ -56,19 +56,19 @@ def file_inside(folder: Path, name: str) -> Path | None:
 
 
 def _instead_of_link(folder: Path, real: Path) -> str:
-    """What to do about a link that is not followed. huggingface_hub before 0.23 made folders of links to its cache."""
+    """Advise on a link that is not followed. huggingface_hub before 0.23 made folders of links to its cache."""
     repository = real.parent.parent
     if real.parent.name != "blobs" or not repository.name.startswith("models--"):
-        return "copy the file there, then try again"
+        return "copy the file into the folder, then try again"
     hub_id = repository.name.removeprefix("models--").replace("--", "/")
     return f"copy the folder with `cp -rL {folder} NEW`, or fetch it with `hf download {hub_id} --local-dir NEW`"
 
 
 def _is_blob_of(home: Path, real: Path) -> bool:
-    """Whether a file is a blob of the Hugging Face cache that a folder lies in (both without links).
+    """Whether a file is a blob of the Hugging Face cache that a folder lies in. Both paths are resolved.
 
-    The folder is REPOSITORY/snapshots/REVISION or below it, the blob REPOSITORY/blobs/ETAG; or, since huggingface_hub
-    2.0, in the store that all repositories of the cache share: CACHE/blobs/<2 hex digits>/<64 hex digits>.
+    The folder is REPOSITORY/snapshots/REVISION or below it. The blob is REPOSITORY/blobs/ETAG, or since huggingface_hub
+    2.0, CACHE/blobs/<2 hex digits>/<64 hex digits>, a store that all repositories of the cache share.
     """
     for snapshot in (home, *home.parents):
         if snapshot.parent.name != "snapshots":
@@ -83,7 +83,7 @@ def _is_blob_of(home: Path, real: Path) -> bool:
 
 
 def check_fetched(path: Path, *, error: type[LlamaProError] = CheckpointError) -> None:
-    """Raise `error` where a file is only what Git-LFS keeps in its place until it is pulled."""
+    """Raise `error` if a file is only the pointer that Git-LFS keeps until the file is pulled."""
     with Path(path).open("rb") as file:
         is_small = os.fstat(file.fileno()).st_size <= _LARGEST_POINTER
         if is_small and file.read(len(POINTER_START)) == POINTER_START:
@@ -91,14 +91,14 @@ def check_fetched(path: Path, *, error: type[LlamaProError] = CheckpointError) -
 
 
 LARGEST_SMALL_FILE = 256 * 2**20
-"""Bytes: configurations, manifests, tokenizers and indices are far below it. A hole of a terabyte takes no disk."""
+"""Bytes. Configurations, manifests, tokenizers and indices are far smaller. (A sparse terabyte needs no disk.)"""
 
 
 def read_small(path: Path, *, largest: int = LARGEST_SMALL_FILE) -> bytes:
-    """All of a file, which is not given memory if it is larger than any of its kind.
+    """Read a whole file, unless it is too large for its kind.
 
     Raises:
-        CheckpointError: it is.
+        CheckpointError: the file is larger than `largest` bytes. It is not read into memory.
     """
     with Path(path).open("rb") as file:
         check_small(path, os.fstat(file.fileno()).st_size, largest=largest)
@@ -106,13 +106,13 @@ def read_small(path: Path, *, largest: int = LARGEST_SMALL_FILE) -> bytes:
 
 
 def check_small(path: Path, num_bytes: int, *, largest: int = LARGEST_SMALL_FILE) -> None:
-    """Raise `CheckpointError` for a size that no small file has."""
+    """Raise `CheckpointError` if a file is larger than `largest` bytes."""
     if num_bytes > largest:
         raise CheckpointError(f"{path} has {num_bytes} bytes, more than any such file: it is damaged")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under another name first, so that a kill leaves the old one, or none."""
+    """Write a text file under another name and rename it, so that a kill leaves the old file or none."""
     draft = path.with_name(f"{path.name}.tmp")
     with naming(path):
         draft.write_text(text, encoding="utf-8")
@@ -120,7 +120,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def check_can_hold(path: Path | None) -> None:
-    """Raise `ConfigError` where no file of this name can be written, before what goes into it is worked out."""
+    """Raise `ConfigError` if no file can be written at `path`. Call it before computing the content."""
     if path is not None and path.is_dir():
         raise ConfigError(f"{path} is a folder: name a file in it")
     if path is not None and not path.parent.is_dir():
@@ -129,16 +129,16 @@ def check_can_hold(path: Path | None) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An `OSError` of what is done through an open descriptor, or to a draft, names the file."""
+    """Make an `OSError` of the block name `path`, for operations on an open descriptor or a draft."""
     try:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-_MOST = 3  # folders that a line names
+_MOST = 3  # folders named in one line
 
-# With or without the hub's address before it; a path has lost one of its slashes.
+# With or without the hub's address before it. `Path` removes one of the address's slashes.
 _HUB_ID = re.compile(r"(?:hf:/+|(?:https?:/+)?(?:huggingface|hf)\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)(?:/tree/[\w.-]+)?")
 _PARTS_OF_A_REPOSITORY = ("snapshots", "blobs", "refs", ".no_exist")
 _CONFIG = "config.json"
@@ -146,29 +146,29 @@ _CACHED_MODEL = re.compile(r"models--(.+)")
 
 
 def hint_where_nothing_is(path: Path) -> str | None:
-    """For a path that is no folder, or none that exists."""
+    """Return a hint for a path that does not exist or is not a folder; None if there is none."""
     path = Path(path)
     if path.is_file():
         is_in_model = _has(path.parent, _CONFIG)
-        return f"give the one that it lies in, {path.parent}" if is_in_model else hint_inside(path.parent, _CONFIG)
+        return f"give the folder that it is in, {path.parent}" if is_in_model else hint_inside(path.parent, _CONFIG)
     if (broken := broken_link(path)) is not None:
         return broken
     match = _HUB_ID.fullmatch(str(path))
     if match is None or Path(match[1]).parent.exists():
         return None
-    return f"if it is a model of the Hugging Face hub, `hf download {match[1]}` fetches it and says the folder to give"
+    return f"if it is a model of the Hugging Face hub, `hf download {match[1]}` fetches it and prints the folder"
 
 
 def broken_link(path: Path) -> str | None:
-    """What is wrong where a path is, or passes through, a link that leads nowhere or in a circle; else None."""
+    """Describe the first link in a path that is broken or circular. Return None if there is none."""
     for part in (Path(path), *Path(path).parents):
         if part.is_symlink() and not part.exists():
-            return f"{part} is a link that leads nowhere, to {part.readlink()}"
+            return f"{part} is a broken link to {part.readlink()}"
     return None
 
 
 def hint_inside(folder: Path, name: str) -> str | None:
-    """For a folder without the file `name`: where the model is, whose cache or parent it may be."""
+    """Return a hint for a folder without the file `name`, for example a cache or a parent folder of models."""
     folder = Path(folder)
     repository = folder.parent if folder.name in _PARTS_OF_A_REPOSITORY else folder
     if (repository / "snapshots").is_dir():
@@ -184,7 +184,7 @@ def hint_inside(folder: Path, name: str) -> str | None:
 
 
 def fetch_rest(folder: Path) -> str | None:
-    """For a folder of the Hugging Face cache that lacks a file of its model."""
+    """Return a hint for a folder of the Hugging Face cache that lacks a file of its model."""
     hub_id = _hub_id_of(folder)
     return hub_id and f"`hf download {hub_id}` fetches the rest"
 
@@ -202,7 +202,7 @@ def _snapshots(repository: Path) -> str:
 
 
 def _hub_id_of(folder: Path) -> str | None:
-    """owner/name of a folder of the Hugging Face cache, or of one in it."""
+    """Return owner/name of the model whose Hugging Face cache folder `folder` is or lies in."""
     for path in (Path(folder).absolute(), *Path(folder).absolute().parents):
         if match := _CACHED_MODEL.fullmatch(path.name):
             return match[1].replace("--", "/")
@@ -214,7 +214,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _has(folder: Path, name: str) -> bool:
-    """False where that may not be known, too: a hint is no place to fail."""
+    """Whether a folder has a file. Also False if that cannot be known, since a hint must not fail."""
     try:
         return (folder / name).is_file()
     except OSError:

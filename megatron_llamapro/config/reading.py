@@ -1,7 +1,7 @@
-"""Plain data -> what the fields of a configuration hold, by their types. Imports no torch.
+"""Conversion of plain data into the values of a configuration's fields, by their types. Imports no torch.
 
-What a value may be is said once, by the dataclasses. What it is not is one line: what was given, what can be, what to
-type.
+Only the dataclasses say which values are valid. The error for an invalid value is one line: the value given, the
+values allowed, and what to type.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_llamapro.config.fields import (
 )
 from megatron_llamapro.config.values import LARGEST_FLOAT, LARGEST_INT, printable, spelled_as
 
-# Of a path that may be left out: a folder of that name is nobody's wish.
+# Values of an optional path that nobody means as a folder's name.
 _NO_PATH = {"~": "write ~/ for the home folder, or null for none", "None": "write null for none"}
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
@@ -36,24 +36,24 @@ _SHORT.maxstring = _SHORT.maxother = 60
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value stands."""
+    """The place of a value in a configuration."""
 
     root: type
-    """The whole configuration."""
+    """Class of the whole configuration."""
     source: str
-    """What an error begins with: `FILE: `, or the dashes of an option."""
+    """Start of an error: `FILE: `, or the dashes of an option."""
     name: str = ""
-    """Dotted, from the root."""
+    """Dotted name, from the root."""
 
     def __str__(self) -> str:
         return printable(f"{self.source}{self.name}")
 
     def under(self, name: str) -> Place:
-        """One of its fields."""
+        """Return the place of one of its fields."""
         return dataclasses.replace(self, name=f"{self.name}.{name}" if self.name else name)
 
     def at(self, index: int) -> Place:
-        """One of its items."""
+        """Return the place of one of its items."""
         return dataclasses.replace(self, name=f"{self.name}[{index}]")
 
     @property
@@ -66,23 +66,23 @@ class Place:
         raise ConfigError(f"{self} does not exist{suggestion(self.root, self.name, dashes=self.dashes)}")
 
     def refuse(self, value: object, what: str) -> NoReturn:
-        """Raise the `ConfigError` for a value that cannot be."""
+        """Raise the `ConfigError` for an invalid value. `what` says what to write."""
         raise ConfigError(f"{self} is {shown(value)}: {what}")
 
 
 def shown(value: object) -> str:
-    """A value as one writes it, not too long."""
+    """Return a value as a user would write it, cut if it is long."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return _SHORT.repr(value)
 
 
 def read_value(kind: Any, value: object, place: Place) -> Any:
-    """`value` as a field of type `kind` holds it, in plain data: of a section the fields that were given, a list for
-    a tuple, and of two spellings of a dtype the field's.
+    """Return `value` as a field of type `kind` holds it, in plain data: only the given fields of a section, a list for
+    a tuple, and the field's own spelling of a dtype.
 
     Raises:
-        ConfigError: it is no such value.
+        ConfigError: the value does not have this type.
     """
     if isinstance(value, str) and value in _NO_PATH and is_optional(kind) and is_file_path(kind):
         place.refuse(value, _NO_PATH[value])
@@ -99,7 +99,7 @@ def read_value(kind: Any, value: object, place: Place) -> Any:
 
 
 def read_text(kind: Any, text: str, place: Place) -> Any:
-    """As `read_value`, of what a command line says: text where the field is text, else YAML."""
+    """Read a command line's `text` as in `read_value`. It is YAML, unless the field holds text."""
     if text == "null" and is_optional(kind):
         return None
     if str in alternatives_of(kind) or get_origin(kind) is Literal:
@@ -113,7 +113,7 @@ def read_text(kind: Any, text: str, place: Place) -> Any:
 
 
 def _loaded(value: object) -> object:
-    """What text says as YAML; text that is none stays."""
+    """Return the YAML value of text. Text that is not YAML stays as it is."""
     try:
         return load(value) if isinstance(value, str) else value
     except ConfigError:
@@ -156,7 +156,7 @@ def _read_str(value: object, place: Place) -> str:
         place.refuse(value, "give it a value")
     if not isinstance(value, str):
         example = f"'{value}'" if isinstance(value, (int, float)) and not isinstance(value, bool) else "it in quotes"
-        place.refuse(value, f"it is text: write {example}")
+        place.refuse(value, f"it must be text: write {example}")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -167,7 +167,7 @@ def _read_str(value: object, place: Place) -> str:
 def _read_bool(value: object, place: Place) -> bool:
     value = _loaded(value)
     if not isinstance(value, bool):
-        place.refuse(value, "it is true or false")
+        place.refuse(value, "it must be true or false")
     return value
 
 
@@ -175,7 +175,7 @@ def _read_int(value: object, place: Place) -> int:
     value = _loaded(value)
     if isinstance(value, bool) or not isinstance(value, int):
         is_whole = isinstance(value, float) and value.is_integer() and abs(value) < LARGEST_INT
-        place.refuse(value, f"it is a whole number{f': write {value:.0f}' if is_whole else ''}")
+        place.refuse(value, f"it must be a whole number{f': write {value:.0f}' if is_whole else ''}")
     if abs(value) > LARGEST_INT:
         place.refuse(value, "no such number is that large")
     return value
@@ -184,7 +184,7 @@ def _read_int(value: object, place: Place) -> int:
 def _read_float(value: object, place: Place) -> float:
     value = _loaded(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        place.refuse(value, "it is a number, e.g. 2e-4")
+        place.refuse(value, "it must be a number, e.g. 2e-4")
     if isinstance(value, int):
         value = _read_int(value, place)
     if not math.isfinite(value):
@@ -199,7 +199,7 @@ def _read_choice(value: object, place: Place, choices: tuple) -> str:
         return spelled_as(choices, value)
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f", did you mean {near[0]}?" if near else ""
-    place.refuse(value, f"it is {' or '.join(filter(None, (', '.join(choices[:-1]), choices[-1])))}{hint}")
+    place.refuse(value, f"it must be {' or '.join(filter(None, (', '.join(choices[:-1]), choices[-1])))}{hint}")
 
 
 def _read_list(value: object, place: Place, kinds: tuple) -> list:
@@ -209,21 +209,21 @@ def _read_list(value: object, place: Place, kinds: tuple) -> list:
         item = str(value) if _is_word(value) else "…"
         words = ", ".join(word.strip() for word in re.split(r"[,\s]+" if kind is int else ",", item) if word.strip())
         form = f"[{{{first}: {item}}}]" if first else f"[{words}]"
-        place.refuse(value, f"it is a list: write {form}")
+        place.refuse(value, f"it must be a list: write {form}")
     return [read_value(kind, item, place.at(index)) for index, item in enumerate(value)]
 
 
 def _read_names(value: object, place: Place, kinds: tuple) -> dict:
     if not isinstance(value, dict):
-        place.refuse(value, "it has names with values: write {NAME: …}")
+        place.refuse(value, "it must be a mapping: write {NAME: …}")
     for name in value:
         if not isinstance(name, str):
-            raise ConfigError(f"{place} has the name {shown(name)}, which is no text: write it in quotes")
+            raise ConfigError(f"{place} has the name {shown(name)}, which is not text: write it in quotes")
     return {name: read_value(kinds[1], item, place.under(name)) for name, item in value.items()}
 
 
 def _is_word(value: object) -> bool:
-    """Whether an example of what to type can hold it."""
+    """Whether a value can be part of an example of what to type."""
     return (
         isinstance(value, (str, int, float))
         and not isinstance(value, bool)

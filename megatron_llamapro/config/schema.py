@@ -1,7 +1,8 @@
 """The configuration of a pretraining run: frozen, typed data. Field names are megatron.core's and Megatron-LM's.
 
-One YAML file holds a `RunConfig`; every field can be overridden on the command line with its dotted name, e.g.
-`--parallel.tensor_model_parallel_size 2`. Attribute docstrings are the help text. `checks.py` says what cannot be.
+One YAML file holds a `RunConfig`. Every field can be overridden on the command line by its dotted name, for example
+`--parallel.tensor_model_parallel_size 2`. Attribute docstrings are the help text; the first line of a class docstring
+is the title of its section. `checks.py` rejects invalid values.
 """
 
 from __future__ import annotations
@@ -25,79 +26,83 @@ LoraBlocks = Literal["originals", "added_blocks", "all"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is trained."""
+    """The model and its trainable part."""
 
     checkpoint: FilePath
     """Megatron checkpoint folder to start from, written by llamapro convert. Its llamapro.json says which blocks
     were added, its config.json the model's shape."""
     trainable: tuple[str, ...] = ("added_blocks",)
-    """What trains: added_blocks (of all rounds), newest_blocks (of the latest), round_1, round_2, …, embedding,
-    final_norm, output_layer, everything, lora (the adapters of the section lora), or parts of all added blocks:
-    linear_qkv, linear_proj, linear_fc1, linear_fc2, input_layernorm, pre_mlp_layernorm, and where the model has them
-    q_layernorm, k_layernorm, router, experts."""
+    """The parts of the model to train: added_blocks (of all rounds), newest_blocks (of the latest round), round_1,
+    round_2, …, embedding, final_norm, output_layer, everything, or lora (the adapters of the section lora). Parts of
+    all added blocks: linear_qkv, linear_proj, linear_fc1, linear_fc2, input_layernorm, pre_mlp_layernorm, and if the
+    model has them, q_layernorm, k_layernorm, router, experts."""
     transformer_impl: TransformerImpl = "auto"
-    """auto takes Transformer Engine's layers where it is installed and a GPU is there, else local."""
+    """Implementation of the layers. auto: Transformer Engine's if it is installed and there is a GPU, else local."""
     cross_entropy: CrossEntropy = "chunked"
-    """How the loss is computed. chunked: output layer and cross-entropy as one, some tokens at a time, so that the
-    logits are never held whole. liger: the same with the liger-kernel package's kernel, on a GPU, without tensor
-    parallelism. plain: megatron.core's, whole logits and their softmax in float32."""
+    """How to compute the loss. chunked: output layer and cross-entropy together, some tokens at a time, so the whole
+    logits are never in memory. liger: the same, by a kernel of the liger-kernel package; needs a GPU and no tensor
+    parallelism. plain: megatron.core's, with whole logits and their softmax in float32."""
     make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this times tensor_model_parallel_size; padding never gets loss."""
+    """Pad the vocabulary to a multiple of this times tensor_model_parallel_size. Padding never has loss."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model and its optimizer state are divided over ranks. Optimizer state is always divided over the
-    data-parallel ranks (megatron.core's distributed optimizer)."""
+    """Parallelism over ranks. The optimizer state is always sharded over the data-parallel ranks.
+
+    (megatron.core's distributed optimizer.)"""
 
     tensor_model_parallel_size: int = 1
-    """Ranks that share each weight matrix."""
+    """Number of ranks that share each weight matrix."""
     pipeline_model_parallel_size: int = 1
-    """Stages that the layers are laid on."""
+    """Number of pipeline stages. Each holds some of the layers."""
     virtual_pipeline_model_parallel_size: int | None = None
-    """Chunks of layers a stage holds, for the interleaved schedule."""
+    """Number of layer chunks per stage, for the interleaved schedule."""
     pipeline_stage_layers: tuple[int, ...] | None = None
-    """Layers on each stage, first to last (with virtual stages: chunk 0 of every stage, then chunk 1, …). Without
-    it they are spread as evenly as possible."""
+    """Number of layers on each stage, first to last (with virtual stages: chunk 0 of every stage, then chunk 1, …). If
+    unset, layers are spread as evenly as possible."""
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence over the tensor-parallel ranks."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass still runs."""
+    """Reduce gradients during the backward pass."""
     overlap_param_gather: bool = False
-    """Gather updated parameters while the next forward pass already runs."""
+    """Gather updated parameters during the next forward pass."""
     distributed_timeout_minutes: float = 10.0
     """Minutes that a collective waits for a missing rank."""
 
 
 @dataclass(frozen=True)
 class RecomputeConfig:
-    """Which activations are computed again in the backward pass instead of being kept: less memory, more work.
-    Layers below the first trainable one keep none and are never computed again. (megatron.core's recompute_….)"""
+    """Activations to recompute in the backward pass instead of keeping them: less memory, more work.
+
+    Layers below the first trainable one keep no activations and are never recomputed. (megatron.core's recompute_….)"""
 
     granularity: RecomputeGranularity | None = None
-    """full: whole layers; selective: the parts named in modules. Without it nothing is computed again."""
+    """full: recompute whole layers. selective: only the parts named in modules. If unset, nothing is recomputed."""
     method: RecomputeMethod | None = None
-    """Of full. uniform: all layers, num_layers at a time, keeping each group's input; block: the first num_layers
-    of every (virtual) stage, each by itself; both count from the first trainable layer."""
+    """For full. uniform: all layers, in groups of num_layers; only each group's input is kept. block: the first
+    num_layers of every (virtual) stage, one by one. Both count from the first trainable layer."""
     num_layers: int | None = None
-    """Of full: see method."""
+    """For full: see method."""
     modules: tuple[RecomputeModule, ...] = ()
-    """Of selective: core_attn, mlp, or moe (the layer of experts)."""
+    """For selective: core_attn, mlp, or moe (the layer of experts)."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (LoRA, arXiv 2106.09685), a baseline: a linear's weight W becomes W + alpha / rank * B A. They
-    train where model.trainable names lora."""
+    """Low-rank adapters (LoRA, arXiv 2106.09685), a baseline: a weight W becomes W + alpha / rank * B A.
+
+    The adapters train if model.trainable names lora."""
 
     rank: int | None = None
-    """Rows of A and columns of B. Without it there are no adapters."""
+    """Number of rows of A and of columns of B. If unset, there are no adapters.
+    They train if model.trainable names lora."""
     alpha: float | None = None
-    """Without it the rank, which makes the factor alpha / rank 1."""
+    """Numerator of the factor alpha / rank. If unset, it equals rank, so the factor is 1."""
     targets: tuple[LoraTarget, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-    """Linears that get one; linear_qkv is queries, keys and values, linear_fc1 gate and up."""
+    """Linear layers that get an adapter. linear_qkv is queries, keys and values; linear_fc1 is gate and up."""
     blocks: LoraBlocks = "originals"
-    """Blocks that get them: originals (LoRA as it is known), added_blocks (these are then low-rank), or all."""
+    """Blocks that get adapters: originals (usual LoRA), added_blocks (which makes these low-rank), or all."""
 
     @property
     def scaling(self) -> float:
@@ -107,20 +112,20 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ParamGroupRule:
-    """Settings of the parameters that a pattern matches."""
+    """Settings for the parameters that match a pattern."""
 
     match: str
-    """Pattern (shell style, e.g. '*.linear_fc2.weight') over global parameter names such as
+    """Pattern (shell style, e.g. '*.linear_fc2.weight') for global parameter names such as
     decoder.layers.39.mlp.linear_fc2.weight. A pattern that matches no trainable parameter is an error."""
     lr_mult: float = 1.0
-    """Multiple of the learning rate."""
+    """Factor on the learning rate."""
     wd_mult: float | None = None
-    """Multiple of weight_decay; 0 turns it off. Without it: 1, and 0 for norms and biases."""
+    """Factor on weight_decay; 0 turns it off. If unset: 0 for norms and biases, else 1."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule. The defaults are the paper's."""
+    """AdamW and its learning-rate schedule. The defaults are the paper's."""
 
     lr: float = 2e-4
     """Peak learning rate."""
@@ -129,19 +134,19 @@ class OptimizerConfig:
     lr_decay_style: LRDecayStyle = "cosine"
     """Shape of the learning rate after warm-up."""
     lr_warmup_fraction: float = 0.06
-    """Part of train_iters over which the learning rate rises from 0."""
+    """Fraction of train_iters over which the learning rate rises from 0."""
     weight_decay: float = 0.1
-    """AdamW's; norms and biases get none."""
+    """Weight decay of AdamW. Norms and biases have none."""
     adam_beta1: float = 0.9
-    """AdamW's."""
+    """Decay rate of AdamW's first moment."""
     adam_beta2: float = 0.95
-    """AdamW's."""
+    """Decay rate of AdamW's second moment."""
     adam_eps: float = 1e-8
-    """AdamW's."""
+    """Epsilon in AdamW's denominator."""
     clip_grad: float = 1.0
-    """Largest global gradient norm over all trainable parameters; 0 turns clipping off."""
+    """Clip gradients to this global norm over all trainable parameters. 0 turns clipping off."""
     param_groups: tuple[ParamGroupRule, ...] = ()
-    """Rules for single parameters; the first that matches applies."""
+    """Rules for single parameters. The first that matches a parameter applies."""
 
 
 @dataclass(frozen=True)
@@ -151,113 +156,116 @@ class BlendEntry:
     prefix: FilePath
     """Path of a .bin/.idx pair, without the ending, written by llamapro preprocess or Megatron-LM."""
     weight: float = 1.0
-    """Share of the samples that come from it, relative to the other weights."""
+    """Share of the samples from this source, relative to the other weights."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read."""
+    """Training data and held-out data."""
 
     train: tuple[BlendEntry, ...]
-    """What is trained on."""
+    """Sources of the training data, blended by weight."""
     seq_length: int
-    """Tokens a sample."""
+    """Number of tokens per sample."""
     format: DataFormat = "text"
     """text: documents one behind the other, cut into samples, with loss everywhere. chat: whole conversations
     (llamapro preprocess --chat), with loss on what the assistant says; those longer than a sample are left out."""
     packing: bool = False
-    """Of chat. Lay several conversations into a sample, where they fit; later ones see earlier ones, as documents of
-    text do. Without it a sample is one conversation and padding."""
+    """For chat. Pack as many conversations into a sample as fit. Later ones see earlier ones, as documents do in text
+    data. If false, a sample is one conversation and padding."""
     valid: dict[str, FilePath] = field(default_factory=dict)
     """Held-out sets: name -> prefix. Each is evaluated and reported under its name."""
     tokenizer: FilePath | None = None
-    """tokenizer.json, tokenizer.model, or a folder that holds one; without it, the checkpoint's own."""
+    """tokenizer.json, tokenizer.model, or a folder with one of them. If unset, the checkpoint's own."""
     cache_dir: FilePath | None = None
-    """Folder for index files, on a filesystem that all ranks share; without it, .cache beside the metrics file."""
+    """Folder for index files, on a file system that all ranks share. If unset, .cache beside the metrics file."""
     train_samples: int | None = None
-    """Samples the order of the data is made for; without it, train_iters * global_batch_size. Fix it when a run
-    may be prolonged: the order of the data depends on it."""
+    """Number of samples in the data's order, which depends on it. Set it if the run may be extended later. If unset,
+    train_iters * global_batch_size."""
     eod_mask_loss: bool = False
-    """Give no loss where the input is the end-of-document token."""
+    """Mask the loss of inputs that are the end-of-document token."""
     num_workers: int = 0
-    """Worker processes for loading; 0 loads in the training process, which is faster for token files."""
+    """Number of processes that load data. 0 loads in the training process, which is faster for token files."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long, how much at a time."""
+    """Length of the run, batch size, precision and evaluation."""
 
     train_iters: int
-    """Optimizer steps of the whole run."""
+    """Number of optimizer steps of the whole run."""
     micro_batch_size: int
-    """Samples a forward pass."""
+    """Number of samples per forward pass."""
     global_batch_size: int
-    """Samples an optimizer step, over all data-parallel ranks."""
+    """Number of samples per optimizer step, over all data-parallel ranks."""
     precision: Precision = "bf16"
-    """Of weights and activations; the checkpoint must have been converted to it."""
+    """Precision of weights and activations. The checkpoint must have been converted to it."""
     seed: int = 1234
-    """Of data order and of anything random in the model."""
+    """Random seed of the data's order and of the model."""
     eval_interval: int = 0
-    """Steps between evaluations of the held-out sets; also before the first and after the last step. 0: never."""
+    """Steps between evaluations of the held-out sets. They are also evaluated before the first and after the last step.
+    0: never."""
     eval_samples: int = 64
-    """Samples of each held-out set that an evaluation reads, evenly spaced; all where it has fewer."""
+    """Number of samples that an evaluation reads from each held-out set, evenly spaced; all if the set has fewer."""
     exit_interval: int | None = None
-    """Save and stop when the step is a multiple of this."""
+    """Save and stop at the next step that is a multiple of this."""
     max_skipped_steps: int = 10
-    """A step whose loss or gradient norm is not finite, or whose gradient is exactly 0, updates nothing. After so many
-    in a row the run ends (exit code 65). A bad document makes one or two; a model that has diverged makes every one."""
+    """Number of skipped steps in a row after which the run ends (exit code 65). A step is skipped (updates nothing) if
+    its loss or gradient norm is not finite, or its gradient is exactly 0. A bad document causes one or two; a diverged
+    model skips every step."""
     skip_iterations: tuple[int | str, ...] = ()
-    """Steps to leave out because their data are known to be bad, e.g. [700, 1200-1215]. The data count as consumed and
-    are not read; all other steps keep their data and their learning rate."""
+    """Steps to leave out because their data are known to be bad, e.g. [700, 1200-1215]. Their data count as consumed
+    but are not read. All other steps keep their data and their learning rate."""
     hang_timeout_minutes: float = 8.0
-    """End the run when no step ends for so long, with the stack of every rank and the name of the one that the others
-    wait for; 0: never. parallel.distributed_timeout_minutes, if it is shorter, ends it without saying who."""
+    """End the run if no step ends for this long. Every rank prints its stack, and one line names the rank that the
+    others wait for. 0: never. A shorter parallel.distributed_timeout_minutes ends the run without naming a rank."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept."""
+    """Checkpoints: where, how often, and how many to keep."""
 
     save: FilePath | None = None
-    """Folder for checkpoints (iter_0000100, …). A run whose folder already holds one continues from it."""
+    """Folder for checkpoints (iter_0000100, …). If it already holds one, the run resumes from it."""
     save_interval: int = 0
-    """Steps between checkpoints; one is always written at the end. 0: only at the end."""
+    """Steps between checkpoints. 0: only at the end. One is always written at the end."""
     delta: bool = True
-    """Keep what does not train once, in the folder base beside the checkpoints, and write only what trains. Full
-    checkpoints are written where everything trains."""
+    """Write only the trainable part to each checkpoint, and the frozen part once, to the folder base beside them. If
+    everything trains, checkpoints are full."""
     async_save: bool = False
-    """Go on training while a checkpoint is written; it counts as saved when it is complete. Needs the memory of a
-    copy of what is written."""
+    """Continue training while a checkpoint is written. It counts as saved when it is complete. Needs memory for a copy
+    of the checkpoint."""
     keep_last: int | None = None
-    """Newest checkpoints that are kept; without it, all."""
+    """Number of newest checkpoints to keep. If unset, all are kept."""
     keep_every: int | None = None
-    """Of those that keep_last would remove, keep the ones whose step is a multiple of this."""
+    """Also keep checkpoints whose step is a multiple of this, although keep_last would remove them."""
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What is told."""
+    """Log lines, metrics and trackers."""
 
     log_interval: int = 1
-    """Steps between lines."""
+    """Steps between log lines."""
     diagnostics_interval: int = 0
-    """Steps between figures of every added block: its contribution to the residual stream, gradient norm, and distance
-    from the block it was copied from. 0: never. Takes host memory as large as the added blocks, on one replica."""
+    """Steps between diagnostics of every added block: its contribution to the residual stream, its gradient norm, and
+    its distance from the block it was copied from. 0: never. One replica needs host memory the size of all added
+    blocks."""
     metrics_file: FilePath | None = None
-    """JSONL record of every logged step and evaluation; without it, metrics.jsonl in checkpoint.save or here. One that
-    another run left is moved aside, to metrics.1.jsonl."""
+    """JSONL record of every logged step and evaluation. If unset, metrics.jsonl in checkpoint.save, or in the working
+    directory. The file of another run is moved aside, to metrics.1.jsonl."""
     tensorboard_dir: FilePath | None = None
-    """TensorBoard folder (needs the tensorboard package)."""
+    """TensorBoard folder. Needs the tensorboard package."""
     wandb_project: str | None = None
-    """Weights & Biases project (needs the wandb package; sends the metrics to its server, or keeps them for it with
-    WANDB_MODE=offline). All starts of a run go on with the same run there."""
+    """Weights & Biases project. Needs the wandb package. Sends the metrics to its server, or with WANDB_MODE=offline
+    stores them for later. All starts of a run continue the same wandb run."""
     wandb_name: str | None = None
-    """Name of the run there; without it, that of the folder of the metrics file."""
+    """Name of the wandb run. If unset, the name of the metrics file's folder."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run."""
+    """The configuration of a whole run."""
 
     model: ModelConfig
     data: DataConfig
@@ -271,5 +279,5 @@ class RunConfig:
 
     @property
     def data_order_samples(self) -> int:
-        """Samples that the order of the data is made for."""
+        """The number of samples in the data's order."""
         return self.data.train_samples or self.training.train_iters * self.training.global_batch_size

@@ -1,4 +1,4 @@
-"""Output that is complete or absent: files and folders written beside their place and renamed. Imports no torch."""
+"""Output that is complete or absent: files and folders are written as drafts and then renamed. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from megatron_llamapro.config.files import broken_link, naming
 
 
 def draft_of(target: Path) -> Path:
-    """The folder beside a target in which it is written.
+    """Return the draft folder of a target, beside it.
 
     Raises:
-        CheckpointError: `target` has no name that another folder could stand beside.
+        CheckpointError: `target` has no name of its own, such as `/` or `..`.
     """
     target = Path(target).absolute()
     if target.name in ("", ".."):
@@ -30,12 +30,12 @@ def draft_of(target: Path) -> Path:
 def staged(
     target: Path, *, overwrite: bool, resume: bool = False, sources: tuple[Path, ...] = (), journal: str | None = None
 ) -> Iterator[Path]:
-    """A folder to write into, beside `target`; when the block ends well it is synced and becomes `target`, without the
-    file `journal`, which is kept until then, since a large checkpoint takes minutes to sync.
+    """Yield a draft folder beside `target`. When the block succeeds, the draft is synced and becomes `target`.
 
-    If the block fails, `target` is as it was and what was written is gone; after a kill or an interrupt, and where an
-    earlier run was to be gone on with (`resume`), it is still there: the next writer to the same target clears it, or
-    goes on with it. A target that was about to be replaced when its writer was killed comes back then.
+    The file `journal` in the draft is removed only after the sync, which takes minutes for a large checkpoint.
+    If the block fails, `target` is unchanged and the draft is removed. After a kill or an interrupt the draft stays.
+    With `resume`, which resumes an earlier draft, it stays after any failure. The next writer to the same target clears
+    or resumes it. That writer also restores a target whose replacement a kill interrupted.
 
     Raises:
         CheckpointError: `target` exists and is not empty (unless `overwrite`), is one of `sources` or holds or lies in
@@ -65,7 +65,7 @@ def staged(
 
 
 def _check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
-    real = Path(os.path.realpath(target))  # `resolve` raises where links are a loop
+    real = Path(os.path.realpath(target))  # `resolve` raises if links form a loop
     for source in sources:
         inside = Path(source).resolve()
         if real == inside or real in inside.parents or inside in real.parents:
@@ -83,17 +83,17 @@ def _check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -
 
 @contextlib.contextmanager
 def locked(draft: Path, target: Path) -> Iterator[None]:
-    """Make the draft folder and hold its lock, which the kernel frees when this process ends, however it ends.
+    """Make the draft folder and hold its lock. The kernel frees the lock when this process ends in any way.
 
     Raises:
-        CheckpointError: another process holds it, or something else is in its place.
+        CheckpointError: another process holds the lock, or something else is in the folder's place.
     """
     busy = CheckpointError(f"another process is writing {target}: wait for it, or choose another target")
     if draft.is_symlink() or draft.is_file():
-        raise CheckpointError(f"{draft} is in the way, and no folder of this program's: remove it, then try again")
+        raise CheckpointError(f"{draft} is in the way, and this program did not make it: remove it, then try again")
     try:
         draft.mkdir(exist_ok=True)
-    except FileExistsError:  # its owner was done with it just now
+    except FileExistsError:  # its owner has just finished with it
         raise busy from None
     try:
         descriptor = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -116,7 +116,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _is_still(descriptor: int, path: Path) -> bool:
-    """Whether the open folder is the one at `path`: its last owner may have renamed or removed it in between."""
+    """Whether the open folder is still the one at `path`. Its last owner may have renamed or removed it meanwhile."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -124,7 +124,7 @@ def _is_still(descriptor: int, path: Path) -> bool:
 
 
 def clear(folder: Path, *, but: Collection[str] = ()) -> None:
-    """Remove everything in a folder, `but` files and folders of these names."""
+    """Remove everything in a folder except files and folders with a name in `but`."""
     for path in folder.iterdir():
         if path.name in but:
             continue
@@ -136,13 +136,13 @@ def _replaced(target: Path) -> Path:
 
 
 def _restore(target: Path) -> None:
-    """Take back the first of the two renames below, where a kill has come in between."""
+    """Undo the first of the two renames of `_move_into_place`, if a kill came between them."""
     if _replaced(target).is_dir() and not target.exists():
         _replaced(target).rename(target)
 
 
 def _move_into_place(draft: Path, target: Path) -> None:
-    """Two renames; should the second fail, the first is taken back."""
+    """Rename the old target away and the draft to `target`. If the second rename fails, undo the first."""
     replaced = _replaced(target)
     shutil.rmtree(replaced, ignore_errors=True)
     had_target = target.exists()
@@ -166,10 +166,10 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder.
+    """Make the disk hold everything that was written to a file or folder.
 
     Raises:
-        OSError: it cannot; the error names the file.
+        OSError: the disk cannot. The error names the file.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -186,13 +186,13 @@ _OF_THE_PATH = {
 
 
 def is_of_the_path(error: OSError) -> bool:
-    """Whether another try meets the error again, until another path is given; a full disk may have room by then."""
+    """Whether an error is about the path, so that a retry needs another path. (A full disk may have room later.)"""
     return error.errno in _OF_THE_PATH
 
 
 @contextlib.contextmanager
 def folder_made(folder: Path) -> Iterator[None]:
-    """The folder, made with its parents; those that were made are gone again where the block fails."""
+    """Make a folder and its parents. If the block fails, remove those that were made."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -206,12 +206,12 @@ def folder_made(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def draft_folder(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target` to write in, gone at the end.
+    """Yield an empty folder beside `target` to write in, and remove it at the end.
 
-    One process at a time has it. That of a process that was killed is cleared by the next one.
+    Only one process at a time can have it. If a process was killed, the next one clears its folder.
 
     Raises:
-        CheckpointError: another process has it.
+        CheckpointError: another process has the folder.
     """
     draft = target.with_name(f".{target.name}.tokens.partial")
     with folder_made(target.parent), locked(draft, target):
@@ -224,7 +224,7 @@ def draft_folder(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(target: Path | str) -> Iterator[None]:
-    """A failure of the file system, e.g. a full disk, and of memory is a `RunError`: another try may succeed."""
+    """Turn a failure of the file system (e.g. a full disk) or of memory into a `RunError`: a retry may succeed."""
     try:
         yield
     except OSError as error:
@@ -237,5 +237,5 @@ def writing(target: Path | str) -> Iterator[None]:
 
 
 def reason_of(error: OSError) -> str:
-    """What the system answered; numpy tells no more than how much it wrote."""
+    """Return the system's reason for an error. numpy's errors say only how much it wrote."""
     return error.strerror or SHORT_WRITE

@@ -1,7 +1,8 @@
-"""Samples of whole conversations: nothing is cut, and what the assistant says has loss, nothing else.
+"""Samples of whole conversations: nothing is cut, and only the assistant's words have loss.
 
-A sample is one conversation and padding, or with `packing` as many as fit. Packing is best fit, longest first: the
-rows are known before training starts, differ in every pass over the data, and every conversation is in just one row.
+A sample is one conversation and padding; with `packing`, it is as many conversations as fit. Packing is best fit,
+longest first. The rows are known before training starts. Every pass over the data has other rows, and every
+conversation is in exactly one row of a pass.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from megatron_llamapro.data.token_files import open_token_file
 
 @dataclass
 class ConversationConfig(BlendedMegatronDatasetConfig):
-    """What `ConversationDataset` is told besides."""
+    """The options of `ConversationDataset`: megatron.core's own, and packing."""
 
     packing: bool = False
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over a set: which conversations each sample has."""
+    """One pass over a set: the conversations of each sample."""
 
     documents: numpy.ndarray
-    """All of them, sample by sample."""
+    """The conversations of all samples, sample by sample."""
     starts: numpy.ndarray
-    """Where in `documents` a sample begins, and at the end their number."""
+    """Index into `documents` at which each sample starts; the last entry is the length of `documents`."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -45,10 +46,10 @@ class Pass:
 
 
 class Conversations:
-    """The conversations of a pair that fit into a sample of `seq_length` inputs (with the last label, one token more).
+    """The conversations of a pair that fit into one sample: `seq_length` inputs and the last label, one token more.
 
     Raises:
-        DataError: none fits.
+        DataError: no conversation fits.
     """
 
     def __init__(self, pair: IndexedDataset, *, name: str, seq_length: int, padding: int) -> None:
@@ -63,7 +64,7 @@ class Conversations:
             )
 
     def one_pass(self, *, packing: bool, seed: Sequence[int] | None) -> Pass:
-        """All conversations that fit, in an order drawn by `seed`, or without one in the order of the file."""
+        """Return all conversations that fit, in an order drawn from `seed`; without a seed, in the file's order."""
         order = self.fitting
         if seed is not None:
             order = numpy.random.default_rng(seed).permutation(order)
@@ -76,7 +77,7 @@ class Conversations:
         return Pass(order[numpy.fromiter(itertools.chain.from_iterable(rows), numpy.int64, len(order))], starts)
 
     def sample(self, documents: numpy.ndarray) -> Sample:
-        """The conversations `documents`, one behind the other, with loss where the label is what the assistant says."""
+        """Return the conversations `documents`, end to end. Only labels that the assistant says have loss."""
         stream = torch.full([self.seq_length + 1], self.padding)
         is_answer = torch.zeros(self.seq_length + 1)
         end = 0
@@ -87,16 +88,16 @@ class Conversations:
                 stream[end : end + len(turn)] = torch.from_numpy(turn.astype(numpy.int64))
                 is_answer[end : end + len(turn)] = float(mode == 1)
                 end += len(turn)
-            is_answer[start] = 0.0  # what comes before it is another conversation
+            is_answer[start] = 0.0  # the token before it belongs to another conversation
         return sample_of(stream, is_answer[1:])
 
 
 def packed(lengths: numpy.ndarray, capacity: int) -> list[list[int]]:
-    """Rows of at most `capacity` tokens, of the indices of `lengths`: the longest first, each into the fullest row that
-    still has place. Equal ones in the order given."""
+    """Pack the indices of `lengths` into rows of at most `capacity` tokens: the longest first, each into the fullest
+    row that still has space. Equal lengths keep their order."""
     rows: list[list[int]] = []
-    with_place: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows, by the tokens that they still take
-    places = 0  # bit n: there is a row that still takes n tokens
+    with_place: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows, by how many more tokens they can hold
+    places = 0  # bit n: some row can hold exactly n more tokens
     for index in numpy.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[index])
         fitting = places >> length
@@ -115,7 +116,7 @@ def packed(lengths: numpy.ndarray, capacity: int) -> list[list[int]]:
 
 
 class ConversationDataset(MegatronDataset):
-    """The conversations of a pair to train on, pass after pass, each in another order; megatron.core blends several."""
+    """The conversations of a pair to train on, pass after pass, each in a new order. megatron.core blends several."""
 
     config: ConversationConfig
 
@@ -153,7 +154,7 @@ class ConversationDataset(MegatronDataset):
 
     @property
     def summary(self) -> str:
-        """What one pass over the set is, for people."""
+        """One line about one pass over the set, for people."""
         lengths, fitting = self.conversations.lengths, self.conversations.fitting
         samples = len(self._passes[0])
         too_long = len(lengths) - len(fitting)
@@ -166,7 +167,7 @@ class ConversationDataset(MegatronDataset):
 
 
 class HeldOutConversations(Dataset):
-    """The conversations of a pair in the order of the file, each once.
+    """The conversations of a pair in the file's order, each once.
 
     Raises (on opening):
         DataError: the pair cannot be read, or none of its conversations fits.
@@ -191,7 +192,8 @@ Sample = dict[str, torch.Tensor]
 
 
 def sample_of(stream: torch.Tensor, loss_mask: torch.Tensor) -> Sample:
-    """`stream` [s + 1], whose every token is the label of the one before; `loss_mask` [s], of the labels."""
+    """Make a sample of `stream` [s + 1], where each token is the label of the one before, and the labels' `loss_mask`
+    [s]."""
     return {
         "tokens": stream[:-1].contiguous(),
         "labels": stream[1:].contiguous(),

@@ -1,4 +1,4 @@
-"""Datasets: blended, shuffled, packed samples to train on (megatron.core's), and held-out sets read in order."""
+"""Datasets: blended, shuffled, packed training samples (megatron.core's), and held-out sets in file order."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from megatron_llamapro.runtime.distributed import from_first_rank, raise_togethe
 
 
 class CheckedDataset(Dataset):
-    """Samples whose tokens are in the model's vocabulary: one beyond it would read another weight, or crash CUDA."""
+    """Samples whose tokens are in the model's vocabulary. A token beyond it would read another weight or crash CUDA."""
 
     def __init__(self, dataset: Dataset, *, name: str, vocab_size: int) -> None:
         self.dataset, self.name, self.vocab_size = dataset, name, vocab_size
@@ -41,18 +41,18 @@ class CheckedDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         sample = self.dataset[index]
         if min(int(sample["tokens"].min()), int(sample["labels"].min())) < 0:
-            raise DataError(f"{self.name} holds a token below 0: it is damaged, preprocess the text again")
+            raise DataError(f"{self.name} holds a token below 0: it is damaged; preprocess the text again")
         largest = max(int(sample["tokens"].max()), int(sample["labels"].max()))
         if largest >= self.vocab_size:
             raise DataError(
-                f"{self.name} holds the token {largest}, but the model's vocabulary has {self.vocab_size}: it was made "
-                "with another tokenizer; preprocess the text again"
+                f"{self.name} holds token {largest}, but the model's vocabulary has {self.vocab_size} tokens: the file "
+                "was made with another tokenizer; preprocess the text again"
             )
         return sample
 
 
 class HeldOutDataset(Dataset):
-    """Consecutive, whole samples of a pair's tokens, in the order of the file; the tail is left out.
+    """Consecutive whole samples of a pair's tokens, in the file's order. The tail is left out.
 
     Raises (on opening):
         DataError: the pair cannot be read, or is shorter than one sample.
@@ -66,7 +66,7 @@ class HeldOutDataset(Dataset):
         self._num_samples = (int(self._ends[-1]) - 1) // seq_length
         if self._num_samples < 1:
             raise DataError(
-                f"{prefix} has {self._ends[-1]} tokens, fewer than one sample of {seq_length} + 1: take a larger "
+                f"{prefix} has {self._ends[-1]} tokens, fewer than one sample of {seq_length} + 1: use a larger "
                 "held-out set or a smaller data.seq_length"
             )
 
@@ -74,14 +74,14 @@ class HeldOutDataset(Dataset):
         return self._num_samples
 
     def __getitem__(self, index: int) -> Sample:
-        """`eod` given: no loss where the input ends a document."""
+        """Return one sample. If `eod` is set, inputs that end a document have no loss."""
         if not 0 <= index < self._num_samples:
             raise IndexError(index)
         stream = torch.from_numpy(self._read(index * self.seq_length, self.seq_length + 1))
         return sample_of(stream, torch.ones(self.seq_length) if self.eod is None else (stream[:-1] != self.eod).float())
 
     def _read(self, start: int, count: int) -> numpy.ndarray:
-        """`count` tokens of the concatenated documents from `start`, int64, copied out of the mapped file."""
+        """Copy `count` tokens of the concatenated documents, from `start` on, out of the mapped file, as int64."""
         parts = []
         document = int(numpy.searchsorted(self._ends, start, side="right"))
         while count:
@@ -142,7 +142,7 @@ def _is_first_rank() -> bool:
 
 
 def _agreed(error: LlamaProError | None, folder: Path) -> Path:
-    """The first rank's folder. All ranks call it; where one has an error, all raise it."""
+    """Return the first rank's folder. All ranks call it. If one has an error, all raise it."""
     if torch.distributed.is_initialized():
         raise_together(error)
         return from_first_rank(folder)
@@ -152,7 +152,7 @@ def _agreed(error: LlamaProError | None, folder: Path) -> Path:
 
 
 def conversation_sets(train_set: CheckedDataset) -> list[ConversationDataset]:
-    """The sets of conversations that a training set is blended of; none, where it is text."""
+    """Return the sets of conversations in a blended training set; none if it is text."""
     inner = train_set.dataset
     sets = inner.datasets if isinstance(inner, BlendedDataset) else [inner]
     return [part for part in sets if isinstance(part, ConversationDataset)]
@@ -187,7 +187,7 @@ def _held_out(prefix: str, data: DataConfig, *, vocab_size: int, eod: int) -> Da
 
 
 def megatron_dataset(data: DataConfig, *, num_samples: int, seed: int, tokenizer: Tokenizer, folder: Path) -> Dataset:
-    """megatron.core's dataset, its index files read from `folder`, or on the first rank built there."""
+    """Return megatron.core's dataset. Its index files are read from `folder`; the first rank builds them in it."""
     shared = {
         "random_seed": seed,
         "sequence_length": data.seq_length,
@@ -217,13 +217,13 @@ def megatron_dataset(data: DataConfig, *, num_samples: int, seed: int, tokenizer
 
 
 def _blend(data: DataConfig) -> tuple[list[str], list[float] | None]:
-    """One set needs no blending, and then no process group either."""
+    """Return prefixes and weights. A single set has no weights: it needs no blending, and so no process group."""
     prefixes = [entry.prefix for entry in data.train]
     return prefixes, [entry.weight for entry in data.train] if len(prefixes) > 1 else None
 
 
 class _Alone(BlendedMegatronDatasetBuilder):
-    """Builds on this rank without waiting for others: they come when all files are written."""
+    """Builds on this rank without waiting for the others, which start when all files are written."""
 
     @staticmethod
     def build_generic_dataset(cls, is_built_on_rank, synchronize_ranks, *args):

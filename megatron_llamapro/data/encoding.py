@@ -1,9 +1,9 @@
 """Lines of JSON to token ids: documents of text, and conversations.
 
-The tokenizer's own chat template writes the text of a conversation, as it will when the model is used. What an
-assistant's message adds to the text before it, with the template's generation prompt, is the answer: what the model
-will have to generate, the end of the turn included, without which it would never stop. Only answers get loss. A message
-that nothing precedes answers nothing: a greeting at the beginning has no loss.
+The tokenizer's own chat template writes the text of a conversation, as it does when the model is used. An assistant's
+message adds its answer to the text before it, which ends with the template's generation prompt. The model will have to
+generate the answer and the end of the turn, or it never stops. Only answers have loss. An assistant's message at the
+very start answers nothing, for example a greeting, so it has no loss.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LineChunk:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens of a document; text has one, a conversation one of every turn."""
+    """Consecutive tokens of a document. Text has one segment, a conversation one for each turn."""
 
     ids: Sequence[int]
     is_answer: bool = False
@@ -55,11 +55,11 @@ class EncodedChunk:
 
     tokens: array.array
     documents: tuple[tuple[tuple[int, bool], ...], ...]
-    """Of every document the segments: number of tokens, and whether it is an answer."""
+    """The segments of every document: the number of tokens, and whether the segment is an answer."""
     num_empty: int
-    """Documents that there is nothing to learn from, which are left out."""
+    """Documents with nothing to learn from. They are left out."""
     num_mended: int
-    """Documents with lone surrogates, which are read as U+FFFD."""
+    """Documents with lone surrogates. These are read as U+FFFD."""
     num_bytes: int
 
 
@@ -100,17 +100,17 @@ class Encoder(abc.ABC):
 
     @abc.abstractmethod
     def segments(self, value: object, where: str) -> list[Segment]:
-        """The document's, none where there is nothing to learn from. Raises `DataError` where it is of another kind."""
+        """Return a document's segments, none if it has nothing to learn from. Raise `DataError` for a wrong type."""
 
     def mended(self, text: str) -> str:
-        """`valid_unicode`, and a note of where it is another text."""
+        """Return `valid_unicode(text)`, and note whether that changed the text."""
         valid = valid_unicode(text)
         self._mended = self._mended or valid is not text
         return valid
 
 
 class TextEncoder(Encoder):
-    """Text, each document ended by `eod`."""
+    """Encodes text. Each document ends with `eod`."""
 
     def segments(self, value: object, where: str) -> list[Segment]:
         if not isinstance(value, str):
@@ -121,7 +121,7 @@ class TextEncoder(Encoder):
 
 
 Message = dict[str, object]
-"""role and content, and whatever else a template may read."""
+"""role and content, and anything else that a template may read."""
 
 _LONGEST_REASON = 300
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
@@ -130,26 +130,26 @@ _NOT_A_MESSAGE = 'messages are {"role": …, "content": …} (or {"from": …, "
 
 
 class ChatTemplate:
-    """A chat template of transformers, beside a tokenizer or in a file."""
+    """A chat template of transformers, stored with a tokenizer or in a file of its own."""
 
     def __init__(self, tokenizer: Path, template: Path | None = None) -> None:
-        """Raises `DataError` where there is none, it cannot be used, or transformers is not installed."""
+        """Raise `DataError` if there is no usable template, or transformers is not installed."""
         try:
             from transformers import AutoTokenizer
             from transformers.utils import logging
         except ImportError:
-            raise DataError("chat templates are read by transformers, which is not installed: pip install it") from None
+            raise DataError("chat templates need transformers, which is not installed: pip install it") from None
         if tokenizer.suffix == ".json" and tokenizer.name != JSON_NAME:
-            raise DataError(f"{tokenizer}: conversations need a folder whose tokenizer is called {JSON_NAME}")
-        logging.set_verbosity_error()  # it tells of models that it does not find
+            raise DataError(f"{tokenizer}: conversations need a folder whose tokenizer is named {JSON_NAME}")
+        logging.set_verbosity_error()  # else it warns about models that it does not find
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 tokenizer.parent, local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # of many kinds
+        except Exception as error:  # transformers raises many types
             raise DataError(f"{tokenizer.parent}: transformers cannot read the tokenizer: {error}") from None
         own = self._tokenizer.chat_template
-        if isinstance(own, dict):  # several, for other uses too
+        if isinstance(own, dict):  # several templates, some for other uses
             own = own.get("default")
         self.text = _read(template) if template else own
         if not self.text:
@@ -159,12 +159,12 @@ class ChatTemplate:
         for name in ("bos_token", "eos_token"):
             if re.search(rf"\b{name}\b", self.text) and not getattr(self._tokenizer, name):
                 raise DataError(
-                    f"the chat template writes {name}, and {tokenizer.parent}/tokenizer_config.json names none: add "
-                    "it there"
+                    f"the chat template writes {name}, but {tokenizer.parent}/tokenizer_config.json has none: add "
+                    "it to that file"
                 )
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation.
+        """Return the text of a conversation.
 
         Raises:
             ValueError: the template refuses it.
@@ -173,11 +173,11 @@ class ChatTemplate:
             return self._tokenizer.apply_chat_template(
                 messages, chat_template=self.text, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except Exception as error:  # whatever the template's own expressions raise
+        except Exception as error:  # a template's expressions may raise anything
             raise ValueError(f"the chat template refuses it: {in_one_line(error)[:_LONGEST_REASON]}") from None
 
     def answer(self, messages: list[Message], number: int, text: str) -> tuple[int, int]:
-        """From which character to which of the conversation's `text` the message `number` is an answer.
+        """Return where message `number`'s answer starts and ends in the conversation's `text`, in characters.
 
         Raises:
             ValueError: the template refuses the conversation, or does not write it one message after the other.
@@ -186,8 +186,8 @@ class ChatTemplate:
         after = self.render(messages[: number + 1])
         if not (after.startswith(before) and text.startswith(after)):
             raise ValueError(
-                f"message {number + 1} changes what the chat template wrote before it, so it is not known what the "
-                "assistant says: give a template that only appends with --chat_template"
+                f"message {number + 1} changes text that the chat template wrote before it, so its answer cannot be "
+                "found: give a template that only appends, with --chat_template"
             )
         return len(before), len(after)
 
@@ -201,14 +201,14 @@ def _read(path: Path) -> str:
 
 
 class ChatEncoder(Encoder):
-    """Conversations, in segments that are answers and segments that are not."""
+    """Encodes conversations into segments that are answers and segments that are not."""
 
     def __init__(self, tokenizer: Tokenizer, json_key: str, template: ChatTemplate) -> None:
         super().__init__(tokenizer, json_key)
         self.template = template
 
     def segments(self, value: object, where: str) -> list[Segment]:
-        """None where the assistant says nothing."""
+        """Return the segments of a conversation, none if the assistant says nothing."""
         place = f"{where}: '{self.json_key}'"
         if not isinstance(value, list) or not value:
             raise DataError(f"{place} holds {json_name(value) if value else 'no messages'}, not a list of messages")
@@ -225,13 +225,13 @@ class ChatEncoder(Encoder):
         return self._marked(self.mended(text), spans)
 
     def _message(self, value: object, where: str) -> tuple[Message, bool]:
-        """A message, and whether it is an answer to learn."""
+        """Return a message, and whether it is an answer with loss."""
         if not isinstance(value, dict):
             raise DataError(f"{where}: {_NOT_A_MESSAGE}")
         role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
         for name in ("tool_calls", "function_call"):
             if value.get(name):
-                raise DataError(f"{where} has {name}: answers are text; leave such conversations out")
+                raise DataError(f"{where} has {name}: answers must be text; leave such conversations out")
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(f"{where}: {_NOT_A_MESSAGE}")
         role = _SHAREGPT.get(role, role)
@@ -242,14 +242,15 @@ class ChatEncoder(Encoder):
         weight = value.get("weight", 1)
         if weight not in (0, 1):
             raise DataError(
-                f"{where} has the weight {reprlib.repr(weight)}: it is 1, or 0 for an answer that is not to be learned"
+                f"{where} has the weight {reprlib.repr(weight)}: it must be 1, or 0 for an answer without loss"
             )
         others = {name: item for name, item in value.items() if name not in ("from", "value", "weight")}
         message: Message = {**others, "role": role, "content": content}
         return message, role == "assistant" and weight == 1
 
     def _marked(self, text: str, spans: list[tuple[int, int]]) -> list[Segment]:
-        """Tokens that have a character of an answer are of it, as transformers marks them. None where none has."""
+        """Split `text` into segments. As in transformers, a token belongs to an answer if any of its characters does.
+        Return none if no token belongs to an answer."""
         ids, offsets = self.tokenizer.encode_with_offsets(text)
         marked, left = [], list(reversed(spans))
         for token, (start, end) in zip(ids, offsets, strict=True):

@@ -1,8 +1,8 @@
-"""The order of the samples on disk: megatron.core's index files, in a folder for every order that is whole or not used.
+"""The order of the samples on disk: megatron.core's index files, one folder per order, which is complete or not used.
 
-megatron.core writes the files in their place and then takes for whole whatever is there. Here they are built aside, in
-a folder that is renamed when all are on the disk; and a folder that lacks a file, or whose files are cut, is built
-again. Only the first rank looks and builds.
+megatron.core writes the files in place, and later trusts any file that it finds. This module builds them in a draft
+folder, and renames it when all files are on the disk. A folder that lacks a file or has a truncated one is built
+again. Only the first rank checks and builds.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from megatron_llamapro.config.errors import DataError, LlamaProError, RunError
 from megatron_llamapro.config.staging import is_of_the_path, reason_of, sync
 
 _CONTENTS = "files.json"
-"""Names and sizes of the others; written last."""
+"""Names and sizes of the other files; written last."""
 _OLD_SECONDS = 24 * 60 * 60.0
-"""A draft of that age is of a run that was killed. No build takes as long; locks are not to be had everywhere."""
+"""A draft of this age is from a run that was killed: no build takes this long. (Not all file systems have locks.)"""
 
 
 def make_cache_dir(cache_dir: Path) -> None:
-    """Raise `LlamaProError` where the folder is missing and cannot be made."""
+    """Make the folder if it is missing. Raise `LlamaProError` if that fails."""
     with naming_the_cache(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
 def naming_the_cache(cache_dir: Path) -> Iterator[None]:
-    """An `OSError` says what it was about.
+    """Turn an `OSError` of the block into an error that names the cache.
 
     Raises:
-        DataError: the folder is none, or is not for us to write in.
-        RunError: another failure of the file system, e.g. a full disk, which another start may not meet.
+        DataError: the path is no folder, or not writable.
+        RunError: any other failure, for example a full disk, which a restart may not hit.
     """
     advice = "set data.cache_dir to a folder for the order of the samples"
     try:
         yield
     except OSError as error:
         if is_of_the_path(error):
-            raise DataError(f"{cache_dir} cannot be made or written in: {error.strerror}: {advice}") from None
+            raise DataError(f"{cache_dir} cannot be created or written to: {error.strerror}: {advice}") from None
         raise RunError(
             f"the order of the samples was not written to {cache_dir}: {reason_of(error)}: make room, or {advice}"
         ) from error
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether all files of an order are there, as long as they were, and are arrays."""
+    """Whether all files of an order exist, have their recorded sizes, and are arrays."""
     try:
         sizes = json.loads((folder / _CONTENTS).read_text(encoding="utf-8"))
         return all(_is_whole(folder / name, size) for name, size in sizes.items())
@@ -64,13 +64,13 @@ def _is_whole(path: Path, size: int) -> bool:
     if path.stat().st_size != size:
         return False
     if path.suffix == ".npy":
-        open_memmap(path, mode="r")  # raises where it is not; numpy.load would unpickle another kind of file
+        open_memmap(path, mode="r")  # raises if it is no array; numpy.load would unpickle other files
     return True
 
 
 @contextlib.contextmanager
 def new_order(folder: Path) -> Iterator[Path]:
-    """A folder to build in, which becomes `folder` when the block ends well, and is gone when it fails.
+    """Yield a folder to build in. It becomes `folder` if the block succeeds, and is removed if it fails.
 
     Raises:
         LlamaProError: as `naming_the_cache`.
@@ -91,7 +91,7 @@ def new_order(folder: Path) -> Iterator[Path]:
 
 
 def _move_into_place(draft: Path, folder: Path) -> None:
-    """Another run may have built the same order, then or just now; its files are as good as ours."""
+    """Rename `draft` to `folder`. If another run has built the same order meanwhile, keep its files: they are equal."""
     damaged = draft.with_name(f"{draft.name}.damaged")
     if folder.exists() and not is_whole(folder):
         folder.rename(damaged)
@@ -106,15 +106,15 @@ def _move_into_place(draft: Path, folder: Path) -> None:
 
 def _clear_old_drafts(cache_dir: Path) -> None:
     for path in cache_dir.glob(".order-*"):
-        with contextlib.suppress(OSError):  # another run clears it too
+        with contextlib.suppress(OSError):  # another run may clear it at the same time
             if time.time() - path.stat().st_mtime > _OLD_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def unreadable(folder: Path, error: Exception) -> LlamaProError:
-    """Of a rank that cannot read what the first one wrote."""
+    """Return the error of a rank that cannot read the first rank's files."""
     reason = getattr(error, "strerror", None) or error
     return DataError(
-        f"{folder} cannot be read, where the first rank wrote the order of the samples: {reason}: set data.cache_dir "
+        f"{folder}, where the first rank wrote the order of the samples, cannot be read: {reason}: set data.cache_dir "
         "to a folder that all ranks share"
     )

@@ -1,4 +1,4 @@
-"""Text to `.bin/.idx`: jsonl in, megatron.core's token files out, in several processes, complete or not at all."""
+"""Text to `.bin/.idx`: turns jsonl into megatron.core's token files, in several processes, completely or not at all."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from megatron_llamapro.runtime.upstream import import_megatron
 
 @dataclass(frozen=True)
 class Preprocessed:
-    """What was written."""
+    """The token files that were written."""
 
     info: TokenFileInfo
     num_empty: int
-    """Documents without text, or conversations without an answer, left out."""
+    """Documents without text, or conversations without an answer. They are left out."""
     num_mended: int
-    """Documents with lone surrogates, which are read as U+FFFD."""
+    """Documents with lone surrogates. These are read as U+FFFD."""
 
     @property
     def summary(self) -> str:
-        """For people."""
+        """One line for people."""
         answers = self.info.num_answer_tokens
         kind, wanted = ("documents", "text") if answers is None else ("conversations", "an answer")
         empty = f", {self.num_empty:,} without {wanted} left out" if self.num_empty else ""
@@ -56,14 +56,13 @@ def preprocess(
 ) -> Preprocessed:
     """Tokenize jsonl files (one document a line) into `<output_prefix>.bin` and `.idx`.
 
-    With `chat` a document is a conversation, which the tokenizer's chat template writes, or that in the file
-    `chat_template`; its sequences are its turns, and the mode of a sequence says whether the assistant says it (1) or
-    not (0). The result is the same bytes for any number of workers. `progress` is called with input bytes that are
-    done.
+    With `chat`, each document is a conversation. The tokenizer's chat template writes its text, or the template in the
+    file `chat_template`. Each turn is one sequence; its mode is 1 if the assistant says it, else 0. The output has the
+    same bytes for any number of workers. `progress` is called with the number of input bytes done since the last call.
 
     Raises:
         DataError: an input, the tokenizer or the chat template is missing or damaged, nothing is left to write, or the
-            output is there already (unless `overwrite`).
+            output exists already (unless `overwrite`).
         RunError: the disk is full, or a worker was killed.
     """
     check_request(inputs, output_prefix, tokenizer=tokenizer, num_workers=num_workers, overwrite=overwrite)
@@ -88,13 +87,13 @@ def preprocess(
 
 
 class _Writer:
-    """Appends documents to a draft pair, and counts what the side file tells."""
+    """Appends documents to a draft pair, and counts for the side file."""
 
     def __init__(self, draft: Path, tokenizer: Tokenizer, *, chat: bool) -> None:
         self.draft = draft
         self.tokenizer = tokenizer
         self.chat = chat
-        import_megatron()  # seconds, so after everything that is refused at once
+        import_megatron()  # takes seconds, so it comes after all checks
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
         self.dtype = DType.optimal_dtype(tokenizer.vocab_size)
@@ -107,7 +106,7 @@ class _Writer:
         if not len(tokens):
             return
         if tokens.min() < 0 or tokens.max() >= self.tokenizer.vocab_size:
-            raise DataError(f"the tokenizer gave the token {tokens.max()}, beyond its own {self.tokenizer.vocab_size}")
+            raise DataError(f"the tokenizer gave the token {tokens.max()}, but it has {self.tokenizer.vocab_size} ids")
         tokens = tokens.astype(self.dtype)
         first = 0
         for segments in part.documents:
@@ -121,7 +120,7 @@ class _Writer:
         self.max_token = max(self.max_token, int(tokens.max()))
 
     def close(self) -> None:
-        """Let go of the draft; megatron.core's builder does it only when it is finalized."""
+        """Close the draft. megatron.core's builder closes it only in `finalize`."""
         self.builder.data_file.close()
 
     def finish(self) -> TokenFileInfo:
@@ -140,7 +139,8 @@ class _Writer:
 
 
 def _publish(draft: Path, output_prefix: Path, info: TokenFileInfo) -> None:
-    """Put the pair in place. The index goes first and comes last: where there is one, the pair is complete."""
+    """Move the pair into place. The old index is removed first and the new one moved last, so an index on disk always
+    belongs to a complete pair."""
     info.write(paths_of(draft)[2])
     new_bin, new_index, new_info = paths_of(draft)
     for path in (new_bin, new_index, new_info):

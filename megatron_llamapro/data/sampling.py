@@ -1,4 +1,4 @@
-"""Which samples a rank trains on, and when: a pure function of the order of the data and the samples consumed."""
+"""The samples of each rank and step: a pure function of the data's order and the number of samples consumed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megatron_llamapro.runtime.stop import children_deaf, end_with_parent
 
 
 class BatchSampler:
-    """Indices of this replica's micro-batches, from the first sample that was not consumed.
+    """Indices of this replica's micro-batches, from the first unconsumed sample on.
 
-    Every global batch is the next `global_batch_size` samples of the order, dealt out micro-batch by micro-batch over
-    the replicas; so a run that continues with another number of replicas trains on the same global batches.
+    Each global batch is the next `global_batch_size` samples of the order. They are dealt out to the replicas one
+    micro-batch at a time. A run that resumes with another number of replicas trains on the same global batches.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class BatchSampler:
         iteration: int = 0,
         left_out: Sequence[range] = (),
     ) -> None:
-        """`iteration` is the number of steps done; of those in `left_out`, counted from 1, nobody reads the samples."""
+        """`iteration` is the number of steps done. Samples of the steps in `left_out` (counted from 1) are not read."""
         starts = range(consumed_samples, num_samples - global_batch_size + 1, global_batch_size)
         self.steps = {
             step: start
@@ -71,10 +71,10 @@ def train_batches(
     left_out: Sequence[range] = (),
     num_workers: int = 0,
 ) -> Iterator[dict]:
-    """This replica's micro-batches, [b, s] tensors by name, until `num_samples` are consumed. To be closed.
+    """Yield this replica's micro-batches, [b, s] tensors by name, until `num_samples` are consumed. Close it when done.
 
     Raises:
-        DataError: a sample cannot be trained on, or (when the samples are used up) asked for more.
+        DataError: a sample cannot be trained on, or the samples are used up and more are asked for.
     """
     sampler = BatchSampler(
         num_samples=num_samples,
@@ -100,7 +100,7 @@ def train_batches(
             for _ in sampler.rounds:
                 yield _next_of(batches, step)
     finally:
-        if num_workers:  # Python would end them by SIGTERM, which they do not hear, and wait for that
+        if num_workers:  # Python would send SIGTERM and wait, but they block it
             batches._shutdown_workers()
     raise DataError(
         f"all {num_samples} samples of the data's order are used up: set data.train_samples for a longer run"
@@ -111,7 +111,7 @@ def _next_of(batches: Iterator[dict], step: int) -> dict:
     try:
         return next(batches)
     except DataError as error:
-        reason = str(error).rpartition(f"{DataError.__name__}: ")[2].strip()  # a worker process's ends its traceback
+        reason = str(error).rpartition(f"{DataError.__name__}: ")[2].strip()  # from a worker, it ends a traceback
         raise DataError(f"step {step}: {reason}, or name the step in training.skip_iterations") from error
 
 
@@ -146,16 +146,16 @@ _WHERE_SET = {
 def check_same_order(
     stored: Mapping[str, object], current: Mapping[str, object], *, train: Sequence[BlendEntry] = ()
 ) -> None:
-    """Raise `DataError` where a continued run would read its samples in another order than it began with.
+    """Raise `DataError` if a resumed run would read its samples in another order than it started with.
 
-    `train`, which `current` is of, tells whether the hashes that earlier versions stored are of the same data.
+    `train` is the blend that `current` describes. It is needed to check the hashes that earlier versions stored.
     """
-    stored = {"format": "text", "packing": False, **stored}  # earlier versions had nothing else
+    stored = {"format": "text", "packing": False, **stored}  # earlier versions knew only these
     for name, where in _WHERE_SET.items():
         if stored.get(name) != current[name] and not (name == "blend" and _is_blend(stored.get(name), train)):
             was, now = (f" ({value})" if name != "blend" else "" for value in (stored.get(name), current[name]))
             raise DataError(
-                f"the run in checkpoint.save began with another {where}{was}, now{now or ' changed'}: the rest of its "
+                f"the run in checkpoint.save started with another {where}{was}, now{now or ' changed'}: its remaining "
                 "data would come in another order; restore it, or start a new run in another checkpoint.save with "
                 "model.checkpoint set to this one"
             )

@@ -1,4 +1,4 @@
-"""Input files of text: what can be refused before work starts, and single lines of JSON.
+"""Text input: checks files before work starts, and reads single lines of JSON.
 
 Imports neither torch nor megatron, so that a wrong file is refused at once.
 """
@@ -20,7 +20,7 @@ JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _PANDAS = 'import pandas; pandas.read_parquet({old}).to_json({new}, orient="records", lines=True, force_ascii=False)'
 _ARROW = "import datasets; datasets.Dataset.from_file({old}).to_json({new}, force_ascii=False)"
 
-# How a file begins, what it is then, and the command that makes text of it.
+# The first bytes of a file, the kind of file they mean, and a command that turns it into text.
 _BINARY = (
     (b"\x1f\x8b", "is compressed with gzip", "zcat {old} > {new}"),
     (b"\x28\xb5\x2f\xfd", "is compressed with zstd", "zstdcat {old} > {new}"),
@@ -52,14 +52,14 @@ _LOOKED_AT = 4096
 
 
 def is_jsonl(path: Path) -> bool:
-    """Whether a file that may be plain text as well is, by its name, one JSON object a line."""
+    """Whether a file holds one JSON object a line, by its name; else it is plain text."""
     return path.suffix.lower() in JSONL_SUFFIXES
 
 
 def check_text_files(paths: Sequence[Path], *, jsonl: bool | None = None) -> None:
-    """Raise `DataError` where a file is missing or is, by its first bytes, no text, or not one JSON object a line.
+    """Raise `DataError` if a file is missing, or if it is, by its first bytes, not text or not jsonl.
 
-    Without `jsonl`, names tell which files are to be JSON.
+    If `jsonl` is None, the files' names say which must be JSON.
     """
     for path in paths:
         _check_regular(path)
@@ -81,17 +81,17 @@ def _check_regular(path: Path) -> None:
     if not path.exists():
         raise DataError(f"{path} is not there: give jsonl files, one document a line")
     if not path.is_file():
-        raise DataError(f"{path} is not a regular file: write what comes out of it to a file, and give that")
+        raise DataError(f"{path} is not a regular file: write its output to a file, and give that")
 
 
 def _kind(start: bytes, *, jsonl: bool) -> tuple[str, str | None] | None:
-    """What the file is and what to type, or None where it can be read."""
+    """Return the kind of file and a command to convert it, or None if it can be read as it is."""
     for signature, what, command in _BINARY:
         if start.startswith(signature):
             return what, command
     if start[_TAR_PLACE:].startswith(_TAR):
         return "is a tar archive", "tar -xOf {old} > {new}"
-    for place, order in ((1, "LE"), (0, "BE")):  # no mark, but letters of two bytes
+    for place, order in ((1, "LE"), (0, "BE")):  # no byte-order mark, but two bytes a letter
         if len(start) > 8 and not any(start[place:8:2]) and all(start[1 - place : 8 : 2]):
             return "is UTF-16 text, not UTF-8", f"iconv -f UTF-16{order} -t UTF-8 {{old}} > {{new}}"
     if jsonl:
@@ -103,7 +103,7 @@ def _kind(start: bytes, *, jsonl: bool) -> tuple[str, str | None] | None:
 
 
 def _new_name(path: Path) -> Path:
-    """A name that no file has, for the text of one: corpus.jsonl.gz becomes corpus.jsonl."""
+    """Return an unused name for the text of a file: corpus.jsonl.gz becomes corpus.jsonl."""
     name = path.name.partition(".")[0] or "text"
     names = itertools.chain(["jsonl", "lines.jsonl"], (f"lines.{number}.jsonl" for number in itertools.count(2)))
     return next(new for new in (path.with_name(f"{name}.{ending}") for ending in names) if not new.exists())
@@ -113,25 +113,25 @@ _MOST_WORKERS = 1000
 
 
 def paths_of(prefix: str | Path) -> tuple[Path, Path, Path]:
-    """The .bin, the .idx and our side file of a prefix."""
+    """Return the paths of a prefix's .bin, its .idx and our side file."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
 
 
 def check_request(
     inputs: Sequence[Path], output_prefix: Path, *, tokenizer: Path, num_workers: int, overwrite: bool
 ) -> None:
-    """What `preprocess` can refuse before it begins.
+    """Check the arguments of `preprocess` before work starts.
 
     Raises:
-        DataError: an input or the tokenizer is missing, an input is not jsonl, the output would replace an input, or
-            token files that are there (unless `overwrite`), or there cannot be so many workers.
+        DataError: an input or the tokenizer is missing, an input is not jsonl, the output would replace an input or
+            (unless `overwrite`) existing token files, or the number of workers is out of range.
     """
     if not 1 <= num_workers <= _MOST_WORKERS:
         raise DataError(f"--num_workers is {num_workers}: give a number of processes from 1 to {_MOST_WORKERS}")
     read = {path.resolve() for path in inputs}
     for path in paths_of(output_prefix):
         if path.resolve() in read:
-            raise DataError(f"{path} is an input and would be written: choose another --output_prefix")
+            raise DataError(f"{path} is an input and would be overwritten: choose another --output_prefix")
         if path.exists() and not overwrite:
             raise DataError(f"{path} exists: choose another --output_prefix, or give --overwrite")
     check_text_files(inputs, jsonl=True)
@@ -144,22 +144,22 @@ _JSON_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or fa
 
 
 def json_name(value: object) -> str:
-    """What JSON calls a value."""
+    """Return JSON's name for the type of a value."""
     return _JSON_NAMES.get(type(value), "a number")
 
 
 def shown(names: Iterable[str]) -> str:
-    """Names of fields in an error: a few of them, each in quotes, cut and in one line."""
+    """Format field names for an error, in one line: the first few, each quoted and cut to length."""
     quoted = [repr(name[:_MOST_LETTERS]) for name in names]
     more = [f"{len(quoted) - _MOST_NAMES} more"] if len(quoted) > _MOST_NAMES else []
     return ", ".join([*quoted[:_MOST_NAMES], *more])
 
 
 def field_of(line: bytes, key: str, where: str) -> object:
-    """What an object has under `key`.
+    """Return the field `key` of the JSON object in `line`. `where` names the line in errors.
 
     Raises:
-        DataError: the line, which is at `where`, is not UTF-8, not JSON, no object, or has no such field.
+        DataError: the line is not UTF-8, not JSON, not an object, or has no such field.
     """
     record = _parsed(line, where)
     if not isinstance(record, dict):
@@ -171,7 +171,7 @@ def field_of(line: bytes, key: str, where: str) -> object:
 
 
 def decoded(line: bytes, where: str) -> str:
-    """The text of a line. Raises `DataError` where it is not UTF-8."""
+    """Return the text of a line. Raise `DataError` if it is not UTF-8."""
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -179,8 +179,8 @@ def decoded(line: bytes, where: str) -> str:
 
 
 def valid_unicode(text: str) -> str:
-    """`text` itself, or where it has lone surrogates, which JSON may escape and no tokenizer takes, a text with U+FFFD
-    in their places, as decoders write."""
+    """Return `text` itself, or with U+FFFD in place of lone surrogates, as decoders do. JSON can escape lone
+    surrogates, but no tokenizer accepts them."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -197,6 +197,6 @@ def _parsed(line: bytes, where: str) -> object:
         what = error.msg.removesuffix(" at")
         raise DataError(f"{where}: not JSON: {what} at column {error.colno}{cut}") from None
     except RecursionError:
-        raise DataError(f"{where}: its lists and objects are nested too deep") from None
+        raise DataError(f"{where}: its lists and objects are nested too deeply") from None
     except ValueError:  # sys.get_int_max_str_digits
         raise DataError(f"{where}: holds an integer of thousands of digits: leave its field out") from None

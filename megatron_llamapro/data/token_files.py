@@ -1,11 +1,11 @@
-"""`.bin`/`.idx` pairs: checked when opened, known by their content, described by `<prefix>.json` beside them.
+"""`.bin`/`.idx` pairs: checked when opened, identified by content, described by `<prefix>.json` beside them.
 
-The format is megatron.core's (`IndexedDataset`), so Megatron-LM reads what we write and we read what it writes; only
-the side file is ours. A document of text is one sequence. A conversation has a sequence a turn, and sequences have a
-mode, as those of multimodal sets: 1 what the assistant says, 0 the rest.
+The format is megatron.core's (`IndexedDataset`), so Megatron-LM can read our files and we can read its files; only
+the side file is ours. A text document is one sequence. A conversation has one sequence a turn, each with a mode, as in
+multimodal sets: 1 for the assistant's words, 0 for the rest.
 
-A resumed run must read the rest of the same tokens. Hashing terabytes would delay every start, so the digest covers
-blocks spread evenly over the token file, and the whole index, which has the length of every document.
+A resumed run must read the rest of the same tokens. Hashing terabytes would delay every start. So the digest covers
+the whole index, which has the length of every document, and blocks spread evenly over the token file.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ if TYPE_CHECKING:
 
 
 _HEADER = struct.Struct("<9sQBQQ")
-"""Of an index: magic, version, type of the tokens, sequences, documents."""
+"""Header of an index: magic, version, token type, number of sequences, number of documents."""
 _PIECE = 2**20
-"""Sequences that are looked at at a time."""
+"""Number of sequences checked at a time."""
 
 TOKEN_TYPES = {1: "uint8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-"""numpy's name of each type of tokens that an index can name: those of megatron.core's `DType`, which takes seconds to
-import, without the types that are no tokens'."""
+"""numpy's names of the token types in an index: megatron.core's `DType` (which takes seconds to import), without the
+types that tokens cannot have."""
 
 
 @dataclass(frozen=True)
 class TokenFileInfo:
-    """What preprocessing knew about a pair."""
+    """The facts about a pair that preprocessing wrote to the side file."""
 
     num_documents: int
     num_tokens: int
     vocab_size: int
-    """Of the tokenizer."""
+    """The tokenizer's vocabulary size."""
     max_token: int
     eod: int
     tokenizer_sha256: str
     bin_bytes: int
     bin_sha256: str
     num_answer_tokens: int | None = None
-    """Of conversations: tokens that the assistant says."""
+    """Tokens that the assistant says; None for text."""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
 def read_info(prefix: str | Path) -> TokenFileInfo | None:
-    """The side file, where there is one that belongs to the pair as it is now."""
+    """Read the side file. Return None if there is none, or if it does not match the current pair."""
     bin_path, _, info_path = paths_of(prefix)
     try:
         info = TokenFileInfo(**json.loads(info_path.read_text(encoding="utf-8")))
@@ -101,8 +101,8 @@ def check_token_file(prefix: str | Path, *, vocab_size: int | None = None, data_
     info = read_info(prefix)
     if info is not None and vocab_size is not None and info.max_token >= vocab_size:
         raise DataError(
-            f"{prefix} holds the token {info.max_token}, but the model's vocabulary has {vocab_size}: it was made with "
-            "another tokenizer; preprocess the text again"
+            f"{prefix} holds token {info.max_token}, but the model's vocabulary has {vocab_size} tokens: the file was "
+            "made with another tokenizer; preprocess the text again"
         )
     return has_modes
 
@@ -117,7 +117,7 @@ def _check_index(bin_path: Path, index_path: Path) -> bool:
         raise damaged
     magic, version, code, num_sequences, num_documents = _HEADER.unpack(start)
     if magic != b"MMIDIDX\x00\x00" or version != 1 or code not in TOKEN_TYPES:
-        raise DataError(f"{index_path} is not an index of token files, or of a version that is not known")
+        raise DataError(f"{index_path} is not an index of token files, or has an unknown version")
     least = _HEADER.size + num_sequences * (4 + 8) + num_documents * 8
     if num_sequences == 0:
         raise DataError(f"{index_path} holds no documents")
@@ -128,8 +128,8 @@ def _check_index(bin_path: Path, index_path: Path) -> bool:
     expected = int(lengths.sum(dtype=numpy.int64)) * width
     if bin_path.stat().st_size != expected:
         raise DataError(
-            f"{bin_path} has {bin_path.stat().st_size} bytes, {index_path.name} describes {expected}: the two do not "
-            "belong together, or one is cut short; preprocess the text again"
+            f"{bin_path} has {bin_path.stat().st_size} bytes, but {index_path.name} describes {expected}: the two do "
+            "not belong together, or one is truncated; preprocess the text again"
         )
     if not _follow(lengths, pointers, width) or not _rise(documents, num_sequences):
         raise damaged
@@ -147,7 +147,7 @@ def _arrays(index_path: Path, num_sequences: int, num_documents: int) -> tuple[n
 
 
 def _follow(lengths: numpy.ndarray, pointers: numpy.ndarray, width: int) -> bool:
-    """Whether every sequence begins where the one before it ends."""
+    """Whether every sequence starts where the one before it ends."""
     start = 0
     for first in range(0, len(lengths), _PIECE):
         part = lengths[first : first + _PIECE].astype(numpy.int64) * width
@@ -159,7 +159,7 @@ def _follow(lengths: numpy.ndarray, pointers: numpy.ndarray, width: int) -> bool
 
 
 def _rise(documents: numpy.ndarray, num_sequences: int) -> bool:
-    """Whether documents have the sequences from the first to the last, in order."""
+    """Whether the documents cover all sequences, from first to last, in order."""
     if documents[0] != 0 or documents[-1] != num_sequences:
         return False
     pieces = (documents[first : first + _PIECE + 1] for first in range(0, len(documents), _PIECE))
@@ -171,7 +171,7 @@ _BLOCK_BYTES, _NUM_BLOCKS = 2**14, 256
 
 
 def content_digest(prefix: str | Path) -> str:
-    """A hash of the whole index and of blocks of the tokens; of all tokens, where they are at most 4 MiB."""
+    """Hash the whole index and blocks of the token file; all of the token file if it has at most 4 MiB."""
     bin_path, index_path, _ = paths_of(prefix)
     size = bin_path.stat().st_size
     digest = blake3(size.to_bytes(8, "little"), max_threads=blake3.AUTO).update_mmap(index_path)
@@ -186,7 +186,7 @@ def content_digest(prefix: str | Path) -> str:
 
 
 def is_content(stored: str, prefix: str | Path) -> bool:
-    """Whether a digest, stored by this or an earlier version, is of the pair."""
+    """Whether a digest that this or an earlier version stored matches the pair."""
     if stored.startswith(_MARK):
         return stored == content_digest(prefix)
     return any(stored == digest for digest in _earlier_digests(prefix))
@@ -196,8 +196,8 @@ _END_BYTES = 2**20
 
 
 def _earlier_digests(prefix: str | Path) -> Iterator[str]:
-    """Those of versions that went by the side file where there was one: the cheap ones first, and last that of all
-    tokens, which the side file had, computed anew."""
+    """Yield the digests that earlier versions stored, cheap ones first. Those versions used the side file's hash of
+    all tokens if there was one; the last digest computes that hash anew."""
     bin_path, index_path, _ = paths_of(prefix)
     info = read_info(prefix)
     of_index = _sha256(index_path)
@@ -215,7 +215,7 @@ def _earlier_digests(prefix: str | Path) -> Iterator[str]:
 
 
 def _with_index(of_tokens: str, of_index) -> Iterator[str]:
-    """Of text, and of conversations."""
+    """Yield the digest for text, then the one for conversations."""
     yield of_tokens
     yield hashlib.sha256(of_index.digest() + bytes.fromhex(of_tokens)).hexdigest()
 

@@ -1,6 +1,6 @@
-"""Tokenizers as megatron.core's datasets ask for them: sentencepiece `.model` (Llama 2) and `tokenizer.json` (Llama 3).
+"""Tokenizers for megatron.core's datasets: sentencepiece `.model` (Llama 2) and `tokenizer.json` (Llama 3).
 
-Neither adds begin- or end-of-text by itself here; preprocessing ends every document with `eod`.
+Neither adds begin-of-text or end-of-text itself. Preprocessing ends every document with `eod`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from megatron_llamapro.config.files import check_fetched, hint_inside, hint_wher
 
 JSON_NAME, MODEL_NAME = "tokenizer.json", "tokenizer.model"
 
-_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* 0\n")  # a token in base64, and its number
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* 0\n")  # a token in base64, and its id
 _OTHER_FILES = ("tekken.json", "tiktoken.model", "vocab.json", "vocab.txt")
 _WANTED = "give a tokenizer file, or a folder with one"
 _MAKE_JSON = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW) of transformers"
 
 
 class _Backend(Protocol):
-    """What the two libraries have in common here."""
+    """The interface that both libraries' tokenizers get."""
 
     vocab_size: int
 
@@ -38,8 +38,8 @@ class _Backend(Protocol):
 class Tokenizer:
     """Text to token ids and back.
 
-    `vocab_size` is the number of ids it can give, `eod` the id that ends a document. It has no padding id: a padding
-    id that occurs in documents would have those tokens count for nothing in the loss.
+    `vocab_size` is the number of ids, `eod` the id that ends a document. There is no padding id (`pad` is -1): if
+    documents contained it, megatron.core would leave those tokens out of the loss.
     """
 
     pad = -1
@@ -47,34 +47,34 @@ class Tokenizer:
     def __init__(self, backend: _Backend, *, eod: int, path: Path) -> None:
         self._backend = backend
         self.path = path
-        """The file that defines it."""
+        """The file that defines the tokenizer."""
         self.vocab_size = backend.vocab_size
         self.eod = eod
         self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        """Hash of that file."""
+        """SHA-256 of that file."""
         self.unique_identifiers = {"class": type(self).__name__, "digest": self.digest, "eod": eod}
         """Part of the key of megatron.core's index cache."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, nothing added."""
+        """Return the ids of `text`, without extra special tokens."""
         return self._backend.encode(text)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of `text`, special tokens in it as such, and of each the character that it begins with and the one that
-        comes after it.
+        """Return the ids of `text`, and for each id its first character and the one past its end. Special tokens in
+        `text` get their own ids.
 
         Raises:
-            DataError: it is a sentencepiece model, which takes special tokens in a text for letters.
+            DataError: the tokenizer is a sentencepiece model, which reads special tokens in a text as plain letters.
         """
         if not isinstance(self._backend, _JsonBackend):
             raise DataError(
-                f"{self.path} cannot tell special tokens in a conversation: make a {JSON_NAME} of it "
+                f"{self.path} cannot recognise special tokens in a conversation: convert it to a {JSON_NAME} "
                 f"({_MAKE_JSON}), and give that"
             )
         return self._backend.encode_with_offsets(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`."""
+        """Return the text of `ids`."""
         return self._backend.decode(ids)
 
 
@@ -132,12 +132,12 @@ class _SentencePieceBackend:
 
 
 def load_tokenizer(path: Path, *, eod_token: str | None = None) -> Tokenizer:
-    """The tokenizer in `path`: tokenizer.json, a .model file, or a folder with one (tokenizer.json first).
+    """Load the tokenizer in `path`: a tokenizer.json, a .model file, or a folder with one (tokenizer.json first).
 
     `eod_token` names the token that ends a document; without it, the tokenizer's end-of-sequence token.
 
     Raises:
-        DataError: there is none, it is damaged, or its end-of-sequence token is not known.
+        DataError: there is no tokenizer, it is damaged, or its end-of-sequence token is unknown.
     """
     file = tokenizer_file(Path(path))
     check_fetched(file, error=DataError)
@@ -148,7 +148,7 @@ def load_tokenizer(path: Path, *, eod_token: str | None = None) -> Tokenizer:
 
 
 def tokenizer_file(path: Path) -> Path:
-    """The file that `load_tokenizer` reads. Raises `DataError` where there is none."""
+    """Return the file that `load_tokenizer` reads. Raise `DataError` if there is none."""
     if path.is_dir():
         for name in (JSON_NAME, MODEL_NAME):
             if (path / name).is_file():
@@ -157,15 +157,15 @@ def tokenizer_file(path: Path) -> Path:
     if not path.is_file():
         raise DataError(f"{path} is not there: {hint_where_nothing_is(path) or _WANTED}")
     if path.suffix not in (".json", ".model"):
-        raise DataError(f"{path} is no known tokenizer: give a {JSON_NAME} or a sentencepiece .model file")
+        raise DataError(f"{path} is not a known tokenizer: give a {JSON_NAME} or a sentencepiece .model file")
     return path
 
 
 def _instead(folder: Path) -> str:
-    """What to give instead of a folder without a tokenizer of either kind."""
+    """Say what to give instead of a folder without either tokenizer."""
     others = [name for name in _OTHER_FILES if (folder / name).is_file()]
     if others:
-        return f"it has {others[0]}, so make a {JSON_NAME} of it ({_MAKE_JSON}), and give that"
+        return f"it has {others[0]}: convert that to a {JSON_NAME} ({_MAKE_JSON}), and give the result"
     return hint_inside(folder, JSON_NAME) or _WANTED
 
 
@@ -177,12 +177,12 @@ def _named_token(backend: _Backend, token: str, file: Path) -> int:
 
 
 def _end_of_sequence(backend: _Backend, file: Path) -> int:
-    """The end-of-sequence id: sentencepiece's own, or what the files beside tokenizer.json say."""
+    """Return the end-of-sequence id: sentencepiece's own, or the one in the files beside tokenizer.json."""
     if isinstance(backend, _SentencePieceBackend) and backend.eos_id >= 0:
         return backend.eos_id
     files = ["tokenizer_config.json", "special_tokens_map.json"]
     if "added_tokens_decoder" not in _json(file.with_name(files[0])):
-        files.reverse()  # as transformers does: without that table, the older file wins
+        files.reverse()  # as in transformers: without that table, the older file wins
     for name in files:
         token = _json(file.with_name(name)).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token

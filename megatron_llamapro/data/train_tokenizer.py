@@ -1,4 +1,4 @@
-"""Train a sentencepiece tokenizer of LLaMA's kind: BPE with bytes to fall back on, ids 0 unknown, 1 begin, 2 end."""
+"""Training of a LLaMA-style sentencepiece tokenizer: BPE with byte fallback; ids 0 unknown, 1 begin, 2 end."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from megatron_llamapro.data.text_files import check_text_files, decoded, field_o
 from megatron_llamapro.data.tokenizer import MODEL_NAME
 from megatron_llamapro.data.workers import Helper
 
-_LEAST, _MOST = 260, 10_000_000  # tokens: the bytes, the three special ones, and one to learn
+_LEAST, _MOST = 260, 10_000_000  # tokens; the least are the 256 bytes, three special tokens, and one to learn
 _LONGEST_BYTES = 2**16
-"""Of a sentence. sentencepiece leaves longer ones out, without a word."""
+"""Longest sentence. sentencepiece silently drops longer ones."""
 
 
 def train_tokenizer(
@@ -25,9 +25,9 @@ def train_tokenizer(
     """Train on text files, or .jsonl with the text under `json_key`, and write `output_dir/tokenizer.model`.
 
     Raises:
-        DataError: an input cannot be read, the vocabulary is too large or too small for it, or the model is there
+        DataError: an input cannot be read, the vocabulary is too large or too small for the text, or the model exists
             already (unless `overwrite`).
-        RunError: the disk is full, or the process that trains was killed.
+        RunError: the disk is full, or the training process was killed.
     """
     target = output_dir / MODEL_NAME
     if target.exists() and not overwrite:
@@ -35,8 +35,8 @@ def train_tokenizer(
     if not _LEAST <= vocab_size <= _MOST:
         raise DataError(f"--vocab_size is {vocab_size}: give a number of tokens from {_LEAST} to {_MOST:,}")
     check_text_files(inputs)
-    advice = "nothing was written; try again, where memory is short on less text"
-    # In a process of its own: this one then hears Ctrl-C and SIGTERM, which sentencepiece does not.
+    advice = "nothing was written; try again, with less text if memory is short"
+    # Train in another process: Python cannot handle Ctrl-C or SIGTERM while sentencepiece trains.
     with (
         writing(target),
         folder_made(output_dir),
@@ -59,7 +59,7 @@ def _write(target: Path, model: bytes) -> None:
 
 
 def _train(connection: Connection, inputs: Sequence[Path], json_key: str, vocab_size: int) -> None:
-    """Send the model, or the error."""
+    """Train, and send the model or the error."""
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
@@ -72,7 +72,7 @@ def _train(connection: Connection, inputs: Sequence[Path], json_key: str, vocab_
             model_type="bpe",
             byte_fallback=True,
             character_coverage=0.9995,
-            normalization_rule_name="identity",  # code's white space and text's letters stay as they are
+            normalization_rule_name="identity",  # keep white space in code, and letters in text, unchanged
             remove_extra_whitespaces=False,
             split_digits=True,
             unk_id=0,
@@ -80,23 +80,23 @@ def _train(connection: Connection, inputs: Sequence[Path], json_key: str, vocab_
             eos_id=2,
             pad_id=-1,
             max_sentence_length=_LONGEST_BYTES,
-            num_threads=1,  # the same model from the same text
+            num_threads=1,  # deterministic: the same text gives the same model
             minloglevel=2,
         )
     except RuntimeError as error:
         if sentences.error is not None:
             raise sentences.error from None
-        raise DataError(f"no tokenizer of {vocab_size} tokens can be made of this text: {_reason(error)}") from None
+        raise DataError(f"cannot train a tokenizer of {vocab_size} tokens on this text: {_reason(error)}") from None
     connection.send(model.getvalue())
 
 
 def _reason(error: RuntimeError) -> str:
-    """sentencepiece's own words, without the place in its source."""
+    """Return sentencepiece's message, without the position in its source."""
     return str(error).rpartition("] ")[2].strip() or "there is too little of it"
 
 
 class _Sentences:
-    """The lines of the texts. sentencepiece turns an error in them into text of its own, so it is kept."""
+    """The lines of the texts. sentencepiece replaces an error raised here by its own, so `error` keeps it."""
 
     def __init__(self, inputs: Sequence[Path], json_key: str) -> None:
         self.inputs, self.json_key = inputs, json_key
@@ -127,6 +127,6 @@ class _Sentences:
 
 
 def _pieces(sentence: str) -> Iterator[str]:
-    """The sentence, in pieces that sentencepiece takes; none where it is empty."""
-    step = len(sentence) if len(sentence.encode()) <= _LONGEST_BYTES else _LONGEST_BYTES // 4  # a letter has 4 at most
+    """Yield the sentence in pieces that sentencepiece accepts; none if it is empty."""
+    step = len(sentence) if len(sentence.encode()) <= _LONGEST_BYTES else _LONGEST_BYTES // 4  # a letter is 4 at most
     yield from (sentence[start : start + step] for start in range(0, len(sentence), step or 1))

@@ -1,8 +1,8 @@
-"""Preprocessing workers: processes whose death is noticed and named, and what they do with a chunk of text.
+"""Preprocessing workers: helper processes that encode chunks of text. If one dies, the parent reports it.
 
-The standard library's pools wait forever when a worker is killed (`multiprocessing.Pool`), or when it is killed with a
-part of an answer in the pipe that all of them share (`ProcessPoolExecutor`). Here every worker has a pipe of its own.
-Nothing imported here imports torch or megatron, so that they start at once.
+`multiprocessing.Pool` waits forever when a worker is killed. `ProcessPoolExecutor` does so if the worker had written
+part of an answer to the pipe that all workers share. Here every worker has its own pipe.
+Imports neither torch nor megatron, even indirectly, so that workers start at once.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from megatron_llamapro.runtime.stop import children_deaf
 
 @dataclass(frozen=True)
 class EncoderOptions:
-    """What every worker makes its encoder of."""
+    """The options from which every worker makes its encoder."""
 
     tokenizer: Path
     eod_token: str | None = None
     json_key: str | None = None
-    """Without it `text`, or `messages` of conversations."""
+    """Without it: `text`, or `messages` for conversations."""
     chat: bool = False
     chat_template: Path | None = None
 
     def make(self) -> Encoder:
-        """Raises `DataError` where the tokenizer or the chat template is missing, or cannot be used."""
+        """Make the encoder. Raise `DataError` if the tokenizer or the chat template is missing or unusable."""
         if self.chat_template and not self.chat:
             raise DataError("a chat template is for conversations: give --chat too")
         tokenizer = load_tokenizer(self.tokenizer, eod_token=self.eod_token)
@@ -47,7 +47,7 @@ class EncoderOptions:
 
 
 def serve(connection: Connection, options: EncoderOptions) -> None:
-    """Encode the chunks that come, one after the other; what is wrong with one is the answer to it."""
+    """Receive chunks and send each one encoded, or the error that it caused."""
     encoder = options.make()
     while True:
         chunk: LineChunk = connection.recv()
@@ -70,7 +70,7 @@ def encoded(
     if num_workers <= 1:
         yield from map(encoder, chunks)
         return
-    advice = "nothing was written; try again, where memory is short with a smaller --num_workers"
+    advice = "nothing was written; try again, with a smaller --num_workers if memory is short"
     with contextlib.ExitStack() as stack:
         names = [f"worker {number} of {num_workers}" for number in range(1, num_workers + 1)]
         helpers = [stack.enter_context(Helper(name, serve, options, advice=advice)) for name in names]
@@ -78,28 +78,28 @@ def encoded(
 
 
 Function = Callable[..., None]
-"""Of the helper's end of the pipe, and what else it is given."""
+"""Takes the helper's end of the pipe, then its other arguments."""
 
 _AHEAD = 4
-"""Answers for each helper that may wait for their turn, so that memory stays bounded."""
+"""Most answers per helper that wait for their turn. This limits memory."""
 _OF_THE_PARENT = {signal.SIGINT, signal.SIGTERM}
-"""Signals that a terminal or a scheduler sends to all processes; the parent ends its helpers."""
+"""Signals that a terminal or a scheduler sends to all processes. Helpers block them: the parent ends its helpers."""
 
 
 class Helper:
-    """A process that runs `function(connection, *args)`; killed at the end of the `with`."""
+    """A process that runs `function(connection, *args)`. It is killed at the end of the `with` block."""
 
     def __init__(self, name: str, function: Function, *args: object, advice: str) -> None:
-        """`advice`: what to do where it is killed."""
+        """`advice` is the error's advice if the process is killed."""
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_main, args=(theirs, function, args), daemon=True)
         self.name, self.advice = name, advice
-        resource_tracker.ensure_running()  # its start would unblock the signals
+        resource_tracker.ensure_running()  # starting it below would unblock the signals
         try:
             with children_deaf(_OF_THE_PARENT):
                 self.process.start()
-        except BaseException:  # a signal that waited
+        except BaseException:  # a signal that arrived during the block
             self.__exit__()
             raise
         finally:
@@ -115,17 +115,17 @@ class Helper:
         self.connection.close()
 
     def send(self, item: object) -> None:
-        """Raises `RunError` where the helper is dead."""
+        """Send an item to the helper. Raise `RunError` if it is dead."""
         try:
             self.connection.send(item)
         except OSError:
             raise self._death() from None
 
     def receive(self) -> Any:
-        """What the helper sends next, an error it met included. Raises `RunError` where it died instead."""
+        """Return what the helper sends next, which may be an error. Raise `RunError` if it died instead."""
         try:
             return self.connection.recv()
-        except (EOFError, OSError):  # OSError: in the middle of an answer
+        except (EOFError, OSError):  # OSError: it died in the middle of an answer
             raise self._death() from None
 
     def _death(self) -> RunError:
@@ -138,7 +138,7 @@ class Helper:
 
 
 def _main(connection: Connection, function: Function, args: tuple) -> None:
-    """In the helper. Errors of the user's go to the parent, which says them; bugs keep their traceback."""
+    """Run in the helper. A user's mistakes go to the parent, which prints them; bugs keep their traceback."""
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         try:
             function(connection, *args)
@@ -146,15 +146,15 @@ def _main(connection: Connection, function: Function, args: tuple) -> None:
             connection.send(error)
         except MemoryError:
             connection.send(RunError("memory ran out"))
-        except OSError as error:  # of a file
+        except OSError as error:  # from a file
             connection.send(RunError(in_one_line(error)))
 
 
 def answers_in_order(helpers: list[Helper], questions: Iterable[object]) -> Iterator[Any]:
-    """What the helpers answer to the questions, in the questions' order, whoever is done first.
+    """Yield the helpers' answers in the order of the questions, whichever helper finishes first.
 
     Raises:
-        LlamaProError: the first that a helper met, once all answers before it are given; or a helper died.
+        LlamaProError: the first error that a helper sent, after all answers before it; or a helper died.
     """
     idle, numbered = deque(helpers), enumerate(questions)
     asked: dict[Helper, int] = {}
@@ -175,7 +175,7 @@ def answers_in_order(helpers: list[Helper], questions: Iterable[object]) -> Iter
         for helper in [helper for helper in asked if helper.connection in ready]:
             answers[asked.pop(helper)] = helper.receive()
             idle.append(helper)
-        ask()  # before what is done here with the answers, which takes its time
+        ask()  # first, because the caller's work on the answers below takes time
         while turn in answers:
             answer = answers.pop(turn)
             turn += 1

@@ -1,4 +1,4 @@
-# What every life of the job does. It goes on from the last complete checkpoint, whatever ended the life before.
+# One life of the job. It resumes from the last complete checkpoint, whatever ended the previous life.
 
 saved_step() {
     local step
@@ -8,14 +8,14 @@ saved_step() {
 
 is_finished() { [ "$(saved_step)" -ge "$TRAIN_ITERS" ]; }
 
-# Nothing that another start would make better; an array's other jobs would be such starts.
+# A restart would not help. Cancels the waiting jobs of an array too, since each would be a restart.
 give_up() {
-    say "gives up: $*"
+    say "giving up: $*"
     [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
     exit 1
 }
 
-# Of a job that is being ended: it was `cancelled`, it is `requeued` by SLURM itself, or neither (out of time).
+# Prints why SLURM is ending the job: `cancelled`, `requeued` (by SLURM itself), or nothing (out of time, or warned).
 fate_of_job() {
     local job
     job=" $(scontrol show job "$SLURM_JOB_ID" --oneliner) "
@@ -23,13 +23,13 @@ fate_of_job() {
     [[ $job == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]] && echo cancelled || echo requeued
 }
 
-# USR1 is the warning that its nodes are to be taken away, and TERM one too where the job still runs.
-stopping=0 # 1: warned; 2: and it has been said
+# USR1 warns that the nodes will be taken away. TERM does too, if the job still runs.
+stopping=0 # 1: warned; 2: warned, and the log says so
 fate=
 trap 'stopping=1' USR1
 trap 'fate=$(fate_of_job); stopping=1' TERM
 
-# Ends the job if SLURM has said so, but for a time limit.
+# Ends this life if SLURM is ending the job for any reason but the time limit.
 end_if_ended() {
     case $fate in
     cancelled) say "was cancelled: it is not requeued" ;;
@@ -39,11 +39,11 @@ end_if_ended() {
     exit 1
 }
 
-# What this job has printed is in its --output.
+# Whether a node has printed that it cannot see the logs. The job's --output holds everything that was printed.
 was_not_seen() { grep -Fqs "does not see $LIFE_LOGS" "$LOG_DIR/$SLURM_JOB_NAME-$SLURM_JOB_ID.out"; }
 
-# Ranks save and stop after their step. Sent again and again: a rank that still imports torch does not hear it yet. Not
-# before every node has its log: a shell that has just begun would die of it.
+# On USR1 the ranks save and stop after their step. It is sent repeatedly, because a rank that still imports torch
+# ignores it. It is not sent before every node has its log: a shell that has just started would die of it.
 run_ranks() {
     local srun_pid text
     text=$(declare -p HEAD_NODE PORT LIFE LIFE_LOGS && declare -f "${ON_NODES[@]}")
@@ -72,7 +72,7 @@ LIFE="$SLURM_JOB_ID-$((${SLURM_RESTART_COUNT:-0} + 1))"
 LIFE_LOGS="$LOG_DIR/$LIFE"
 LIVES="$LOG_DIR/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.lives_without_progress"
 mkdir -p "$LIFE_LOGS"
-say "from step $started_at of $TRAIN_ITERS on $SLURM_JOB_NODELIST; logs of every rank in $LIFE_LOGS"
+say "starts from step $started_at of $TRAIN_ITERS on $SLURM_JOB_NODELIST; logs of every rank are in $LIFE_LOGS"
 
 run_ranks
 code=$?
@@ -84,7 +84,7 @@ end_if_ended
 was_not_seen && give_up "log_dir, checkpoint and data must be in folders that all nodes see"
 
 verdict=0
-if [ "$code" != 0 ]; then # in a shell of its own: what setup does to it is not to end the job
+if [ "$code" != 0 ]; then # in another shell: setup must not be able to end this one
     where=()
     [ "${#CONTAINER[@]}" = 0 ] || where=(srun --nodes=1 --ntasks=1 --nodelist="$HEAD_NODE" "${CONTAINER[@]}")
     "${where[@]}" bash -c "$(declare -f setup); setup; python3 -m megatron_llamapro.launch.postmortem \"\$0\"" \
@@ -93,18 +93,18 @@ fi
 
 lives=0
 if [ "$(saved_step)" -le "$started_at" ]; then
-    [ "$verdict" = 2 ] && give_up "what is wrong with the input stays wrong"
-    [ "$verdict" = 65 ] && give_up "the same steps would come to the same end: change the run's configuration first"
+    [ "$verdict" = 2 ] && give_up "a restart would be refused for the same reason: correct the input first"
+    [ "$verdict" = 65 ] && give_up "the same steps would diverge again: change the run's configuration first"
     lives=$(($(cat "$LIVES" 2>/dev/null || echo 0) + 1))
 fi
 echo "$lives" >"$LIVES"
 [ "$lives" -ge "$MAX_LIVES_WITHOUT_PROGRESS" ] && give_up "$lives lives in a row saved nothing new"
-[ -n "${SLURM_ARRAY_TASK_ID:-}" ] && exit "$code" # the array's next job goes on
+[ -n "${SLURM_ARRAY_TASK_ID:-}" ] && exit "$code" # the array's next job resumes
 
-end_if_ended # while the dead were looked at
+end_if_ended # SLURM may have ended the job during the post-mortem
 say "requeued"
-trap - USR1 TERM # SLURM ends this life now; had it ended by itself, the job would count as failed
+trap - USR1 TERM # SLURM ends this life now; if it ended by itself, the job would count as failed
 scontrol requeue "$SLURM_JOB_ID" ||
-    give_up "SLURM did not requeue it; where it is not allowed to, slurm.max_lives makes a job array"
+    give_up "SLURM did not requeue it; if requeueing is not allowed, set slurm.max_lives to submit a job array"
 sleep 300
 exit 1

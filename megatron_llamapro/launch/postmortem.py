@@ -1,8 +1,8 @@
-"""Which rank of a job died first, and of what, in one line; read from what torchrun wrote on every node.
+"""Finds which rank of a job died first, and why, and says so in one line. Reads torchrun's log of every node.
 
 python -m megatron_llamapro.launch.postmortem LOGS      LOGS holds NODE.log of every node
 
-Exit code 2 where the program refused its input, and 65 where the run diverged: starting it again would change nothing.
+The exit code is 2 if the program refused its input and 65 if the run diverged. In both cases a restart would not help.
 Needs no torch.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_llamapro.config.command import DIVERGED, HUNG, USAGE_ERROR
 
-_MOST_BYTES = 4 * 2**20  # of a log, from its end
+_MOST_BYTES = 4 * 2**20  # read at the end of each log
 
 # torchrun's report of each failed rank (torch.distributed.elastic.multiprocessing.errors).
 _FAILURE = re.compile(
@@ -25,24 +25,24 @@ _FAILURE = re.compile(
     r"exitcode +: (?P<code>-?\d+) \(pid: (?P<pid>\d+)\)"
 )
 
-# A rank that still ran when another of its node had failed: torchrun ends it, and then reports it as the others. It
-# ends by the signal, or as one that was told to stop; with another code, it was ending by itself already.
+# A rank that still runs when another rank of its node has failed. torchrun ends it and then reports it like a failure.
+# Such a rank ends by the signal, or as if told to stop. With another exit code it was already ending by itself.
 _ENDED_BY_TORCHRUN = re.compile(r"Sending process (?P<pid>\d+) closing signal")
 _AS_TOLD = (0, -signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGHUP)
 
-# Ends that all ranks agree on, and of which one speaks for all.
+# Failures that all ranks agree on. One rank reports them for all.
 _AGREED = {USAGE_ERROR: "the run was refused", DIVERGED: "the run diverged"}
 
-_RANK = r"^\[[A-Za-z_]+(?P<local_rank>\d+)\]:"  # before every line of a rank
+_RANK = r"^\[[A-Za-z_]+(?P<local_rank>\d+)\]:"  # starts every line of a rank
 
-# What a rank says before it ends: our own words, or a traceback's last line, before which torch writes the rank again.
+# A rank's last words: our own message, or the last line of a traceback, which torch prefixes with the rank once more.
 _LAST_WORDS = re.compile(
     _RANK + r"(?:\[rank\d+\]: ?)?"
     r"(?P<text>(?:error|hang): .*|[A-Za-z_][\w.]*(?:Error|Exception)(?:: (?!sys\.meta_path is None).*)?)$",
     re.MULTILINE,
 )
 
-# What it says where it ends because another did: gloo, the store, and NCCL, in Python or from its watchdog's thread.
+# Messages of a rank that ends because another one did: from gloo, the store, or NCCL (Python or its watchdog thread).
 _LOST_ANOTHER = re.compile(
     _RANK + r".*(?:Connection (?:closed|reset) by peer|Connection was likely closed|Broken pipe|Socket closed|"
     r"Remote peer closed|Timed out waiting \d+ ?ms|remote process exited|ncclRemoteError|NCCL communicator was aborted|"
@@ -53,7 +53,7 @@ _LOST_ANOTHER = re.compile(
 
 @dataclass(frozen=True)
 class Failure:
-    """One rank's end, its last words, and whether it ended because it had lost another."""
+    """How one rank ended. `words` are its last words; `follows` says whether it ended because it lost another rank."""
 
     time: str
     node: str
@@ -62,11 +62,11 @@ class Failure:
     words: str
     follows: bool
     ended: bool
-    """Whether torchrun sent it the signal to end while it was ending by itself."""
+    """Whether torchrun sent it the signal to end while it was already ending by itself."""
 
     @property
     def how(self) -> str:
-        """Its exit code in words."""
+        """The exit code in words."""
         if self.code >= 0:
             return f"exit code {self.code}"
         known = {each.value: each.name for each in signal.Signals}
@@ -76,7 +76,7 @@ class Failure:
 
 
 def failures(node: str, log: str) -> Iterator[Failure]:
-    """Every failure that a node's torchrun reported, but for those of its own making."""
+    """Yield every failure that a node's torchrun reported, except ranks that torchrun itself ended."""
     ended = {match["pid"] for match in _ENDED_BY_TORCHRUN.finditer(log)}
     words = {match["local_rank"]: match for match in _LAST_WORDS.finditer(log)}
     lost = {match["local_rank"]: match.start() for match in _LOST_ANOTHER.finditer(log)}
@@ -96,10 +96,16 @@ def failures(node: str, log: str) -> Iterator[Failure]:
 
 
 def order(failure: Failure) -> tuple:
-    """By what others follow: first a rank that ended a hang, whose end may abort others; one that does not say that it
-    lost another; one that had ended when torchrun looked; one that was killed from outside; one that a signal ended,
-    after which it says nothing; one that says something, since one rank may speak for all; then by time, of which
-    torchrun knows the second."""
+    """Return a sort key that puts causes before consequences:
+
+    1. a rank that ended a hang, since its end may abort others;
+    2. a rank that does not say that it lost another;
+    3. a rank that had ended when torchrun looked;
+    4. a rank that was killed from outside (SIGKILL);
+    5. a rank that another signal ended, since it leaves no words;
+    6. a rank that left words, since one rank may speak for all;
+    7. the earlier rank: torchrun knows the time to the second.
+    """
     return (
         failure.code != HUNG,
         failure.follows,
@@ -113,10 +119,10 @@ def order(failure: Failure) -> tuple:
 
 
 def describe(logs: Mapping[str, str]) -> tuple[str, int]:
-    """The line, and the exit code, of the logs of nodes by their names."""
+    """Return the line and the exit code for the nodes' logs, by node name."""
     found = sorted((failure for node, log in logs.items() for failure in failures(node, log)), key=order)
     if not found:
-        return "no node says that a rank died: a node was lost, or the job was stopped from outside", 0
+        return "no node reported a dead rank: a node was lost, or the job was stopped from outside", 0
     first = found[0]
     codes = {first.code, *(failure.code for failure in found if not failure.ended)}
     if codes == {first.code} and first.code in _AGREED and (said := _said_for_all(found)):
@@ -126,13 +132,13 @@ def describe(logs: Mapping[str, str]) -> tuple[str, int]:
 
 
 def _said_for_all(found: Iterable[Failure]) -> str | None:
-    """What one rank says for all."""
+    """Return the error that one rank reports for all."""
     said = (failure.words.removeprefix("error: ") for failure in found if failure.words.startswith("error: "))
     return next(said, None)
 
 
 def main() -> int:
-    """Read the folder that is named, print the line."""
+    """Read the folder named on the command line and print the line."""
     folder = Path(sys.argv[1])
     line, code = describe({path.stem: _end_of(path) for path in sorted(folder.glob("*.log"))})
     print(line)

@@ -1,8 +1,8 @@
-"""The text of an sbatch job that trains to the end, through time limits, preemption and lost nodes, and torchrun's
-command line. Pure.
+"""The text of an sbatch job that trains to the end despite time limits, preemption and lost nodes; also torchrun's
+command line. Pure functions.
 
-The options and variables are written here from the configuration. What a job does with them is in `job.sh`, and in
-`node.sh` on every node; both are used as they stand.
+This module writes the options and variables from the configuration. `job.sh` says what the job does with them,
+`node.sh` what every node does. Both files are copied unchanged.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _NODE, _JOB = (Path(__file__).with_name(name) for name in ("node.sh", "job.sh"))
 
 
 def sbatch_script(launch: LaunchConfig, run_args: Sequence[str], *, save: str, train_iters: int) -> str:
-    """The whole script. `run_args` are pretrain's arguments, `save` is checkpoint.save, and `train_iters` the step at
-    which the run is finished."""
+    """Return the whole script. `run_args` are pretrain's arguments, `save` is checkpoint.save. The run is finished at
+    step `train_iters`."""
     return "\n".join(
         [
             "#!/bin/bash",
@@ -27,16 +27,16 @@ def sbatch_script(launch: LaunchConfig, run_args: Sequence[str], *, save: str, t
             "# shellcheck disable=SC1091,SC2329",
             "set -uo pipefail",
             *([f"cd {shlex.quote(launch.working_dir)} || exit 1"] if launch.working_dir else []),
-            # srun of SLURM 22.05 to 23.02 does not take it over from sbatch, and binds all ranks to one core.
+            # In SLURM 22.05 to 23.02, srun does not inherit it from sbatch, and binds all ranks to one core.
             *([f"export SRUN_CPUS_PER_TASK={launch.nodes.cpus_per_node}"] if launch.nodes.cpus_per_node else []),
             f"LOG_DIR={shlex.quote(launch.log_dir)}",
             f"SAVE={shlex.quote(save)}",
             f"TRAIN_ITERS={train_iters}",
             f"MAX_LIVES_WITHOUT_PROGRESS={launch.slurm.max_lives_without_progress}",
-            f"PORT={launch.rendezvous_port or ''}",  # also where it has none: the user's environment may have a PORT
+            f"PORT={launch.rendezvous_port or ''}",  # set even if empty: the user's environment may have a PORT
             f"CONTAINER=({' '.join(_container(launch))})",
             "",
-            "# On every node, before its ranks; in a container inside it, whose own variables would win over srun's.",
+            "# Runs on every node before its ranks, inside the container if any: its variables would override srun's.",
             *_function("setup", [*exports(launch), *launch.setup]),
             "",
             *_function("ranks", _ranks(launch, run_args)),
@@ -60,7 +60,7 @@ def _options(launch: LaunchConfig) -> Iterator[str]:
         ("account", slurm.account),
     ):
         if value is not None:
-            yield f"--{name}={shlex.quote(str(value))}"  # sbatch reads quotes as a shell does
+            yield f"--{name}={shlex.quote(str(value))}"  # sbatch parses quotes like a shell
     yield f"--time={slurm.time}"
     yield f"--signal=B:USR1@{slurm.signal_seconds}"
     if slurm.max_lives is None:
@@ -73,25 +73,25 @@ def _options(launch: LaunchConfig) -> Iterator[str]:
 
 
 def _container(launch: LaunchConfig) -> list[str]:
-    """What stands between srun and the ranks' shell, as words of shell."""
+    """Return the words of shell between srun and the ranks' shell."""
     if launch.container_image is None:
         return []
     image, mounts = shlex.quote(launch.container_image), shlex.quote(",".join(launch.container_mounts))
     has_mounts = bool(launch.container_mounts)
-    if launch.container_runtime == "pyxis":  # which begins in the image's folder otherwise
+    if launch.container_runtime == "pyxis":  # without --container-workdir it starts in the image's folder
         words = [f"--container-image={image}", '--container-workdir="$PWD"']
         return [*words, *([f"--container-mounts={mounts}"] if has_mounts else [])]
     return ["apptainer", "exec", "--nv", *(["--bind", mounts] if has_mounts else []), image]
 
 
 def _ranks(launch: LaunchConfig, run_args: Sequence[str]) -> list[str]:
-    """Lines of shell; variables are filled in on the node."""
+    """Return the lines of shell that start a node's ranks. The node fills in the variables."""
     endpoint = '"$HEAD_NODE:$PORT"' if launch.nodes.num_nodes > 1 else None
     words = torchrun_arguments(launch, endpoint=endpoint, run_id='"$LIFE"', log_dir='"$LIFE_LOGS/$node"')
     return [
         "trap '' USR1",
         "setup",
-        "set +efu # whatever setup did",
+        "set +efu # setup may have set them",
         "node=$(hostname -s)",
         "told_to_end=0",
         '[ -d "$LIFE_LOGS" ] || not_seen',
@@ -102,7 +102,7 @@ def _ranks(launch: LaunchConfig, run_args: Sequence[str]) -> list[str]:
         "code=$?",
         'touch "$LIFE_LOGS/$node.ended"',
         '[ "$code" = 0 ] || let_others_speak',
-        "sleep 1 # until tee has written",
+        "sleep 1 # so that tee can write the rest",
         'exit "$code"',
     ]
 
@@ -115,9 +115,10 @@ MODULE = "megatron_llamapro.pretrain"
 
 
 def torchrun_arguments(launch: LaunchConfig, *, endpoint: str | None, run_id: str, log_dir: str) -> list[str]:
-    """Arguments of torchrun up to the program, for any node of the job; in shell text where they name variables.
+    """Return torchrun's command up to the program, for any node of the job. Arguments that name variables are shell
+    text.
 
-    `endpoint` is host:port on the first node; None for one node, which needs none.
+    `endpoint` is host:port on the first node; None for a single node, which needs none.
     """
     nodes = launch.nodes
     where = ["--standalone"]
@@ -137,13 +138,13 @@ def torchrun_arguments(launch: LaunchConfig, *, endpoint: str | None, run_id: st
 
 
 def exports(launch: LaunchConfig) -> list[str]:
-    """Lines of shell that set the variables that every node gets."""
+    """Return the lines of shell that set every node's environment variables."""
     return [f"export {name}={shlex.quote(value)}" for name, value in environment_of(launch).items()]
 
 
 def commands_by_hand(launch: LaunchConfig, run_args: Sequence[str], *, head: str) -> str:
-    """What to type on every node where no scheduler is, in the container if there is one; `head` is the first node's
-    name."""
+    """Return the commands to type on every node if there is no scheduler, inside the container if there is one. `head`
+    is the first node's name."""
     endpoint = f"{head}:{launch.rendezvous_port or 29400}" if launch.nodes.num_nodes > 1 else None
     arguments = torchrun_arguments(launch, endpoint=endpoint, run_id=launch.slurm.job_name, log_dir=launch.log_dir)
     where = [f"# in the container {launch.container_image}"] if launch.container_image else []

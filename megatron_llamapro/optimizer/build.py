@@ -1,6 +1,6 @@
-"""megatron.core's optimizer over what trains, with a fused AdamW, and its learning-rate schedule.
+"""megatron.core's optimizer over the trainable parameters, with a fused AdamW, and its learning-rate schedule.
 
-The kernel is Transformer Engine's or Apex's FusedAdam where installed, else torch's fused AdamW.
+The kernel is Transformer Engine's or Apex's FusedAdam if installed, else torch's fused AdamW.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_llamapro.runtime.upstream import become
 
 
 def check_apex() -> None:
-    """Raise `ConfigError` where PyPI's `apex`, an unrelated package, shadows NVIDIA's."""
+    """Raise `ConfigError` if PyPI's `apex`, an unrelated package, shadows NVIDIA's."""
     try:
         spec = importlib.util.find_spec("apex")
         is_nvidias = spec is None or importlib.util.find_spec("apex.optimizers") is not None
@@ -38,10 +38,10 @@ def check_apex() -> None:
 def build_optimizer(
     chunks: Sequence[torch.nn.Module], config: OptimizerConfig, *, precision: Precision
 ) -> MegatronOptimizer:
-    """The distributed optimizer over the trainable parameters of `chunks` (wrapped in DDP).
+    """Build the distributed optimizer over the trainable parameters of `chunks` (wrapped in DDP).
 
     Raises:
-        ConfigError: a parameter-group rule that matches nothing, or a foreign `apex`.
+        ConfigError: a parameter-group rule matches nothing, or `apex` is not NVIDIA's.
     """
     check_apex()
     optimizer = get_megatron_optimizer(
@@ -69,14 +69,14 @@ def build_optimizer(
 
 
 def torch_adam_parts(optimizer: MegatronOptimizer) -> Iterable[TorchAdamDistributedOptimizer]:
-    """The parts of `optimizer` that run torch's AdamW, as the class that can resume them."""
+    """Yield the parts of `optimizer` that run torch's AdamW, as the class that can resume them."""
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.AdamW):
             yield become(part, TorchAdamDistributedOptimizer)
 
 
 def _fuse(part: TorchAdamDistributedOptimizer) -> None:
-    """Have torch's AdamW update all parameters in one kernel; megatron.core builds it without."""
+    """Make torch's AdamW update all parameters in one kernel. megatron.core builds it unfused."""
     for group in part.optimizer.param_groups:
         group["foreach"], group["fused"] = False, True
 
@@ -84,7 +84,7 @@ def _fuse(part: TorchAdamDistributedOptimizer) -> None:
 def build_scheduler(
     optimizer: MegatronOptimizer, config: OptimizerConfig, *, train_iters: int
 ) -> OptimizerParamScheduler:
-    """Warm-up from 0 over `lr_warmup_fraction` of the run, then the configured decay; its unit is one step."""
+    """Build the schedule, in steps: warm-up from 0 over `lr_warmup_fraction` of the run, then the configured decay."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

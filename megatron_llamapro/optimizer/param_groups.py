@@ -1,8 +1,8 @@
 """Parameter groups as megatron.core's `config_overrides`, from a table of rules over global parameter names.
 
-megatron.core gives frozen parameters no group at all (freeze first), and merges its groups over all ranks, so that a
-rank with nothing to train still takes part. Its own keys match stage-local names; ours are marks put on the
-parameters from their global ones. Usable with any megatron.core GPTModel; see docs/in_your_own_loop.md.
+megatron.core puts frozen parameters in no group, so freeze first. It merges the groups over all ranks, so a rank with
+nothing to train still takes part. Its own keys match stage-local names. Ours match marks, which are set on the
+parameters by their global names. Works with any megatron.core GPTModel; see docs/in_your_own_loop.md.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def param_group_overrides(
 
     overrides = {_key("norms_and_biases", decays_nothing): {"wd_mult": 0.0}}
     for index, rule in enumerate(rules):
-        # lr_mult changes nothing by itself: it is what a resumed optimizer tells its groups apart by.
+        # lr_mult has no effect of its own: a resumed optimizer uses it to tell its groups apart.
         settings = {
             "max_lr": lr * rule.lr_mult,
             "min_lr": min_lr * rule.lr_mult,
@@ -61,7 +61,7 @@ def _has_mark(index: int, parameter: torch.nn.Parameter) -> bool:
 
 
 def _mark_parameters(chunks: Iterable[torch.nn.Module], rules: Sequence[ParamGroupRule]) -> list[bool]:
-    """Mark each trainable parameter with the first rule that matches it; which rules matched here."""
+    """Mark each trainable parameter with the first rule that matches it. Return which rules matched on this rank."""
     matched = [False] * len(rules)
     for named in named_parameters(chunks):
         if hasattr(named.parameter, _RULE_MARK):

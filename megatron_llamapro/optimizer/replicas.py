@@ -1,7 +1,7 @@
-"""What data-parallel replicas exchange, and an optimizer step in two halves.
+"""Communication between data-parallel replicas, and an optimizer step in two halves.
 
-`ChainedOptimizer.step` of megatron.core 0.16.1 does both halves at once, in this order. It leaves the update out only
-where a gradient scaler found an overflow, and bf16 and fp32 have none.
+`ChainedOptimizer.step` of megatron.core 0.16.1 does both halves at once, in this order. It skips the update only if a
+gradient scaler found an overflow; bf16 and fp32 have no scaler.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from megatron_llamapro.runtime.upstream import become
 
 
 class BucketGroupOfOne(_ParamAndGradBucketGroup):
-    """Gradients and parameters of a single replica. Set as the class of one that DDP made.
+    """The gradients and parameters of a single replica. Set as the class of a bucket group that DDP made.
 
-    megatron.core calls the collectives for a group of one rank too; gloo answers with three copies of all gradients
+    megatron.core calls the collectives for a group of one rank too. With gloo that costs three copies of all gradients
     and one of all parameters.
     """
 
     def start_grad_sync(self, force_all_reduce: bool | None = False) -> None:
-        """Only what upstream does besides the reduction."""
+        """Do everything that upstream does except the reduction."""
         for bucket in self.buckets:
             if bucket.gradient_scaling_factor != 1.0:
                 bucket.grad_data *= bucket.gradient_scaling_factor
@@ -35,8 +35,8 @@ class BucketGroupOfOne(_ParamAndGradBucketGroup):
 
 
 def skip_collectives_of_one(ddp: DistributedDataParallel) -> None:
-    """Leave out the data-parallel collectives of groups that have one rank. What overlaps is left as it is: there
-    upstream waits for their handles."""
+    """Skip the data-parallel collectives of groups with one rank. Overlapped collectives stay, since upstream waits for
+    their handles."""
     overlaps = ddp.ddp_config.overlap_grad_reduce or ddp.ddp_config.overlap_param_gather
     for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
         if group.intra_distributed_optimizer_instance_size == 1 and not overlaps:
@@ -44,12 +44,12 @@ def skip_collectives_of_one(ddp: DistributedDataParallel) -> None:
 
 
 def finish_param_gathers(chunks: Sequence[torch.nn.Module]) -> None:
-    """Make every weight of `chunks` the one that the last update wrote. All ranks call it before weights are read
-    outside a forward pass.
+    """Bring every weight of `chunks` up to date with the last update. All ranks call it before weights are read outside
+    a forward pass.
 
     Each replica updates its share of the trainable weights. With `overlap_param_gather` the other shares arrive during
-    the next forward pass (megatron.core's pre-hooks); until then they are one step old. Without it, on bare models,
-    and where a forward pass has run since the update, nothing is sent.
+    the next forward pass (megatron.core's pre-hooks); until then they are one step old. Nothing is sent without that
+    option, on bare models, or if a forward pass has run since the update.
     """
     for chunk in chunks:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
@@ -59,7 +59,7 @@ def finish_param_gathers(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """Hand the gradients to the optimizer. Their global norm, the same on all ranks, which all call it."""
+    """Hand the gradients to the optimizer and return their global norm. All ranks call it and get the same norm."""
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 

@@ -1,7 +1,7 @@
-"""megatron.core's distributed optimizer, made resumable: what is saved of it is what it holds.
+"""megatron.core's distributed optimizer, made resumable: the saved state is exactly the state that it holds.
 
-Each override below mends one place of `DistributedOptimizer` 0.16.1. One concerns every kernel. The others concern
-torch's AdamW, which is taken where neither Transformer Engine nor Apex is installed: it keeps a `step` per parameter,
+Each override below fixes one place in `DistributedOptimizer` 0.16.1. One applies to every kernel. The others apply to
+torch's AdamW, which is used if neither Transformer Engine nor Apex is installed. It keeps a `step` per parameter,
 unlike their fused kernels.
 """
 
@@ -14,16 +14,17 @@ import torch
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-_LENT = "lent"  # a key that is no tensor: torch's state_dict looks tensors up in the groups
+_LENT = "lent"  # a key that is not a tensor: torch's state_dict looks tensors up in the groups
 
 
 class ResumableDistributedOptimizer(DistributedOptimizer):
-    """Set as the class of an optimizer that `get_megatron_optimizer` made."""
+    """A distributed optimizer that can be resumed. Set as the class of one that `get_megatron_optimizer` made."""
 
     def get_parameter_state_dp_zero(self, *args: object, **kwargs: object) -> dict | None:
-        """Upstream leaves out the padding between buckets here, and counts it where it cuts the result into parameters:
-        state of every parameter behind a padded bucket would be saved shifted. (Buckets are padded to a multiple of
-        the data-parallel size and of 128; there are several from 40 million parameters on, where reduction overlaps.)
+        """Put back the padding between buckets. Upstream omits it here, but counts it when it cuts the result into
+        parameters, so the state of every parameter after a padded bucket would be saved shifted. (Buckets are padded
+        to a multiple of the data-parallel size and of 128. With overlapped reduction, a model of over 40 million
+        parameters has several.)
         """
         state = super().get_parameter_state_dp_zero(*args, **kwargs)
         if state is None:
@@ -37,7 +38,7 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
 
 
 def _with_padding(values: torch.Tensor, buffer: _ParamAndGradBuffer) -> torch.Tensor:
-    """Values of a whole buffer, bucket after bucket → each bucket at its offset in the buffer."""
+    """Move values that lie bucket after bucket, without padding, to each bucket's offset in the buffer."""
     if all(bucket.numel_unpadded == bucket.grad_data.numel() for bucket in buffer.buckets[:-1]):
         return values  # no bucket is shifted
     placed = values.new_zeros(buffer.numel)
@@ -48,18 +49,18 @@ def _with_padding(values: torch.Tensor, buffer: _ParamAndGradBuffer) -> torch.Te
 
 
 class TorchAdamDistributedOptimizer(ResumableDistributedOptimizer):
-    """The same, around torch's AdamW."""
+    """A resumable distributed optimizer around torch's AdamW."""
 
     lent_step: float = 0.0
-    """Steps taken so far, for a rank whose optimizer holds no state to read them from."""
+    """Number of steps taken, for a rank whose optimizer has no state to read it from."""
 
     def state_dict(self) -> dict:
-        """Upstream asserts exactly one `step` among the states: a rank with nothing to train has none."""
+        """Lend a `step` to a rank with nothing to train: upstream asserts exactly one among the states."""
         with self._lend_step():
             return super().state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Upstream gives all states one shared `step` tensor, which AdamW would then advance once a parameter."""
+        """Give every state its own `step`. Upstream shares one, and AdamW would advance it once per parameter."""
         with torch.no_grad(), self._lend_step():
             super().load_state_dict(state_dict)
         for key, state in self.optimizer.state.items():
@@ -68,7 +69,7 @@ class TorchAdamDistributedOptimizer(ResumableDistributedOptimizer):
         self.optimizer.state.pop(_LENT, None)
 
     def _set_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter, tensors: dict) -> None:
-        """Upstream copies every state that AdamW has, `step` too, which checkpoints keep with the groups instead."""
+        """Add the current `step`. Upstream copies all AdamW states, but checkpoints keep `step` with the groups."""
         step = self._get_main_param_and_optimizer_states(model_param)["step"]
         super()._set_main_param_and_optimizer_states(model_param, {**tensors, "step": step})
 
@@ -85,10 +86,10 @@ class TorchAdamDistributedOptimizer(ResumableDistributedOptimizer):
 
 
 def init_state(part: DistributedOptimizer) -> None:
-    """Make an optimizer's state exist (zeros, no steps taken), so that there is something to load into, or to save.
+    """Create an optimizer's state (zeros, no steps taken), so that it can be loaded into or saved.
 
-    Upstream does it by a step with zero gradients; the learning rate 0 keeps that from decaying the weights. torch's
-    AdamW counts steps a parameter, Transformer Engine's and Apex's a group.
+    Upstream takes a step with zero gradients for this; learning rate 0 keeps it from decaying the weights. torch's
+    AdamW counts steps per parameter, Transformer Engine's and Apex's per group.
     """
     groups = part.optimizer.param_groups
     rates = [group["lr"] for group in groups]

@@ -1,4 +1,4 @@
-"""A run's output, which may lose its reader while the run goes on: a closed terminal, a `tee` that was killed."""
+"""Output that survives the loss of its reader during a run, for example a closed terminal or a killed `tee`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _NOBODY_READS = (errno.EPIPE, errno.EIO)
 
 
 class _LastingFile(io.FileIO):
-    """Where nobody reads any more, all goes nowhere from then on; what a full disk does not take is left out."""
+    """A file whose writes never fail. If the reader is gone, all later output is discarded; if the disk is full, only
+    what does not fit."""
 
     def write(self, data) -> int | None:
         try:
@@ -24,7 +25,7 @@ class _LastingFile(io.FileIO):
 
 
 def keep_on_printing() -> None:
-    """Have `print` raise no errors: they would end a run, whose figures are in a file too, before it is saved."""
+    """Make `print` never raise. An error would end the run before it is saved; its metrics are in a file as well."""
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
 
 

@@ -1,7 +1,7 @@
-"""The one place where megatron.core is told that "cuda" means the CPU.
+"""The one place that makes "cuda" mean the CPU for megatron.core.
 
-`install()` applies the table below once, where no CUDA device is there; on a GPU machine nothing is touched. What
-runs is the same code on a laptop and on a cluster. Every row says what megatron.core 0.16.1 asks for, and where.
+If there is no CUDA device, `install()` applies the table below once; on a GPU machine it changes nothing. So a laptop
+and a cluster run the same code. Each row says what megatron.core 0.16.1 asks for, and where.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Substitution:
 
 
 class NullStream:
-    """A CUDA stream or event where everything already runs in order."""
+    """A CUDA stream or event that does nothing, since everything already runs in order."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -67,7 +67,7 @@ def _is_cuda(device: object) -> bool:
 
 
 def _device_on_cpu(original: Callable) -> Callable:
-    """`original`, with a cuda device among its arguments replaced by the CPU."""
+    """Wrap `original` so that a cuda device among its arguments becomes the CPU."""
 
     @functools.wraps(original)
     def on_cpu(*args, **kwargs):
@@ -96,12 +96,12 @@ def _without_device_ids(original: Callable) -> Callable:
 
 
 def _always(result: object) -> Callable[[Any], Callable]:
-    """A replacement whose calls give `result`, whatever they are called with."""
+    """Make a replacement that returns `result` for any arguments."""
     return lambda original: lambda *args, **kwargs: result
 
 
 def _instead(new: object) -> Callable[[Any], Any]:
-    """A replacement that ignores the original."""
+    """Make a replacement that ignores the original."""
     return lambda original: new
 
 
@@ -130,7 +130,7 @@ def _torch_rows() -> list[Substitution]:
         Substitution(torch.nn.Module, "cuda", _to_itself, "modules are moved after they are built"),
         Substitution(torch.Tensor, "type", _cuda_type_name, "optimizers sort parameters by torch.cuda.*Tensor"),
         Substitution(cuda, "current_device", _always(CPU), "device= of every buffer"),
-        Substitution(cuda, "set_device", _always(None), "one process a device"),
+        Substitution(cuda, "set_device", _always(None), "one process per device"),
         Substitution(cuda, "synchronize", _always(None), "p2p and timers"),
         Substitution(cuda, "Stream", _instead(NullStream), "communication streams of DDP"),
         Substitution(cuda, "Event", _instead(NullStream), "events of DDP and schedules"),
@@ -165,7 +165,7 @@ def _set_rng_state(state: torch.Tensor, *args: object, **kwargs: object) -> None
 
 
 def table() -> list[Substitution]:
-    """All substitutions, torch's before megatron's."""
+    """Return all substitutions, torch's before megatron's."""
     return _torch_rows() + _megatron_rows()
 
 
@@ -173,14 +173,14 @@ _installed = False
 
 
 def install() -> bool:
-    """Apply the table where no CUDA device is there. Returns whether the CPU stands in for "cuda"."""
+    """Apply the table if there is no CUDA device. Return whether the CPU stands in for "cuda"."""
     global _installed
     if torch.cuda.is_available():
         return False
     if not _installed:
         for row in table():
             row.apply()
-        # The tracker's fork warns when the CPU generator changed inside it: here the two are one.
+        # The tracker's fork warns if the CPU generator changes inside it. Here it is also the "cuda" generator.
         logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
         _installed = True
     return True

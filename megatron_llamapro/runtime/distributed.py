@@ -1,6 +1,6 @@
 """Process groups: torch's world, and megatron.core's tensor-, pipeline- and data-parallel groups in it.
 
-The only module that reads `megatron.core.parallel_state`.
+No other module reads `megatron.core.parallel_state`.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class ParallelLayout:
 
 
 def start_world(*, timeout_minutes: float = 10.0) -> None:
-    """Start torch's default process group from torchrun's environment, or a world of one without it.
+    """Start torch's default process group from torchrun's environment. Without that, start a world of one process.
 
-    NCCL where there is a CUDA device, else gloo. Where the ranks do not find one another in the time, the process ends.
+    Uses NCCL if there is a CUDA device, else gloo. If the ranks do not find one another in time, the process ends.
 
     Raises:
-        ConfigError: the environment is no rank's, or this node has no GPU for this rank.
+        ConfigError: the environment's variables are invalid, or this node has no GPU for this rank.
         RunError: the ranks did not find one another.
     """
     if dist.is_initialized():
@@ -69,9 +69,9 @@ def start_world(*, timeout_minutes: float = 10.0) -> None:
         return
     failed = (
         f"the ranks did not find one another in {timeout_minutes:g} minutes (parallel.distributed_timeout_minutes): "
-        f"this is {launched}: are all of them started, and does this node reach that one?"
+        f"this is {launched}: check that all of them are started, and that this node can reach that address"
     )
-    # torch takes the time for each of several steps, tries again, and then prints a page. This comes before it.
+    # torch applies the timeout to each of several steps, tries again, and then prints a page. This timer fires first.
     seconds = timeout.total_seconds()
     deadline = threading.Timer(max(seconds - 1, seconds / 2), lambda: end_at_once(TRY_AGAIN, f"error: {failed}"))
     deadline.daemon = True
@@ -85,7 +85,7 @@ def start_world(*, timeout_minutes: float = 10.0) -> None:
 
 
 def start_model_parallel(parallel: ParallelConfig, *, seed: int) -> ParallelLayout:
-    """Lay megatron.core's process groups over the world and seed its random states. Idempotent per process."""
+    """Create megatron.core's process groups and seed its random states. A second call replaces the first one's."""
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.destroy_model_parallel()
@@ -109,14 +109,14 @@ def start_model_parallel(parallel: ParallelConfig, *, seed: int) -> ParallelLayo
 
 
 def process_groups():
-    """megatron.core's `ProcessGroupCollection` of this rank, for its schedules."""
+    """Return this rank's `ProcessGroupCollection`, for megatron.core's schedules."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
 def stop_world() -> None:
-    """Take down all process groups."""
+    """Destroy all process groups."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -125,30 +125,31 @@ def stop_world() -> None:
 
 
 def from_first_rank(value: Found) -> Found:
-    """What the first rank gives, on all ranks, which all call it. What is in a folder they decide so: one rank may see
-    a file that another does not see yet, and then goes another way, to a collective that nobody else comes to."""
+    """Return rank 0's `value` on all ranks. All ranks call it. Use it for anything read from disk: ranks may see
+    different files, take different branches, and hang in different collectives."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def on_any_rank(flag: bool) -> bool:
-    """Whether it is set on some rank. All ranks call it."""
+    """Whether any rank sets `flag`. All ranks call it."""
     flags = torch.tensor([float(flag)], device=torch.cuda.current_device())
     dist.all_reduce(flags)
     return bool(flags.item())
 
 
 def for_all_ranks(error: LlamaProError) -> LlamaProError:
-    """`error`, marked as one that every rank raises."""
+    """Return `error`, marked as raised by every rank."""
     error.on_all_ranks = True
     return error
 
 
 def raise_together(error: LlamaProError | None) -> None:
-    """Every rank calls this with its own error, or None. If any has one, all raise the first rank's.
+    """Raise an error on all ranks if any rank has one. Every rank calls it with its own error, or None.
 
-    An error on one rank alone would leave the others waiting in their next collective.
+    The error raised is that of the lowest rank that has one. An error on one rank alone would leave the others waiting
+    in their next collective.
     """
     errors: list[LlamaProError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
@@ -160,12 +161,12 @@ def raise_together(error: LlamaProError | None) -> None:
 
 @contextlib.contextmanager
 def failing_together(what: str) -> Iterator[None]:
-    """A block that every rank runs, at whose end all raise the first rank's error if any has one.
+    """Run a block on every rank. At its end all ranks raise an error if any rank has one, as in `raise_together`.
 
-    The block may hold collectives only where no rank can fail before or in them.
+    The block may contain a collective only if no rank can fail before or in it.
 
     Raises:
-        LlamaProError: what the block raised; of other exceptions a `CheckpointError`: `what`, and the reason.
+        LlamaProError: the block raised it. Any other exception becomes a `CheckpointError` with `what` and the reason.
     """
     error: LlamaProError | None = None
     try:
@@ -178,7 +179,7 @@ def failing_together(what: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """The one line that matters of an exception."""
+    """Return the one line of an exception that matters."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
     if isinstance(error, RuntimeError) and "unexpected pos" in str(error):  # torch.save's words

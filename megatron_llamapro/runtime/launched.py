@@ -1,4 +1,4 @@
-"""What the environment says of this process' place in a world, checked before anything waits for it. Needs no torch."""
+"""This process's rank in the world, from environment variables, checked before anything waits. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_llamapro.config.errors import ConfigError
 _PLACE = ("RANK", "WORLD_SIZE")
 _NEEDED = (*_PLACE, "MASTER_ADDR", "MASTER_PORT")
 
-# Launchers that start several processes and set none of the above, by the variable in which they count them.
+# Launchers that start several processes but set none of the above, by the variable that holds the number of processes.
 _OTHER_LAUNCHERS = {
     "SLURM_STEP_NUM_TASKS": "srun",
     "OMPI_COMM_WORLD_SIZE": "mpirun",
@@ -34,11 +34,11 @@ class LaunchedRank:
 
 
 def world_of_environment(variables: Mapping[str, str]) -> LaunchedRank | None:
-    """This process' place among the ranks; None where it is alone.
+    """Return this process's place among the ranks, or None if it is the only process.
 
     Raises:
-        ConfigError: some of the variables are there and others are not, or they contradict each other; or another
-            launcher started several processes, each of which would be a run of its own in the same folder.
+        ConfigError: only some of the variables are set, or they contradict each other; or another launcher started
+            several processes, and each would be a separate run in the same folder.
     """
     given = [name for name in _PLACE if name in variables]
     if not given:
@@ -58,7 +58,7 @@ def world_of_environment(variables: Mapping[str, str]) -> LaunchedRank | None:
             f"{_WITH_TORCHRUN}"
         )
     if not 0 < port < 65536:
-        raise ConfigError(f"the environment has MASTER_PORT={port}: a port is from 1 to 65535")
+        raise ConfigError(f"the environment has MASTER_PORT={port}: a port is a number from 1 to 65535")
     if "LOCAL_RANK" in variables:
         _number(variables, "LOCAL_RANK")
     return LaunchedRank(rank, world_size, variables["MASTER_ADDR"], port)
@@ -78,15 +78,15 @@ def _check_alone(variables: Mapping[str, str]) -> None:
 def _number(variables: Mapping[str, str], name: str) -> int:
     text = variables[name].strip()
     if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise ConfigError(f"the environment has {name}={variables[name]}: it is a number; {_WITH_TORCHRUN}")
+        raise ConfigError(f"the environment has {name}={variables[name]}: it must be a number; {_WITH_TORCHRUN}")
     return int(text)
 
 
 def check_device(local_rank: int, *, num_devices: int) -> None:
-    """Raise `ConfigError` where a node has no GPU for this rank of it."""
+    """Raise `ConfigError` if this node has no GPU for this rank."""
     if local_rank >= num_devices:
         raise ConfigError(
             f"this is rank {local_rank} of its node (LOCAL_RANK, from 0), which has {num_devices} "
-            f"GPU{'s' * (num_devices != 1)}: a rank needs one of its own; start at most {num_devices} a node "
+            f"GPU{'s' * (num_devices != 1)}: each rank needs its own; start at most {num_devices} per node "
             "(--nproc-per-node)"
         )

@@ -1,14 +1,14 @@
-"""A lock file that one run holds where it writes, on any file system that its machines share. Needs no torch.
+"""A lock file in the folder that a run writes to, on any file system that its machines share. Needs no torch.
 
-flock and fcntl are not used: what they give on a cluster depends on how it is mounted. Lustre without `-o flock` and
-NFS with `nolock` refuse them or keep them to one node; NFSv3 keeps those of a node that died until it is back. Every
-file system gives a file that must not exist yet (O_EXCL) to one of several that make it, so that is the lock. Its
-holder is named in it, and touches it every few seconds, since one that is killed cannot remove it:
+flock and fcntl are not used: on a cluster they depend on the mount options. Lustre without `-o flock` and NFS with
+`nolock` refuse them or limit them to one node. NFSv3 keeps the locks of a dead node until the node is back. But on
+every file system only one of several processes can create a file exclusively (O_EXCL), so that file is the lock. It
+names its holder. A killed holder cannot remove it, so a living one touches it every few seconds:
 
-1. On the holder's machine, in its pid namespace, its process is looked up: dead, and the lock is free at once.
-2. Elsewhere (another node, another container) the file's time is watched. Clocks are not compared, since they differ: a
-   time that moves has a living holder, and one that stands still for `patience_seconds` a dead one.
-3. A holder that was frozen for that long, and finds another's lock when it wakes up, ends at once.
+1. On the holder's machine and in its pid namespace, the process is looked up. If it is dead, the lock is free at once.
+2. Elsewhere (another node or container), the file's time is watched. If it changes, the holder is alive. If it stands
+   still for `patience_seconds`, the holder is dead. Clocks are not compared, since they differ.
+3. A holder that was frozen for that long, and finds another run's lock when it wakes up, ends at once.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ PATIENCE_SECONDS = 30.0
 
 
 class RunLock:
-    """Held between `with` and its end. `what` is the place that it stands for, by its option's name.
+    """A lock that is held during a `with` block. `what` names the locked place by its option.
 
     Raises:
-        ConfigError: another run holds it.
-        RunError: an earlier start of this job does, whose node SLURM gave up and which has not ended yet.
-        OSError: the file cannot be made.
+        ConfigError: another run holds the lock.
+        RunError: an earlier start of this job holds it: SLURM gave up its node, but the process has not ended yet.
+        OSError: the file cannot be created.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class RunLock:
 
     def __exit__(self, *error: object) -> None:
         self._ended.set()
-        self._thread.join(self._beat_seconds)  # it may be in a file system that does not answer
+        self._thread.join(self._beat_seconds)  # it may hang in a file system that does not answer
         with contextlib.suppress(OSError):
             if self._is_own():
                 self.path.unlink()
-            for folder in self._made:  # nothing is left of a run that was refused
+            for folder in self._made:  # so that a refused run leaves nothing behind
                 folder.rmdir()
 
     def _create(self, path: Path) -> bool:
@@ -94,7 +94,7 @@ class RunLock:
         return True
 
     def _wait_for_a_sign(self, first: _Seen) -> None:
-        """Return when the holder is known to be dead. Raise where it lives."""
+        """Return when the holder is known to be dead. Raise if it is alive."""
         until, said = time.monotonic() + self._patience_seconds, False
         while time.monotonic() < until:
             seen = _look(self.path)
@@ -104,29 +104,29 @@ class RunLock:
                 if seen.holder and seen.holder.is_of_this_job:
                     raise RunError(
                         f"{self._what} is still held by an earlier start of this job ({seen.holder}): try again when "
-                        "that has ended"
+                        "that start has ended"
                     )
                 raise ConfigError(
-                    f"{self._what} is in use by another run ({seen.holder or 'it just began'}): wait for its end, or "
-                    f"choose another {self._what.split()[0]}"
+                    f"{self._what} is in use by another run ({seen.holder or 'it just started'}): wait until it ends, "
+                    f"or choose another {self._what.split()[0]}"
                 )
             if not said:
                 said = True
                 self._say(
                     f"{self._what} has the lock of another run ({seen.holder or self.path}): waiting "
-                    f"{self._patience_seconds:.0f} s to see whether that is alive"
+                    f"{self._patience_seconds:.0f} s to see whether that run is alive"
                 )
             time.sleep(min(1.0, self._beat_seconds / 2))
 
     def _take_over(self, dead: _Seen) -> bool:
-        """Replace a dead holder's lock, which only one of several that try does: the file that becomes the new lock is
-        made under a name that belongs to the old one."""
+        """Replace a dead holder's lock. Return whether this process did. Only one of several can: the file that becomes
+        the new lock is first created under a name derived from the old lock."""
         claim = self.path.with_name(f".{self.path.name}.{hashlib.sha256(dead.text).hexdigest()[:12]}")
         if not self._create(claim):
             time.sleep(min(0.1, self._beat_seconds))
             if (other := _look(claim)) is not None:
                 first = self._claims.setdefault(other.text, time.monotonic())
-                if time.monotonic() - first > self._patience_seconds:  # killed between these lines
+                if time.monotonic() - first > self._patience_seconds:  # its maker was killed in this function
                     claim.unlink(missing_ok=True)
             return False
         seen = _look(self.path)
@@ -142,7 +142,7 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._ended.wait(self._beat_seconds):
-            with contextlib.suppress(OSError):  # a file system that fails for a while; the run itself will notice
+            with contextlib.suppress(OSError):  # the file system may fail for a while; the run itself will notice
                 self._renew()
 
     def _renew(self) -> None:
@@ -153,8 +153,8 @@ class RunLock:
             os.utime(self.path)
         elif seen.holder is not None:
             print(
-                f"error: {self._what} was taken over by {seen.holder}, since this process stood still for more than "
-                f"{self._patience_seconds:.0f} s: it ends",
+                f"error: {self._what} was taken over by {seen.holder}, because this process was frozen for more than "
+                f"{self._patience_seconds:.0f} s: it ends now",
                 file=sys.stderr,
                 flush=True,
             )
@@ -170,7 +170,7 @@ class _Seen:
 
     @property
     def holder(self) -> Holder | None:
-        """None where the file says nothing yet, or what is in it is nobody's."""
+        """The holder that the file names. None if the file is still empty, or its content is invalid."""
         try:
             return Holder(**json.loads(self.text))
         except (ValueError, TypeError):
@@ -178,7 +178,7 @@ class _Seen:
 
 
 def _look(path: Path) -> _Seen | None:
-    """The file as it is now. It is opened for that: NFS asks its server then, and not its cache."""
+    """Read the file's current state. Opening it makes NFS ask its server instead of its cache."""
     try:
         with path.open("rb") as file:
             return _Seen(file.read(4096), os.fstat(file.fileno()).st_mtime_ns)
@@ -194,13 +194,13 @@ class Holder:
     """The process that a lock belongs to."""
 
     token: str
-    """Of one acquisition."""
+    """Unique for each acquisition."""
     host: str
     pid: int
     pids_of: str
-    """Boot of the machine and pid namespace, in which `pid` means something."""
+    """The machine's boot id and the pid namespace. `pid` is valid only within these."""
     start_ticks: int | None
-    """When the process started: pids are used again."""
+    """When the process started, since pids are reused."""
     job: str
     since: str
 
@@ -211,17 +211,17 @@ class Holder:
 
     @property
     def is_of_this_job(self) -> bool:
-        """Whether a scheduler started it and this process for the same job."""
+        """Whether a scheduler started the holder and this process for the same job."""
         return bool(self.job) and self.job == _job()
 
     @property
     def is_dead(self) -> bool:
-        """Whether its process is seen to be gone. False where it cannot be seen."""
+        """Whether its process is known to be gone. False if that cannot be seen."""
         return self._is_near and (not _exists(self.pid) or _start_ticks(self.pid) not in (None, self.start_ticks))
 
     @property
     def is_alive(self) -> bool:
-        """Whether its process is seen to run. False where it cannot be seen."""
+        """Whether its process is known to run. False if that cannot be seen."""
         return self._is_near and _start_ticks(self.pid) == self.start_ticks
 
     @property
@@ -238,7 +238,7 @@ def _job() -> str:
 
 
 def _pids_of() -> str:
-    """Empty where the system does not tell."""
+    """Return this machine's boot id and pid namespace; empty if the system does not say."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
@@ -257,7 +257,8 @@ def _exists(pid: int) -> bool:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """When a process of this machine started. -1: it has ended, unnoticed by its parent. None: /proc hides it."""
+    """Return when a process of this machine started. -1: it has ended, but its parent has not reaped it. None: /proc
+    does not show it."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

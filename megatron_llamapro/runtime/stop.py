@@ -1,13 +1,13 @@
-"""A request to save and end, by signal. Needs neither torch nor megatron, so that it can be there before them.
+"""Signals that ask a run to save and end. Needs neither torch nor megatron, so that it can listen before their import.
 
-| signal | before the first step | while it trains |
+| signal | before the first step | during training |
 |---|---|---|
 | SIGTERM, SIGHUP (the terminal was closed) | ends at once: nothing is lost | saves after the step and ends |
 | SIGINT (Ctrl-C) | ends at once | the first saves after the step and ends, a second ends at once |
-| SIGUSR1 (SLURM: the nodes are taken away soon) | is remembered: after one step, as beside | saves after it and ends |
+| SIGUSR1 (SLURM takes the nodes soon) | is remembered: saves after one step and ends | saves after the step and ends |
 
-A thread hears signals too, so that one that ends the run at once does so while the main thread waits in C++ for another
-rank, where Python runs no handlers.
+A thread receives the signals too. It can end the run at once while the main thread waits in C++ for another rank, where
+Python runs no handlers.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from megatron_llamapro.config.command import INTERRUPTED, end_at_once, is_first_
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 _MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
-"""nohup and a shell's & start a program with these ignored, and it is to keep that. torchrun hears them all the same
-and passes them on, so below it they count."""
+"""nohup and a shell's & start a program with these ignored, and it must keep ignoring them. Below torchrun they are
+handled: torchrun receives them all the same and passes them on."""
 
 _SAME_KEY_SECONDS = 0.5
-"""A Ctrl-C may come twice: from the terminal, and from a launcher that passes on its own."""
+"""One Ctrl-C may arrive twice within this time: from the terminal, and passed on by a launcher."""
 
 
 _PR_SET_PDEATHSIG = 1
@@ -38,12 +38,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """Set by a signal; the loop asks for it. `kept` says, for a message, what of the run is on the disk."""
+    """A request that a signal sets and the loop polls. `kept` describes, for messages, the saved part of the run."""
 
     def __init__(self) -> None:
         self.requested = False
         self.interrupted = False
-        """Whether it was by Ctrl-C."""
+        """Whether Ctrl-C requested it."""
         self.kept: Callable[[], str] = lambda: "nothing was trained yet"
         self._training = self._saves = self._closed = False
         self._num_interrupts, self._interrupted_at = 0, -_SAME_KEY_SECONDS
@@ -55,19 +55,19 @@ class StopRequest:
             signal.signal(number, self._note)
 
     def begin(self, *, saves: bool) -> None:
-        """From here on there are steps to lose. `saves`: a stop saves them."""
+        """Note that training starts: from now on there are steps to lose. `saves` says whether a stop saves them."""
         self._training, self._saves = True, saves
 
     def close(self) -> None:
-        """The run is over: a signal that still comes is not to kill the process while it ends, after which its exit
-        code would be another. (Python gives other handlers their default meaning then; Ctrl-C keeps its own.)"""
+        """Ignore signals because the run is over. A late signal must not kill the ending process and change its exit
+        code. (Python then restores the default action of other handlers; Ctrl-C keeps its own.)"""
         self._closed = True
         for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        """In the main thread, as soon as it runs Python: the step that it is in is the last one. Processes forked from
-        this one have this handler too, and go on with their work."""
+        """Make the current step the last one. Runs in the main thread, as soon as that runs Python. Processes forked
+        from this one inherit the handler and continue their work."""
         if os.getpid() == self._process:
             self.requested = True
             self.interrupted = self.interrupted or signum == signal.SIGINT
@@ -76,13 +76,13 @@ class StopRequest:
         ear, mouth = os.pipe()
         os.set_blocking(mouth, False)
         signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # theirs are not ours
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are not ours
         threading.Thread(target=self._hear_all, args=(ear,), name="stop signals", daemon=True).start()
 
     def _hear_all(self, ear: int) -> None:
         while heard := os.read(ear, 64):
             for number in heard:
-                if number in STOP_SIGNALS:  # Python tells of all that have a handler, e.g. SIGCHLD
+                if number in STOP_SIGNALS:  # Python reports every signal that has a handler, e.g. SIGCHLD
                     self._hear(signal.Signals(number))
 
     def _hear(self, number: signal.Signals) -> None:
@@ -94,7 +94,7 @@ class StopRequest:
         self.requested = True
         if number == signal.SIGINT:
             self._interrupt()
-        elif self._num_interrupts and number == signal.SIGTERM:  # torchrun's way to pass on a second Ctrl-C
+        elif self._num_interrupts and number == signal.SIGTERM:  # torchrun passes on a second Ctrl-C as SIGTERM
             self._abort()
 
     def _interrupt(self) -> None:
@@ -107,18 +107,18 @@ class StopRequest:
             self._abort()
         if is_first_of_node():
             what = "is saved, then the run stops" if self._saves else "is the last, and nothing is saved"
-            say = f"interrupted: the step that runs now {what}; Ctrl-C again stops at once\n"
+            say = f"interrupted: the current step {what}; Ctrl-C again stops at once\n"
             with contextlib.suppress(OSError):
                 os.write(2, say.encode())
 
     def _abort(self) -> None:
-        end_at_once(INTERRUPTED, f"error: interrupted at once, what was not saved is lost; {self.kept()}")
+        end_at_once(INTERRUPTED, f"error: interrupted at once, unsaved steps are lost; {self.kept()}")
 
 
 @contextlib.contextmanager
 def children_deaf(signals: Collection[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
-    """Processes that are started in the block never hear these: it is their parent that ends them. A terminal, a
-    scheduler, and torchrun send them to every process of the run. Here they wait for the end of the block."""
+    """Start processes in this block that never receive `signals`: their parent ends them. (A terminal, a scheduler and
+    torchrun send them to every process of a run.) This process receives them at the end of the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
@@ -127,7 +127,7 @@ def children_deaf(signals: Collection[signal.Signals] = STOP_SIGNALS) -> Iterato
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the kernel end this process with `parent`, whose main thread has forked it, however that ends."""
+    """Have the kernel kill this process when `parent`, whose main thread forked it, ends in any way."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if os.getppid() != parent:  # it has ended already
         os.kill(os.getpid(), signal.SIGKILL)

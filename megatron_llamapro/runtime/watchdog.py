@@ -1,9 +1,9 @@
-"""Ends a run that hangs, and says which rank it was.
+"""Ends a run that hangs, and says which rank caused it.
 
-Every rank beats when it gets on. When it has not for too long, a thread of it puts the stack of its main thread where
-all ranks can read it, and waits a moment for the others'. Whoever then has put none is frozen, and whoever is not
-inside a collective is what the others wait for. A timer that needs no Python comes after that, for a rank whose threads
-are stuck.
+Every rank beats when it makes progress. If it has not beaten for too long, a watchdog thread publishes the stack of its
+main thread to all ranks, and waits a moment for the others' stacks. Ranks that report no stack are frozen or gone. The
+others wait for any rank that is not inside a collective. If a rank's threads are stuck, a timer that needs no Python
+ends it a little later.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ from megatron_llamapro.config.command import HUNG, tell_torchrun
 _GRACE_SECONDS = 5.0
 _KEY = "llamapro/hang"
 
-# A rank whose stack has one of these waits for the others, or for work that it has queued.
+# A rank with one of these in its stack waits for other ranks, or for work that it has queued.
 _WAITING = ("torch/distributed/", "megatron/core/pipeline_parallel/p2p_communication.py", "torch/cuda/__init__.py")
 
 
 Stack = Sequence[tuple[str, str]]
-"""(file, function), the innermost last."""
+"""(file, function) pairs, innermost last."""
 
 
 class Watchdog:
-    """Watches one rank. All ranks start one, once their process group is there."""
+    """Watches one rank. Every rank starts one after its process group exists."""
 
     def __init__(self, timeout_seconds: float) -> None:
         self.timeout_seconds, self.rank, self.world_size = timeout_seconds, dist.get_rank(), dist.get_world_size()
-        self._store = dist.distributed_c10d._get_default_store().clone()  # one of its own: the other may be waiting
+        self._store = dist.distributed_c10d._get_default_store().clone()  # the default one may be busy waiting
         self._main = threading.main_thread().ident
         self._last = float("inf")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def beat(self) -> None:
-        """This rank got on."""
+        """Note that this rank made progress."""
         self._last = time.monotonic()
         faulthandler.dump_traceback_later(self.timeout_seconds + 4 * _GRACE_SECONDS, exit=True)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what may take any time."""
+        """Do not watch during this block, which may take any time."""
         self.stop()
         yield
         self.beat()
 
     def stop(self) -> None:
-        """No longer watch, until the next `beat`."""
+        """Stop watching until the next `beat`."""
         self._last = float("inf")
         faulthandler.cancel_dump_traceback_later()
 
@@ -82,17 +82,17 @@ class Watchdog:
         try:
             self._store.set(f"{_KEY}/{self.rank}", json.dumps([[frame.filename, frame.name] for frame in stack]))
         except RuntimeError:
-            return "hang: the ranks' common store does not answer: rank 0, which has it, is frozen or gone"
+            return "hang: the ranks' common store does not answer: rank 0, which holds it, is frozen or gone"
         return verdict({rank: json.loads(text) for rank, text in self._gather(_KEY).items()}, self.world_size)
 
     def _wait_for_readers(self) -> None:
-        """Until all have said what they found: the end of rank 0 takes the store away from those that still read."""
+        """Wait until all ranks have printed their verdict: when rank 0 ends, the store ends with it."""
         with contextlib.suppress(RuntimeError):
             self._store.set(f"{_KEY}/said/{self.rank}", "")
             self._gather(f"{_KEY}/said")
 
     def _gather(self, key: str) -> dict[int, bytes]:
-        """What the ranks have put under a key; not there is who puts nothing in the time of grace."""
+        """Return what each rank has stored under a key. A rank that stores nothing in time is left out."""
         found, until = {}, time.monotonic() + _GRACE_SECONDS
         for rank in range(self.world_size):
             with contextlib.suppress(RuntimeError):
@@ -106,12 +106,12 @@ def _say(text: str) -> None:
 
 
 def verdict(stacks: Mapping[int, Stack], world_size: int) -> str:
-    """One line: which rank the others wait for."""
+    """Say in one line which rank the others wait for."""
     silent = [rank for rank in range(world_size) if rank not in stacks]
     if silent:
         return f"hang: {_ranks(silent)} gave no sign of life: frozen or gone"
     busy = {rank: stack[-1] for rank, stack in stacks.items() if not _waits(stack)}
-    if len(busy) == world_size:  # on a GPU a rank also waits where it reads a result
+    if len(busy) == world_size:  # on a GPU a rank also waits when it reads a result
         usual, _ = Counter(map(tuple, busy.values())).most_common(1)[0]
         busy = {rank: place for rank, place in busy.items() if tuple(place) != usual}
     if not busy:

@@ -167,7 +167,7 @@ def test_bad_conversations(name: str, encoder: Callable) -> None:
 def test_a_template_that_takes_back_what_it_wrote(encoder: Callable) -> None:
     """As those do that drop the reasoning of earlier turns: what the model will have before it is not what it was."""
     last_only = "{% for m in messages %}{{ m.role + ':' }}{{ m.content if loop.last else '-' }}{% endfor %}"
-    with pytest.raises(DataError, match="here: message 3 changes what the chat template wrote before it"):
+    with pytest.raises(DataError, match="here: message 3 changes text that the chat template wrote before it"):
         encoder(last_only).segments(MESSAGES, "here")
 
 
@@ -186,11 +186,11 @@ def test_no_template_and_no_special_tokens(tokenizer_folder: Path, tmp_path: Pat
     with pytest.raises(DataError, match="cannot be read as a chat template"):
         EncoderOptions(tokenizer_folder, chat=True, chat_template=tmp_path / "none").make()
     (tmp_path / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
-    with pytest.raises(DataError, match=r"writes bos_token, and .*tokenizer_config.json names none: add it there"):
+    with pytest.raises(DataError, match=r"writes bos_token, but .*tokenizer_config.json has none: add it to that file"):
         EncoderOptions(tmp_path, eod_token="</s>", chat=True, chat_template=EXAMPLE).make()
     (tmp_path / "tokenizer.json").rename(tmp_path / "my.json")
     with pytest.raises(
-        DataError, match=r"my.json: conversations need a folder whose tokenizer is called tokenizer.json"
+        DataError, match=r"my.json: conversations need a folder whose tokenizer is named tokenizer.json"
     ):
         EncoderOptions(tmp_path / "my.json", eod_token="</s>", chat=True, chat_template=EXAMPLE).make()
     with pytest.raises(DataError, match="give --chat too"):

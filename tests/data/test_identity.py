@@ -50,14 +50,14 @@ def test_other_data_are_refused(place: float, ending: int, with_side_file: bool,
     turn_a_byte(path, int(place) if abs(place) >= 1 else path.stat().st_size // 2)
     if not with_side_file:
         paths_of(copied_pair)[2].unlink()
-    with pytest.raises(DataError, match=r"began with another data\.train"):
+    with pytest.raises(DataError, match=r"started with another data\.train"):
         check(stored, copied_pair)
 
 
 def test_other_weights_and_numbers_of_sets_are_refused(copied_pair: Path) -> None:
     [[digest, weight]] = order(copied_pair)["blend"]
     for blend in ([[digest, weight + 1]], [], [[digest, weight]] * 2, None):
-        with pytest.raises(DataError, match=r"began with another data\.train"):
+        with pytest.raises(DataError, match=r"started with another data\.train"):
             check({**order(copied_pair), "blend": blend}, copied_pair)
 
 
@@ -88,7 +88,7 @@ def test_runs_of_earlier_versions_go_on(kind: str, with_side_file: bool, copied_
     turn_a_byte(index_path if kind != "side file" else bin_path, -1)
     if with_side_file and kind == "side file":
         side_file.unlink()
-    with pytest.raises(DataError, match=r"began with another data\.train"):
+    with pytest.raises(DataError, match=r"started with another data\.train"):
         check(stored, copied_pair)
 
 

@@ -163,7 +163,7 @@ def test_another_runs_order_is_kept(sources: Sources, undisturbed: torch.Tensor,
 
 def test_what_cannot_be_a_cache(sources: Sources, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"cannot be made or written in: Not a directory: set data\.cache_dir"):
+    with pytest.raises(DataError, match=r"cannot be created or written to: Not a directory: set data\.cache_dir"):
         built(sources, tmp_path / "file" / "cache")
 
 
@@ -171,7 +171,7 @@ def test_what_cannot_be_a_cache(sources: Sources, tmp_path: Path) -> None:
     ("error", "kind", "text"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), RunError, "No space left on device: make room"),
-        (OSError("100 requested and 50 written"), RunError, r"is the disk full, or a quota reached\?: make room"),
+        (OSError("100 requested and 50 written"), RunError, "the disk may be full, or a quota reached: make room"),
         (OSError(errno.EROFS, "Read-only file system"), DataError, "Read-only file system: set data.cache_dir"),
         (PermissionError(errno.EACCES, "Permission denied"), DataError, "Permission denied: set data.cache_dir"),
     ],

@@ -45,13 +45,13 @@ def test_training_is_repeatable(jsonl: Path, sentencepiece_model: Path, tmp_path
 
 
 REFUSED: dict[str, tuple[str, bytes, int, str]] = {
-    "too many tokens": ("a.txt", b"abc\n" * 100, 100_000, "no tokenizer of 100000 tokens .* Vocabulary size too high"),
-    "too few tokens": ("a.txt", "αβγδεζηθικλμνξοπρστυφχψω\n".encode() * 9, 260, "no tokenizer of 260 .*smaller than"),
+    "too many tokens": ("a.txt", b"abc\n" * 100, 100_000, "tokenizer of 100000 tokens .* Vocabulary size too high"),
+    "too few tokens": ("a.txt", "αβγδεζηθικλμνξοπρστυφχψω\n".encode() * 9, 260, "a tokenizer of 260 .*smaller than"),
     "fewer than bytes": ("a.txt", b"abc\n", 20, "--vocab_size is 20: give a number of tokens from 260 to 10,000,000"),
     "negative": ("a.txt", b"abc\n", -5, "--vocab_size is -5: give"),
     "absurd": ("a.txt", b"abc\n", 10**12, "--vocab_size is 1000000000000: give"),
-    "empty": ("a.txt", b"", 300, "no tokenizer of 300 tokens can be made of this text"),
-    "empty lines": ("a.txt", b"\n\n", 300, "no tokenizer of 300 tokens can be made of this text"),
+    "empty": ("a.txt", b"", 300, "cannot train a tokenizer of 300 tokens on this text"),
+    "empty lines": ("a.txt", b"\n\n", 300, "cannot train a tokenizer of 300 tokens on this text"),
     "not UTF-8": ("a.txt", b"abc\nx\xff\n", 300, r"a\.txt, line 2: not UTF-8: invalid start byte at byte 2"),
     "not JSON": ("a.jsonl", b'{"text": "abc"}\n{"text": \n', 300, r"a\.jsonl, line 2: not JSON: .* too early"),
     "no field": ("a.jsonl", b'{"content": "abc"}\n', 300, r"a\.jsonl, line 1: no field 'text', but 'content': name"),
@@ -153,7 +153,7 @@ def test_refusals(tokenizer_folder: Path, tmp_path: Path) -> None:
     for path, message in (
         (tmp_path, "--eod_token"),
         (tmp_path / "none", "not there"),
-        (tmp_path / "text.txt", "no known tokenizer"),
+        (tmp_path / "text.txt", "not a known tokenizer"),
         (tmp_path / "other.model", "not a sentencepiece model"),
         (tmp_path / "broken.json", "not a tokenizer"),
     ):

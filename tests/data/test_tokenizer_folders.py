@@ -91,7 +91,7 @@ def test_a_vocabulary_and_its_merges(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
-    with pytest.raises(DataError, match=r"it has vocab\.json, so make a tokenizer\.json of it") as refusal:
+    with pytest.raises(DataError, match=r"it has vocab\.json: convert that to a tokenizer\.json") as refusal:
         load_tokenizer(tmp_path)
     assert "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW)" in str(refusal.value)
     AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "new")

@@ -97,7 +97,7 @@ def test_what_another_job_did_not_save_is_not_counted(live: Callable[..., Life])
     launch = {"slurm": {"max_lives_without_progress": 2}}
     assert live(FAILS, launch=launch).calls == ["scontrol requeue 7"]
     gave_up = live(FAILS, launch=launch)
-    assert gave_up.calls == [] and "gives up: 2 lives in a row saved nothing new" in gave_up.stdout
+    assert gave_up.calls == [] and "giving up: 2 lives in a row saved nothing new" in gave_up.stdout
     assert live(FAILS, launch=launch, job=8).calls == ["scontrol requeue 8"]
 
 
@@ -105,7 +105,7 @@ def test_setup_may_do_what_it_likes(live: Callable[..., Life]) -> None:
     """Environment modules and conda read variables that are not set, which `set -u` does not forgive."""
     life = live(FAILS, launch={"setup": ['echo "${NOT_SET_ANYWHERE}"', "PATH=$PATH:/x", "set -eu"]})
     assert life.calls == ["scontrol requeue 7"], life.stdout
-    assert "no node says that a rank died" in life.stdout
+    assert "no node reported a dead rank" in life.stdout
 
 
 ENDS = {  # of a job that gets SIGTERM: what SLURM says of it, and what it says of itself
@@ -165,14 +165,14 @@ def test_what_diverged_is_tried_again_only_from_a_newer_checkpoint(live: Callabl
     ]
     life = live(diverged)
     assert life.calls == [] and life.returncode == 1
-    assert "the run diverged: data.seq_length" in life.stdout and "gives up: the same steps would come" in life.stdout
+    assert "the run diverged: data.seq_length" in life.stdout and "giving up: the same steps would" in life.stdout
 
 
 def test_a_node_that_does_not_see_the_folders(live: Callable[..., Life]) -> None:
     life = live("exit 0", launch={"setup": ['rm -rf "$LIFE_LOGS"']})
     assert life.calls == [] and life.returncode == 1
     assert "does not see logs/7-1" in life.stdout
-    assert "gives up: log_dir, checkpoint and data must be in folders that all nodes see" in life.stdout
+    assert "giving up: log_dir, checkpoint and data must be in folders that all nodes see" in life.stdout
 
 
 def test_what_ends_a_run_on_its_way_is_tried_again(live: Callable[..., Life]) -> None:
@@ -191,7 +191,7 @@ def test_an_array_ends_with_the_job_that_gives_up(live: Callable[..., Life]) -> 
 
 def test_a_cluster_that_does_not_requeue_says_what_to_do(live: Callable[..., Life]) -> None:
     life = live(FAILS, SCONTROL_CODE="1")
-    assert life.returncode == 1 and "slurm.max_lives makes a job array" in life.stdout
+    assert life.returncode == 1 and "set slurm.max_lives to submit a job array" in life.stdout
 
 
 def test_the_port_is_not_the_users(live: Callable[..., Life]) -> None:

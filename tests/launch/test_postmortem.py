@@ -139,4 +139,4 @@ def test_nothing_was_said(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "megatron_llamapro.launch.postmortem", tmp_path], capture_output=True, text=True
     )
-    assert done.returncode == 0 and done.stdout.startswith("no node says that a rank died"), done.stderr
+    assert done.returncode == 0 and done.stdout.startswith("no node reported a dead rank"), done.stderr

@@ -20,9 +20,9 @@ from megatron_llamapro.runtime.lock import RunLock
 HOLD = """
 import sys, time
 from pathlib import Path
-from megatron_llamapro.runtime import holder, lock
+from megatron_llamapro.runtime import lock
 if sys.argv[2] == "elsewhere":
-    holder._pids_of = lambda: "another boot/1"
+    lock._pids_of = lambda: "another boot/1"
 with lock.RunLock(Path(sys.argv[1]), "checkpoint.save (runs/first)", beat_seconds=0.1, patience_seconds=1.0):
     print("held", flush=True)
     sys.stdin.read()
@@ -95,7 +95,7 @@ def test_a_killed_holder_elsewhere_is_known_when_it_stands_still(path: Path) -> 
     started = time.monotonic()
     with lock(path, say=said.append):
         assert time.monotonic() - started > 0.9
-    assert said == [said[0]] and "waiting 1 s to see whether that is alive" in said[0]
+    assert said == [said[0]] and "waiting 1 s to see whether that run is alive" in said[0]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"pid": 1}'])

@@ -31,9 +31,9 @@ time.sleep(0.5)
 sys.exit(130 if stop.interrupted else 0)
 """
 INT, TERM, HUP, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
-SAVES = "interrupted: the step that runs now is saved, then the run stops; Ctrl-C again stops at once\n"
-SAVES_NOTHING = "interrupted: the step that runs now is the last, and nothing is saved; Ctrl-C again stops at once\n"
-AT_ONCE = "error: interrupted at once, what was not saved is lost; step 3 is kept\n"
+SAVES = "interrupted: the current step is saved, then the run stops; Ctrl-C again stops at once\n"
+SAVES_NOTHING = "interrupted: the current step is the last, and nothing is saved; Ctrl-C again stops at once\n"
+AT_ONCE = "error: interrupted at once, unsaved steps are lost; step 3 is kept\n"
 BEFORE = "before the first step; step 3 is kept\n"
 
 

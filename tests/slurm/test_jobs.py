@@ -270,7 +270,7 @@ def test_a_node_that_does_not_see_the_folders(submit: Callable[..., Job]) -> Non
     job = submit(setup=["source .venv/bin/activate", hide])
     assert job.wait_for_end() == "FAILED"
     assert f"n2 does not see {job.folder}/logs/{job.number}-1" in job.log(), job.log()
-    assert "gives up: log_dir, checkpoint and data must be in folders that all nodes see" in job.log()
+    assert "giving up: log_dir, checkpoint and data must be in folders that all nodes see" in job.log()
     assert job.cluster.job(job.number)["Restarts"] == "0"
 
 
@@ -300,4 +300,4 @@ def test_lives_without_progress_are_limited(submit: Callable[..., Job]) -> None:
     job.wait_for_step(3)
     os.kill(rank_on("n1", job), signal.SIGKILL)
     assert job.wait_for_end() == "FAILED"
-    assert "gives up: 1 lives in a row saved nothing new" in job.log()
+    assert "giving up: 1 lives in a row saved nothing new" in job.log()

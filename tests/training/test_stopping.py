@@ -183,7 +183,7 @@ def test_a_bad_sample_ends_a_run_that_loads_data(run_config: Callable, start: Ca
     tokens.tofile(f"{prefix}.bin")
     run = start(dataclasses.replace(config, data=dataclasses.replace(config.data, train=(BlendEntry(str(prefix)),))))
     code, lines = run.end()
-    assert code == 2 and "error: step 1:" in lines[-1] and "holds the token 60000" in lines[-1], lines[-5:]
+    assert code == 2 and "error: step 1:" in lines[-1] and "holds token 60000" in lines[-1], lines[-5:]
 
 
 def test_a_second_interrupt_ends_at_once(run_config: Callable, start: Callable) -> None:
@@ -198,7 +198,7 @@ def test_a_second_interrupt_ends_at_once(run_config: Callable, start: Callable) 
     assert code == 130
     step, save = run.saved_step(), config.checkpoint.save
     assert lines[-1] == (
-        f"error: interrupted at once, what was not saved is lost; checkpoint: {save}, step {step}; the same command "
+        f"error: interrupted at once, unsaved steps are lost; checkpoint: {save}, step {step}; the same command "
         "resumes from it"
     )
 

@@ -168,7 +168,7 @@ def test_a_folder_of_the_cache_names_its_snapshots(tiny_llama: Tiny, tmp_path: P
         train, tokenize = answers.pop("train"), answers["tokenize"]
         assert "hf-to-megatron writes one" in train or f"give its snapshot, {snapshot}" in train
         if path.is_file():
-            assert "is no known tokenizer" in tokenize
+            assert "is not a known tokenizer" in tokenize
             del answers["tokenize"]
         assert all(f"give its snapshot, {snapshot}" in answer for answer in answers.values()), answers
     for path in (tmp_path / "hub", tmp_path):  # HF_HUB_CACHE, HF_HOME
@@ -197,7 +197,7 @@ def test_a_folder_of_the_cache_names_its_snapshots(tiny_llama: Tiny, tmp_path: P
 def test_a_hub_id_is_no_folder(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for answer in opened(Path(given)).values():
-        assert "`hf download meta-llama/Llama-2-7b-hf` fetches it and says the folder to give" in answer
+        assert "`hf download meta-llama/Llama-2-7b-hf` fetches it and prints the folder" in answer
 
 
 def test_what_looks_like_an_id_in_a_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def test_a_file_of_the_folder(name: str, tiny_llama: Tiny) -> None:
     answers = opened(tiny_llama() / name)
     assert "tokenizer" in answers.pop("tokenize")
     assert all(
-        f"is not a folder: give the one that it lies in, {tiny_llama()}" in answer for answer in answers.values()
+        f"is not a folder: give the folder that it is in, {tiny_llama()}" in answer for answer in answers.values()
     ), answers
 
 
@@ -238,14 +238,14 @@ def test_a_snapshot_that_is_not_whole(tiny_llama: Tiny, tmp_path: Path) -> None:
     (snapshot / "config.json").resolve().unlink()
     shutil.copytree(snapshot, tmp_path / "copied", symlinks=True)  # as a container sees it that is given this alone
     for folder in (snapshot, tmp_path / "copied"):
-        with pytest.raises(CheckpointError, match=r"config\.json is a link to a file that is not there, .*cp -rL"):
+        with pytest.raises(CheckpointError, match=r"config\.json is a link to .*, which does not exist: .*cp -rL"):
             inspect(folder)
 
 
 def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to("nothing")
     answers = opened(tmp_path / "dangling")
-    assert all(f"{tmp_path}/dangling is a link that leads nowhere, to nothing" in each for each in answers.values())
+    assert all(f"{tmp_path}/dangling is a broken link to nothing" in each for each in answers.values())
 
 
 COMMANDS = {
