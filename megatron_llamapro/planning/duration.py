@@ -1,4 +1,4 @@
-"""What a step time means for a whole run."""
+"""Speed and cost of a whole run, from its step time."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from megatron_llamapro.planning.job import Job
 
 @dataclass(frozen=True)
 class Outcome:
-    """Speed and cost."""
+    """Speed and cost of a run."""
 
     tokens_per_second: float
-    """Of all ranks."""
+    """Over all ranks."""
     model_flops_utilization: float
-    """FLOPs that the training needs, of the ranks' peak."""
+    """FLOPs that the training needs, as a fraction of the ranks' peak."""
     gpu_hours: float
-    """For the wanted tokens."""
+    """For the requested tokens."""
 
 
 PEAK_TFLOPS, EFFICIENCY, TOKENS = 989, 0.4, 80e9
-"""An H100's dense bfloat16, of its data sheet; a round number, docs/planning.md; the paper's."""
+"""An H100's dense bfloat16 from its data sheet; a round number (docs/planning.md); the paper's tokens."""
 
 
 def outcome(job: Job, seconds: float, *, peak_tflops: float = PEAK_TFLOPS, tokens: float = TOKENS) -> Outcome:
-    """Of a job whose step takes so long."""
+    """Return speed and cost of a job whose step takes `seconds`."""
     division = job.division
     num_ranks = division.tensor_size * job.num_stages * division.data_size
     speed = job.num_microbatches * division.tokens * division.data_size / seconds
@@ -38,21 +38,21 @@ def outcome(job: Job, seconds: float, *, peak_tflops: float = PEAK_TFLOPS, token
 
 
 def add_options(parser: CommandParser) -> None:
-    """What both planning tools assume of a rank."""
+    """Add the options for the number of tokens and the speed of a rank, which both planning tools have."""
     parser.add_argument(
-        "--tokens", type=float, default=TOKENS, metavar="N", help="to train on (default: the paper's 80e9)"
+        "--tokens", type=float, default=TOKENS, metavar="N", help="training tokens (default: the paper's 80e9)"
     )
     parser.add_argument(
-        "--peak_tflops", type=float, default=PEAK_TFLOPS, metavar="N", help="of a rank (default: H100, bf16)"
+        "--peak_tflops", type=float, default=PEAK_TFLOPS, metavar="N", help="peak of a rank (default: H100, bf16)"
     )
     parser.add_argument(
-        "--efficiency", type=float, default=EFFICIENCY, metavar="PART", help="of the peak that a block reaches"
+        "--efficiency", type=float, default=EFFICIENCY, metavar="PART", help="part of the peak that a block reaches"
     )
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise `ConfigError` where one of `add_options` cannot be."""
+    """Raise `ConfigError` if the value of one of `add_options` is impossible."""
     check_positive(args, "world_size", "peak_tflops", "efficiency", "tokens")
     check_can_hold(args.output)
     if args.efficiency > 1:
-        raise ConfigError(f"--efficiency is {args.efficiency:g}: it is a part of 1, e.g. 0.4")
+        raise ConfigError(f"--efficiency is {args.efficiency:g}: it must be at most 1, e.g. 0.4")
