@@ -8,7 +8,7 @@ from megatron_llamapro.families.shape import ModelShape
 
 
 def tiny_shape(**fields: Any) -> ModelShape:
-    """Two dense blocks with two query groups of two heads, untied; `fields` are what a test has otherwise."""
+    """Return two dense blocks, two query groups of two heads, embeddings not tied; `fields` override the defaults."""
     return ModelShape(
         **{
             "num_layers": 2,
