@@ -9,7 +9,7 @@ from megatron_llamapro.config.errors import CheckpointError
 
 
 def count(config: Mapping, name: str, largest: int, default: int | None = None) -> int:
-    """Return the field `name`, a whole number from 1 to `largest`. If it is absent or null, return the default."""
+    """Return the field `name`, a whole number from 1 to `largest`. Absent or null means `default`, if given."""
     value = config.get(name)
     value = default if value is None else value
     if value is None:

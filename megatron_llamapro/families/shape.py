@@ -63,7 +63,7 @@ class ModelShape:
         return self.window_size[0] + 1
 
     def with_layers(self, layers: Sequence[int]) -> ModelShape:
-        """Return the shape of a model made of these layers of this one."""
+        """Return the shape of a model that consists of these layers of this model."""
         windows = self.window_attn_skip_freq
         picked = None if windows is None else tuple(windows[layer] for layer in layers)
         return replace(self, num_layers=len(layers), window_attn_skip_freq=picked)

@@ -40,7 +40,7 @@ def _residual_add(output_with_bias: tuple[Tensor, Tensor | None], residual: Tens
 
 def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
     """Return a block of megatron.core's linears with our norm and attention. Its checkpoint keys are those of
-    Transformer Engine's layers, which fuse a norm with the next linear. So each loads the other's checkpoints."""
+    Transformer Engine's layers, which fuse a norm with the next linear. So either loads the other's checkpoints."""
     keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if config.num_moe_experts is None:
         keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"

@@ -1,4 +1,4 @@
-"""Bytes that a stage holds, by arithmetic: weights, gradients, optimizer state, activations of batches in flight.
+"""Bytes that a stage holds, by arithmetic: weights, gradients, optimizer state, activations in flight.
 
 The activations are those of this project's layers (`model/`), which keep the minimum for their backward passes.
 Recomputation skips layers without a backward pass, as `model/skip_frozen.py` does. Full recomputation counts layers
