@@ -26,7 +26,7 @@ from megatron_llamapro.families.hf_config import spelled_for_all
 from venvs import python_of
 
 ROOT = Path(__file__).resolve().parents[1]
-READER = ROOT / "megatron_llamapro" / "testing" / "transformers_reading.py"
+READER = ROOT / "benchmarks" / "transformers_reading.py"
 OWN = "pinned"
 """The version in this project's own environment."""
 VERSIONS = ("transformers-4.56", OWN, "transformers-5.24")
