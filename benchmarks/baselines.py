@@ -1,9 +1,9 @@
-"""What each baseline of examples/baselines costs on a 7B, counted in the program's own step.
+"""Counts the cost of each baseline of examples/baselines on a 7B in the program's own step.
 
 python benchmarks/baselines.py
 
-Runs on tensors without data (llamapro dry-run): needs no GPU and no weights, is the same on every run, and takes half a
-minute. docs/baselines.md has its table.
+Runs on tensors without data (llamapro dry-run): it needs no GPU and no weights, gives the same figures on every run,
+and takes half a minute. docs/baselines.md has its table.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def line(row: Row) -> str:
-    """A baseline's row: 16 replicas without tensor or pipeline parallelism, micro-batch 1 of 4,096 tokens, bfloat16."""
+    """Return a baseline's row: 16 replicas, TP 1, PP 1, micro-batch 1 x 4,096 tokens, bfloat16."""
     from megatron_llamapro.dry_run.counting import Product
     from megatron_llamapro.dry_run.run import dry_run
 
@@ -98,7 +98,7 @@ def line(row: Row) -> str:
 
 
 def config_of(row: Row) -> RunConfig:
-    """The 7B's run with the baseline's file as a further --config, as pretrain reads them."""
+    """Return the 7B's run with the baseline's file as a further --config, as pretrain reads them."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run.yaml"
         run.write_text(dump_yaml(BASE))

@@ -1,4 +1,4 @@
-"""Configurations that differ in every field that is read, in the spellings and the nonsense that files have."""
+"""Configurations that vary every field that is read, with the spellings and the nonsense found in files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 ABSENT = "(absent)"
 
 Choose = Callable[[Sequence], Any]
-"""One of some values, e.g. `random.Random(0).choice`."""
+"""Returns one of some values, for example `random.Random(0).choice`."""
 
 _LAYERS = 3
 
@@ -69,7 +69,7 @@ ROPE_FIELDS: dict[str, list] = {
     ],
     "original_max_position_embeddings": [ABSENT, 16, 8, None],
 }
-"""Values of every field of rotary embeddings; the first is the ordinary one."""
+"""Values of every field of rotary embeddings. The first is the usual one."""
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _WINDOWS: dict[str, list] = {
@@ -117,15 +117,15 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral")
 
 
 def drawn_config(choose: Choose) -> dict:
-    """A small model of any family, of whose fields up to six have another value than the ordinary one."""
+    """Return a small model of any family in which up to six fields do not have their usual value."""
     changed = {choose(list(FIELDS)) for _ in range(choose(range(7)))}
-    if changed & _WINDOWS.keys():  # alone they say little
+    if changed & _WINDOWS.keys():  # one of them alone has little effect
         changed |= {"sliding_window", "use_sliding_window"}
     return _config(choose(FAMILIES), {name: choose(FIELDS[name][1:]) for name in sorted(changed)})
 
 
 def rope_configs(family: str) -> Iterator[dict]:
-    """Every combination of `ROPE_FIELDS`."""
+    """Yield every combination of `ROPE_FIELDS`."""
     for values in itertools.product(*ROPE_FIELDS.values()):
         yield _config(family, dict(zip(ROPE_FIELDS, values, strict=True)))
 

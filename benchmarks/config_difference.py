@@ -1,4 +1,4 @@
-"""Whether a config.json is to us what it is to transformers: our frequencies, shapes and logits beside a reading by
+"""Compares our reading of a config.json with transformers': frequencies, shapes and logits against the output of
 `transformers_reading`."""
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from transformers_reading import TOKENS, weight
 
 @dataclass(frozen=True)
 class OurReading:
-    """A configuration that is accepted. A `checkpoint.sources.TensorSource` too."""
+    """An accepted configuration. It is also a `checkpoint.sources.TensorSource`."""
 
     shape: ModelShape
 
     @classmethod
     def of(cls, config: dict) -> OurReading | None:
-        """None where it is refused; that is one line."""
+        """Return our reading, or None if the configuration is refused. A refusal is one line."""
         try:
             return cls(model_shape(config))
         except CheckpointError as refusal:
@@ -34,20 +34,20 @@ class OurReading:
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
-        """Of every weight, under Hugging Face's name."""
+        """The shape of every weight, by its Hugging Face name."""
         return hf_shapes(self.shape)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The weight that `transformers_reading` gives its model."""
+        """Return the weight that `transformers_reading` gives its model."""
         return weight(name, self.shapes[name])
 
     def difference(self, theirs: dict) -> str | None:
-        """What of transformers' reading is another; None where nothing is."""
+        """Return how transformers' reading differs, or None if it does not."""
         if "error" in theirs:
             return f"transformers fails: {theirs['error']}"
         if not _alike(inverse_frequencies(self.shape), theirs["frequencies"], rtol=1e-6, atol=0):
             return "frequencies differ"
-        # float32 on both sides, by other kernels; a misread field moves logits by 1e-2 and more.
+        # Both sides compute in float32 with different kernels. A misread field moves logits by 1e-2 or more.
         if "logits" in theirs and not _alike(
             logits(self, torch.tensor(TOKENS)), theirs["logits"], rtol=1e-4, atol=1e-4
         ):

@@ -1,10 +1,10 @@
-"""Have other versions of transformers read configurations that this project accepts, beside our own reading.
+"""Compares this project's reading of accepted configurations with that of other versions of transformers.
 
 python benchmarks/config_readings.py [--cases 1000] [--seed 0] [--venvs DIR]
 
-The cases: every combination of the fields of rotary embeddings in every family, of which frequencies are compared; and
-`--cases` small models with up to six odd fields, of which logits are compared too. Each is read as it is (`source`) and
-as an export spells it. Prints a line a version. Exits with 1 if one loads an export as another model, or not at all.
+The cases are every combination of the fields of rotary embeddings in every family, compared by frequencies, and
+`--cases` small models with up to six odd fields, compared by logits too. Each is read as it is (`source`) and as an
+export spells it. Prints one line per version. Exits with 1 if a version reads an export as another model, or fails.
 docs/other_tools.md has the results.
 """
 
@@ -26,21 +26,21 @@ from megatron_llamapro.families.hf_config import spelled_for_all
 from venvs import python_of
 
 ROOT = Path(__file__).resolve().parents[1]
-READER = ROOT / "megatron_llamapro" / "testing" / "transformers_reading.py"
+READER = ROOT / "benchmarks" / "transformers_reading.py"
 OWN = "pinned"
-"""The version that this project's own environment has."""
+"""The version in this project's own environment."""
 VERSIONS = ("transformers-4.56", OWN, "transformers-5.24")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How many of some cases a version reads alike, fails on, and reads as another model."""
+    """How many cases a version reads as this project does, fails on, and reads as another model."""
 
     alike: int
     fails: int
     other: int
     example: str
-    """What the first of the last two was."""
+    """The first case that fails or is another model."""
 
     def __str__(self) -> str:
         return f"{self.alike:6} alike {self.fails:6} fails {self.other:6} other"
@@ -56,12 +56,12 @@ class Case:
 
     @property
     def exported(self) -> Case:
-        """As an export spells it."""
+        """The configuration as an export spells it."""
         return replace(self, config=spelled_for_all(self.config))
 
 
 def accepted_cases(number: int, seed: int) -> list[Case]:
-    """Every combination of rotary fields in every family, and `number` drawn ones; those of them that are accepted."""
+    """Return the accepted ones of every combination of rotary fields in every family and `number` drawn models."""
     choose = random.Random(seed).choice
     configs = [(config, False) for family in FAMILIES for config in rope_configs(family)]
     configs += [(drawn_config(choose), True) for _ in range(number)]
@@ -72,7 +72,7 @@ def accepted_cases(number: int, seed: int) -> list[Case]:
 
 
 def outcome(python: Path, cases: list[Case]) -> Outcome:
-    """What the transformers of an interpreter makes of them."""
+    """Return how the transformers version of an interpreter reads the cases."""
     counts: Counter[str] = Counter()
     example = ""
     for case, theirs in zip(cases, _read(python, cases), strict=True):
@@ -95,12 +95,12 @@ def _read(python: Path, cases: list[Case]) -> list[dict]:
 
 
 def main() -> int:
-    """Make the cases, have every version read them."""
+    """Make the cases, and let every version read them."""
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=1000, metavar="N", help="drawn configurations")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="other ones")
-    parser.add_argument("--versions", nargs="+", choices=VERSIONS, default=list(VERSIONS), help="which of them")
-    parser.add_argument("--venvs", type=Path, default=ROOT / "runs" / "venvs", metavar="DIR", help="environments")
+    parser.add_argument("--cases", type=int, default=1000, metavar="N", help="number of drawn models")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed draws other models")
+    parser.add_argument("--versions", nargs="+", choices=VERSIONS, default=list(VERSIONS), help="versions to compare")
+    parser.add_argument("--venvs", type=Path, default=ROOT / "runs" / "venvs", metavar="DIR", help="their environments")
     args = parser.parse_args()
     cases = accepted_cases(args.cases, args.seed)
     failed = False

@@ -1,4 +1,4 @@
-"""What benchmarks/convert.py measured, as a Markdown table, and the machine it was measured on."""
+"""The measurements of benchmarks/convert.py as a Markdown table, with the machine that they were made on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OWN_PACKAGES = ("torch", "safetensors", "transformers")
 
 @dataclass(frozen=True)
 class Run:
-    """One run of one step; with `failure`, why there are no numbers."""
+    """One run of one step. `failure` is the reason if there are no numbers."""
 
     seconds: float = 0.0
     peak_anonymous_bytes: int = 0
@@ -34,13 +34,13 @@ class Run:
 
 
 def describe_machine(folder: Path, *, venv: Venv | None) -> dict[str, str]:
-    """What the numbers depend on."""
+    """Return everything that the numbers depend on: machine, page cache, versions, date."""
     memory_bytes = psutil.virtual_memory().total
     versions = {name: importlib.metadata.version(name) for name in _OWN_PACKAGES}
     versions = {"python": platform.python_version(), "megatron-llamapro": megatron_llamapro.__version__, **versions}
     described = {
         "machine": f"{_processor()}, {psutil.cpu_count()} cores, {memory_bytes / 1e9:.0f} GB, {file_system(folder)}",
-        "page cache": "without the checkpoints' files before each run; programs and libraries stay in it",
+        "page cache": "the checkpoints' files are dropped before each run; programs and libraries stay",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
@@ -54,7 +54,7 @@ def markdown(
     rows: Mapping[str, Sequence[Run]],
     machine: Mapping[str, str],
 ) -> str:
-    """The table: medians, and the fastest and slowest run where there are several."""
+    """Return the table: medians, and the fastest and slowest run if there are several."""
     [floor] = [runs for title, runs in rows.items() if FLOOR in title]
     lines = [
         f"### {name}: {shape.num_hidden_layers} → {expanded.num_hidden_layers} blocks, "
@@ -64,8 +64,8 @@ def markdown(
         "|---|---|---|---|---|---|---|",
         *(_row(title, runs, floor) for title, runs in rows.items()),
         "",
-        "Seconds end when the bytes are on the disk (`sync`). × floor: seconds for a byte written, over the floor's in "
-        "the same round.",
+        "Seconds end when the bytes are on the disk (`sync`). × floor: seconds per byte written, divided by the "
+        "floor's in the same round.",
         *(f"- {what}: {value}" for what, value in machine.items()),
     ]
     return "\n".join(lines)
@@ -95,6 +95,6 @@ def _processor() -> str:
 
 
 def file_system(folder: Path) -> str:
-    """The kind of file system that a folder is on, as `stat` names it."""
+    """Return the type of a folder's file system, as `stat` names it."""
     command = ["stat", "--file-system", "--format=%T", str(folder)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""Measure the converter against a plain copy of the same bytes, and against other ways to do its work.
+"""Measures the converter against a plain copy of the same bytes, and against other tools for the same work.
 
 python benchmarks/convert.py --model tinyllama [--runs 3] [--peers all] [--work_dir DIR] [--json FILE]
 python benchmarks/convert.py --tiny
@@ -37,7 +37,7 @@ class Step:
 
 
 def steps(work_dir: Path, *, peers: bool, venvs: Path) -> list[Step]:
-    """What a round runs, in order. What a step wrote stays until no later step reads it."""
+    """Return the steps of a round, in order. A step's output stays until no later step reads it."""
     source, megatron = work_dir / "source", work_dir / "megatron"
     convert = (sys.executable, "-m", "megatron_llamapro", "convert")
     added = ("--num_added_blocks", str(NUM_ADDED_BLOCKS))
@@ -89,7 +89,7 @@ def _copy(source: Path, target: Path) -> tuple[str | Path, ...]:
 
 
 def make_source(folder: Path, shape: LlamaShape) -> None:
-    """Write the source checkpoint, unless an earlier run with --keep left it."""
+    """Write the source checkpoint, unless an earlier run with --keep left one."""
     if folder.is_dir():
         return
     draft = folder.with_name(".source.partial")
@@ -99,10 +99,10 @@ def make_source(folder: Path, shape: LlamaShape) -> None:
 
 
 def measure_rounds(all_steps: list[Step], work_dir: Path, *, runs: int) -> dict[str, list[Run]]:
-    """Every step once a round, interleaved, so that a slow minute of the machine hits all of them.
+    """Run every step once per round, interleaved, so that a slow minute of the machine affects all of them.
 
     Raises:
-        ConfigError: one of this project's own commands failed; a peer that fails is left out of later rounds.
+        ConfigError: one of this project's own commands failed. A peer that fails is left out of later rounds.
     """
     measured: dict[str, list[Run]] = {step.key: [] for step in all_steps}
     failed: dict[str, Run] = {}
@@ -129,7 +129,8 @@ def measure_rounds(all_steps: list[Step], work_dir: Path, *, runs: int) -> dict[
 
 
 def check_room(work_dir: Path, shape: LlamaShape) -> None:
-    """
+    """Check the free space on the disk.
+
     Raises:
         ConfigError: the source, the Megatron checkpoint and one more copy of it do not fit on the disk.
     """
@@ -139,7 +140,7 @@ def check_room(work_dir: Path, shape: LlamaShape) -> None:
     free = shutil.disk_usage(work_dir).free
     if free < needed:
         raise ConfigError(
-            f"{work_dir} has {free / 1e9:.0f} GB free and this model takes {needed / 1e9:.0f}: choose a smaller "
+            f"{work_dir} has {free / 1e9:.0f} GB free, but this model needs {needed / 1e9:.0f}: choose a smaller "
             "--model, or a --work_dir on another disk"
         )
 
@@ -149,16 +150,16 @@ def main() -> int:
     parser = CommandParser(description=__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", choices=[name for name in SHAPES if name != "tiny"], default="tinyllama")
-    what.add_argument("--tiny", action="store_true", help="a model of a few megabytes, one run, no peers: a check")
+    what.add_argument("--tiny", action="store_true", help="quick check: a model of a few megabytes, one run, no peers")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="rounds; the table shows medians (default: 3)")
     parser.add_argument("--peers", choices=("none", "all"), default="none", help="also measure others (default: none)")
-    parser.add_argument("--work_dir", type=Path, default=RUNS / "benchmark", metavar="DIR", help="on what disk")
+    parser.add_argument("--work_dir", type=Path, default=RUNS / "benchmark", metavar="DIR", help="folder to write to")
     parser.add_argument("--venvs", type=Path, default=RUNS / "venvs", metavar="DIR", help="environments of peers")
     parser.add_argument("--keep", action="store_true", help="keep the source checkpoint for another measurement")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every run as JSON")
     args = parser.parse_args()
     if args.runs < 1:
-        parser.error(f"--runs {args.runs}: one at least")
+        parser.error(f"--runs {args.runs}: it must be at least 1")
     name, runs, peers = ("tiny", 1, False) if args.tiny else (args.model, args.runs, args.peers == "all")
     shape = SHAPES[name]
     work_dir = args.work_dir / name

@@ -1,8 +1,8 @@
-"""Seconds, stall and bytes of a run's checkpoints: full ones, deltas, and deltas that are written beside training.
+"""Measures seconds, stall and bytes of a run's checkpoints: full, delta, and delta written asynchronously.
 
 python benchmarks/delta_checkpoint.py [--model small|smollm2|tiny] [--saves 5] [--work_dir DIR] [--json FILE]
 
-The program itself trains the same few steps three times, one process, and saves after each; its own records are read.
+The program trains the same few steps three times, on one process, and saves after each step. Its own records are read.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ WAYS = {
 
 
 def main() -> int:
-    """Train three times, print the table."""
+    """Train three times, and print the table."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--model", choices=list(MODELS), default="small")
-    parser.add_argument("--saves", type=int, default=5, metavar="N", help="a run")
-    parser.add_argument("--work_dir", type=Path, metavar="DIR", help="on what disk")
+    parser.add_argument("--saves", type=int, default=5, metavar="N", help="saves per run (default: 5)")
+    parser.add_argument("--work_dir", type=Path, metavar="DIR", help="folder to write to")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every save's record")
     args = parser.parse_args()
     from megatron_llamapro.runtime.upstream import import_megatron
@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def _tokens(folder: Path) -> Path:
-    """Token files, one byte a token."""
+    """Write token files with one byte per token, and return their prefix."""
     from megatron_llamapro.data.preprocess import preprocess
     from megatron_llamapro.testing.tiny_models import write_tiny_tokenizer
 
@@ -67,7 +67,7 @@ def _tokens(folder: Path) -> Path:
 
 
 def _saves(folder: Path, prefix: Path, name: str, options: list[str], *, num_saves: int) -> list[dict]:
-    """The `save` records of a run, without the first one, which also makes what later ones share."""
+    """Return the `save` records of a run without the first, which also writes the parts that later ones share."""
     run = folder / name
     settings = {
         "model.checkpoint": folder / "model" / "megatron",

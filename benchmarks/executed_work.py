@@ -1,9 +1,9 @@
-"""What training a 7B with 8 added blocks must cost, against what the program's own step was counted to do.
+"""Compares the necessary cost of training a 7B with 8 added blocks with the counted cost of the program's own step.
 
 python benchmarks/executed_work.py [--json FILE]
 
-Runs on tensors without data (llamapro dry-run): needs no GPU and no weights, is the same on every run, and takes half a
-minute. Exit code 1 where a figure is not what it must be.
+Runs on tensors without data (llamapro dry-run): it needs no GPU and no weights, gives the same figures on every run,
+and takes half a minute. The exit code is 1 if a figure misses its target.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BASE = RunConfig(
     training=TrainingConfig(train_iters=15900, micro_batch_size=1, global_batch_size=1024),
 )
 RECOMPUTED = replace(BASE, recompute=RecomputeConfig("full", "uniform", 1))
-# The first stage ends where the first added block begins.
+# The first stage ends before the first added block.
 FROZEN_STAGE = replace(
     BASE, parallel=ParallelConfig(pipeline_model_parallel_size=4, pipeline_stage_layers=(4, 12, 12, 12))
 )
@@ -54,7 +54,7 @@ class Figure:
 
     @property
     def is_met(self) -> bool:
-        """Exact figures to the digits that `must_be` has, limits by comparison."""
+        """Whether the figure is at most the limit, or equals `must_be` to the digits that `must_be` has."""
         if self.at_most:
             return self.counted <= self.must_be
         digits = len(f"{self.must_be:g}".partition(".")[2])
@@ -66,7 +66,7 @@ class Figure:
 
 
 def main() -> int:
-    """Count, print the table, say whether all figures are met."""
+    """Count, print the table, and return 0 if all figures are met."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     args = parser.parse_args()
@@ -86,7 +86,7 @@ def main() -> int:
 
 
 def run(config: RunConfig, world_size: int, rank: int):
-    """A dry run of one rank."""
+    """Run one rank dry."""
     from megatron_llamapro.dry_run.run import dry_run
 
     plan = ExpansionPlan.unexpanded(32).expand(ADDED)
@@ -95,7 +95,7 @@ def run(config: RunConfig, world_size: int, rank: int):
 
 
 def figures_of_7b() -> Iterator[Figure]:
-    """Every figure, with what it must be: arithmetic, or a limit that was set."""
+    """Yield every figure with its target, from arithmetic or a set limit."""
     from megatron_llamapro.dry_run.counting import Kind, Product
 
     alone, of_16 = run(BASE, 1, 0), run(BASE, 16, 0)

@@ -1,5 +1,5 @@
-"""The step of gpu_throughput.py by `transformers`: the same model, blocks frozen by `requires_grad`, as LLaMA-Factory
-freezes them; SDPA, torch's fused AdamW on bfloat16 weights without a float32 copy, gradients clipped."""
+"""The step of gpu_throughput.py by `transformers`: the same model, with blocks frozen by `requires_grad` as in
+LLaMA-Factory, SDPA, torch's fused AdamW on bfloat16 weights without a float32 copy, and clipped gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from step_models import trained_names
 def make_step(
     hf_config: dict, added_layers: Sequence[int], tokens: torch.Tensor, *, num_microbatches: int, checkpointing: bool
 ) -> Callable[[], None]:
-    """One optimizer step over `num_microbatches` times `tokens` [b, s], on their device, random weights."""
+    """Return an optimizer step over `num_microbatches` times `tokens` [b, s], on their device, with random weights."""
     with torch.device(tokens.device):
         net = LlamaForCausalLM._from_config(LlamaConfig(**hf_config), dtype=torch.bfloat16, attn_implementation="sdpa")
     for name, parameter in net.named_parameters():

@@ -1,10 +1,10 @@
-"""Tokens a second, TFLOP/s and peak memory of training a 7B with 8 added blocks on one GPU, random weights, bfloat16.
+"""Tokens/s, TFLOP/s and peak memory of training a 7B with 8 added blocks on one GPU, with random bfloat16 weights.
 
 python benchmarks/gpu_throughput.py [--micro_batch_size 1] [--steps 5] [--variants added,everything] [--json FILE]
-python benchmarks/gpu_throughput.py --tiny      a model of a megabyte, also on a CPU: a check
+python benchmarks/gpu_throughput.py --tiny      a quick check with a model of a megabyte, also on a CPU
 
-Every variant runs in a process of its own: the program's model, freezing, DDP, optimizer and step, two micro-batches
-each; or the same step by transformers (gpu_peer.py). A variant that does not fit is said not to.
+Every variant runs in its own process: the program's model, freezing, DDP, optimizer and step with two micro-batches,
+or the same step by transformers (gpu_peer.py). A variant that does not fit gets a line that says so.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TINY = LlamaShape(64, 96, 4, 4, 2, 128, 64)
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compared."""
+    """One row of the table."""
 
     title: str
     trainable: str = "added_blocks"
@@ -65,21 +65,21 @@ VARIANTS = {
 
 
 def main() -> int:
-    """Measure each variant in its own process, print the table."""
+    """Measure each variant in its own process, and print the table."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--micro_batch_size", type=int, default=1, metavar="N")
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="that are timed, after three")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="number of timed steps, after three others")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help=f"some of {', '.join(VARIANTS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
-    parser.add_argument("--worker", choices=list(VARIANTS), help="measure this one here and print JSON (internal)")
+    parser.add_argument("--worker", choices=list(VARIANTS), help="measure this one and print JSON (internal)")
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(measure(VARIANTS[args.worker], args)))
         return 0
     unknown = set(args.variants.split(",")) - set(VARIANTS)
     if unknown:
-        raise ConfigError(f"--variants names {', '.join(sorted(unknown))}: it takes {', '.join(VARIANTS)}")
+        raise ConfigError(f"--variants names {', '.join(sorted(unknown))}: choose from {', '.join(VARIANTS)}")
     results = {}
     print("| | tokens/s | TFLOP/s | of a matrix product | peak, GiB |\n|---|---|---|---|---|")
     for name in args.variants.split(","):
@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def _apart(name: str) -> dict:
-    """The variant's figures, or how its process failed."""
+    """Return the variant's figures, or how its process failed."""
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
@@ -112,7 +112,7 @@ def _row(variant: Variant, result: dict) -> str:
 
 
 def measure(variant: Variant, args) -> dict:
-    """Medians over the timed steps, on this process's device."""
+    """Return medians over the timed steps, on this process's device."""
     from megatron_llamapro.runtime import cpu
     from megatron_llamapro.runtime.distributed import start_world, stop_world
     from megatron_llamapro.runtime.upstream import import_megatron
@@ -123,7 +123,7 @@ def measure(variant: Variant, args) -> dict:
 
     on_gpu = torch.cuda.is_available()
     if not (on_gpu or args.tiny):
-        raise ConfigError("there is no CUDA device here: give --tiny to see that it runs")
+        raise ConfigError("no CUDA device is available: use --tiny for a quick check")
     start_world()
     try:
         shape = TINY if args.tiny else SHAPES["llama-2-7b"]
@@ -156,7 +156,7 @@ def _config(variant: Variant, args, *, on_gpu: bool) -> RunConfig:
 
 
 def _step(config: RunConfig, model: DescribedModel) -> Callable[[], object]:
-    """The program's own."""
+    """Return the program's own step."""
     import torch
 
     from megatron_llamapro.training.machine import build_machine
@@ -197,14 +197,14 @@ def _peer_step(config: RunConfig, model: DescribedModel, shape: LlamaShape) -> C
 
 
 def _tokens(config: RunConfig, model: DescribedModel):
-    """Random ones, [b, s]."""
+    """Return random tokens [b, s]."""
     import torch
 
     return torch.randint(model.shape.vocab_size, (config.training.micro_batch_size, config.data.seq_length))
 
 
 def _timed(work: Callable[[], object]) -> float:
-    """Seconds, by CUDA's events where there is a GPU."""
+    """Return the seconds of `work`, by CUDA's events on a GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -248,7 +248,7 @@ def _figures(config: RunConfig, model: DescribedModel, seconds: float, *, on_gpu
             "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
             "versions": f"torch {torch.__version__}, python {platform.python_version()}",
             "micro-batch": f"{config.training.micro_batch_size} x {config.data.seq_length} tokens",
-            "TFLOP/s": "what the training needs, frozen work left out, nothing recomputed counted",
+            "TFLOP/s": "work that the training needs, without skipped frozen work and without recomputation",
         },
     }
 

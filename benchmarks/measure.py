@@ -1,5 +1,5 @@
 """Runs a program and measures it: wall time until its files are on the disk, the peak of its anonymous memory, and the
-bytes that it had the disk move."""
+bytes that the disk moved for it."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ class Measurement:
     """One run of a program."""
 
     seconds: float
-    """From its start until `sync` says that what it wrote is on the disk."""
+    """From its start until `sync` reports its files on the disk."""
     peak_anonymous_bytes: int
-    """Of the program and its children together; pages of files do not count, shared memory does."""
+    """Of the program and its children together. Shared memory counts; pages of files do not."""
     disk_read_bytes: int
-    """What was not in the page cache. Exact, where times on a shared disk are not."""
+    """Bytes that were not in the page cache. Exact, unlike times on a shared disk."""
     disk_write_bytes: int
-    """Without what never reached the disk: holes, and files that were gone before they were synced."""
+    """Bytes that reached the disk. Holes do not count, nor files that were deleted before they were synced."""
 
 
 class ProgramError(Exception):
-    """A measured program ended with an error; the text is its last line."""
+    """A measured program ended with an error. The text is its last line of output."""
 
 
 def run_measured(command: Sequence[str | Path], *, written: Path, log: Path) -> Measurement:
-    """Run `command`, its output appended to `log`, and sync the file system that `written` is on.
+    """Run `command`, append its output to `log`, and sync the file system of `written`.
 
     Raises:
-        ProgramError: it exited with another code than 0.
+        ProgramError: the exit code is not 0.
     """
     with log.open("a+") as output:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -63,15 +63,15 @@ def run_measured(command: Sequence[str | Path], *, written: Path, log: Path) -> 
 
 
 def copy_command(source: Path, target: Path) -> list[str | Path]:
-    """A copy that moves every byte: no shared extents, no holes."""
+    """Return a copy command that moves every byte: no shared extents, no holes."""
     return ["cp", "--recursive", "--reflink=never", "--sparse=never", source, target]
 
 
 def forget_files(folder: Path) -> None:
-    """Have the kernel drop the folder's files from its page cache, so that the next program reads them from the disk.
+    """Drop the folder's files from the kernel's page cache, so that the next program reads them from the disk.
 
-    What is dirty stays, so the file system is synced first. Needs no privilege, and leaves all other files, programs
-    and libraries above all, where they are.
+    Dirty pages would stay, so the file system is synced first. This needs no privilege, and it keeps all other files
+    in the cache, above all programs and libraries.
     """
     subprocess.run(["sync", "--file-system", folder], check=True)
     for path in folder.rglob("*"):
@@ -84,7 +84,7 @@ def forget_files(folder: Path) -> None:
 
 
 def bytes_in(folder: Path) -> int:
-    """Of all files in a folder."""
+    """Return the bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -114,7 +114,7 @@ class _Sampler(threading.Thread):
 
 
 def descendants(pid: int) -> list[int]:
-    """A process and all that it has started and that is still there."""
+    """Return a process and all its descendants that still run."""
     try:
         return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
     except psutil.NoSuchProcess:
@@ -122,10 +122,10 @@ def descendants(pid: int) -> list[int]:
 
 
 def _anonymous_bytes(pids: list[int], *, above: int) -> int:
-    """Anonymous and shared memory of processes together.
+    """Return the anonymous and shared memory of all processes together.
 
-    Pages that forked processes share are counted once, which takes the kernel a walk over all their pages: done only
-    where the cheap sum, that counts them more than once, is `above` the peak so far.
+    Pages that forked processes share count once. The kernel has to walk over all pages for that, so it is done only if
+    the cheap sum, which counts shared pages several times, is `above` the peak so far.
     """
     quick = sum(_kilobytes(Path(f"/proc/{pid}/status"), "RssAnon:", "RssShmem:") for pid in pids) * 1024
     if len(pids) == 1 or quick <= above:
@@ -134,7 +134,7 @@ def _anonymous_bytes(pids: list[int], *, above: int) -> int:
 
 
 def _kilobytes(path: Path, *fields: str) -> int:
-    """Sum of lines such as "RssAnon:  12 kB"; 0 where the process is gone."""
+    """Return the sum of lines such as "RssAnon:  12 kB", or 0 if the process has ended."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

@@ -1,8 +1,9 @@
-"""What llamapro plan-parallelism says for 8 to 1,024 GPUs of 80 GB and LLaMA-2 with an added block after every fourth.
+"""Plans 8 to 1,024 GPUs of 80 GB as llamapro plan-parallelism does, for LLaMA-2 with a block added after every fourth.
 
 python benchmarks/parallelism.py
 
-The paper's batch, 1,024 x 4,096 tokens, in micro-batches of one. Prints the table of docs/cluster.md, in seconds.
+The batch is the paper's: 1,024 x 4,096 tokens, in micro-batches of one. It takes seconds and prints the table of
+docs/cluster.md.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ MODELS = {
 
 
 def main() -> int:
-    """Plan, print a row a job."""
+    """Plan, and print one row per job."""
     CommandParser(description=__doc__).parse_args()
     for row in rows():
         print(row, flush=True)
@@ -39,7 +40,7 @@ def main() -> int:
 
 
 def rows() -> Iterator[str]:
-    """The table in Markdown."""
+    """Yield the lines of the Markdown table."""
     names = ("model", "GPUs", "TP × PP × DP", "recompute", "layers a stage", "GiB a GPU", "s a step", "tokens/s a GPU")
     yield f"| {' | '.join((*names, 'MFU', 'GPU-hours'))} |"
     yield "|---" * 10 + "|"
@@ -49,7 +50,7 @@ def rows() -> Iterator[str]:
 
 
 def row(size: str, num_gpus: int) -> str:
-    """One job's."""
+    """Return one job's row."""
     recipe = str(ROOT / "examples" / "llama2_7b_pro" / "run.yaml")
     config, model = parse_run_config(["--config", recipe, "--training.micro_batch_size=1"]), expanded(size)
     cluster = Cluster(num_gpus, PEAK_TFLOPS * 1e12 * EFFICIENCY, MEMORY_GIB * GIB, Network())
@@ -66,7 +67,7 @@ def row(size: str, num_gpus: int) -> str:
 
 
 def expanded(size: str) -> DescribedModel:
-    """LLaMA-2 of a size with a block added after every fourth."""
+    """Return LLaMA-2 of a size with a block added after every fourth."""
     original = model_shape(hf_config(MODELS[size]))
     plan = ExpansionPlan.unexpanded(original.num_layers)
     plan = plan.expand(placed_positions(original.num_layers, original.num_layers // 4))

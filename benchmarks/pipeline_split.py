@@ -1,10 +1,10 @@
-"""The planner's split against the even one, on two real stages, each on a core of its own, beside what was predicted.
+"""Measures the planner's split and the even one on two real stages, each on its own core, and compares the predictions.
 
 python benchmarks/pipeline_split.py [--rounds 3] [--json FILE]
 python benchmarks/pipeline_split.py --tiny
 
-The blocks are timed first, on both cores at once, and the planner plans with that. Then both splits train, in turns.
-Needs two cores that nothing else uses.
+First the blocks are timed, on both cores at once, and the planner plans with these times. Then both splits train, in
+turns. Needs two cores that nothing else uses.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _WARM_UP = 2
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained: `added` blocks behind all others, so that the first stage has no backward pass."""
+    """A model with `added` trainable blocks after all others, so that the first stage has no backward pass."""
 
     shape: LlamaShape
     added: int
@@ -74,9 +74,9 @@ SETTINGS = {
 
 
 def main() -> int:
-    """Time the blocks, plan, train both splits, compare."""
+    """Time the blocks, plan, train both splits, and compare."""
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="a check, in seconds; the numbers say nothing")
+    parser.add_argument("--tiny", action="store_true", help="quick check; its numbers mean nothing")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every step's seconds")
     args = parser.parse_args()
@@ -105,7 +105,7 @@ def main() -> int:
 
 
 def planned_job(setting: Setting, measured: list[dict]) -> Job:
-    """The slower core's times: a pipeline waits for it."""
+    """Return a job with the slower core's times, because a pipeline waits for it."""
     kinds = measured[0]
     times = {
         kind: {way: max(rank[kind][way] for rank in measured) for way in ("forward", "backward")} for kind in kinds
@@ -129,7 +129,7 @@ def _stay_on_one_core() -> None:
 
 
 def time_blocks(setting: Setting) -> dict:
-    """On every rank: the blocks' times, alone on its core, as a world of replicas."""
+    """Return the blocks' times. Every rank is a replica, alone on its core."""
     from megatron_llamapro.training.calibration import calibrate
 
     _stay_on_one_core()
@@ -137,7 +137,7 @@ def time_blocks(setting: Setting) -> dict:
 
 
 def train(setting: Setting, counts: tuple[int, ...]) -> list[float]:
-    """Seconds of every step but the first ones."""
+    """Return the seconds of every step after the warm-up."""
     import torch
 
     from megatron_llamapro.training.machine import build_machine

@@ -1,4 +1,4 @@
-"""LLaMA checkpoints of random weights in Hugging Face's format, written shard by shard: real shapes, no download."""
+"""Writes LLaMA checkpoints of random weights in Hugging Face's format, shard by shard: real shapes, no download."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SIGN_AND_MANTISSA = 0x807F  # bits that may change without making a number infi
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """The sizes of a LLaMA, under the names of its config.json."""
+    """The sizes of a LLaMA, with the names of its config.json."""
 
     hidden_size: int
     intermediate_size: int
@@ -27,11 +27,11 @@ class LlamaShape:
     max_position_embeddings: int
 
     def with_layers(self, num_hidden_layers: int) -> LlamaShape:
-        """The same model, deeper."""
+        """Return the same model with another number of layers."""
         return LlamaShape(**{**vars(self), "num_hidden_layers": num_hidden_layers})
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor, in the order of the forward pass."""
+        """Return the name and shape of every tensor, in the order of the forward pass."""
         hidden, feed_forward = self.hidden_size, self.intermediate_size
         key_value = hidden // self.num_attention_heads * self.num_key_value_heads
         block = {
@@ -62,7 +62,7 @@ class LlamaShape:
 
     @property
     def num_bytes(self) -> int:
-        """Of the weights, in bfloat16."""
+        """Bytes of the weights in bfloat16."""
         return self.num_parameters * _ITEM_BYTES
 
 
@@ -75,7 +75,7 @@ SHAPES = {
 
 
 def write_random_llama(folder: Path, shape: LlamaShape, *, max_shard_bytes: int = 5 * 10**9, seed: int = 0) -> None:
-    """Write config.json, the shards and their index to a new folder. Holds a few megabytes, whatever the shape."""
+    """Write config.json, the shards and their index to a new folder. Needs a few megabytes of memory for any shape."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(hf_config(shape), indent=2) + "\n")
     shards = _divide(shape.tensors(), max_shard_bytes)
@@ -130,7 +130,7 @@ def _divide(tensors: dict[str, tuple[int, ...]], max_shard_bytes: int) -> list[d
 
 
 def _header(shard: dict[str, tuple[int, ...]]) -> bytes:
-    """A safetensors header: its length, then JSON, padded to a multiple of 8."""
+    """Return a safetensors header: its length, then JSON padded to a multiple of 8."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, size in shard.items():
@@ -143,13 +143,13 @@ def _header(shard: dict[str, tuple[int, ...]]) -> bytes:
 
 
 def _random_bfloat16(generator: np.random.Generator) -> np.ndarray:
-    """The bits of normally distributed numbers of a weight's size, as a pool to draw from."""
+    """Return a pool to draw from: the bits of normally distributed numbers as large as weights."""
     values = 0.02 * generator.standard_normal(_POOL_VALUES, dtype=np.float32)
     return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
 def _pieces(count: int, pool: np.ndarray, generator: np.random.Generator) -> Iterator[memoryview]:
-    """`count` values of the pool, a piece at a time, each piece with other signs and mantissas than the last."""
+    """Yield `count` values of the pool, piece by piece. Each piece has other signs and mantissas than the last."""
     while count:
         num_values = min(count, pool.size)
         flipped = np.uint16(generator.integers(2**16) & _SIGN_AND_MANTISSA)

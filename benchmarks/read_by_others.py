@@ -1,8 +1,8 @@
-"""Prove that other projects' tools read what this one writes: a tiny expanded model, each tool in its own environment.
+"""Proves that other projects' tools read this project's checkpoints: a tiny model, each tool in its own environment.
 
 python benchmarks/read_by_others.py [--tools peft vllm …] [--venvs DIR] [--megatron_lm CLONE]
 
-Prints one line a tool: ok, not run and why, or FAIL; exits with 1 if one failed. docs/other_tools.md has the results.
+Prints one line per tool: ok, not run and why, or FAIL. Exits with 1 if one failed. docs/other_tools.md has the results.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ READERS = ROOT / "benchmarks" / "readers"
 _LONGEST_SECONDS = 600
 _SHOWN_CHARACTERS = 3000
 _PROVED = "proved: "
-# Nothing is fetched from a hub; vLLM reserves no more memory than the tiny model needs.
+# No tool fetches anything from a hub. vLLM reserves only the memory that the tiny model needs.
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
-# The tiny models that are read: how each differs from a LLaMA.
+# The tiny models, with their differences from a LLaMA.
 MODELS: dict[str, dict] = {
     "llama": {},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 3},
@@ -38,22 +38,22 @@ MODELS: dict[str, dict] = {
 
 @dataclasses.dataclass(frozen=True)
 class Tool:
-    """Another project's tool and the script that has it read a checkpoint."""
+    """Another project's tool, and the script that makes it read a checkpoint."""
 
     name: str
     script: str
     venv: str | None
-    """Its environment's name; None: this project's own."""
+    """Name of its environment. None: this project's own."""
     layout: tuple[int, int] | None = None
-    """Tensor and pipeline sizes, for Megatron-LM: a process each, and its clone on the path."""
+    """Tensor and pipeline sizes, for Megatron-LM. It runs one process per rank, with its clone on the path."""
     stage_layers: tuple[int, ...] | None = None
-    """Layers on each (virtual) stage, for Megatron-LM; None: as even as they can be."""
+    """Layers on each (virtual) stage, for Megatron-LM. None: as even as possible."""
     options: tuple[str, ...] = ()
     """Further options of Megatron-LM's script."""
     is_legacy: bool = False
-    """Whether Megatron-LM is given legacy shards, of its layout; else torch_dist."""
+    """Whether Megatron-LM reads legacy shards in its layout, instead of torch_dist."""
     model: str = "llama"
-    """Which of `MODELS` it reads."""
+    """The model that it reads, one of `MODELS`."""
 
 
 TOOLS = (
@@ -93,8 +93,8 @@ TOOLS = (
         stage_layers=(1, 2, 2, 1),
         is_legacy=True,
     ),
-    # Tensor size 1: on several ranks experts need sequence parallelism, which the norms of layers without Transformer
-    # Engine refuse.
+    # Tensor size 1: on several ranks experts need sequence parallelism, and the norms of layers without Transformer
+    # Engine refuse it.
     Tool("megatron-lm-mixtral", "megatron_lm_load.py", "megatron-bridge", layout=(1, 2), model="mixtral"),
     Tool(
         "megatron-lm-mixtral-legacy",
@@ -110,24 +110,24 @@ TOOLS = (
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a tool fared."""
+    """The result of one tool."""
 
     status: str
-    """ok, not run, FAIL"""
+    """ok, not run or FAIL."""
     text: str
-    """What was proved, or why not."""
+    """The proof, or the reason why there is none."""
 
 
 def make_checkpoints(folder: Path, **settings: object) -> dict[str, Path]:
-    """A tiny random model with a sentencepiece tokenizer, its expansion by two blocks, and that in Megatron's format:
-    what is read is what the commands write. `settings` are `make_tiny_model`'s."""
+    """Make a tiny random model with a sentencepiece tokenizer, its expansion by two blocks, and that in Megatron's
+    format. The commands write them. `settings` are `make_tiny_model`'s."""
     from megatron_llamapro.testing.tiny_models import make_tiny_model
 
     folder.mkdir()
     made = {name: folder / name for name in ("original", "expanded", "megatron")}
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": topic}) + "\n" for _, topic in sorted(topics.items())))
-    # Heads of 64, which every tool has kernels for.
+    # Heads of size 64: every tool has kernels for them.
     sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512}
     make_tiny_model(made["original"], **sizes, **settings, with_tokenizer=False)
     _llamapro("train-tokenizer", "--input", text, "--vocab_size", 512, "--output_dir", made["original"])
@@ -137,7 +137,7 @@ def make_checkpoints(folder: Path, **settings: object) -> dict[str, Path]:
 
 
 def make_legacy(expanded: Path, folder: Path, tool: Tool) -> Path:
-    """Legacy shards of the expanded model, in the tool's layout: nobody loads them at another."""
+    """Write legacy shards of the expanded model in the tool's layout: they cannot be loaded in another."""
     assert tool.layout is not None
     tp, pp = tool.layout
     into = ["--target", folder, "--format", "legacy", "--tensor_model_parallel_size", tp]
@@ -156,9 +156,9 @@ def _llamapro(*words: object) -> None:
 
 
 def read_with(tool: Tool, made: dict[str, Path], *, venvs: Path, megatron_lm: Path | None) -> Result:
-    """Have a tool read the checkpoints, in a process of its own."""
+    """Let a tool read the checkpoints, in its own process."""
     if tool.layout and megatron_lm is None:
-        return Result("not run", "give --megatron_lm DIR, a clone of it: no package holds its loader")
+        return Result("not run", "give --megatron_lm DIR, a clone of it: no package contains its loader")
     try:
         python = python_of(tool.venv, venvs) if tool.venv else Path(sys.executable)
     except ConfigError as error:
@@ -174,7 +174,7 @@ def read_with(tool: Tool, made: dict[str, Path], *, venvs: Path, megatron_lm: Pa
                 command, capture_output=True, text=True, env=environment, timeout=_LONGEST_SECONDS, check=False
             )
         except subprocess.TimeoutExpired:
-            return Result("FAIL", f"no end within {_LONGEST_SECONDS} seconds")
+            return Result("FAIL", f"still running after {_LONGEST_SECONDS} seconds")
     proofs = [line.removeprefix(_PROVED) for line in ended.stdout.splitlines() if line.startswith(_PROVED)]
     if ended.returncode == 0 and proofs:
         return Result("ok", proofs[-1])
@@ -200,15 +200,15 @@ def _comma_separated(counts: tuple[int, ...]) -> str:
 
 
 def main() -> int:
-    """Make the checkpoints, have every tool read them."""
+    """Make the checkpoints, and let every tool read them."""
     parser = CommandParser(description=__doc__)
     names = [tool.name for tool in TOOLS]
     parser.add_argument("--tools", nargs="+", choices=names, default=names, metavar="TOOL", help=", ".join(names))
-    parser.add_argument("--venvs", type=Path, default=ROOT / "runs" / "venvs", metavar="DIR", help="environments")
-    parser.add_argument("--megatron_lm", type=Path, metavar="DIR", help="a clone of Megatron-LM, at core_v0.16.1")
+    parser.add_argument("--venvs", type=Path, default=ROOT / "runs" / "venvs", metavar="DIR", help="their environments")
+    parser.add_argument("--megatron_lm", type=Path, metavar="DIR", help="a clone of Megatron-LM at core_v0.16.1")
     args = parser.parse_args()
     if args.megatron_lm and not (args.megatron_lm / "megatron" / "training").is_dir():
-        parser.error(f"--megatron_lm {args.megatron_lm} is no clone of Megatron-LM")
+        parser.error(f"--megatron_lm {args.megatron_lm} is not a clone of Megatron-LM")
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         tools = [tool for tool in TOOLS if tool.name in args.tools]

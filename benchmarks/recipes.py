@@ -1,8 +1,8 @@
-"""What the recipes of examples/ need: memory a GPU by dry run, GPU-hours by the cost model.
+"""Predicts the needs of the recipes in examples/: memory per GPU by dry run, GPU-hours by the cost model.
 
 python benchmarks/recipes.py
 
-Runs on tensors without data: needs no GPU and no weights, and takes a minute. Each recipe has its line in its head.
+Runs on tensors without data: it needs no GPU and no weights, and takes a minute. Each recipe's header has its lines.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ HF_CONFIGS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """One recipe on so many GPUs."""
+    """One recipe on a number of GPUs."""
 
     name: str
     num_gpus: int = 16
@@ -80,7 +80,7 @@ RECIPES = (
 
 
 def main() -> int:
-    """Count, print a line a recipe."""
+    """Count, and print one line per recipe."""
     CommandParser(description=__doc__).parse_args()
     from megatron_llamapro.runtime import cpu
     from megatron_llamapro.runtime.upstream import import_megatron
@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def figures(recipe: Recipe) -> str:
-    """Memory and time, as the recipe's head says them."""
+    """Return memory and time, as in the recipe's header."""
     from megatron_llamapro.dry_run.run import distinct_ranks, dry_run
     from megatron_llamapro.planning.duration import EFFICIENCY, PEAK_TFLOPS
     from megatron_llamapro.training.report import work_per_token

@@ -1,5 +1,5 @@
-"""The floor of a training step: its matrix products and SDPA calls, in the order and the shapes of the step, and
-nothing between them. What trains, and which blocks need no input gradient, is counted as planning/flops.py does.
+"""The floor of a training step: its matrix products and SDPA calls in the step's order and shapes, with nothing in
+between. Trainable blocks, and blocks without an input gradient, count as in planning/flops.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from step_models import StepModel
 
 @dataclass
 class Linear:
-    """y = x W^T, its input gradient and its weight gradient, on values that mean nothing."""
+    """y = x W^T, its input gradient and its weight gradient, on random values."""
 
     weight: torch.Tensor
     x: torch.Tensor
@@ -32,7 +32,7 @@ class Linear:
 
 
 class Floor:
-    """All products of one step. Weights differ from block to block, as in a model: none stays in a cache."""
+    """All products of one step. Each block has its own weights, as in a model, so that none stays in a cache."""
 
     def __init__(self, model: StepModel) -> None:
         config = model.config
@@ -54,7 +54,7 @@ class Floor:
         self.head = self._linear(config["vocab_size"], hidden)
         self.added_layers = model.added_layers
         shape = (model.batch_size, model.seq_length)
-        # [b, s, heads, d] in memory, as it comes out of a product
+        # [b, s, heads, d] in memory, like the output of a product
         self.query, self.key, self.value = (
             torch.randn(*shape, number, head_size).transpose(1, 2).requires_grad_()
             for number in (heads, groups, groups)
@@ -78,7 +78,7 @@ class Floor:
         yield self.head
 
     def run(self) -> None:
-        """One step's worth."""
+        """Run all products of one step."""
         first = min(self.added_layers)
         graphs = []
         for layer, block in enumerate(self.blocks):

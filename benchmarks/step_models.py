@@ -1,4 +1,4 @@
-"""The models of benchmarks/train_step.py: random weights in the shapes that are compared, in both formats."""
+"""The models of benchmarks/train_step.py: random weights in the compared shapes, in both formats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class StepModel:
-    """A LLaMA that is expanded, and the batch of a step."""
+    """A LLaMA to expand, and the batch of a step."""
 
     title: str
     num_layers: int
@@ -103,7 +103,7 @@ def make_checkpoints(folder: Path, model: StepModel) -> None:
 
 
 def tokens_and_labels(model: StepModel, step: int):
-    """Random tokens and the ones that follow them, [batch, seq_length] each; the same for every candidate."""
+    """Return random tokens and their next tokens, [batch, seq_length] each, the same for every candidate."""
     import torch
 
     generator = torch.Generator().manual_seed(SEED + step)
@@ -113,5 +113,5 @@ def tokens_and_labels(model: StepModel, step: int):
 
 
 def trained_names(added_layers: Sequence[int]) -> tuple[str, ...]:
-    """How the names of what trains begin in a Hugging Face checkpoint."""
+    """Return the prefixes of the trainable weights' names in a Hugging Face checkpoint."""
     return tuple(f"model.layers.{layer}." for layer in added_layers)

@@ -1,4 +1,4 @@
-"""What benchmarks/train_step.py measured, as a Markdown table, against what it must reach."""
+"""The measurements of benchmarks/train_step.py as a Markdown table, with the ratios that have a target."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Row:
 
     title: str
     seconds: Sequence[float]
-    """A step of every round."""
+    """One step per round."""
     weight_bytes: int = 0
     peak_bytes: int = 0
-    """Above the weights. Of the floor nothing is measured."""
+    """Above the weights. Not measured for the floor."""
 
 
 def model_shape(model: StepModel) -> ModelShape:
-    """The expanded model in the cost model's terms."""
+    """Return the expanded model's shape for the cost model."""
     config = model.config
     return ModelShape(
         num_layers=model.num_expanded_layers,
@@ -44,7 +44,7 @@ def model_shape(model: StepModel) -> ModelShape:
 
 
 def flop_ratio(model: StepModel) -> float:
-    """Work of the step that trains the added blocks over that of the one that trains everything."""
+    """Return the work of a step that trains the added blocks, divided by that of a step that trains everything."""
     shape = model_shape(model)
     added = step_work(shape, seq_length=model.seq_length, trains=Trains(frozenset(model.added_layers)))
     whole = Trains(frozenset(range(shape.num_layers)), embedding=True, output_layer=True)
@@ -53,12 +53,12 @@ def flop_ratio(model: StepModel) -> float:
 
 
 def time_ratio(row: Row, other: Row) -> float:
-    """Median over rounds of the ratio within a round."""
+    """Return the median over rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(row.seconds, other.seconds, strict=True))
 
 
 def markdown(model: StepModel, rows: Mapping[str, Row], machine: Mapping[str, str]) -> str:
-    """The table, then the ratios that are asked for."""
+    """Return the table and the ratios that have a target."""
     lines = [
         f"### {model.title}, vocabulary {model.config['vocab_size']}, {model.batch_size} × {model.seq_length} tokens, "
         "float32",

@@ -1,7 +1,7 @@
 """One candidate of benchmarks/train_step.py: `step_worker.py CANDIDATE MODEL FOLDER`.
 
-It reads a word a line and answers each with a line of JSON: `step` takes one optimizer step and says its seconds and
-loss; `memory`, as the first word, takes two and says what they needed above the weights.
+It reads one word per line and answers each with a line of JSON. `step` takes one optimizer step and returns its seconds
+and loss. `memory`, as the first word, takes two steps and returns the bytes that they needed above the weights.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch
 from step_models import MODELS, StepModel, tokens_and_labels, trained_names
 
 Step = Callable[[], float]
-"""Take one step; its loss."""
+"""Takes one step and returns its loss."""
 Prepared = tuple[int, Callable[[], Step]]
-"""Bytes of the weights that were loaded, and what makes everything else of a step: optimizer, gradient buffers."""
+"""Bytes of the loaded weights, and a function that makes the rest of a step: optimizer and gradient buffers."""
 
 LEARNING_RATE, CLIP_GRAD = 1e-4, 1.0
 ADAM = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
 def ours(model: StepModel, folder: Path, *, trainable: str = "added_blocks") -> Prepared:
-    """The program's own model, freezing, DDP, optimizer and `train_step`."""
+    """Prepare this program's own model, freezing, DDP, optimizer and `train_step`."""
     from megatron_llamapro.runtime import cpu
     from megatron_llamapro.runtime.distributed import start_model_parallel, start_world
     from megatron_llamapro.runtime.upstream import import_megatron
@@ -93,19 +93,19 @@ def ours(model: StepModel, folder: Path, *, trainable: str = "added_blocks") -> 
 
 
 def ours_everything(model: StepModel, folder: Path) -> Prepared:
-    """The same, nothing frozen."""
+    """Prepare the same with nothing frozen."""
     return ours(model, folder, trainable="everything")
 
 
 def transformers(model: StepModel, folder: Path) -> Prepared:
-    """`LlamaForCausalLM` with SDPA, frozen as LLaMA-Factory does it (`requires_grad` of all but the added blocks; its
-    gradient checkpointing left off), and the optimizer that transformers' Trainer takes by default: torch's AdamW,
-    fused; gradients clipped."""
+    """Prepare `LlamaForCausalLM` with SDPA, frozen as in LLaMA-Factory: no `requires_grad` but for the added blocks,
+    and no gradient checkpointing. The optimizer is transformers' Trainer's default, torch's fused AdamW, with clipped
+    gradients."""
     from transformers import LlamaForCausalLM
 
     net = LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32, attn_implementation="sdpa")
     for name, parameter in net.named_parameters():
-        parameter.data = parameter.data.clone()  # else it may be a mapped file, which no memory is counted for
+        parameter.data = parameter.data.clone()  # a mapped file would not count as memory
         parameter.requires_grad_(name.startswith(trained_names(model.added_layers)))
     net.train()
 
@@ -135,7 +135,7 @@ def transformers(model: StepModel, folder: Path) -> Prepared:
 
 
 def floor(model: StepModel, folder: Path) -> Prepared:
-    """The matrix products and SDPA calls of our step alone, on weights of their own."""
+    """Prepare only the matrix products and SDPA calls of our step, on separate weights."""
     from step_floor import Floor
 
     products = Floor(model)
@@ -160,19 +160,19 @@ def weight_bytes(module: torch.nn.Module) -> int:
 
 
 def resident_bytes() -> dict[str, int]:
-    """VmRSS, VmHWM (the largest VmRSS so far) and RssFile (pages of files, code above all) of this process."""
+    """Return VmRSS, VmHWM (the largest VmRSS so far) and RssFile (pages of files, mostly code) of this process."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[0] in ("VmRSS:", "VmHWM:", "RssFile:")}
 
 
 def peak_above_the_weights(prepare: Callable[[], Step], num_steps: int = 2) -> int:
-    """Peak resident bytes of the first steps, above what is there when the weights are loaded.
+    """Return the peak resident bytes of the first steps, above the resident bytes with only the weights loaded.
 
-    Code that is first touched in a step comes as pages of files, which are taken off.
+    Code that a step touches for the first time adds pages of files. They are subtracted.
     """
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # proc(5): VmHWM starts again from VmRSS
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to VmRSS
     before = resident_bytes()
     step = prepare()
     for _ in range(num_steps):

@@ -1,4 +1,4 @@
-"""Time and memory of one optimizer step: this project's, transformers', and the floor that both stand on.
+"""Measures time and memory of one optimizer step: this project's, transformers', and the floor of both.
 
 python benchmarks/train_step.py --model small|smollm2 [--rounds 15] [--json FILE] [--work_dir DIR]
 python benchmarks/train_step.py --tiny
@@ -29,12 +29,12 @@ CANDIDATES = {
     "floor": "**the floor**: the matrix products and SDPA calls of the first row, nothing else",
 }
 _WARM_UP_STEPS = 3
-# glibc gives every tensor above this size back as soon as it is freed, so that the process holds what is alive.
+# glibc returns every tensor above this size as soon as it is freed, so that the process holds only live tensors.
 _EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 class Worker:
-    """One candidate in a process of its own: it takes a step, or measures its memory, when it is told to."""
+    """One candidate in its own process. On request it takes a step or measures its memory."""
 
     def __init__(self, candidate: str, model: str, folder: Path, *, threads: int, exact_memory: bool = False) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
@@ -48,7 +48,8 @@ class Worker:
             )
 
     def ask(self, what: str) -> dict:
-        """
+        """Send a request and return the answer.
+
         Raises:
             ConfigError: the candidate's process has ended.
         """
@@ -68,7 +69,7 @@ class Worker:
 
 
 def measure_memory(model: str, folder: Path, *, threads: int) -> dict[str, dict]:
-    """Peak of every candidate over its first steps, one after the other, each in a fresh process."""
+    """Measure every candidate's peak over its first steps, one after the other, each in a fresh process."""
     measured = {}
     for candidate in (name for name in CANDIDATES if name != "floor"):
         worker = Worker(candidate, model, folder, threads=threads, exact_memory=True)
@@ -78,9 +79,9 @@ def measure_memory(model: str, folder: Path, *, threads: int) -> dict[str, dict]
 
 
 def measure_time(model: str, folder: Path, *, rounds: int, threads: int) -> dict[str, list[dict]]:
-    """One step of every candidate a round, in turns, so that a slow moment of the machine hits all of them.
+    """Time one step of every candidate per round, in turns, so that a slow moment of the machine affects all of them.
 
-    Only one of them runs at a time; the others wait for their pipe.
+    Only one candidate runs at a time. The others wait on their pipes.
     """
     workers = {candidate: Worker(candidate, model, folder, threads=threads) for candidate in CANDIDATES}
     for worker in workers.values():
@@ -97,13 +98,13 @@ def measure_time(model: str, folder: Path, *, rounds: int, threads: int) -> dict
 
 
 def check_same_losses(steps: dict[str, Sequence[dict]]) -> None:
-    """Ours and transformers' take the same steps on the same weights and tokens: their losses must agree.
+    """Check that our losses and transformers' agree: both take the same steps on the same weights and tokens.
 
-    1e-3 relative: float32 sums in another order, after a few dozen optimizer steps.
+    The tolerance is 1e-3 relative, for float32 sums in another order after a few dozen optimizer steps.
     """
     for ours, theirs in zip(steps["ours"], steps["transformers"], strict=True):
         if abs(ours["loss"] - theirs["loss"]) > 1e-3 * theirs["loss"]:
-            raise ConfigError(f"not the same computation: loss {ours['loss']} here, {theirs['loss']} in transformers")
+            raise ConfigError(f"the computations differ: loss {ours['loss']} here, {theirs['loss']} in transformers")
 
 
 def main() -> int:
@@ -111,20 +112,20 @@ def main() -> int:
     parser = CommandParser(description=__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", choices=[name for name in MODELS if name != "tiny"], default="small")
-    what.add_argument("--tiny", action="store_true", help="a model of a megabyte, two rounds: a check, no measurement")
+    what.add_argument("--tiny", action="store_true", help="quick check: a model of a megabyte, two rounds")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="the table shows medians (default: 15)")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="of every candidate (default: 2)")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="threads of each candidate (default: 2)")
     parser.add_argument(
         "--clock",
         choices=("seconds", "cpu_seconds"),
         default="seconds",
-        help="cpu_seconds, with --threads 1, is of use on a machine that others use too (default: seconds)",
+        help="use cpu_seconds and --threads 1 on a machine that others use too (default: seconds)",
     )
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "train_step", metavar="DIR")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every step as JSON")
     args = parser.parse_args()
     if args.rounds < 1 or args.threads < 1:
-        parser.error("--rounds and --threads: one at least")
+        parser.error("--rounds and --threads must be at least 1")
     name, rounds = ("tiny", 2) if args.tiny else (args.model, args.rounds)
     model: StepModel = MODELS[name]
     folder = args.work_dir / name

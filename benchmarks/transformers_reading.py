@@ -1,8 +1,8 @@
-"""What a version of transformers makes of a config.json. Imports nothing of this package, so that environments without
-it run this file too: `python transformers_reading.py CASES.jsonl READINGS.jsonl`, a configuration a line.
+"""Reads a config.json with a version of transformers. Imports nothing of this package, so that environments without it
+can run this file: `python transformers_reading.py CASES.jsonl READINGS.jsonl`, one configuration per line.
 
-A reading is what the model is (`frequencies` of the rotary embeddings, `shapes` of the weights under the names that the
-file has for them, `logits` on `TOKENS` with `weight`s that depend on their names and shapes only), or `error`.
+A reading describes the model, or is an `error`. It has the `frequencies` of the rotary embeddings, the `shapes` of the
+weights by their names in the file, and the `logits` on `TOKENS`. Each `weight` depends only on its name and shape.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TOKENS = [[5, 3, 60, 1, 1, 17, 42, 8, 33, 2, 50, 21]]
 
 
 def weight(name: str, shape: tuple[int, ...]) -> Any:
-    """A float32 tensor that is the same wherever it is asked for."""
+    """Return a float32 tensor that is the same in every process."""
     import torch
 
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
@@ -27,7 +27,7 @@ def weight(name: str, shape: tuple[int, ...]) -> Any:
 
 
 def frequencies(config: dict) -> list[float]:
-    """Of the rotary embeddings. Raises whatever transformers raises."""
+    """Return the frequencies of the rotary embeddings. Raises whatever transformers raises."""
     with tempfile.TemporaryDirectory() as folder:
         read = _read(config, Path(folder))
     family = read.model_type
@@ -38,8 +38,8 @@ def frequencies(config: dict) -> list[float]:
 
 
 def logits(config: dict, shapes: dict[str, tuple[int, ...]]) -> list:
-    """Of a checkpoint that has these tensors and no others. Raises whatever transformers raises, and ValueError where
-    the model wants others."""
+    """Return the logits of a checkpoint with exactly these tensors. Raises whatever transformers raises, and ValueError
+    if the model needs other tensors."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
@@ -64,18 +64,18 @@ def _read(config: dict, folder: Path) -> Any:
 
 
 def reading(config: dict, shapes: dict | None) -> dict:
-    """Everything of a configuration; the logits only where it is said which tensors there are."""
+    """Return the reading of a configuration. It includes logits only if `shapes` names the tensors."""
     try:
         found: dict = {"frequencies": frequencies(config)}
         if shapes is not None:
             found["logits"] = logits(config, shapes)
         return found
-    except Exception as error:  # whatever a version may raise is its refusal
+    except Exception as error:  # any error of any version counts as a refusal
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
 
 
 def main(cases: str, readings: str) -> None:
-    """Read every line of a file, `{"config": …, "shapes": … or null}`, and write a reading each."""
+    """Read every line of a file, `{"config": …, "shapes": … or null}`, and write one reading per line."""
     import torch
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""Virtual environments of other projects' tools, one each, made when they are first needed. Versions are pinned."""
+"""Virtual environments of other projects' tools, one per tool, made on first use. Versions are pinned."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from pathlib import Path
 
 from megatron_llamapro.config.errors import ConfigError
 
-# Installed first and alone: what comes after finds it there, and pulls no CUDA build of several gigabytes.
+# Installed first and alone, so that the other packages find it and do not pull a CUDA build of several gigabytes.
 TORCH = "torch==2.13.0"
 _READY = ".ready"
 
 
 @dataclass(frozen=True)
 class Venv:
-    """What an environment holds besides torch."""
+    """An environment's packages besides torch."""
 
     packages: tuple[str, ...]
-    """Installed with what they need."""
+    """Installed with their dependencies."""
     bare_packages: tuple[str, ...] = ()
-    """Installed without: what they need cannot be had without CUDA, or is not needed here."""
+    """Installed without dependencies: those need CUDA, or are not needed here."""
     left_out: tuple[str, ...] = ()
-    """Removed afterwards: named by a package, not needed for text, and built for another torch."""
+    """Removed afterwards: dependencies that text does not need and that are built for another torch."""
 
     @property
     def pins(self) -> tuple[str, ...]:
-        """Everything that is pinned."""
+        """All pinned packages."""
         return (TORCH, *self.bare_packages, *self.packages)
 
 
@@ -51,11 +51,11 @@ _BRIDGE = Venv(
         "tensorboard==2.21.0",
         "wandb==0.31.0",
     ),
-    # Transformer Engine, mamba-ssm, flash-linear-attention and causal-conv1d, which it names, are built with CUDA only.
+    # Its dependencies Transformer Engine, mamba-ssm, flash-linear-attention and causal-conv1d build with CUDA only.
     bare_packages=("megatron-bridge==0.3.1", "megatron-core==0.16.1", "nvidia-modelopt==0.47.0", "triton==3.9.0"),
 )
 
-# A folder whose tokenizer is a sentencepiece model, as Llama 2's, is read with these.
+# Needed to read a folder whose tokenizer is a sentencepiece model, like Llama 2's.
 _TOKENIZER = ("sentencepiece==0.2.3", "protobuf==7.36.2")
 
 VENVS = {
@@ -71,10 +71,10 @@ VENVS = {
 
 
 def python_of(name: str, folder: Path) -> Path:
-    """The interpreter of an environment below `folder`, made if it is not there or was made of other versions.
+    """Return the interpreter of an environment below `folder`. Make it if it does not exist or has other versions.
 
     Raises:
-        ConfigError: pip could not install what it holds; the text is pip's last line.
+        ConfigError: pip could not install a package. The text is pip's last line.
     """
     venv, place = VENVS[name], (folder / name).absolute()
     ready, python = place / _READY, place / "bin" / "python"

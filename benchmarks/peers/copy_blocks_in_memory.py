@@ -1,7 +1,7 @@
-"""The paper's method (arXiv 2401.02415, section 3.2) as it describes it, for comparison: the whole model in memory.
+"""The method as the paper describes it (arXiv 2401.02415, section 3.2), for comparison: the whole model in memory.
 
-The model is loaded with transformers, blocks are copied with their two output projections set to zero, and the result
-is saved. Runs in the project's own environment (torch and transformers, as pinned in requirements.txt):
+It loads the model with transformers, copies blocks with their two output projections set to zero, and saves the
+result. It runs in the project's own environment (torch and transformers, as pinned in requirements.txt):
 
 python benchmarks/peers/copy_blocks_in_memory.py --source HF_DIR --target HF_DIR --num_added_blocks N
 """
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 
 def identity_copy(block: torch.nn.Module) -> torch.nn.Module:
-    """A block that adds nothing to the residual stream."""
+    """Return a copy of a block that adds nothing to the residual stream."""
     added = copy.deepcopy(block)
     with torch.no_grad():
         added.self_attn.o_proj.weight.zero_()
@@ -26,7 +26,7 @@ def identity_copy(block: torch.nn.Module) -> torch.nn.Module:
 
 
 def main() -> None:
-    """Load, copy a block behind every group of blocks, save."""
+    """Load, add a copied block after every group of blocks, and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--target", type=Path, required=True)
@@ -34,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.source, dtype="auto")
     blocks = list(model.model.layers)
-    # The paper divides the blocks into equal groups; where the count does not divide, groups differ by one block.
+    # The paper divides the blocks into equal groups. If the count does not divide, groups differ by one block.
     ends = {len(blocks) * group // args.num_added_blocks - 1 for group in range(1, args.num_added_blocks + 1)}
     layers = []
     for index, block in enumerate(blocks):

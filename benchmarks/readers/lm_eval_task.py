@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: a local task through its Hugging Face model; the export scores what the original scores."""
+"""lm-evaluation-harness: on a local task with its Hugging Face model, the export scores the same as the original."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ metric_list:
 
 
 def write_task(folder: Path) -> None:
-    """Three questions and the task's description."""
+    """Write three questions and the task's description."""
     rows = ({"question": question, "choices": choices, "answer": answer} for question, choices, answer in _QUESTIONS)
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / f"{_TASK}.yaml").write_text(_YAML.format(task=_TASK, data=folder / "questions.jsonl"))
 
 
 def likelihoods(model: Path, folder: Path) -> list[float]:
-    """Of every choice of every question."""
+    """Return the log-likelihood of every choice of every question."""
     found = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(model), "dtype": "float32"},
@@ -53,7 +53,7 @@ def likelihoods(model: Path, folder: Path) -> list[float]:
 
 
 def main() -> None:
-    """Score both models."""
+    """Score both models, and compare."""
     args = folders(__doc__)
     write_task(args.work_dir)
     original, expanded = (likelihoods(model, args.work_dir) for model in (args.original, args.expanded))

@@ -1,5 +1,5 @@
-"""Megatron-Bridge: its loader reads the converter's torch_dist folder, and finds in every weight what its own import of
-the same model from Hugging Face's format makes. Runs like peers/megatron_bridge_import.py."""
+"""Megatron-Bridge: its loader reads the converter's torch_dist folder. Every weight equals the result of its own import
+of the same model from Hugging Face's format. Runs like peers/megatron_bridge_import.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_llamapro.runtime import cpu
 
 
 def main() -> None:
-    """Load both ways, compare."""
+    """Load both ways, and compare."""
     args = folders(__doc__)
     cpu.install()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -1,11 +1,11 @@
-"""Megatron-LM's own loader on a converted checkpoint: its arguments, its model, `load_checkpoint`; then the logits.
+"""Loads a converted checkpoint with Megatron-LM's own arguments, model and `load_checkpoint`, and compares the logits.
 
 PYTHONPATH=MEGATRON_LM_CLONE:. torchrun --nproc-per-node TP×PP benchmarks/readers/megatron_lm_load.py \
     --checkpoint DIR --expanded HF_DIR [--tp N] [--pp N] [--stage_layers 1,2,2,1] [--sizes_from_checkpoint]
 
 DIR is a torch_dist or legacy checkpoint as the converter writes it, or any folder with
 latest_checkpointed_iteration.txt. Layers are those of Megatron-LM's local specification, which need no Transformer
-Engine. The load is strict: where Megatron-LM would fall back to one that is not, this fails.
+Engine. The load is strict: if Megatron-LM falls back to a load that is not strict, this script fails.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_llamapro.runtime import cpu, upstream
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 
-# config.json's fields and Megatron-LM's options of the same meaning.
+# Fields of config.json → Megatron-LM's options with the same meaning.
 _FROM_CONFIG = {
     "num_hidden_layers": "--num-layers",
     "hidden_size": "--hidden-size",
@@ -38,20 +38,20 @@ _FROM_CONFIG = {
     "max_position_embeddings": "--max-position-embeddings",
     "rms_norm_eps": "--norm-epsilon",
 }
-# The same of models that have experts.
+# The same for models with experts.
 _FROM_CONFIG_OF_EXPERTS = {"num_local_experts": "--num-experts", "num_experts_per_tok": "--moe-router-topk"}
 _LLAMA = (
     "--group-query-attention --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
     "--attention-dropout 0 --hidden-dropout 0"
 )
-# With --use-checkpoint-args Megatron-LM takes all of the above from a legacy checkpoint, but this one.
+# With --use-checkpoint-args, Megatron-LM takes all of the above from a legacy checkpoint except this one.
 _NEVER_FROM_CHECKPOINT = "rms_norm_eps"
 # Kernels that need a GPU, Apex or Transformer Engine.
 _CPU = (
     "--transformer-impl local --distributed-backend gloo --no-persist-layer-norm --no-masked-softmax-fusion "
     "--no-gradient-accumulation-fusion --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion"
 )
-# What a run must say although nothing is trained.
+# Required options, although nothing is trained.
 _RUN = "--micro-batch-size 1 --lr 1e-4 --train-iters 1 --tokenizer-type NullTokenizer --mock-data"
 _LOAD = "--no-load-optim --no-load-rng --exit-on-missing-checkpoint"
 
@@ -66,8 +66,8 @@ def arguments(
     divisible_by: int,
     sizes_from_checkpoint: bool,
 ) -> list[str]:
-    """Megatron-LM's command line for a model with this config.json."""
-    # NullTokenizer adds one token to the size that it is told; what is padded is rounded up again.
+    """Return Megatron-LM's command line for a model with this config.json."""
+    # NullTokenizer adds one token to the given size. The padded size is rounded up again.
     vocabulary = ["--vocab-size", str(config["vocab_size"] - 1), "--make-vocab-size-divisible-by", str(divisible_by)]
     split = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
     if stage_layers:  # its own notation: Et|tt|tt|tL
@@ -86,7 +86,7 @@ def arguments(
 
 
 def as_release(checkpoint: Path, folder: Path) -> Path:
-    """A folder that Megatron-LM takes `checkpoint` from: it looks for a tracker file, and for the folder it names."""
+    """Return a folder that Megatron-LM loads `checkpoint` from. It reads a tracker file, and the folder named in it."""
     if (checkpoint / _TRACKER).is_file():
         return checkpoint
     (folder / "release").symlink_to(checkpoint.absolute(), target_is_directory=True)
@@ -96,12 +96,12 @@ def as_release(checkpoint: Path, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def only_strictly() -> Iterator[None]:
-    """`load_checkpoint` loads again without a look at the keys where a strict load fails: here that is an error."""
+    """Make it an error that `load_checkpoint` loads again without checking keys after a strict load has failed."""
     load = torch.nn.Module.load_state_dict
 
     def load_strictly(module: torch.nn.Module, state: dict, strict: bool = True, assign: bool = False):
         if not strict:
-            raise RuntimeError("Megatron-LM falls back to a load that is not strict; its reason stands above")
+            raise RuntimeError("Megatron-LM falls back to a load that is not strict; see its reason above")
         return load(module, state, strict=True, assign=assign)
 
     torch.nn.Module.load_state_dict = load_strictly
@@ -112,7 +112,7 @@ def only_strictly() -> Iterator[None]:
 
 
 def load_with_megatron_lm(command_line: list[str]) -> list[torch.nn.Module]:
-    """This rank's part of the model, filled by `megatron.training.checkpointing.load_checkpoint`."""
+    """Return this rank's part of the model, loaded by `megatron.training.checkpointing.load_checkpoint`."""
     sys.argv = ["pretrain_gpt.py", *command_line]
     from gpt_builders import gpt_builder
     from megatron.training import get_model, initialize
@@ -121,12 +121,12 @@ def load_with_megatron_lm(command_line: list[str]) -> list[torch.nn.Module]:
 
     upstream.import_megatron()
     cpu.install()
-    torch.cuda.device_count = lambda: 1  # without a device it makes no model-parallel groups
-    torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(major=9)  # asked at TP > 1
+    torch.cuda.device_count = lambda: 1  # without a device, Megatron-LM makes no model-parallel groups
+    torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(major=9)  # read if TP > 1
     initialize._compile_dependencies = lambda: None  # CUDA kernels, and a compiler for datasets
     initialize.initialize_megatron(allow_no_cuda=True)
     model = get_model(functools.partial(model_provider, gpt_builder), wrap_with_ddp=False)
-    for chunk in model:  # so that a weight that is not loaded shows
+    for chunk in model:  # so that a weight that is not loaded is noticed
         for parameter in chunk.parameters():
             torch.nn.init.constant_(parameter, torch.nan)
     with only_strictly():
@@ -135,7 +135,7 @@ def load_with_megatron_lm(command_line: list[str]) -> list[torch.nn.Module]:
 
 
 def whole_logits(model: list[torch.nn.Module], tokens: torch.Tensor) -> torch.Tensor | None:
-    """Logits of `tokens` [b, s] → [b, s, padded vocabulary] on ranks of the last stage, None on the others."""
+    """Return the logits [b, s, padded vocabulary] of `tokens` [b, s] on the last stage's ranks, else None."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
@@ -162,7 +162,7 @@ def whole_logits(model: list[torch.nn.Module], tokens: torch.Tensor) -> torch.Te
 
 
 def main() -> None:
-    """Load, compare with transformers on the last stage, say so on one rank."""
+    """Load, compare with transformers on the last stage, and report on one rank."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--expanded", type=Path, required=True, help="the same model in Hugging Face's format")
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--stage_layers", type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
     parser.add_argument(
-        "--sizes_from_checkpoint", action="store_true", help="tell Megatron-LM no sizes (--use-checkpoint-args)"
+        "--sizes_from_checkpoint", action="store_true", help="give Megatron-LM no sizes (--use-checkpoint-args)"
     )
     args = parser.parse_args()
     config = json.loads((args.expanded / "config.json").read_text())
@@ -200,7 +200,7 @@ def main() -> None:
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         difference = (logits - expected).abs().max().item()
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            how = "sizes from the checkpoint" if args.sizes_from_checkpoint else "sizes told"
+            how = "sizes from the checkpoint" if args.sizes_from_checkpoint else "sizes given"
             where = f"TP {args.tp} × PP {args.pp}" + (f", layers {args.stage_layers}" if args.stage_layers else "")
             proved(f"{where}, {how}: logits differ from transformers' by {difference:.1g} at most")
     torch.distributed.barrier()

@@ -1,4 +1,4 @@
-"""mergekit: a passthrough merge of the export gives its tensors back, bit for bit."""
+"""mergekit: a passthrough merge of the export returns the same tensors, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ slices:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Of all shards."""
+    """Return the tensors of all shards."""
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def main() -> None:
-    """Merge, compare."""
+    """Merge, and compare."""
     args = folders(__doc__)
     recipe, merged = args.work_dir / "recipe.yaml", args.work_dir / "merged"
     num_layers = json.loads((args.expanded / "config.json").read_text())["num_hidden_layers"]

@@ -1,4 +1,4 @@
-"""PEFT: LoRA on every block of the export; the outputs before are the original model's, and a step of it learns."""
+"""PEFT: LoRA on every block of the export. Before training the outputs equal the original's, and a few steps learn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    """Attach, compare with the original, run a few steps."""
+    """Add LoRA, compare with the original, and run a few steps."""
     args = folders(__doc__)
     tokens = AutoTokenizer.from_pretrained(args.expanded)("The quick brown fox", return_tensors="pt").input_ids
     original = AutoModelForCausalLM.from_pretrained(args.original, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""transformers: the export computes what the original does, bit for bit, and decodes the same with a cache."""
+"""transformers: the export gives the original's logits, bit for bit, and decodes the same tokens with a cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    """Compare logits, then greedy decoding."""
+    """Compare logits, and then greedy decoding."""
     args = folders(__doc__)
     tokens = AutoTokenizer.from_pretrained(args.expanded)("The quick brown fox", return_tensors="pt").input_ids
     original, expanded = (

@@ -1,4 +1,4 @@
-"""vLLM, its build for the CPU: loads the export and gives the log-probabilities that transformers gives."""
+"""vLLM, in its CPU build: it loads the export and gives the same log-probabilities as transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TOKENS = list(range(3, 35))
 
 
 def main() -> None:
-    """Decode greedily with both."""
+    """Compute log-probabilities with both, and compare."""
     args = folders(__doc__)
     reference = AutoModelForCausalLM.from_pretrained(args.expanded, dtype=torch.float32)
     with torch.no_grad():

@@ -87,7 +87,7 @@ def draw(results: dict[str, dict], path: Path, *, steps: int) -> None:
         axis.set(title=title, xlabel="step")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="0.92")
-    axes[0].set_ylabel("held-out loss, nats a token")
+    axes[0].set_ylabel("held-out loss, nats per token")
     axes[0].legend(frameon=False)
     figure.suptitle(f"SmolLM2-135M post-pretrained on C++ for {steps} steps of 1,024 tokens")
     figure.savefig(path, dpi=150)
@@ -110,7 +110,7 @@ def show(report: dict) -> None:
     for name, key, form in (
         ("trainable parameters", "trainable_parameters", "{:,}"),
         ("trainable share", "trainable_share", "{:.1%}"),
-        ("tokens a second, median", "tokens_per_second_median", "{:,.0f}"),
+        ("tokens/s, median", "tokens_per_second_median", "{:,.0f}"),
     ):
         table.add_row(name, *(form.format(methods[method][key]) for method in METHODS))
     console.print(table)

@@ -80,16 +80,14 @@ def describe_model(checkpoint: Path, *, hf_config: Path | None, expansion: Expan
 
 
 MAX_WORLD_SIZE = 4096
-"""Of a dry run."""
+"""The largest world of a dry run."""
 
 
 def check_runs_dry(config: RunConfig, model: DescribedModel, world_size: int) -> None:
-    """Raise `ConfigError` where the job could not start, or cannot run without data."""
+    """Raise `ConfigError` if the job could not start, or cannot run without data."""
     if not 1 <= world_size <= MAX_WORLD_SIZE:
-        raise ConfigError(f"--world_size is {world_size}: it is from 1 to {MAX_WORLD_SIZE:,}")
+        raise ConfigError(f"--world_size is {world_size}: it must be from 1 to {MAX_WORLD_SIZE:,}")
     if model.shape.is_moe:
-        raise ConfigError(
-            "a model with experts cannot run dry: which of them a token goes through is known from data only"
-        )
+        raise ConfigError("a model with experts cannot run dry: only data decides which experts a token goes through")
     data_parallel_size(config, world_size)
     check_fits(config, model.shape, model.plan)

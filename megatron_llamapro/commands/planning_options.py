@@ -23,13 +23,13 @@ def add_job_options(parser: CommandParser) -> None:
 def add_duration_options(parser: CommandParser) -> None:
     """Add what is assumed of a rank and of the run, and --output."""
     parser.add_argument(
-        "--tokens", type=float, default=TOKENS, metavar="N", help="to train on (default: the paper's 80e9)"
+        "--tokens", type=float, default=TOKENS, metavar="N", help="training tokens (default: the paper's 80e9)"
     )
     parser.add_argument(
-        "--peak_tflops", type=float, default=PEAK_TFLOPS, metavar="N", help="of a rank (default: H100, bf16)"
+        "--peak_tflops", type=float, default=PEAK_TFLOPS, metavar="N", help="peak of a rank (default: H100, bf16)"
     )
     parser.add_argument(
-        "--efficiency", type=float, default=EFFICIENCY, metavar="PART", help="of the peak that a block reaches"
+        "--efficiency", type=float, default=EFFICIENCY, metavar="PART", help="part of the peak that a block reaches"
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE.yaml", help="write the best one, as a further --config of the run"
@@ -41,4 +41,4 @@ def check_duration_options(args: argparse.Namespace) -> None:
     check_positive(args, "world_size", "peak_tflops", "efficiency", "tokens")
     check_can_hold(args.output)
     if args.efficiency > 1:
-        raise ConfigError(f"--efficiency is {args.efficiency:g}: it is a part of 1, e.g. 0.4")
+        raise ConfigError(f"--efficiency is {args.efficiency:g}: it must be at most 1, e.g. 0.4")

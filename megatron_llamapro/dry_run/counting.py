@@ -1,4 +1,4 @@
-"""What a step executes, holds and sends, counted op by op as torch runs it; exact, on real tensors or on fake ones."""
+"""Counts what a step executes, holds and sends, op by op as torch runs it. Exact on real and on fake tensors."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from torch.utils.flop_counter import flop_registry
 
 
 class Kind(str, Enum):
-    """What bytes are held for."""
+    """The purpose of held bytes."""
 
     WEIGHTS = "weights"
     GRADIENTS = "gradients"
-    """The buffers that gradients are summed and reduced in."""
+    """The buffers in which gradients are summed and reduced."""
     MASTER = "master weights"
     MOMENTS = "optimizer moments"
     ACTIVATIONS = "activations"
     """Made by a forward pass."""
     TEMPORARY = "temporary"
-    """Made by a backward pass, what is recomputed in it as well, or by the update."""
+    """Made by a backward pass, including its recomputation, or by the update."""
 
 
 class Product(str, Enum):
-    """What FLOPs are executed for."""
+    """The purpose of executed FLOPs."""
 
     FORWARD = "forward"
     RECOMPUTED = "recomputed"
@@ -42,15 +42,15 @@ class Product(str, Enum):
     ATTENTION_BACKWARD = "attention backward"
 
 
-# Fused attention, by the name of its op on CUDA and on the CPU: the factor of its forward pass' FLOPs.
+# Names of fused attention ops on CUDA and on the CPU → FLOPs as a multiple of the forward pass.
 _ATTENTION = {
     f"_scaled_dot_product_{kernel}{backward}": 2.0 if backward else 1.0
     for kernel in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
     for backward in ("", "_backward")
 }
 
-# Collectives by the name of their op: what one of them is called in a report. Messages between stages are not here:
-# who calls them knows what they carry.
+# Names of collective ops → their names in a report. Messages between stages are counted elsewhere, by the caller that
+# knows their content.
 _COLLECTIVES = {
     "allreduce_": "all-reduce",
     "allreduce_coalesced_": "all-reduce",
@@ -78,11 +78,11 @@ class HeldMemory:
 
 @dataclass
 class Counts:
-    """What was counted."""
+    """The results of counting."""
 
     flops: Counter[Product] = field(default_factory=Counter)
-    """A multiply-add is 2. Causal attention is counted once; a backward pass of it as two forward ones, although
-    fused kernels compute its scores once more."""
+    """A multiply-add is 2. Causal attention is counted once. Its backward pass counts as two forward passes, although
+    fused kernels compute the scores once more."""
     sent_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
     """By group and collective: bytes of the larger of a collective's two buffers, on this rank."""
     peak_bytes: int = 0
@@ -92,8 +92,8 @@ class Counts:
 
 
 class CountingMode(TorchDispatchMode):
-    """Counts what runs inside it. Memory that was there before is known by `hold`; `snapshot_at` is the number of an
-    op after which everything held is noted in `snapshot`."""
+    """Counts the ops that run inside it. Register existing memory with `hold`. After op number `snapshot_at`,
+    `snapshot` lists everything that is held."""
 
     def __init__(self, *, group_names: Mapping[str, str] | None = None, snapshot_at: int | None = None) -> None:
         super().__init__()
@@ -107,16 +107,16 @@ class CountingMode(TorchDispatchMode):
         self.snapshot: list[HeldMemory] = []
 
     def hold(self, tensors: Iterable[torch.Tensor], kind: Kind) -> None:
-        """Note memory that is there already."""
+        """Register memory that already exists."""
         for tensor in tensors:
             self._hold(tensor, kind, "")
 
     def begin_update(self) -> None:
-        """All gradients are there: what is made from now on is the update's."""
+        """Count all memory made from now on as the update's. Call this when all gradients exist."""
         self.updating = True
 
     def know_weights(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Products with these count as forward or input gradient, all others as weight gradient."""
+        """Register weights: products with them count as forward or input gradient, all others as weight gradient."""
         for parameter in parameters:
             if parameter.dim() == 2:
                 self.weights[_address(parameter)] = parameter.shape
@@ -136,8 +136,8 @@ class CountingMode(TorchDispatchMode):
         return result
 
     def _product(self, args: tuple) -> Product:
-        """A linear layer's weight is stored [out, in]: the forward pass multiplies by its transpose, the input
-        gradient by itself, and the weight gradient is a product of two other tensors."""
+        """Return the purpose of a product. A linear's weight is stored [out, in]: the forward pass multiplies by its
+        transpose, the input gradient by the weight itself, and the weight gradient by neither."""
         for tensor in tree_leaves(args):
             shape = self.weights.get(_address(tensor)) if isinstance(tensor, torch.Tensor) else None
             if shape is not None:
@@ -194,15 +194,15 @@ class CountingMode(TorchDispatchMode):
         self.by_kind[freed.kind] -= freed.num_bytes
 
     def largest(self) -> Iterator[tuple[int, int, HeldMemory]]:
-        """The snapshot's pieces, alike ones together: how many, their bytes, one of them."""
+        """Yield the snapshot's pieces, equal ones grouped: their number, their total bytes, one of them."""
         alike = Counter(self.snapshot)
         for held, number in sorted(alike.items(), key=lambda item: -item[0].num_bytes * item[1]):
             yield number, number * held.num_bytes, held
 
 
 class SavedActivations:
-    """Counts what autograd keeps from a forward pass to the backward pass while `hooks` are on: every piece of memory
-    once, weights not, nor what is recomputed."""
+    """Counts the bytes that autograd keeps for the backward pass while `hooks` are on. Each piece of memory counts
+    once; weights and recomputed tensors do not count."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         self.num_bytes = 0
@@ -219,15 +219,15 @@ class SavedActivations:
 
 
 def _address(tensor: torch.Tensor) -> int:
-    """Of the memory behind a tensor, also where there is none in truth (a fake tensor's)."""
+    """Return an id of a tensor's memory. A fake tensor, which has no real memory, has one too."""
     return tensor.untyped_storage()._cdata
 
 
 def _is_transposed(matrix: torch.Tensor) -> bool:
-    """Whether the last two dimensions of a stored [out, in] come the other way round."""
+    """Return whether the last two dimensions of a stored [out, in] are swapped."""
     return matrix.stride(-2) < matrix.stride(-1)
 
 
 def _in_backward() -> bool:
-    """Whether a backward pass runs. A forward product inside it is a recomputed one."""
+    """Return whether a backward pass is running. A forward product inside it is recomputation."""
     return torch._C._current_graph_task_id() != -1

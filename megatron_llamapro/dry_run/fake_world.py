@@ -1,7 +1,7 @@
-"""One rank of any world, on tensors without data: nothing is computed, sent or allocated, everything is known.
+"""One rank of any world, on tensors without data: nothing is computed, sent or allocated, but every shape is known.
 
-torch's fake tensors and its fake process group do the work; the table below says where megatron.core 0.16.1 looks into
-data, or asks for a collective that has no fake kernel. It is applied while the fake world stands, and undone.
+torch's fake tensors and its fake process group do the work. The table below replaces the calls in which megatron.core
+0.16.1 reads data, or uses a collective without a fake kernel. It applies only while the fake world exists.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from megatron_llamapro.runtime.cpu import Substitution
 
 @contextlib.contextmanager
 def fake_world(rank: int, world_size: int) -> Iterator[FakeTensorMode]:
-    """Inside it this process is `rank` of `world_size`, and every new tensor is fake. No other world may be started."""
-    # Compiled kernels would be launched on pointers to nothing, where there is a GPU.
+    """Make this process `rank` of `world_size`, and every new tensor fake. No other world may be started inside."""
+    # On a GPU, compiled kernels would be launched on invalid pointers.
     with _substituted(table()), torch.compiler.set_stance("force_eager"):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
@@ -36,7 +36,7 @@ def fake_world(rank: int, world_size: int) -> Iterator[FakeTensorMode]:
 
 @contextlib.contextmanager
 def watched_messages(bytes_by_direction: Counter[str]) -> Iterator[None]:
-    """Count what this rank sends to other stages: `activations` to the next one, `gradients` to the one before."""
+    """Count the bytes that this rank sends to other stages: `activations` to the next, `gradients` to the previous."""
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
     def watching(communicate):
@@ -48,18 +48,18 @@ def watched_messages(bytes_by_direction: Counter[str]) -> Iterator[None]:
 
         return counted
 
-    row = Substitution(P2PCommunicator, "_communicate", watching, "only it knows what a message carries")
+    row = Substitution(P2PCommunicator, "_communicate", watching, "only this method knows the content of a message")
     with _substituted([row]):
         yield
 
 
 def table() -> list[Substitution]:
-    """All substitutions."""
+    """Return all substitutions."""
     return [*_tensor_rows(), *_distributed_rows(), *_megatron_rows()]
 
 
 def _tensor_rows() -> list[Substitution]:
-    """Where the program asks for a value: token counts, gradient norms, steps. 1 is as good as any."""
+    """Replace reads of values: token counts, gradient norms, steps. 1 is as good as any value."""
     values = {
         "item": lambda self: 1.0 if self.is_floating_point() else 1,
         "tolist": lambda self: _ones(self.shape, 1.0 if self.is_floating_point() else 1),
@@ -67,7 +67,7 @@ def _tensor_rows() -> list[Substitution]:
         "__float__": lambda self: 1.0,
         "__int__": lambda self: 1,
     }
-    return [Substitution(FakeTensor, name, _instead(value), "there is no value") for name, value in values.items()]
+    return [Substitution(FakeTensor, name, _instead(value), "it has no value") for name, value in values.items()]
 
 
 def _ones(shape: Sequence[int], one: float) -> object:
@@ -78,7 +78,7 @@ def _distributed_rows() -> list[Substitution]:
     return [
         Substitution(dist, "new_group", _fake_group, "parallel_state asks for gloo and NCCL groups"),
         Substitution(dist, "all_gather_object", _instead(_all_say_the_same), "param groups, error exchange"),
-        Substitution(dist, "barrier", _instead(lambda *args, **kwargs: None), "nobody to wait for"),
+        Substitution(dist, "barrier", _instead(lambda *args, **kwargs: None), "no rank to wait for"),
     ]
 
 
@@ -118,7 +118,7 @@ def _all_say_the_same(objects: list, mine: object, group: object = None) -> None
 
 
 class _NoHandle:
-    """What a coalescing manager gives to wait for."""
+    """The handle of a coalescing manager, with nothing to wait for."""
 
     def wait(self) -> None:
         pass
@@ -131,7 +131,7 @@ def _one_by_one(group: object, async_ops: bool = False) -> Iterator[_NoHandle]:
 
 @contextlib.contextmanager
 def _substituted(rows: Sequence[Substitution]) -> Iterator[None]:
-    """The rows applied, and undone in the end."""
+    """Apply the rows, and undo them at the end."""
     absent = object()
     before = [vars(row.owner).get(row.name, absent) for row in rows]
     for row in rows:

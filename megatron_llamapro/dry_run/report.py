@@ -1,4 +1,4 @@
-"""What dry runs found, for people and for programs, beside the arithmetic of planning/flops.py."""
+"""Reports of dry runs, for people and for programs, next to the arithmetic of planning/flops.py."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megatron_llamapro.dry_run.run import RankReport
 from megatron_llamapro.planning.job import job_of
 from megatron_llamapro.training.report import work_per_token
 
-_SCALARS = 4096  # bytes: norms, losses and counts that ranks agree on; not worth a line
+_SCALARS = 4096  # bytes: smaller collectives carry norms, losses and counts, and get no line
 
 
 def to_json(
     config: RunConfig, model: DescribedModel, reports: Sequence[RankReport], *, world_size: int
 ) -> dict[str, object]:
-    """Bytes and FLOPs as they were counted; FLOPs are of a token, messages of a micro-batch, the rest of a step."""
+    """Return counted bytes and FLOPs: FLOPs per token, messages per micro-batch, all else per step."""
     arithmetic = arithmetic_of(config, model, world_size=world_size)
     return {
         "world_size": world_size,
@@ -32,7 +32,7 @@ def to_json(
 
 
 def rank_json(report: RankReport, arithmetic: Arithmetic) -> dict[str, object]:
-    """One rank's figures."""
+    """Return one rank's figures for programs."""
     counts = report.counts
     return {
         "rank": report.rank,
@@ -58,7 +58,7 @@ def rank_json(report: RankReport, arithmetic: Arithmetic) -> dict[str, object]:
 
 
 def heading(config: RunConfig, model: DescribedModel, *, world_size: int) -> str:
-    """What is run dry."""
+    """Return the layout and the sizes of the job as text."""
     parallel = config.parallel
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     return (
@@ -70,19 +70,19 @@ def heading(config: RunConfig, model: DescribedModel, *, world_size: int) -> str
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What the cost model says of one rank."""
+    """The cost model's figures for one rank."""
 
     held_bytes: float
     """Weights, gradients, master weights and moments."""
     saved_bytes: float
     """Activations that a micro-batch keeps for its backward pass."""
     flops_per_token: float
-    """What is recomputed, too."""
+    """Includes recomputation."""
 
 
 def arithmetic_of(config: RunConfig, model: DescribedModel, *, world_size: int) -> list[Arithmetic]:
-    """By stage, for any of its ranks (planning/job.py)."""
-    tokens = config.training.micro_batch_size * config.data.seq_length  # so that a second is a FLOP a token
+    """Return the cost model's figures by stage, equal for all of a stage's ranks (planning/job.py)."""
+    tokens = config.training.micro_batch_size * config.data.seq_length  # so that a second is a FLOP per token
     job = job_of(config, model.shape, model.plan, world_size=world_size, flops_per_second=tokens)
     chunks = job.chunks(stage_layers(config.parallel, model.shape.num_layers))
     return [
@@ -96,29 +96,29 @@ def arithmetic_of(config: RunConfig, model: DescribedModel, *, world_size: int) 
 
 
 def describe(config: RunConfig, report: RankReport, arithmetic: Arithmetic, *, world_size: int) -> str:
-    """One rank's figures as text."""
+    """Return one rank's figures as text."""
     alike = world_size // config.parallel.pipeline_model_parallel_size
     stage, counts, held = report.stage_report, report.counts, report.held_bytes
     trainable = ", ".join(map(str, stage.trainable_layers)) or "none"
     lines = [
-        f"stage {report.stage}, rank {report.rank} for its {alike} alike: {stage.num_layers} blocks, trainable in "
+        f"stage {report.stage}, rank {report.rank} of {alike} equal ranks: {stage.num_layers} blocks, trainable in "
         f"{trainable}; {stage.num_trainable:,} of {stage.num_parameters:,} parameters",
         f"  held      {binary_size(sum(held.values()))}: {_kinds(held)}",
         f"  peak      {binary_size(counts.peak_bytes)}: {_kinds(counts.peak_by_kind)}",
     ]
     lines.append(f"  keeps     {binary_size(report.saved_bytes)} of activations for the backward pass of a micro-batch")
     flops = [f"{product.value} {count / report.tokens / 1e9:.2f}" for product, count in counts.flops.items()]
-    lines.append(f"  executes  {counts.flops.total() / report.tokens / 1e9:.2f} GFLOP a token: {', '.join(flops)}")
+    lines.append(f"  executes  {counts.flops.total() / report.tokens / 1e9:.2f} GFLOP per token: {', '.join(flops)}")
     sent = [
         f"{group} {what} {binary_size(size)}" for (group, what), size in counts.sent_bytes.items() if size > _SCALARS
     ]
     lines.append(f"  a step    {', '.join(sent) or 'nothing reduced or gathered'}")
     if config.parallel.pipeline_model_parallel_size > 1:
         sizes = [f"{what} {binary_size(size)}" for what, size in messages(report).items()]
-        lines.append(f"  messages  a micro-batch: {', '.join(sizes)}")
+        lines.append(f"  messages  per micro-batch: {', '.join(sizes)}")
     lines.append(
         f"  the cost model: holds {binary_size(arithmetic.held_bytes)}, "
-        f"keeps {binary_size(arithmetic.saved_bytes)}, executes {arithmetic.flops_per_token / 1e9:.2f} GFLOP a token"
+        f"keeps {binary_size(arithmetic.saved_bytes)}, executes {arithmetic.flops_per_token / 1e9:.2f} GFLOP per token"
     )
     for number, size, held in report.largest:
         lines.append(f"  {number:>7} x {held.label} ({held.kind.value}): {binary_size(size)}")
@@ -130,24 +130,24 @@ def _kinds(sizes: Mapping[Kind, int]) -> str:
 
 
 def messages(report: RankReport) -> dict[str, float]:
-    """Bytes a micro-batch, to the next stage and to the one before."""
+    """Return bytes per micro-batch, sent to the next stage and to the previous one."""
     return {what: report.message_bytes.get(what, 0) / report.num_microbatches for what in ("activations", "gradients")}
 
 
 def first_of_stages(reports: Sequence[RankReport]) -> list[RankReport]:
-    """One report a stage."""
+    """Return one report per stage."""
     return list({report.stage: report for report in reversed(reports)}.values())
 
 
 def total_line(config: RunConfig, model: DescribedModel, reports: Sequence[RankReport]) -> str:
-    """What all stages execute, beside the arithmetic; says what is missing where not every stage was run."""
+    """Return the line that compares all stages' work with the arithmetic, or a hint if a stage was not run."""
     if len(first_of_stages(reports)) < config.parallel.pipeline_model_parallel_size:
         return "not every stage was run: --ranks all shows the whole model's work"
     counted = sum(_without_recomputed(report) / report.tokens for report in first_of_stages(reports))
     arithmetic = work_per_token(config, model.shape, model.plan).total
     counted *= config.parallel.tensor_model_parallel_size
     return (
-        f"all stages execute {counted / 1e9:.2f} GFLOP a token, what is recomputed left out; the arithmetic says "
+        f"all stages execute {counted / 1e9:.2f} GFLOP per token without recomputation; the arithmetic says "
         f"{arithmetic / 1e9:.2f}"
     )
 
@@ -157,7 +157,7 @@ def _without_recomputed(report: RankReport) -> int:
 
 
 def too_large(reports: Sequence[RankReport], memory_gib: float) -> list[str]:
-    """A line for every rank that would not fit."""
+    """Return a line for every rank that would not fit."""
     return [
         f"rank {report.rank} (stage {report.stage}) needs {report.counts.peak_bytes / GIB:.2f} GiB at its peak: "
         f"{report.counts.peak_bytes / GIB - memory_gib:.2f} GiB more than {memory_gib:g}"

@@ -1,7 +1,7 @@
-"""A training step as any rank of any world would do it, on fake tensors: the program's own model, optimizer and step.
+"""Runs a training step as any rank of any world on fake tensors, with the program's own model, optimizer and step.
 
-What comes out is exact for the program that ran: it counted what torch was asked to do. Where it ran says which
-kernels those are: without a GPU they are the CPU's.
+The counts are exact for the program that ran, because they count torch's calls. The kernels are those of the machine:
+without a GPU they are the CPU's.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ class RankReport:
     stage: int
     stage_report: StageReport
     counts: Counts
-    """Of one step of `num_microbatches`, not the first: the optimizer's state is there."""
+    """For one step of `num_microbatches`. It is not the first step, so the optimizer state exists."""
     held_bytes: Mapping[Kind, int]
     """Between steps."""
     saved_bytes: float
-    """Activations kept for the backward pass, a micro-batch."""
+    """Activations kept for the backward pass, per micro-batch."""
     message_bytes: Mapping[str, int]
     """`activations` sent to the next stage and `gradients` to the one before, in the counted step."""
     num_microbatches: int
-    """Of the counted step: enough to fill the pipeline, not the whole step's."""
+    """In the counted step: as many as fill the pipeline, not all of a whole step."""
     tokens: int
-    """Of the counted step."""
+    """In the counted step."""
     largest: Sequence[tuple[int, int, HeldMemory]]
-    """At the peak: how many alike, their bytes, one of them."""
+    """At the peak, equal pieces grouped: their number, their total bytes, one of them."""
     seconds: float
 
 
 def distinct_ranks(config: RunConfig, world_size: int) -> list[int]:
-    """A rank of every stage: the others of a stage hold as much, do as much and send as much."""
+    """Return one rank per stage. All ranks of a stage hold, execute and send the same amounts."""
     stages = config.parallel.pipeline_model_parallel_size
     return [stage * (world_size // stages) for stage in range(stages)]
 
@@ -59,8 +59,8 @@ def distinct_ranks(config: RunConfig, world_size: int) -> list[int]:
 def dry_run(
     config: RunConfig, model: DescribedModel, *, world_size: int, rank: int, num_largest: int = 0
 ) -> RankReport:
-    """Build and run the job's rank `rank`, two steps, of which the second is counted, and for `num_largest` a third to
-    look at the peak. Takes seconds. `runtime.cpu.install` must have been called.
+    """Build the job's rank `rank` and run two steps; the second is counted. With `num_largest`, a third step examines
+    the peak. Takes seconds. Call `runtime.cpu.install` first.
 
     Raises:
         ConfigError: the job could not start.
@@ -99,7 +99,7 @@ def dry_run(
 
 
 def _enough_microbatches(config: RunConfig, machine: Machine) -> int:
-    """As many as fill the pipeline, so that as many activations are in flight as in the whole step."""
+    """Return the micro-batches that fill the pipeline, so that as many activations are in flight as in a whole step."""
     layout, training = machine.layout, config.training
     in_step = count_microbatches(
         training.global_batch_size, micro_batch_size=training.micro_batch_size, data_parallel_size=layout.data_size
@@ -134,7 +134,7 @@ def _batches(micro_batch_size: int, seq_length: int) -> Iterator[Batch]:
 
 
 def counting(machine: Machine | Run, *, snapshot_at: int | None = None) -> CountingMode:
-    """A counter that knows what the machine holds between steps."""
+    """Return a counter that knows the memory that the machine holds between steps."""
     mode = CountingMode(group_names=_group_names(), snapshot_at=snapshot_at)
     for chunk in machine.chunks:
         mode.know_weights(chunk.parameters())
@@ -149,7 +149,7 @@ def counting(machine: Machine | Run, *, snapshot_at: int | None = None) -> Count
     return mode
 
 
-# megatron.core's groups, by what a report calls them. The first name of a group counts.
+# megatron.core's groups → their names in a report. The first name that fits a group counts.
 _GROUPS = {"tp": "tensor", "pp": "pipeline", "dp": "data", "dp_cp": "data", "embd": "embedding", "mp": "model"}
 
 

@@ -1,4 +1,4 @@
-"""Fields of a Hugging Face `config.json`, read with their types checked. Imports no torch."""
+"""Reads fields of a Hugging Face `config.json` and checks their types. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_llamapro.config.errors import CheckpointError
 
 
 def count(config: Mapping, name: str, largest: int, default: int | None = None) -> int:
-    """A whole number from 1 to `largest`."""
+    """Return the field `name`, a whole number from 1 to `largest`. Absent or null means `default`, if given."""
     value = config.get(name)
     value = default if value is None else value
     if value is None:
@@ -22,16 +22,16 @@ def count(config: Mapping, name: str, largest: int, default: int | None = None) 
 def number(
     config: Mapping, name: str, default: float | None = None, *, kinds: tuple[type, ...] = (int, float)
 ) -> float:
-    """A number above 0. Null is none: transformers puts no default in its place."""
+    """Return the field `name`, a number above 0. Null is refused: transformers does not replace it with a default."""
     value = config.get(name, default)
     if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= sys.float_info.max:
-        what = "a number" if int in kinds else "a number with a point, as 1.0,"
+        what = "a number" if int in kinds else "a number with a decimal point, such as 1.0,"
         raise CheckpointError(f"config.json has {name} {value!r}: it must be {what} above 0")
     return float(value)
 
 
 def flag(config: Mapping, name: str, default: bool) -> bool:
-    """True or false."""
+    """Return the field `name`, true or false."""
     value = config.get(name, default)
     if not isinstance(value, bool):
         raise CheckpointError(f"config.json has {name} {value!r}: it must be true or false")

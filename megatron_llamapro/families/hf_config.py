@@ -1,7 +1,7 @@
-"""Model families: what a Hugging Face `config.json` says about a model's shape, as a table.
+"""Model families: a table that turns a Hugging Face `config.json` into a model's shape.
 
-A family is an entry of `FAMILIES`: what its blocks have, what must hold for a copy of a block to be made an identity
-by zeroing its output projections, and which fields hold one value a layer. Imports no torch. See docs/families.md.
+A family is an entry of `FAMILIES`. It says what its blocks have, which fields hold one value per layer, and when a
+copied block with zeroed output projections is an identity. Imports no torch. See docs/families.md.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ CONFIG_NAME = "config.json"
 MANIFEST_KEY = "llamapro"
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Types that weights may be stored in, by the name that config.json and the commands use, and their bytes."""
+"""Types in which weights may be stored, by their name in config.json and in the commands → bytes per weight."""
 
 WEIGHT_DTYPES = tuple(ITEMSIZES)
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """A field that must have `value` (or be absent)."""
+    """A field that must be absent or have `value`."""
 
     field: str
     value: object
@@ -42,58 +42,57 @@ class Windows(Enum):
 
     NONE = "none"
     EVERY_LAYER = "every layer"
-    """Where `sliding_window` is a number."""
+    """If `sliding_window` is a number."""
     BY_LAYER_TYPE = "by layer type"
-    """With `use_sliding_window`: those that `layer_types` calls sliding_attention; without that list, those from
-    layer `max_window_layers` on."""
+    """If `use_sliding_window` is true: the layers that `layer_types` calls sliding_attention. Without that list, the
+    layers from `max_window_layers` on."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What all models of one `model_type` share."""
+    """The properties that all models of one `model_type` share."""
 
     model_type: str
     requirements: tuple[Requirement, ...] = ()
-    """Beside those that every family has."""
+    """In addition to the requirements of every family."""
     add_qkv_bias: bool = False
     bias_fields: tuple[str, ...] = ()
-    """Flags that give all linears of a block biases where they are all true. Where only some are, the model is
+    """Flags that give all linears of a block biases if all of them are true. If only some are true, the model is
     refused."""
     qk_layernorm: bool = False
     has_experts: bool = False
     windows: Windows = Windows.NONE
     per_layer_fields: tuple[str, ...] = ("layer_types",)
-    """Lists with one entry a layer, extended with the plan."""
+    """Lists with one entry per layer. Added blocks get their parent's entry."""
     layer_count_fields: tuple[str, ...] = ()
-    """Counts of layers from the first on, moved with the plan."""
+    """Counts of layers from the first on. They grow with the blocks added among those layers."""
     rotary_base: float = 10000.0
-    """Where config.json does not say."""
+    """If config.json gives none."""
     defaults: Mapping[str, object] = field(default_factory=dict)
-    """What transformers takes for a field that config.json does not have, where it is not what the readers below
-    take."""
+    """transformers' defaults for absent fields, if they differ from the defaults of the readers below."""
     not_null: tuple[str, ...] = ()
-    """Fields that may be absent, but on whose null transformers fails."""
+    """Fields that may be absent but not null: transformers fails on null."""
     hidden_size_divides: bool = False
-    """Whether transformers wants heads to divide `hidden_size` also where `head_dim` is given."""
+    """Whether transformers requires the heads to divide `hidden_size` even if `head_dim` is given."""
 
 
 _SOME_BIASES = (
-    "megatron.core's models have biases in all linears of a block, or in queries, keys and values alone (zeros in "
-    "place of the missing ones would train, and could not be exported)"
+    "megatron.core's models have biases in all linears of a block, or only in queries, keys and values (zeros in "
+    "place of missing biases would train, and could not be exported)"
 )
 _EVERY_FAMILY = (
-    Requirement("hidden_act", "silu", "only SwiGLU blocks (hidden_act silu) are known"),
-    Requirement("attention_dropout", 0.0, "an identity block must compute the same every time"),
-    Requirement("is_causal", True, "transformers 5 then lets a token attend to later ones"),
-    Requirement("partial_rotary_factor", 1.0, "rotary embeddings turn whole heads in the model here"),
-    Requirement("per_layer_config", None, "layers that differ in their sizes are not known"),
-    Requirement("configuration_files", None, "transformers may read another of these files in place of config.json"),
+    Requirement("hidden_act", "silu", "only SwiGLU blocks (hidden_act silu) are supported"),
+    Requirement("attention_dropout", 0.0, "an identity block must always compute the same result"),
+    Requirement("is_causal", True, "transformers 5 would let a token attend to later ones"),
+    Requirement("partial_rotary_factor", 1.0, "llamapro's model rotates whole heads"),
+    Requirement("per_layer_config", None, "layers of different sizes are not supported"),
+    Requirement("configuration_files", None, "transformers may read one of these files instead of config.json"),
 )
 _NO_LAYER_TYPES = Requirement(
     "layer_types",
     None,
-    "versions of transformers differ in what they make of it in this family (4.57 and later read a mistral that has "
-    "it as a ministral, 4.56 ignores it)",
+    "versions of transformers disagree about it in this family (4.57 and later read a mistral that has it as a "
+    "ministral, 4.56 ignores it)",
 )
 _QWEN_DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 
@@ -134,7 +133,7 @@ FAMILIES: dict[str, Family] = {
             "mixtral",
             requirements=(
                 _NO_LAYER_TYPES,
-                Requirement("router_jitter_noise", 0.0, "an identity block must compute the same every time"),
+                Requirement("router_jitter_noise", 0.0, "an identity block must always compute the same result"),
             ),
             has_experts=True,
             windows=Windows.EVERY_LAYER,
@@ -150,8 +149,8 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
-# Whole numbers of config.json: our name, theirs, the largest that is believed.
-_MOST_EXPERTS = 100_000  # of all layers together: names of their tensors are made before any file is looked at
+# Whole numbers in config.json: our name, their name, the largest accepted value.
+_MOST_EXPERTS = 100_000  # in all layers together: their tensors' names are built before any file is read
 
 _COUNTS = (
     ("num_layers", "num_hidden_layers", 10_000),
@@ -167,18 +166,18 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 @dataclass(frozen=True)
 class HfModel:
-    """A model as the `config.json` of its folder describes it."""
+    """A model as described by the `config.json` of its folder."""
 
     config: dict
-    """With its manifest, if it has one, left in."""
+    """Includes the manifest, if there is one."""
     shape: ModelShape
 
 
 def read_hf_model(folder: str | Path) -> HfModel:
-    """What `config.json` of a checkpoint folder describes.
+    """Return the model that `config.json` of a checkpoint folder describes.
 
     Raises:
-        CheckpointError: what `read_hf_config` and `model_shape` raise; it names the folder.
+        CheckpointError: as `read_hf_config` and `model_shape`. The message names the folder.
     """
     config = read_hf_config(Path(folder))
     try:
@@ -188,10 +187,10 @@ def read_hf_model(folder: str | Path) -> HfModel:
 
 
 def read_hf_config(folder: Path) -> dict:
-    """`config.json` of a checkpoint folder, with its manifest (if it has one) left in.
+    """Return `config.json` of a checkpoint folder, including its manifest if it has one.
 
     Raises:
-        CheckpointError: no folder, no file, or not a JSON object.
+        CheckpointError: the folder or the file does not exist, or the file is not a JSON object.
     """
     path = file_inside(folder, CONFIG_NAME)
     if path is None:
@@ -199,7 +198,7 @@ def read_hf_config(folder: Path) -> dict:
             hint = hint_where_nothing_is(folder) or "give the folder of a checkpoint"
             raise CheckpointError(f"{folder} is not a folder: {hint}")
         hint = hint_inside(folder, CONFIG_NAME) or (
-            "give the folder of a checkpoint; to Megatron-LM's own, copy the model's config.json first"
+            "give the folder of a checkpoint; if it is Megatron-LM's, first copy the model's config.json into it"
         )
         raise CheckpointError(f"{folder} has no config.json: {hint}")
     try:
@@ -207,15 +206,15 @@ def read_hf_config(folder: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no JSON object: it is not a model's configuration")
+        raise CheckpointError(f"{path} is not a JSON object, so it is not a model's configuration")
     return config
 
 
 def family_of(config: Mapping) -> Family:
-    """The family of a model, with its requirements checked.
+    """Return the family of a model, and check its requirements.
 
     Raises:
-        CheckpointError: an unknown `model_type`, or a model whose added blocks could not be made identities.
+        CheckpointError: the `model_type` is unknown, or the model's added blocks could not be identities.
     """
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
@@ -223,29 +222,29 @@ def family_of(config: Mapping) -> Family:
         reason = reason_for(config)
         raise CheckpointError(
             f"model_type {model_type!r} is not supported: {f'{reason}; ' if reason else ''}"
-            f"known are {', '.join(sorted(FAMILIES))}"
+            f"the supported types are {', '.join(sorted(FAMILIES))}"
         )
     for requirement in (*_EVERY_FAMILY, *family.requirements):
         value = config.get(requirement.field, requirement.value)
         if value != requirement.value:
             raise CheckpointError(
-                f"config.json has {requirement.field} {value!r}, only {requirement.value!r} is supported: "
+                f"config.json has {requirement.field} {value!r}, but only {requirement.value!r} is supported: "
                 f"{requirement.reason}"
             )
     for name in family.not_null:
         if name in config and config[name] is None:
             raise CheckpointError(
-                f"config.json has {name} null, on which transformers fails: remove it, or give a value"
+                f"config.json has {name} null, and transformers fails on that: remove it, or give a value"
             )
     return family
 
 
 def model_shape(config: Mapping) -> ModelShape:
-    """The shape that a Hugging Face configuration describes.
+    """Return the shape that a Hugging Face configuration describes.
 
     Raises:
-        CheckpointError: a family or a rotary embedding that is not supported; a field that is missing, of the wrong
-            type or absurd; heads that do not divide.
+        CheckpointError: the family or the rotary embedding is not supported; a field is missing, of the wrong type or
+            too large; the heads do not divide.
     """
     family = family_of(config)
     config = {**family.defaults, **config}
@@ -271,16 +270,16 @@ def _has_all_biases(config: Mapping, family: Family) -> bool:
     flags = {name: flag(config, name, default=False) for name in family.bias_fields}
     if len(set(flags.values())) > 1:
         found = " and ".join(f"{name} {value}" for name, value in flags.items())
-        raise CheckpointError(f"config.json has {found}, only both or neither are supported: {_SOME_BIASES}")
+        raise CheckpointError(f"config.json has {found}, but only both or neither are supported: {_SOME_BIASES}")
     return any(flags.values())
 
 
 def _heads(config: Mapping, family: Family, *, heads: int, hidden_size: int) -> dict[str, int]:
     groups = count(config, "num_key_value_heads", heads, default=heads)
     if heads % groups:
-        raise CheckpointError(f"config.json has {heads} attention heads, which {groups} key-value heads do not divide")
+        raise CheckpointError(f"config.json has {heads} attention heads, not a multiple of {groups} key-value heads")
     if hidden_size % heads and (config.get("head_dim") is None or family.hidden_size_divides):
-        raise CheckpointError(f"config.json has hidden_size {hidden_size}, which {heads} heads do not divide")
+        raise CheckpointError(f"config.json has hidden_size {hidden_size}, not a multiple of {heads} heads")
     channels = count(config, "head_dim", 100_000, default=hidden_size // heads)
     if channels % 2:
         raise CheckpointError(f"config.json has head_dim {channels}: rotary embeddings turn pairs, so it must be even")
@@ -294,17 +293,17 @@ def _experts(config: Mapping, family: Family) -> dict[str, int]:
     chosen = count(config, "num_experts_per_tok", experts)
     if chosen == 1:
         raise CheckpointError(
-            "config.json has num_experts_per_tok 1: transformers weighs a single expert by 1 whatever its logit, which "
-            "megatron.core's router cannot"
+            "config.json has num_experts_per_tok 1: transformers weights a single expert by 1 whatever its logit, and "
+            "megatron.core's router cannot do that"
         )
     if config.get("num_experts", experts) != experts:
         raise CheckpointError(
-            f"config.json has num_local_experts {experts}, num_experts {config['num_experts']!r}: transformers 5 reads "
-            "the latter, 4 the former; leave the right one"
+            f"config.json has num_local_experts {experts}, num_experts {config['num_experts']!r}: transformers 4 reads "
+            "the first, 5 the second; keep the right one and remove the other"
         )
     if experts * config["num_hidden_layers"] > _MOST_EXPERTS:
         raise CheckpointError(
-            f"config.json has {experts} experts in {config['num_hidden_layers']} layers: that is absurd"
+            f"config.json has {experts} experts in {config['num_hidden_layers']} layers: that is too many"
         )
     return {"num_moe_experts": experts, "moe_router_topk": chosen}
 
@@ -313,7 +312,7 @@ def _windows(config: Mapping, family: Family, *, num_layers: int) -> dict:
     windowed = [kind == _SLIDING for kind in layer_types(config, family, num_layers)]
     if not any(windowed):
         return {}
-    size = count(config, "sliding_window", 10**10)  # itself among them; megatron.core counts those before it
+    size = count(config, "sliding_window", 10**10)  # includes the token itself; megatron.core's size does not
     return {
         "window_size": (size - 1, 0),
         "window_attn_skip_freq": None if all(windowed) else tuple(int(has_window) for has_window in windowed),
@@ -321,7 +320,7 @@ def _windows(config: Mapping, family: Family, *, num_layers: int) -> dict:
 
 
 def layer_types(config: Mapping, family: Family, num_layers: int) -> list[str]:
-    """Of every layer, what it attends to, as transformers reads the configuration."""
+    """Return every layer's type of attention, as transformers reads the configuration."""
     has_window = config.get("sliding_window") is not None
     if family.windows is Windows.EVERY_LAYER:
         return [_SLIDING if has_window else _FULL] * num_layers
@@ -337,7 +336,7 @@ def layer_types(config: Mapping, family: Family, num_layers: int) -> list[str]:
     check_per_layer("layer_types", types, num_layers)
     for kind in types:
         if kind not in (_SLIDING, _FULL):
-            raise CheckpointError(f"config.json: layer_types has {kind!r}: known are {_FULL}, {_SLIDING}")
+            raise CheckpointError(f"config.json: layer_types has {kind!r}: the supported types are {_FULL}, {_SLIDING}")
     if _SLIDING in types and not has_window:
         raise CheckpointError(
             f"config.json: layer_types has {_SLIDING}, but use_sliding_window and sliding_window give no window"
@@ -347,9 +346,9 @@ def layer_types(config: Mapping, family: Family, num_layers: int) -> list[str]:
 
 def check_per_layer(field_name: str, values: object, num_layers: int) -> None:
     if not isinstance(values, list) or len(values) != num_layers:
-        raise CheckpointError(f"config.json: {field_name} has no value for each of the {num_layers} layers")
+        raise CheckpointError(f"config.json: {field_name} must be a list of {num_layers} values, one per layer")
 
 
 def spelled_for_all(config: Mapping) -> dict:
-    """`config`, with what transformers 5 alone would read also as 4 reads it."""
+    """Return `config` with the fields that only transformers 5 would read also in the spelling that 4 reads."""
     return with_older_spelling(config, default_base=family_of(config).rotary_base)

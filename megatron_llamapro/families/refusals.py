@@ -1,32 +1,32 @@
-"""Model types that are refused, with the reason: what of them the weight map and the model do not have.
+"""Refused model types, each with its reason: the part that the weight map or the model does not support.
 
-An added block is an identity where what it adds to the residual is zero: its output projections are, and nothing
-behind them turns zero into something else. Imports nothing.
+An added block is an identity if it adds zero to the residual stream. Its output projections are zero, so nothing after
+them may turn zero into something else. Imports nothing of this package.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-BIASES = "its output projections or norms have biases, which the model here does not build"
-SIDE_BY_SIDE = "its attention and feed-forward run side by side, which the model here does not build"
+BIASES = "its output projections or norms have biases, which llamapro's model does not support"
+SIDE_BY_SIDE = "its attention and feed-forward run in parallel, which llamapro's model does not support"
 NORM_BEHIND = (
-    "a norm stands behind each output projection: zeros make an identity (the RMSNorm of zero is zero), but that norm "
-    "blows the first step of a zeroed projection up to full size, so the model would leap away from what it was"
+    "a norm follows each output projection: zeros make an identity (the RMSNorm of zero is zero), but that norm "
+    "scales the first step of a zeroed projection up to full size, so the model would jump away from the original"
 )
-SCALED = "it scales embeddings, residuals or logits by factors that the model here does not have"
-OTHER_EXPERTS = "its experts are laid out otherwise than Mixtral's (shared ones, other names, dense blocks between)"
+SCALED = "it scales embeddings, residuals or logits, which llamapro's model does not support"
+OTHER_EXPERTS = "its experts are not laid out like Mixtral's (shared experts, other names, or dense blocks in between)"
 FUSED = "its projections are stored fused, and the weight map has no rows for that"
 OTHER_BLOCKS = "not every block is attention and feed-forward, each with one output projection"
-PLUS_ONE = "its norms multiply by 1 + their weight and its embeddings are scaled, which the model here does not do"
-UNGATED = "its feed-forward has no gate, and the model here builds gated ones only"
-LATENT = "its keys and values come from a compressed latent, which the weight map has no rows for"
-INTERLEAVED = "its rotary embedding turns neighbouring channels, where the model here turns halves"
-INNER_NORMS = "it has norms inside attention or feed-forward, which the weight map has no rows for"
-SINKS = "its attention has sinks, which the weight map has no rows for"
-SOME_WINDOWS = "its windows alternate by layer_types, which is read for Qwen2 and Qwen3 only"
+PLUS_ONE = "its norms multiply by 1 + their weight and it scales embeddings, which llamapro's model does not support"
+UNGATED = "its feed-forward has no gate, and llamapro's model has a gate in every feed-forward"
+LATENT = "its keys and values come from a compressed latent, and the weight map has no rows for that"
+INTERLEAVED = "its rotary embedding pairs neighbouring channels, but llamapro's model pairs the two halves of a head"
+INNER_NORMS = "it has norms inside attention or feed-forward, and the weight map has no rows for them"
+SINKS = "its attention has sinks, and the weight map has no rows for them"
+SOME_WINDOWS = "its windows alternate by layer_types, which is supported for Qwen2 and Qwen3 only"
 MORE_THAN_TEXT = "it reads more than text: save its language model alone, if that is one of these families"
-UNEVEN = "its blocks differ in size, and the model here has blocks of one size"
+UNEVEN = "its blocks differ in size, and llamapro's model has blocks of one size"
 
 _TYPES: dict[str, str] = {
     BIASES: "gpt2 gpt_bigcode gpt_neo gpt_neox gptj opt bloom phi starcoder2 stablelm stablelm_epoch phimoe persimmon "
@@ -52,31 +52,31 @@ _TYPES: dict[str, str] = {
     "qwen2_5_omni internvl internvl_chat idefics2 idefics3 smolvlm paligemma phi4_multimodal pixtral voxtral",
     UNEVEN: "deci nemotron-nas openelm",
 }
-"""Reason → the model types that it is the reason for."""
+"""Reason → the model types that are refused for it."""
 
 REFUSED: dict[str, str] = {
     **{model_type: reason for reason, types in _TYPES.items() for model_type in types.split()},
     "gpt_oss": "its output projections have biases, its attention has sinks, and its experts are not Mixtral's",
-    "mpt": "its positions are linear biases of attention (ALiBi), which the model here does not have",
-    "olmo": "its LayerNorms have no weights, which the model here does not build",
-    "smollm3": "some of its layers have no rotary embedding, which the model here gives to all",
-    "ministral3": "it scales queries by their position, which the model here does not do",
-    "seed_oss": "it drops parts of attention and of the residual stream at random, and has a flag of its own for "
-    "biases of the output projection",
-    "diffllama": "its attention is the difference of two, which the model here does not build",
-    "internlm": "its attention has biases in all projections and its feed-forward in none, which megatron.core's model "
-    "cannot have",
-    "Yi": "it is the first release, with code and names of its own: take the newer files of that model, whose "
-    "model_type is llama",
+    "mpt": "its positions are linear biases of attention (ALiBi), which llamapro's model does not support",
+    "olmo": "its LayerNorms have no weights, which llamapro's model does not support",
+    "smollm3": "some of its layers have no rotary embedding, and llamapro's model has one in every layer",
+    "ministral3": "it scales queries by their position, which llamapro's model does not support",
+    "seed_oss": "it has dropout in attention and in the residual stream, and its own flag for biases of the output "
+    "projection",
+    "diffllama": "its attention is the difference of two, which llamapro's model does not support",
+    "internlm": "its attention has biases in all projections and its feed-forward has none, which megatron.core's "
+    "model does not support",
+    "Yi": "it is the first release, with its own code and names: use the newer files of that model, with model_type "
+    "llama",
 }
 """model_type → reason."""
 
 _LANGUAGE_MODELS = ("text_config", "language_config", "llm_config", "thinker_config")
-"""Where a model of more than text says what its language model is."""
+"""Fields in which a model of more than text describes its language model."""
 
 
 def reason_for(config: Mapping) -> str | None:
-    """Why a model of a `model_type` that is no known family is refused; None where that is not known."""
+    """Return the reason for refusing a `model_type` without a family, or None if no reason is known."""
     model_type = config.get("model_type")
     reason = REFUSED.get(model_type) if isinstance(model_type, str) else None
     if reason is None and any(isinstance(config.get(name), Mapping) for name in _LANGUAGE_MODELS):

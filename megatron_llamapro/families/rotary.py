@@ -1,14 +1,14 @@
 """Rotary embeddings as a Hugging Face `config.json` describes them, and their frequencies.
 
-Only the frequencies need torch: it is imported where they are computed.
+Only the frequencies need torch: the functions that compute them import it.
 
 There are two spellings, and versions of transformers read them by different rules:
 
-- 4.x reads `rope_theta` and `rope_scaling`, and nothing of `rope_parameters`.
-- 5.x takes `rope_scaling` where it is not empty, else `rope_parameters`. A `rope_theta` in it wins, then the one at top
-  level, then the family's default. An `original_max_position_embeddings` at top level wins over the one inside.
+- 4.x reads `rope_theta` and `rope_scaling`, and ignores `rope_parameters`.
+- 5.x reads `rope_scaling` if it is not empty, else `rope_parameters`. Its `rope_theta` wins, then the one at top level,
+  then the family's default. An `original_max_position_embeddings` at top level wins over the one inside.
 
-What is read is 5.x's reading. A file that also says something else is refused, since some version obeys that.
+This module reads as 5.x does. It refuses a file that also says something else, because some version follows that.
 """
 
 from __future__ import annotations
@@ -37,43 +37,43 @@ _ORIGINAL, _PARTIAL = "original_max_position_embeddings", "partial_rotary_factor
 
 @dataclass(frozen=True)
 class Rope:
-    """What decides the frequencies of rotary embeddings, besides the size of a head."""
+    """The numbers that, with the size of a head, determine the frequencies of rotary embeddings."""
 
     base: float
     scaling: RopeScaling | None
 
 
 def read_rope(config: Mapping, *, default_base: float) -> Rope:
-    """The rotary embeddings of a model.
+    """Return the rotary embeddings of a model.
 
     Raises:
-        CheckpointError: a kind that is not supported, a field that is missing or of the wrong type, or two statements
-            that contradict one another.
+        CheckpointError: the type is not supported, a field is missing or of the wrong type, or two fields contradict
+            each other.
     """
     objects = {name: found for name in (_OLDER, _NEWER) if (found := _object(config, name))}
     name, read = next(iter(objects.items()), (_NEWER, {}))
     theta = read if _THETA in read else {_THETA: config.get(_THETA, default_base)}
     if theta[_THETA] is None:
         raise CheckpointError(
-            "config.json has rope_theta null, on which transformers fails: remove it, or give a number"
+            "config.json has rope_theta null, and transformers fails on that: remove it, or give a number"
         )
     rope = Rope(number(theta, _THETA), _scaling(config, name, read))
     for other, found in objects.items():
         if (scaling := _scaling(config, other, found)) != rope.scaling:
             raise CheckpointError(
-                f"config.json has {_words(rope.scaling)} in {name}, {_words(scaling)} in {other}: {_REMEDY}"
+                f"config.json has {_words(rope.scaling)} in {name} but {_words(scaling)} in {other}: {_REMEDY}"
             )
     for where, found in (("its top level", config), *objects.items()):
         if found.get(_THETA) is not None and number(found, _THETA) != rope.base:
             raise CheckpointError(
-                f"config.json has rope_theta {found[_THETA]:g} in {where}, where transformers 5 reads {rope.base:g}: "
+                f"config.json has rope_theta {found[_THETA]:g} in {where}, but transformers 5 reads {rope.base:g}: "
                 f"{_REMEDY}"
             )
     return rope
 
 
 def with_older_spelling(config: Mapping, *, default_base: float) -> dict:
-    """`config`, with its rotary embeddings also as transformers 4.x reads them, where it would read others."""
+    """Return `config`. If transformers 4.x would read other rotary embeddings from it, add 4.x's spelling of them."""
     rope = read_rope(config, default_base=default_base)
     if _read_by_version_4(config, default_base) == rope:
         return {**config}
@@ -81,11 +81,11 @@ def with_older_spelling(config: Mapping, *, default_base: float) -> dict:
     return {**config, _THETA: rope.base, _OLDER: fields}
 
 
-_REMEDY = "versions of transformers differ in what they make of that; leave the right one and remove the other"
+_REMEDY = "versions of transformers disagree about that; keep the right one and remove the other"
 
 
 def _read_by_version_4(config: Mapping, default_base: float) -> Rope | None:
-    """None: it fails."""
+    """Return the rotary embeddings that transformers 4.x reads, or None if it fails."""
     base, older = config.get(_THETA, default_base), config.get(_OLDER)
     if base is None or (older is not None and not older.keys() & {"type", "rope_type"}):
         return None
@@ -104,7 +104,7 @@ def _object(config: Mapping, name: str) -> dict:
     for key, inner in value.items():
         if isinstance(inner, dict):
             raise CheckpointError(
-                f"config.json: {name} has fields of its own for {key!r}: rotary embeddings of some layers only are not "
+                f"config.json: {name} has separate fields for {key!r}: rotary embeddings that differ by layer are not "
                 "supported"
             )
     if value.get(_PARTIAL, 1) != 1:
@@ -113,7 +113,7 @@ def _object(config: Mapping, name: str) -> dict:
 
 
 def _scaling(config: Mapping, name: str, rope: Mapping) -> RopeScaling | None:
-    """What one of the two objects says of stretched frequencies; None where they are not."""
+    """Return how one of the two objects stretches the frequencies, or None if it does not."""
     rope_type = _type(name, rope)
     if rope_type == "default":
         return None
@@ -141,7 +141,7 @@ def _type(name: str, rope: Mapping) -> str:
     rope_type = stated[0] if stated else "default"
     if not isinstance(rope_type, str) or rope_type not in _FIELDS:
         raise CheckpointError(
-            f"config.json has rotary embeddings of type {rope_type!r}: known are {', '.join(_FIELDS)}"
+            f"config.json has rotary embeddings of type {rope_type!r}: the supported types are {', '.join(_FIELDS)}"
         )
     if stated[1:] not in ([], [rope_type]):
         raise CheckpointError(f"config.json: {name} has rope_type {rope_type!r} and type {stated[1]!r}: {_REMEDY}")
@@ -150,16 +150,16 @@ def _type(name: str, rope: Mapping) -> str:
 
 def _words(scaling: RopeScaling | None) -> str:
     if scaling is None:
-        return "rotary embeddings that are not scaled"
+        return "unscaled rotary embeddings"
     fields = (f"{name} {value:g}" for name, value in asdict(scaling).items() if isinstance(value, (int, float)))
     return f"rotary embeddings of type {scaling.rope_type} with {', '.join(fields)}"
 
 
 def inverse_frequencies(shape: ModelShape) -> torch.Tensor:
-    """Frequency of every pair of head dimensions, float32, [kv_channels / 2], in radians a token.
+    """Return the frequency of every pair of head dimensions, float32, [kv_channels / 2], in radians per token.
 
-    As transformers computes them, bit for bit. megatron.core 0.16.1 scales with Llama 3.1's constants only; a
-    checkpoint may name its own.
+    They equal transformers' bit for bit. megatron.core 0.16.1 scales only with Llama 3.1's constants, but a checkpoint
+    may have its own.
     """
     import torch
 
@@ -171,12 +171,12 @@ def inverse_frequencies(shape: ModelShape) -> torch.Tensor:
 
 
 def _scale_linear(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
-    """Positions divided by `factor`."""
+    """Divide positions by `factor`."""
     return frequencies / scaling.factor
 
 
 def _scale_llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
-    """Long wavelengths divided by `factor`, short ones kept, those between interpolated (Llama 3.1)."""
+    """Divide frequencies of long wavelengths by `factor`, keep short ones, interpolate in between (Llama 3.1)."""
     import torch
 
     wavelengths = 2 * math.pi / frequencies

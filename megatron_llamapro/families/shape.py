@@ -1,4 +1,4 @@
-"""What a model is made of, in numbers. Imports nothing of this package, and no torch."""
+"""A model's shape in numbers. Imports nothing of this package, and no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Everything about a model that decides its computation and its tensors' shapes, in megatron.core's spelling."""
+    """The numbers that determine a model's computation and its tensors' shapes, in megatron.core's spelling."""
 
     num_layers: int
     hidden_size: int
@@ -39,12 +39,12 @@ class ModelShape:
     """Biases in all linears of a block; `add_qkv_bias` is then true too."""
     qk_layernorm: bool = False
     num_moe_experts: int | None = None
-    """None: one feed-forward a block. Else each expert is of size `ffn_hidden_size`."""
+    """None: one feed-forward per block. Otherwise each expert has size `ffn_hidden_size`."""
     moe_router_topk: int | None = None
     window_size: tuple[int, int] | None = None
-    """Tokens before and after itself that a token attends to; None: all before."""
+    """How many tokens before and after itself a token attends to. None: all before it."""
     window_attn_skip_freq: tuple[int, ...] | None = None
-    """megatron.core's name for: 1 or 0 a layer, whether it has the window. None: all layers have it."""
+    """Per layer, 1 if it has the window, else 0 (megatron.core's name and values). None: all layers have it."""
 
     @property
     def is_moe(self) -> bool:
@@ -57,13 +57,13 @@ class ModelShape:
         return self.num_moe_experts is None
 
     def window_of(self, layer: int) -> int | None:
-        """Tokens that a token of this layer attends to, itself among them; None: all before it."""
+        """Return how many tokens a token of this layer attends to, including itself. None: all before it."""
         if self.window_size is None or (self.window_attn_skip_freq and not self.window_attn_skip_freq[layer]):
             return None
         return self.window_size[0] + 1
 
     def with_layers(self, layers: Sequence[int]) -> ModelShape:
-        """The shape of the model that is made of these layers of this one."""
+        """Return the shape of a model that consists of these layers of this model."""
         windows = self.window_attn_skip_freq
         picked = None if windows is None else tuple(windows[layer] for layer in layers)
         return replace(self, num_layers=len(layers), window_attn_skip_freq=picked)

@@ -1,5 +1,5 @@
-"""Causal self-attention on torch's fused kernels, from the joint projection of queries, keys and values to theirs back,
-without a copy of them on the way."""
+"""Causal self-attention on torch's fused kernels. Queries, keys and values are not copied between the projections and
+the kernels."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class RotaryTables(RotaryEmbedding):
-    """megatron.core's rotary embedding, giving cosines and sines, made once a length and not in every layer. Set as
-    the class of a model's."""
+    """megatron.core's rotary embedding, but it returns cosines and sines, and computes them once per length instead of
+    once per layer. It becomes the class of a model's `rotary_pos_emb`."""
 
     dtype: torch.dtype
 
@@ -25,7 +25,7 @@ class RotaryTables(RotaryEmbedding):
     def forward(
         self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: object = None
     ) -> torch.Tensor:
-        """→ [cosine or sine, s, 1, 1, 1, d / 2]"""
+        """Return the cosines and the sines, [2, s, 1, 1, 1, d / 2]."""
         tables = torch.stack(self.get_cos_sin(max_seq_len, offset))
         return tables[:, :, None, None, None].to(self.dtype)
 
@@ -33,8 +33,8 @@ class RotaryTables(RotaryEmbedding):
 def rotate(
     first: torch.Tensor, second: torch.Tensor, tables: torch.Tensor, target: torch.Tensor, *, back: bool = False
 ) -> None:
-    """Turn the pairs (`first`, `second`) [s, …, d / 2] by their positions' angles, or back, into the two halves of
-    `target` [s, …, d], of which `second` may be the second."""
+    """Rotate the pairs (`first`, `second`), each [s, …, d / 2], by their positions' angles into the halves of `target`
+    [s, …, d]; `back` rotates the other way. `second` may be the second half of `target` itself."""
     cosine, sine = tables
     into_first, into_second = target.chunk(2, dim=-1)
     sign = -1 if back else 1
@@ -45,9 +45,9 @@ def rotate(
 class _RotateAndSplit(torch.autograd.Function):
     """heads [s, b, groups, r + 2, d] → queries [s, b, groups, r, d], key and value [s, b, groups, 1, d].
 
-    Queries and keys are rotated in place: `heads` is the output of a linear, which no backward pass reads. The results
-    are views of it. When their gradients are there, the attention has read them for the last time, and the gradients
-    take their place, rotated back. A second backward pass is refused by torch, as what it would read has changed.
+    Queries and keys are rotated in place: `heads` is the output of a linear layer, and no backward pass reads it. The
+    results are views of it. Once their gradients arrive, the attention no longer needs them, so the rotated gradients
+    overwrite them. torch refuses a second backward pass, because the saved tensor has changed.
     """
 
     @staticmethod
@@ -69,7 +69,7 @@ class _RotateAndSplit(torch.autograd.Function):
 
 
 class _Rotate(torch.autograd.Function):
-    """[s, …, d] → the same shape"""
+    """Rotates heads into a new tensor: [s, …, d] → the same shape."""
 
     @staticmethod
     def forward(ctx, heads, tables):
@@ -87,10 +87,10 @@ class _Rotate(torch.autograd.Function):
 
 
 class LlamaSelfAttention(SelfAttention):
-    """megatron.core's self-attention, training only: its parameters and names, our way through them."""
+    """megatron.core's self-attention, for training only: its parameters and their names, with our forward pass."""
 
     def forward(self, hidden_states, attention_mask, *, rotary_pos_emb, **_: object):
-        """hidden_states [s, b, h], rotary_pos_emb of `RotaryTables` → the same shape, and the bias to add or None"""
+        """hidden_states [s, b, h], rotary_pos_emb from `RotaryTables` → output [s, b, h], bias to add or None."""
         query, key, value = self._query_key_value(hidden_states, rotary_pos_emb)
         sequence, batch = hidden_states.shape[0] * self._sequence_ranks, hidden_states.shape[1]
         recomputed = self.checkpoint_core_attention and self.training
@@ -105,10 +105,10 @@ class LlamaSelfAttention(SelfAttention):
     def _query_key_value(
         self, hidden_states: torch.Tensor, tables: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotated queries, keys and values as the core attention takes them, [s, batches, heads, d].
+        """Return rotated queries, keys and values in the core attention's layout, [s, batches, heads, d].
 
-        They are views of one tensor that holds the heads group by group, so that queries of several groups cannot be
-        one dimension. Where a group has several queries, each group is taken for a batch of its own instead.
+        They are views of one tensor that stores the heads group by group, so the queries of several groups cannot form
+        one dimension. If a group has several queries, each group counts as a batch of its own instead.
         """
         mixed, _ = self.linear_qkv(hidden_states)
         groups, size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
@@ -128,8 +128,8 @@ class LlamaSelfAttention(SelfAttention):
 
 
 class SDPACoreAttention(torch.nn.Module):
-    """Causal attention, with a sliding window where the layer has one, by torch's fused kernels, without copying keys
-    and values to every query head."""
+    """Causal attention by torch's fused kernels, with the layer's sliding window if it has one. Keys and values are
+    not copied to every query head."""
 
     def __init__(
         self,
@@ -173,9 +173,9 @@ class SDPACoreAttention(torch.nn.Module):
         return context.permute(2, 0, 1, 3).reshape(sequence, batch, -1)
 
 
-@functools.lru_cache(maxsize=2)  # the same for every layer of a step, and of the next
+@functools.lru_cache(maxsize=2)  # all layers of all steps share it
 def window_mask(sequence: int, tokens_before: int, device: torch.device) -> torch.Tensor:
-    """Which keys each query sees: itself and `tokens_before` before it; [query, key], bool."""
+    """Return a bool mask [query, key]: a query sees its own position and the `tokens_before` positions before it."""
     position = torch.arange(sequence, device=device)
     distance = position[:, None] - position
     return (distance >= 0) & (distance <= tokens_before)

@@ -1,4 +1,4 @@
-"""`megatron.core`'s GPTModel from the shape of a Hugging Face checkpoint."""
+"""Builds `megatron.core`'s GPTModel from the shape of a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ _SHAPE_FIELDS = (
     "window_size",
 )
 
-# Dimension along which megatron.core divides a module's weight over tensor-parallel ranks.
+# Dimension along which megatron.core shards a module's weight over tensor-parallel ranks.
 _PARTITION_DIMENSION = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
 
-# What makes a megatron.core transformer a LLaMA, and all families like it.
+# Settings that make a megatron.core transformer a LLaMA; all families share them.
 _LLAMA = {
     "normalization": "RMSNorm",
     "activation_func": silu,
@@ -54,8 +54,8 @@ _LLAMA = {
 }
 
 
-# What transformers' Mixtral computes: softmax over the chosen experts, every token served, no other loss beside the
-# language model's. (The load of frozen routers cannot be balanced, and a copied one starts out balanced.)
+# As transformers' Mixtral: softmax over the chosen experts, no dropped tokens, no loss but the language model's.
+# (The load of a frozen router cannot be balanced, and a copied router starts out balanced.)
 _EXPERTS = {
     "moe_router_pre_softmax": False,
     "moe_router_load_balancing_type": "none",
@@ -68,7 +68,7 @@ _KEEP_ALL = RecomputeConfig()
 
 
 class LlamaModel(GPTModel):
-    """GPTModel whose padded vocabulary entries never get any probability, and whose output layer gives the loss."""
+    """GPTModel whose output layer computes the loss and whose padded vocabulary entries get no probability."""
 
     def __init__(self, *args, true_vocab_size: int, cross_entropy: CrossEntropy, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -78,15 +78,15 @@ class LlamaModel(GPTModel):
             give_loss(self.output_layer, vocab_size=true_vocab_size, cross_entropy=cross_entropy)
 
     def _postprocess(self, hidden_states: torch.Tensor, *, labels: torch.Tensor | None, **kwargs) -> torch.Tensor:
-        """hidden_states [s, b, h] → loss of every token [b, s], logits [b, s, vocabulary] without labels, or, on all
-        stages but the last, themselves"""
+        """hidden_states [s, b, h] → loss of every token [b, s]; without labels, logits [b, s, vocabulary]. Stages
+        before the last return the hidden states unchanged."""
         if labels is None or not self.post_process or not self.loss_in_output_layer:
             return super()._postprocess(hidden_states, labels=labels, **kwargs)
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(hidden_states, weight=tied, labels=labels)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """labels [b, s], logits [s, b, padded vocabulary / tensor ranks] → loss of every token, [b, s]"""
+        """labels [b, s], logits [s, b, padded vocabulary / tensor ranks] → loss of every token, [b, s]."""
         entries = logits.shape[-1]
         real_entries = self.true_vocab_size - self.pg_collection.tp.rank() * entries
         if real_entries < entries:
@@ -102,7 +102,7 @@ def transformer_config(
     transformer_impl: str,
     recompute: RecomputeConfig = _KEEP_ALL,
 ) -> TransformerConfig:
-    """megatron.core's configuration of the model and of how it is divided."""
+    """Return megatron.core's configuration of the model and of its parallelism."""
     dtype = PARAMS_DTYPE[precision]
     pipelined = parallel.pipeline_model_parallel_size > 1
     counts = stage_layers(parallel, shape.num_layers)
@@ -126,19 +126,19 @@ def transformer_config(
         bf16=precision == "bf16",
         transformer_impl="transformer_engine" if transformer_impl == "transformer_engine" else "local",
         perform_initialization=False,  # every weight comes from a checkpoint
-        calculate_per_token_loss=True,  # a token weighs the same in every micro-batch
+        calculate_per_token_loss=True,  # every token weighs the same, whatever its micro-batch
         deallocate_pipeline_outputs=True,
         batch_p2p_comm=on_gpu,  # gloo has no batched sends
         overlap_p2p_comm=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=on_gpu,
-        use_te_activation_func=not on_gpu,  # their name for: the activation is the layer spec's
+        use_te_activation_func=not on_gpu,  # megatron.core's flag for "the layer spec gives the activation"
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
         cuda_graph_scope=[],
-        # One checkpoint key a layer: stacked layers cannot hold optimizer state for some of them only.
+        # One checkpoint key per layer: stacked layers cannot hold optimizer state for only some of them.
         hetereogenous_dist_checkpoint=True,
     )
 
@@ -162,9 +162,9 @@ def build_model(
     precision: Precision,
     recompute: RecomputeConfig = _KEEP_ALL,
 ) -> list[LlamaModel]:
-    """This rank's part of the model: one chunk, or one a virtual stage. Weights are not initialised.
+    """Return this rank's part of the model: one chunk, or one per virtual stage. Weights are not initialised.
 
-    Model-parallel groups must be there (`runtime.distributed.start_model_parallel`).
+    Model-parallel groups must exist (`runtime.distributed.start_model_parallel`).
     """
     impl = "transformer_engine" if uses_transformer_engine(model.transformer_impl) else "local"
     config = transformer_config(
@@ -209,10 +209,10 @@ def _build_chunk(
 
 
 def _mark_tensor_parallel(chunk: LlamaModel) -> None:
-    """Mark which weights are divided over tensor-parallel ranks, and along which dimension.
+    """Mark the weights that are sharded over tensor-parallel ranks, and along which dimension.
 
-    megatron.core does it while it initialises a weight, which we leave out. Without the marks it takes every
-    divided weight for a copy, and the global gradient norm misses all ranks but the first.
+    megatron.core does this when it initialises a weight, a step that we skip. Without the marks it treats every
+    sharded weight as a copy, and the global gradient norm misses all ranks but the first.
     """
     for module in chunk.modules():
         for kind, dimension in _PARTITION_DIMENSION.items():

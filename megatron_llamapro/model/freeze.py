@@ -1,8 +1,8 @@
-"""What trains: the added blocks of an expansion plan, of all rounds or some, and whatever else is named. Everything
-else is frozen.
+"""Freezes everything but the trainable part: the added blocks of an expansion plan, of all rounds or some, and other
+parts by name.
 
-By global layer index and before DDP wraps the model: DDP's gradient buffers and the optimizer then never see a
-frozen parameter. Usable with any megatron.core GPTModel; see docs/in_your_own_loop.md.
+Blocks are chosen by global layer index, before DDP wraps the model. DDP's gradient buffers and the optimizer then
+never see a frozen parameter. Works with any megatron.core GPTModel; see docs/in_your_own_loop.md.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from megatron_llamapro.model.names import NamedParameter, named_parameters, unwr
 
 @dataclass(frozen=True)
 class StageReport:
-    """What trains on one rank's stage."""
+    """Sizes of one rank's stage and of its trainable part."""
 
     num_layers: int
     trainable_layers: tuple[int, ...]
     """Global layers with at least one trainable parameter."""
     num_parameters: int
-    """Of this rank."""
+    """On this rank."""
     num_trainable: int
-    """Of this rank."""
+    """On this rank."""
     num_stage_parameters: int
-    """Of all tensor-parallel ranks of the stage, each counted once, with padding of the vocabulary; the last stage's
-    copy of a tied embedding is left out."""
+    """On all tensor-parallel ranks of the stage, each counted once. Includes the vocabulary's padding, but not the
+    last stage's copy of a tied embedding."""
     num_stage_trainable: int
-    """Of all tensor-parallel ranks of the stage, each counted once."""
+    """On all tensor-parallel ranks of the stage, each counted once."""
     weight_bytes: int
     gradient_bytes: int
     """float32 gradient buffers of trainable parameters."""
     optimizer_bytes: int
-    """float32 moments, and float32 master weights where the weights are not float32; before any division over
-    data-parallel ranks."""
+    """float32 moments, and float32 master weights if the weights are not float32, before sharding over data-parallel
+    ranks."""
 
 
 def freeze(
@@ -58,14 +58,13 @@ def freeze(
     tie_word_embeddings: bool | None = None,
     tensor_size: int | None = None,
 ) -> StageReport:
-    """Set `requires_grad` of every parameter of this rank's model chunks, and report what trains.
+    """Set `requires_grad` on every parameter of this rank's model chunks, and report the trainable part.
 
-    `trainable` holds names out of `TRAINABLE_CHOICES`, or of rounds. Whether the embedding is tied to the output layer,
-    and the tensor-parallel size (for the report's totals), are the model's own unless they are given. Call it before
-    DDP wraps the chunks.
+    `trainable` holds names from `TRAINABLE_CHOICES` or names of rounds. `tie_word_embeddings` and `tensor_size`, which
+    the report's totals need, are the model's own unless given. Call this function before DDP wraps the chunks.
 
     Raises:
-        ConfigError: a name that is nothing, or that this model does not have.
+        ConfigError: a name is unknown, or names a part that this model does not have.
     """
     chunks = list(chunks)
     models = [unwrapped(chunk) for chunk in chunks]
@@ -97,7 +96,7 @@ def _trains_by_name(named: NamedParameter, trainable: Sequence[str], added: Coll
 
 
 def stage_report(parameters: Sequence[NamedParameter], *, tensor_size: int = 1) -> StageReport:
-    """Counts and bytes of what trains among one rank's parameters."""
+    """Return the sizes of one rank's parameters and of the trainable ones among them."""
 
     def on_stage(some: Sequence[NamedParameter]) -> int:
         counted = (x.parameter for x in some if not _is_copy(x.parameter))
@@ -120,10 +119,10 @@ def stage_report(parameters: Sequence[NamedParameter], *, tensor_size: int = 1) 
 
 
 def is_divided(parameter: torch.nn.Parameter) -> bool:
-    """Whether tensor-parallel ranks hold different parts of it, by megatron.core's mark."""
+    """Return whether tensor-parallel ranks hold different parts of the parameter, by megatron.core's mark."""
     return getattr(parameter, "tensor_model_parallel", False)
 
 
 def _is_copy(parameter: torch.nn.Parameter) -> bool:
-    """Whether it is the last stage's copy of a tied embedding, by megatron.core's mark."""
+    """Return whether the parameter is the last stage's copy of a tied embedding, by megatron.core's mark."""
     return getattr(parameter, "shared", False)

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on megatron.core's linears: W x becomes W x + alpha / rank * B (A x).
 
-B begins as zeros, so the model is what it was, bit for bit. On a block's frozen weights they are the usual baseline; on
-the added blocks they make these low-rank. Usable with any GPTModel of megatron.core's own linears.
+B is initialised to zeros, so the model starts unchanged, bit for bit. Adapters on frozen weights are the usual
+baseline; on added blocks they make the blocks low-rank. Works with any GPTModel of megatron.core's own linears.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ class _HasAdapter(Protocol):
 
 
 def merged_weight(weight: torch.Tensor, linear: _HasAdapter) -> torch.Tensor:
-    """The one weight, of this rank, that computes what `weight` and its adapter do together; in float32."""
+    """Return this rank's weight with its adapter merged in, in float32."""
     return weight.float() + linear.lora_scaling * (linear.lora_b.float() @ linear.lora_a.float())
 
 
 class LoraColumnParallelLinear(ColumnParallelLinear):
-    """weight [out / TP, in] with an adapter: lora_a [rank, in], on every rank the same, lora_b [out / TP, rank]."""
+    """weight [out / TP, in] with an adapter: lora_a [rank, in], the same on every rank, and lora_b [out / TP, rank]."""
 
     lora_a: torch.nn.Parameter
     lora_b: torch.nn.Parameter
     lora_scaling: float
     is_gated: bool
-    """Whether its rows are those of two matrices, the gate's and the other's, divided each by itself."""
+    """Whether its rows stack the gate's and the up projection's, which are sharded separately."""
 
     def forward(self, input_, weight=None, runtime_gather_output=None):
-        """input_ [s, b, in], with sequence parallelism [s / TP, b, in] → [s, b, out / TP], bias"""
+        """input_ [s, b, in], with sequence parallelism [s / TP, b, in] → [s, b, out / TP], and the bias."""
         output, bias = super().forward(input_, weight, runtime_gather_output)
         low = functional.linear(input_, self.lora_a)
         if self.sequence_parallel:
@@ -64,7 +64,7 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
         return _plus(output, low, self), bias
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """Of the adapter, lora_b is divided as the weight's rows are."""
+        """Return the sharded state. lora_b is sharded as the weight's rows are; lora_a is not sharded."""
         state = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -79,14 +79,14 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
 
 
 class LoraRowParallelLinear(RowParallelLinear):
-    """weight [out, in / TP] with an adapter: lora_a [rank, in / TP], lora_b [out, rank], on every rank the same."""
+    """weight [out, in / TP] with an adapter: lora_a [rank, in / TP], and lora_b [out, rank], the same on every rank."""
 
     lora_a: torch.nn.Parameter
     lora_b: torch.nn.Parameter
     lora_scaling: float
 
     def forward(self, input_):
-        """input_ [s, b, in / TP] → [s, b, out], with sequence parallelism [s / TP, b, out]; bias"""
+        """input_ [s, b, in / TP] → [s, b, out], with sequence parallelism [s / TP, b, out], and the bias."""
         output, bias = super().forward(input_)
         low = functional.linear(input_, self.lora_a)
         if self.sequence_parallel:
@@ -96,7 +96,7 @@ class LoraRowParallelLinear(RowParallelLinear):
         return _plus(output, low, self), bias
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """Of the adapter, lora_a is divided as the weight's columns are."""
+        """Return the sharded state. lora_a is sharded as the weight's columns are; lora_b is not sharded."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -108,18 +108,18 @@ class LoraRowParallelLinear(RowParallelLinear):
 
 
 def _plus(output: torch.Tensor, low: torch.Tensor, linear: _HasAdapter) -> torch.Tensor:
-    """output [s, b, out] + scaling * low [s, b, rank] B^T, in one product and without a copy of it."""
+    """Return output [s, b, out] + scaling * low [s, b, rank] B^T, in one operation that stores no separate product."""
     rows = output.reshape(-1, output.shape[-1])
     low = low.reshape(-1, low.shape[-1])
     return torch.addmm(rows, low, linear.lora_b.t(), alpha=linear.lora_scaling).view_as(output)
 
 
 def add_adapters(chunks: Iterable[torch.nn.Module], plan: ExpansionPlan, lora: LoraConfig, *, seed: int) -> None:
-    """Give the linears that `lora` names their adapters: A random, the same for a seed in any division of ranks, B
-    zeros. Once, when the weights are loaded, and before `freeze`.
+    """Add adapters to the linears that `lora` names: A is random, B is zeros. A seed gives the same A at any
+    parallelism. Call this once, after the weights are loaded and before `freeze`.
 
     Raises:
-        ConfigError: such a linear is not megatron.core's own.
+        ConfigError: a named linear is not megatron.core's own.
     """
     layers = adapted_layers(lora, plan)
     for chunk in chunks:
@@ -133,7 +133,7 @@ def add_adapters(chunks: Iterable[torch.nn.Module], plan: ExpansionPlan, lora: L
 
 def _add_adapter(linear: torch.nn.Module, name: str, lora: LoraConfig, *, seed: int) -> None:
     rank = lora.rank
-    assert rank is not None  # adapted_layers gives none otherwise
+    assert rank is not None  # without a rank, adapted_layers is empty
     whole_a = _initial(f"{seed} {name}.lora_a", rank, linear.input_size)
     if isinstance(linear, ColumnParallelLinear):
         become(linear, LoraColumnParallelLinear)
@@ -152,11 +152,11 @@ def _add_adapter(linear: torch.nn.Module, name: str, lora: LoraConfig, *, seed: 
     is_column = isinstance(linear, ColumnParallelLinear)
     divided, whole = (linear.lora_b, linear.lora_a) if is_column else (linear.lora_a, linear.lora_b)
     set_tensor_model_parallel_attributes(divided, is_parallel=True, dim=0 if is_column else 1, stride=1)
-    whole.sequence_parallel = linear.sequence_parallel  # each rank then has the gradient of its part of the sequence
+    whole.sequence_parallel = linear.sequence_parallel  # each rank then has only its sequence part's gradient
 
 
 def _initial(seed: str, rank: int, width: int) -> torch.Tensor:
-    """A, [rank, in], as the authors' code begins it: uniform within 1 / sqrt(in)."""
+    """Return A [rank, in] as the authors' code initialises it: uniform within ± 1 / sqrt(in)."""
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "little"))
     bound = 1 / math.sqrt(width)
     return torch.empty(rank, width, device="cpu").uniform_(-bound, bound, generator=generator)

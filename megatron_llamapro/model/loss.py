@@ -1,15 +1,15 @@
-"""Output layer and cross-entropy as one, chunk by chunk of tokens: the logits are computed once and, where the output
-layer is frozen, never held whole.
+"""Output layer and cross-entropy in one operation, in chunks of tokens. Logits are computed once. If the output layer
+is frozen, they are never held whole.
 
-The gradient of a token's loss by its logits, softmax - onehot, is known as soon as the logits are. A frozen output
-layer needs only its product with the weight: it is taken in the forward pass, chunk by chunk, and the chunk's logits
-are forgotten; the backward pass scales a token's row by the gradient of that token's loss. That is exact, and costs
-what the plain way costs: head forward and head input gradient.
+The gradient of a token's loss with respect to its logits, softmax - onehot, is known as soon as the logits are. A
+frozen output layer needs only its product with the weight. The forward pass computes that product chunk by chunk and
+drops the chunk's logits. The backward pass scales each token's row by the gradient of that token's loss. This is exact
+and costs the same as the plain way: head forward and head input gradient.
 
-The weight gradient of an output layer that trains, sum over tokens t of g_t (softmax - onehot)_t^T hidden_t, cannot be
-taken before g_t is known. Computing the logits again in the backward pass would be one head product more; holding
-softmax - onehot, in the type of the weights and in the place of the logits, is none. So that is done, and no float32
-copy of the whole is made there either.
+The weight gradient of a trainable output layer is the sum over tokens t of g_t (softmax - onehot)_t^T hidden_t, and
+g_t is known only in the backward pass. Recomputing the logits there would cost one more head product. So
+softmax - onehot is kept instead, in the weights' dtype and in the logits' memory. No float32 copy of the whole is made
+here either.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import CrossEntropy
 from megatron_llamapro.runtime.upstream import become
 
-# Tokens a chunk. A product of c rows reads the whole weight once: c/2 FLOP a byte of it in float32, c in bfloat16. A
-# Hopper GPU balances near 300 FLOP a byte, so 1,024 hide the reading well. Two CPU cores need far fewer for that, but
-# their threads share a product of few rows badly: 1,024 tokens of hidden size 512 by 32,000 entries took 1.15 times as
-# long in chunks of 128 tokens as in one, 1.12 in chunks of 256, 1.04 in chunks of 512 (65 MB of logits).
+# Tokens per chunk. A product of c rows reads the whole weight once: c/2 FLOP per byte in float32, c in bfloat16. A
+# Hopper GPU balances near 300 FLOP per byte, so 1,024 tokens hide the reads well. Two CPU cores need far fewer, but
+# their threads share small products badly. 1,024 tokens of hidden size 512 by 32,000 entries took 1.15 times as long in
+# chunks of 128 tokens as in one chunk, 1.12 in chunks of 256, 1.04 in chunks of 512 (65 MB of logits).
 _CHUNK_TOKENS = {"cpu": 512, "cuda": 1024}
 
 
@@ -44,12 +44,12 @@ class VocabShard:
     first: int
     """Vocabulary entry of its first row."""
     num_entries: int
-    """Rows that are entries of the vocabulary; those behind are padding, and are left out of every product. At least 1:
-    a rank that has nothing but padding keeps one row, which gets no probability."""
+    """Rows that are entries of the vocabulary. The rows after them are padding and are left out of every product. At
+    least 1: a rank with nothing but padding keeps one row, which gets no probability."""
     is_padding: bool
-    """Whether that is the case."""
+    """Whether the rank has nothing but padding."""
     group: dist.ProcessGroup | None
-    """The ranks that hold the others; None: there are none."""
+    """The tensor-parallel group; None if this rank holds all rows."""
 
     @classmethod
     def of_rank(cls, num_rows: int, *, vocab_size: int, group: dist.ProcessGroup) -> VocabShard:
@@ -59,19 +59,19 @@ class VocabShard:
 
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, VocabShard], torch.Tensor]
-"""(logits [c, entries], labels [c], shard) → losses [c], float32. The logits become their own gradient, in place."""
+"""(logits [c, entries], labels [c], shard) → losses [c], float32. It overwrites the logits with their gradient."""
 
 
 def torch_kernel(logits: torch.Tensor, labels: torch.Tensor, shard: VocabShard) -> torch.Tensor:
-    """In torch's operations, on any device and any division of the vocabulary; all arithmetic in float32."""
-    work = logits.float()  # the same tensor where it is float32 already
+    """Compute losses with torch's operations, in float32, on any device and for any split of the vocabulary."""
+    work = logits.float()  # the same tensor if it is float32 already
     if shard.is_padding:
         work.fill_(torch.finfo(work.dtype).min)
     row = (labels - shard.first).clamp(0, shard.num_entries - 1)[:, None]
     is_here = (row[:, 0] + shard.first == labels).float()
     target = work.gather(1, row)[:, 0] * is_here
     largest = work.amax(dim=1)
-    # The CPU's kernel goes row by row and may write where it reads; of others nobody says so.
+    # The CPU kernel goes row by row, so it can write in place. Other devices do not promise that.
     work = torch.softmax(work, dim=1, out=work if work.device.type == "cpu" else None)
     log_sum = largest - work.amax(dim=1).log()  # the largest probability is exp(0) over the sum
     if shard.group is not None:
@@ -87,7 +87,7 @@ def torch_kernel(logits: torch.Tensor, labels: torch.Tensor, shard: VocabShard) 
 def _over_all_shards(
     log_sum: torch.Tensor, target: torch.Tensor, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log of the sum of exponentials over the whole vocabulary, and the target's logit from the rank that has it."""
+    """Return the log-sum-exp over the whole vocabulary, and the target's logit from the rank that holds it."""
     largest = log_sum.clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     sums = torch.stack([(log_sum - largest).exp(), target])
@@ -96,7 +96,8 @@ def _over_all_shards(
 
 
 def liger_kernel(logits: torch.Tensor, labels: torch.Tensor, shard: VocabShard) -> torch.Tensor:
-    """Liger's Triton kernel, which keeps float32 in registers. Whole vocabulary only. Not run yet: it needs a GPU."""
+    """Compute losses with Liger's Triton kernel, with float32 in registers. It needs the whole vocabulary and a GPU; it
+    is not run yet."""
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     with torch.enable_grad():
@@ -151,7 +152,7 @@ def _in_chunks(
     input_gradient: bool,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Losses, and with `keep` their gradients by the logits, or with `input_gradient` those by `hidden`, or None."""
+    """Return losses and a gradient: with `keep` that of the logits, with `input_gradient` that of `hidden`, or None."""
     tokens, weight = hidden.shape[0], weight[: shard.num_entries]
     chunk_tokens = _CHUNK_TOKENS.get(hidden.device.type, _CHUNK_TOKENS["cuda"])
     logits = hidden.new_empty(tokens if keep else min(chunk_tokens, tokens), shard.num_entries)
@@ -177,8 +178,8 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """hidden [tokens, h], weight [rows, h], labels [tokens] → loss of every token, [tokens], float32.
 
-    The gradient of `hidden` is this rank's part of it: the caller sums over `shard.group`. Without gradients (under
-    `no_grad`, or where nothing before requires them) none are computed.
+    The gradient of `hidden` is this rank's part, and the caller sums it over `shard.group`. No gradients are computed
+    under `no_grad`, or if neither `hidden` nor `weight` requires them.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, labels, shard, kernel)
@@ -186,9 +187,9 @@ def linear_cross_entropy(
 
 
 class OutputLayer(ColumnParallelLinear):
-    """megatron.core's output layer, which also gives the loss when it is given labels. Set as its class.
+    """megatron.core's output layer, which also computes the loss if it gets labels. It becomes the layer's class.
 
-    A call of the layer, not of a function beside it: DDP's hooks (`overlap_param_gather`) go with the call.
+    The loss is part of the layer's call, not a separate function: DDP's hooks (`overlap_param_gather`) need the call.
     """
 
     vocab_size: int
@@ -197,7 +198,7 @@ class OutputLayer(ColumnParallelLinear):
 
     def forward(self, input_, weight=None, runtime_gather_output=None, labels=None):
         """input_ [s, b, h] (with sequence parallelism this rank's part of s) → logits [s, b, rows] and no bias; with
-        labels [b, s] → the loss of every token, [b, s]"""
+        labels [b, s] → the loss of every token, [b, s]."""
         if labels is None:
             return super().forward(input_, weight, runtime_gather_output)
         weight = self.weight if weight is None else weight
@@ -217,10 +218,10 @@ class OutputLayer(ColumnParallelLinear):
 
 
 def give_loss(layer: ColumnParallelLinear, *, vocab_size: int, cross_entropy: CrossEntropy) -> None:
-    """Have megatron.core's output layer compute the loss itself.
+    """Make megatron.core's output layer compute the loss itself.
 
     Raises:
-        ConfigError: Liger was asked for and cannot be used here.
+        ConfigError: Liger is requested but not usable.
     """
     if cross_entropy == "liger":
         _check_liger(layer.tp_group.size())
@@ -236,6 +237,6 @@ def _check_liger(tensor_size: int) -> None:
         )
     if tensor_size > 1:
         raise ConfigError(
-            f"model.cross_entropy is liger, which needs the whole vocabulary on every rank, and "
+            f"model.cross_entropy is liger, which needs the whole vocabulary on every rank, but "
             f"parallel.tensor_model_parallel_size is {tensor_size}: set model.cross_entropy to chunked"
         )

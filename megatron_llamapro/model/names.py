@@ -1,4 +1,4 @@
-"""Global parameter names. megatron.core's module names count layers from each stage's first one; these do not."""
+"""Global parameter names. megatron.core's module names number layers from each stage's first; these do not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LOCAL_LAYER = re.compile(r"(?:^|\.)decoder\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class NamedParameter:
-    """A parameter of this rank, under its name in the whole model."""
+    """A parameter of this rank with its name in the whole model."""
 
     name: str
     """As megatron.core spells it, with the global 0-based layer index: decoder.layers.39.mlp.linear_fc2.weight."""
@@ -23,15 +23,15 @@ class NamedParameter:
 
 
 def global_layer_index(layer: torch.nn.Module) -> int:
-    """0-based global index of a megatron.core TransformerLayer."""
+    """Return the 0-based global index of a megatron.core TransformerLayer."""
     return layer.layer_number - 1
 
 
 def named_parameters(chunks: Iterable[torch.nn.Module]) -> Iterator[NamedParameter]:
-    """Every parameter of this rank's model chunks (GPTModel, or wrapped in DDP), in order.
+    """Yield every parameter of this rank's model chunks (GPTModel, or wrapped in DDP), in order.
 
-    A tied embedding that one stage holds alone comes once, as the embedding; the copy that the last stage holds is
-    its `output_layer.weight`.
+    On a single stage, a tied embedding comes once, as the embedding. The last stage's copy of it is named
+    `output_layer.weight`.
     """
     for chunk in chunks:
         model = unwrapped(chunk)
@@ -46,7 +46,7 @@ def named_parameters(chunks: Iterable[torch.nn.Module]) -> Iterator[NamedParamet
 
 
 def unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
-    """The GPTModel inside DDP, Float16Module or nothing."""
+    """Return the GPTModel inside DDP or Float16Module, or the chunk itself."""
     while not hasattr(chunk, "decoder") and hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk

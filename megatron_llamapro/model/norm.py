@@ -1,4 +1,4 @@
-"""Root-mean-square norm that keeps its input and one number a token, and skips what a frozen weight does not need."""
+"""Root-mean-square norm that saves only its input and one number per token. A frozen weight costs no gradient."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.nn.functional import rms_norm
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension, for any split of the sequence.
 
-    megatron.core's wrapper of torch's norm refuses sequence parallelism; all it needs is the mark on the weight that
-    has `finalize_model_grads` sum its gradient over the tensor-parallel ranks.
+    megatron.core's wrapper of torch's norm refuses sequence parallelism. All that is missing is a mark on the weight:
+    with it, `finalize_model_grads` sums the weight's gradient over the tensor-parallel ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
@@ -23,14 +23,14 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[…, h] → the same shape"""
-        if hidden_states.is_cuda:  # one kernel each way there; on the CPU torch puts it together from a dozen
+        """[…, h] → the same shape."""
+        if hidden_states.is_cuda:  # one kernel per direction; on the CPU torch composes it from a dozen
             return rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
         return _RMSNorm.apply(hidden_states, self.weight, self.eps)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x r w with r = 1 / sqrt(mean(x²) + eps); float32 inside, or more where x has it."""
+    """y = x r w with r = 1 / sqrt(mean(x²) + eps); computed in float32, or in x's type if that is wider."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):

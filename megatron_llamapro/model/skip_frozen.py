@@ -1,8 +1,9 @@
-"""Work that frozen parts save: what lies below the first trainable layer runs forward only, without autograd.
+"""Skips work for frozen parts: everything below the first trainable layer runs forward only, without autograd.
 
-Nothing there is kept for a backward pass, a chunk of layers that lies wholly below takes no part in one, and the first
-chunk that trains sends no gradient to the one before it (`training/communication.py` leaves the messages out).
-Recomputation begins at the first trainable layer. Usable with any megatron.core GPTModel; see docs/in_your_own_loop.md.
+That part saves nothing for a backward pass. A chunk of layers wholly below the first trainable layer has no backward
+pass, and the first chunk that trains sends no gradient to the one before it (`training/communication.py` skips the
+messages). Recomputation starts at the first trainable layer. Works with any megatron.core GPTModel; see
+docs/in_your_own_loop.md.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ class Reach:
     """How far backward passes reach into one chunk (a stage, or a virtual stage)."""
 
     receives_gradient: bool = True
-    """From the chunk after it. Not so where nothing in this chunk or below it trains."""
+    """From the chunk after it. False if nothing in this chunk or below it trains."""
     sends_gradient: bool = True
-    """To the chunk before it. Not so where nothing below this chunk trains."""
+    """To the chunk before it. False if nothing below this chunk trains."""
     num_layers_below: int = 0
     """Layers of this chunk below the first trainable one."""
 
 
 def reach_of(chunk: torch.nn.Module, first_trainable_layer: int) -> Reach:
-    """How far backward passes reach into a GPTModel where `first_trainable_layer` is the first that trains, of the
-    whole model: -1 where the embedding trains, the number of layers where only the final norm or the head does."""
+    """Return how far backward passes reach into a GPTModel. `first_trainable_layer` is an index in the whole model: -1
+    if the embedding trains, the number of layers if only the final norm or the head trains."""
     first_here = get_transformer_layer_offset(chunk.config, getattr(chunk, "vp_stage", None))
     after = first_here + len(chunk.decoder.layers)
     return Reach(
@@ -72,9 +73,9 @@ def _first_trainable_layer_of(chunk: torch.nn.Module) -> int:
 
 
 def skip_frozen_work(chunks: Sequence[torch.nn.Module], first_trainable_layer: int | None = None) -> None:
-    """Prepare this rank's GPTModels: below `first_trainable_layer` they run without autograd, and their `reach` tells
-    the schedule which gradients there are. Without that number the ranks look for it together, in what requires grad.
-    Call it once, after `freeze` and before DDP wraps them; all ranks do.
+    """Make this rank's GPTModels run without autograd below `first_trainable_layer`. Their `reach` tells the schedule
+    which gradients exist. Without that number the ranks look for it together, in what requires grad.
+    Call this once on every rank, after `freeze` and before DDP wraps the models.
 
     Raises:
         ConfigError: a decoder is not megatron.core's own TransformerBlock.
@@ -102,9 +103,9 @@ def _replace(owner: torch.nn.Module, method: str, wrapper: Callable[[Callable], 
 
 
 def _detached(set_input_tensor: Callable) -> Callable:
-    """megatron.core's schedules receive into a tensor that requires grad, and look for its gradient afterwards: it is
-    given up for one that does not, over the same bytes, which are then freed as soon as the model needs them no more.
-    """
+    """Make `set_input_tensor` pass on a tensor without grad. megatron.core's schedules receive into a tensor that
+    requires grad and later look for its gradient. The new tensor takes over its bytes, so that they are freed as soon
+    as the model no longer needs them."""
 
     @functools.wraps(set_input_tensor)
     def detached(input_tensor):
@@ -119,8 +120,8 @@ def _detached(set_input_tensor: Callable) -> Callable:
 
 
 def _with_gradient(forward: Callable) -> Callable:
-    """A layer whose input requires grad: else a checkpoint inside it, which asks its inputs only, gives its parameters
-    no gradient at all."""
+    """Make the input of a layer's `forward` require grad. Activation checkpointing looks only at its inputs; without
+    grad on them, the layer's parameters would get no gradient."""
 
     @functools.wraps(forward)
     def with_gradient(hidden_states, *args, **kwargs):
@@ -130,24 +131,24 @@ def _with_gradient(forward: Callable) -> Callable:
 
 
 def requiring_grad(hidden_states: torch.Tensor) -> torch.Tensor:
-    """The same values, requiring grad where gradients are computed at all."""
+    """Return the same values, with `requires_grad` set if gradients are enabled."""
     if hidden_states.requires_grad or not torch.is_grad_enabled():
         return hidden_states
     return hidden_states.detach().requires_grad_()
 
 
 class FrozenAwareBlock(TransformerBlock):
-    """Set as the class of a GPTModel's decoder. Full recomputation leaves out what has no backward pass, and counts
-    its layers from the first trainable one.
+    """TransformerBlock whose full recomputation skips layers without a backward pass, and counts layers from the first
+    trainable one. It becomes the class of a GPTModel's decoder.
 
-    Upstream checkpoints the frozen layers too, and gives no gradient to any layer of a range whose input does not
-    require grad; it also fails where the layers of a uniform division do not divide.
+    Upstream checkpoints the frozen layers too, and a range whose input does not require grad gets no gradient at all.
+    With method uniform, upstream also fails if `recompute_num_layers` does not divide the layers.
     """
 
     num_layers_below: int = 0
 
     def _checkpointed_forward(self, hidden_states: torch.Tensor, **arguments: object) -> torch.Tensor:
-        """hidden_states [s, b, h] → the same shape. The other arguments go to every layer as they are."""
+        """hidden_states [s, b, h] → the same shape. Every layer gets the other arguments unchanged."""
         arguments.pop("use_inner_quantization_context")
 
         def run(start: int, stop: int, hidden_states: torch.Tensor) -> torch.Tensor:

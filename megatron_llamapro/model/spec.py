@@ -1,5 +1,5 @@
-"""Which modules a layer is built from: Transformer Engine's where it is there, else megatron.core's linears with our
-norm, attention and activation, which need nothing but torch."""
+"""Layer specs: the modules that a layer is built from. They are Transformer Engine's if it is usable, else
+megatron.core's linears with our norm, attention and activation, which need only torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from megatron_llamapro.model.swiglu import swiglu
 
 
 def residual_add(training: bool, fused: bool) -> Callable:
-    """megatron.core's `get_bias_dropout_add` for models without dropout: a sum, and one more where there is a bias."""
+    """Replace megatron.core's `get_bias_dropout_add` in models without dropout: add the output, and its bias if any."""
     return _residual_add
 
 
@@ -39,8 +39,8 @@ def _residual_add(output_with_bias: tuple[Tensor, Tensor | None], residual: Tens
 
 
 def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """A block of megatron.core's linears and our norm and attention. Its checkpoint keys are those of Transformer
-    Engine's layers, which fuse a norm with the linear behind it, so that either loads what the other saved."""
+    """Return a block of megatron.core's linears with our norm and attention. Its checkpoint keys are those of
+    Transformer Engine's layers, which fuse a norm with the next linear. So either loads the other's checkpoints."""
     keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if config.num_moe_experts is None:
         keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
@@ -82,10 +82,10 @@ def _feed_forward(config: TransformerConfig) -> ModuleSpec:
 
 
 def uses_transformer_engine(transformer_impl: TransformerImpl) -> bool:
-    """Whether layers come from Transformer Engine.
+    """Return whether layers come from Transformer Engine.
 
     Raises:
-        ConfigError: it was asked for and is not usable here.
+        ConfigError: it is requested but not usable.
     """
     usable = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     if transformer_impl == "transformer_engine" and not usable:
@@ -99,7 +99,7 @@ def uses_transformer_engine(transformer_impl: TransformerImpl) -> bool:
 def block_spec(
     config: TransformerConfig, *, transformer_impl: TransformerImpl, vp_stage: int | None
 ) -> TransformerBlockSubmodules | ModuleSpec:
-    """The layers of this rank's (virtual) stage."""
+    """Return the specs of the layers of this rank's (virtual) stage."""
     if uses_transformer_engine(transformer_impl):
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,

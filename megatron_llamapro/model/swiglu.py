@@ -1,4 +1,4 @@
-"""SwiGLU that keeps nothing but its input, and gives its memory back as the gradient."""
+"""SwiGLU that saves only its input, and writes the gradient into the input's memory."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch.nn.functional import silu
 
 
 class _SwiGLU(torch.autograd.Function):
-    """[…, gate f | up f] → silu(gate) · up, [… , f]
+    """[…, gate f | up f] → silu(gate) · up, [… , f].
 
-    The input is the output of a linear, which no other backward pass reads, and is as large as its gradient: the one
-    is overwritten by the other. A second backward pass is refused by torch, as the input has changed.
+    The input is the output of a linear layer. No other backward pass reads it, and its gradient has the same size, so
+    the gradient overwrites it. torch refuses a second backward pass, because the input has changed.
     """
 
     @staticmethod
@@ -31,5 +31,5 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(both: torch.Tensor) -> torch.Tensor:
-    """[…, 2 f], gate before up → [… , f]"""
+    """[…, 2 f], gate before up → [… , f]."""
     return _SwiGLU.apply(both)

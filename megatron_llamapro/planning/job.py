@@ -1,6 +1,6 @@
-"""A training job for planning: what each run of its layers costs on a stage, in seconds and bytes.
+"""A training job for planning: the seconds and bytes that any range of its layers costs on a stage.
 
-Seconds come from FLOPs, or from what a short run on the machine measured.
+Seconds come from FLOPs, or from the measurements of a short run on the machine.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class ModelTime:
     head: ChunkTime
 
     def __add__(self, other: ModelTime) -> ModelTime:
-        """Part by part, one after the other."""
+        """Add the times part by part, as if one ran after the other."""
         layers = tuple(mine + its for mine, its in zip(self.layers, other.layers, strict=True))
         return ModelTime(layers, self.embedding + other.embedding, self.head + other.head)
 
 
 @dataclass(frozen=True)
 class ChunkCost:
-    """Layers on one (virtual) stage."""
+    """Time and memory of the layers on one (virtual) stage."""
 
     time: ChunkTime
     held: ChunkBytes
@@ -54,7 +54,7 @@ class ChunkCost:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be laid out."""
+    """A model, how it is divided, and its costs: the planner's input."""
 
     shape: ModelShape
     trains: Trains
@@ -62,25 +62,25 @@ class Job:
     time: ModelTime
     num_stages: int
     num_chunks: int
-    """Virtual stages a stage; 1: none."""
+    """Virtual stages per stage; 1 means none."""
     num_microbatches: int
     memory_bytes: float = float("inf")
     message: float = 0.0
-    """Seconds of a message between stages."""
+    """Seconds per message between stages."""
     recompute: RecomputeConfig = KEEP_ALL
 
     @property
     def num_positions(self) -> int:
-        """Stages and virtual stages, in the order of the layers."""
+        """The number of (virtual) stages. Positions follow the order of the layers."""
         return self.num_stages * self.num_chunks
 
     def chunks(self, counts: Sequence[int]) -> tuple[ChunkCost, ...]:
-        """What every position does and holds under a split."""
+        """Return the time and memory of every position under a split."""
         starts = [sum(counts[:position]) for position in range(len(counts))]
         return tuple(self.chunk(position, start, counts[position]) for position, start in enumerate(starts))
 
     def chunk(self, position: int, first: int, count: int) -> ChunkCost:
-        """`count` layers from `first` on, at a position: the embedding is at the first one, the head at the last."""
+        """Return the cost of `count` layers from `first` on, with the embedding if it is first and the head if last."""
         is_first, is_last = position == 0, position == self.num_positions - 1
         key = (first, count, is_first, is_last)
         if key not in self._known:
@@ -99,7 +99,7 @@ class Job:
 
     @functools.cached_property
     def _known(self) -> dict[tuple[int, int, bool, bool], ChunkCost]:
-        """A search asks for the same few hundred chunks millions of times."""
+        """A cache, because a search asks for the same few hundred chunks millions of times."""
         return {}
 
     def _time(self, layers: range, *, is_first: bool, is_last: bool) -> ChunkTime:
@@ -118,12 +118,12 @@ class Job:
         return share_of_forward(self.shape, layer, self.recompute, seq_length=seq_length, trains=self.trains)
 
 
-# What a calibration measures, in seconds a micro-batch.
+# The parts that a calibration measures, in seconds per micro-batch.
 KINDS = ("below", "frozen", "trainable", "head", "embedding")
 
 
 def time_from_flops(shape: ModelShape, trains: Trains, division: Division, *, flops_per_second: float) -> ModelTime:
-    """`flops_per_second` is what a rank really reaches: its peak, times the share of it that the work gets."""
+    """Return times by arithmetic. `flops_per_second` is a rank's real rate: its peak times the fraction it reaches."""
 
     def of(work: Work) -> ChunkTime:
         scale = division.tokens / division.tensor_size / flops_per_second
@@ -136,17 +136,17 @@ def time_from_flops(shape: ModelShape, trains: Trains, division: Division, *, fl
 
 
 def kind_of(layer: int, shape: ModelShape, trains: Trains) -> str:
-    """Which of `KINDS` a layer is."""
+    """Return the layer's kind, one of `KINDS`."""
     if layer in trains.layers:
         return "trainable"
     return "frozen" if layer >= trains.first_layer(shape.num_layers) else "below"
 
 
 def time_from_calibration(shape: ModelShape, trains: Trains, measured: Mapping[str, object]) -> ModelTime:
-    """`measured` as `training.calibration` writes it: forward and backward seconds of each kind.
+    """Return times from `measured`: forward and backward seconds of each kind, as `training.calibration` writes them.
 
     Raises:
-        PipelinePlanError: a figure is missing, or is none.
+        PipelinePlanError: a figure is missing or is not a number.
     """
     times = {}
     for kind in KINDS:
@@ -161,7 +161,7 @@ def time_from_calibration(shape: ModelShape, trains: Trains, measured: Mapping[s
 
 
 def division_of(config: RunConfig, world_size: int) -> Division:
-    """How a job of so many ranks divides model and batch, without the pipeline. Errors of `data_parallel_size`."""
+    """Return how a job divides model and batch over its ranks, without the pipeline. Raises as `data_parallel_size`."""
     return Division(
         tensor_size=config.parallel.tensor_model_parallel_size,
         data_size=data_parallel_size(config, world_size),
@@ -181,7 +181,7 @@ def job_of(
     flops_per_second: float,
     memory_bytes: float = float("inf"),
 ) -> Job:
-    """The job that `config` describes, its times by arithmetic: `flops_per_second` is what a rank really reaches."""
+    """Return the job that `config` describes, with times by arithmetic. `flops_per_second` is a rank's real rate."""
     trains, division = trains_of(config, shape, plan), division_of(config, world_size)
     training = config.training
     return Job(

@@ -1,8 +1,8 @@
-"""Bytes that a stage holds, by arithmetic: weights, gradients, optimizer state, activations of what is in flight.
+"""Bytes that a stage holds, by arithmetic: weights, gradients, optimizer state, activations in flight.
 
-The activations are those of this project's layers (`model/`), which keep the least that their backward passes need.
-Recomputation leaves out layers without a backward pass, as `model/skip_frozen.py` does; full recomputation counts from
-the first layer that has one.
+The activations are those of this project's layers (`model/`), which keep the minimum for their backward passes.
+Recomputation skips layers without a backward pass, as `model/skip_frozen.py` does. Full recomputation counts layers
+from the first one with a backward pass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_llamapro.families.shape import ModelShape
 from megatron_llamapro.planning.flops import block_attention_flops, linear_flops
 
 _FLOAT32 = 4  # bytes
-GRADIENT, _MASTER, _MOMENTS = 4, 4, 8  # bytes a trainable parameter: float32, and two moments
+GRADIENT, _MASTER, _MOMENTS = 4, 4, 8  # bytes per trainable parameter: float32, and two moments
 
 KEEP_ALL = RecomputeConfig()
 
@@ -35,18 +35,18 @@ class Division:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
+        """Tokens per micro-batch."""
         return self.micro_batch_size * self.seq_length
 
 
 def block_parameters(shape: ModelShape) -> int:
-    """Of one block, with its norms; biases and norms of queries and keys are left out (thousandths)."""
+    """Return the parameters of one block with its norms. Biases and query and key norms (thousandths) are left out."""
     return sum(linear.num_parameters for linear in linears(shape)) + 2 * shape.hidden_size
 
 
 def state_bytes(parameters: float, trainable: float, division: Division) -> float:
-    """Weights, gradients, master weights (of a type below float32) and moments of so many parameters of the whole
-    model's, on one rank; optimizer state is divided over the replicas."""
+    """Return one rank's bytes of weights, gradients, master weights (unless weights are float32) and moments. The
+    counts are of all tensor-parallel ranks; optimizer state is sharded over the replicas."""
     state = _MOMENTS + (_MASTER if division.itemsize < 4 else 0)
     each = parameters * division.itemsize + trainable * (GRADIENT + state / division.data_size)
     return each / division.tensor_size
@@ -55,11 +55,11 @@ def state_bytes(parameters: float, trainable: float, division: Division) -> floa
 def block_activations(
     shape: ModelShape, division: Division, *, trains: Trains, layer: int, recompute: RecomputeConfig = KEEP_ALL
 ) -> float:
-    """Bytes that one block with a backward pass keeps of a micro-batch, if it is not recomputed whole.
+    """Return the bytes that one block with a backward pass keeps per micro-batch, unless it is recomputed whole.
 
-    Residual stream twice, joint queries, keys and values, attention's output with the logarithm of each row's sum,
-    both halves of the feed-forward's first product; two numbers for the norms. What trains also keeps the inputs of
-    its linears, and an adapter what lies between its two products. Of a part that is recomputed, only its input.
+    It keeps the residual stream twice; joint queries, keys and values; attention's output and the logarithm of each
+    row's sum; both halves of the feed-forward's first product; and two numbers per token for the norms. A trainable
+    linear also keeps its input, and an adapter the tensor between its products. A recomputed part keeps only its input.
     """
     along = division.tensor_size if division.sequence_parallel else 1  # ranks that share the sequence
     hidden, heads = shape.hidden_size / along, shape.num_attention_heads / division.tensor_size
@@ -67,7 +67,7 @@ def block_activations(
     feed_forward = shape.ffn_hidden_size / division.tensor_size * (shape.moe_router_topk or 1)
 
     def extra(linear: str, its_input: float) -> float:
-        """What a linear keeps for the gradients of its own weight and of its adapter."""
+        """Return what a linear keeps for the gradients of its own weight and of its adapter."""
         if trains.adapters is None or not trains.has_adapter(layer, linear):
             return its_input if trains.trains_weight(layer, linear) else 0.0
         return its_input + trains.adapters.rank / (along if is_row_parallel(linear) else 1)
@@ -88,16 +88,16 @@ def block_activations(
 
 @dataclass(frozen=True)
 class ChunkBytes:
-    """What one (virtual) stage holds."""
+    """Bytes that one (virtual) stage holds."""
 
     state: float
-    """Always."""
+    """Held always."""
     activations: float
-    """Of every micro-batch between its forward and its backward pass."""
+    """Held per micro-batch between its forward and its backward pass."""
     recomputed: float
-    """During a backward pass, besides."""
+    """Held in addition during a backward pass."""
     trainable: float
-    """Not bytes: parameters that train, on all tensor-parallel ranks together."""
+    """Not bytes: the trainable parameters on all tensor-parallel ranks together."""
 
 
 def chunk_bytes(
@@ -110,7 +110,7 @@ def chunk_bytes(
     division: Division,
     recompute: RecomputeConfig = KEEP_ALL,
 ) -> ChunkBytes:
-    """Bytes of the chunk of these layers, with the embedding where it is the first, the head where it is the last."""
+    """Return the bytes of a chunk of these layers, with the embedding if it is first and the head if it is last."""
     block, table = block_parameters(shape), shape.hidden_size * shape.vocab_size
     parameters = block * len(layers) + table * (is_first + is_last)
     trainable = sum(trains.trainable_parameters(shape, layer) for layer in layers)
@@ -136,8 +136,8 @@ def chunk_bytes(
 
 
 def recomputed_groups(layers: Sequence[int], recompute: RecomputeConfig) -> list[Sequence[int]]:
-    """Of a chunk's `layers` that have a backward pass: those recomputed whole, in groups of which only the input is
-    kept."""
+    """Return the layers that are recomputed whole, in groups that keep only their input. `layers` are those of a chunk
+    that have a backward pass."""
     if recompute.granularity != "full":
         return []
     number = recompute.num_layers or 1
@@ -149,7 +149,7 @@ def recomputed_groups(layers: Sequence[int], recompute: RecomputeConfig) -> list
 def share_of_forward(
     shape: ModelShape, layer: int, recompute: RecomputeConfig, *, seq_length: int, trains: Trains
 ) -> float:
-    """Part of a layer's forward pass that selective recomputation does again, by FLOPs."""
+    """Return the part of a layer's forward FLOPs that selective recomputation repeats."""
     if recompute.granularity != "selective":
         return 0.0
     attention = block_attention_flops(shape, seq_length, layer)

@@ -1,6 +1,6 @@
 """Seconds that messages between ranks take, by arithmetic: bytes over bandwidth.
 
-Ranks are numbered as megatron.core does: tensor-parallel ones are neighbours, then replicas, then stages.
+Ranks are numbered as in megatron.core: tensor-parallel ranks are neighbours, then replicas, then stages.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from megatron_llamapro.planning.simulate import ChunkTime
 
 @dataclass(frozen=True)
 class Network:
-    """How fast ranks are joined. Bytes a second that a rank sends, and as many that it receives at the same time."""
+    """Bandwidth between ranks, in bytes per second. A rank sends and receives at this rate at the same time."""
 
     ranks_per_node: int = 8
     within_node: float = 300e9
-    """Of an H100's NVLink, whose data sheet says 450e9, two thirds."""
+    """Two thirds of an H100's NVLink (450e9 in its data sheet)."""
     between_nodes: float = 40e9
-    """Of a 400 Gbit/s adapter for each GPU, which is 50e9, four fifths."""
+    """Four fifths of a 400 Gbit/s adapter per GPU (50e9)."""
 
     def collective(self, num_bytes: float, *, size: int, stride: int = 1) -> float:
-        """Seconds of an all-gather or a reduce-scatter of `num_bytes` in all over `size` ranks, `stride` apart.
+        """Return the seconds of an all-gather or a reduce-scatter of `num_bytes` in total over `size` ranks, `stride`
+        apart.
 
-        Over several nodes the ranks of a group on one node receive together what is on the others, each by an adapter
-        of its own (as NCCL's rings do). Groups begin where the one before ends, so that one whose size does not divide
-        a node's has few ranks on some nodes.
+        Over several nodes, the group's ranks on one node together receive the data of the other nodes, each through its
+        own adapter (as NCCL's rings do). Groups are contiguous; if the size does not divide a node, some nodes hold
+        fewer of its ranks.
         """
         if size == 1:
             return 0.0
@@ -41,17 +42,17 @@ class Network:
         return received / min(self.within_node, self.between_nodes * on_a_node)
 
     def message(self, num_bytes: float, *, stride: int) -> float:
-        """Seconds of a message to the rank `stride` further on."""
+        """Return the seconds of a message to the rank `stride` further on."""
         return num_bytes / (self.within_node if stride < self.ranks_per_node else self.between_nodes)
 
 
 def tensor_parallel_time(shape: ModelShape, trains: Trains, division: Division, network: Network) -> ModelTime:
-    """What the tensor-parallel ranks' collectives take of a micro-batch, none of it hidden behind work.
+    """Return the seconds of the tensor-parallel collectives per micro-batch, with no overlap with computation.
 
-    With sequence parallelism a linear that is divided by columns gathers its input and scatters its input's gradient,
-    one divided by rows scatters its output and gathers that one's gradient, and columns that train gather their input
-    once more. Without it there is an all-reduce, of twice the bytes, where there is a scatter. Left out: what adapters
-    send, and the loss (some numbers a token).
+    With sequence parallelism, a column-parallel linear gathers its input and scatters its input's gradient; a trainable
+    one gathers its input once more. A row-parallel linear scatters its output and gathers its output's gradient.
+    Without it, an all-reduce of twice the bytes replaces each scatter. Left out: the messages of adapters and of the
+    loss (a few numbers per token).
     """
     hidden = division.tokens * shape.hidden_size * division.itemsize
     one = network.collective(hidden, size=division.tensor_size)
@@ -77,10 +78,10 @@ def tensor_parallel_time(shape: ModelShape, trains: Trains, division: Division, 
 
 
 def replicas_time(trainable: float, division: Division, network: Network) -> ChunkTime:
-    """Seconds a step in which replicas gather what was updated (forward) and reduce gradients (backward).
+    """Return the seconds per step in which replicas gather updated weights (forward) and reduce gradients (backward).
 
     Args:
-        trainable: parameters of one rank that train.
+        trainable: the number of trainable parameters of one rank.
     """
 
     def over_replicas(num_bytes: float) -> float:

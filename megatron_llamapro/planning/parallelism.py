@@ -1,7 +1,7 @@
-"""How a job's ranks are best divided: tensor-parallel x stages x replicas, by the arithmetic of this room.
+"""Finds the best division of a job's ranks into tensor-parallel ranks x stages x replicas, by arithmetic.
 
-Every division is a configuration of its own, checked as a run's is; its layers are split as `planning/splits.py` does,
-and its messages take what `planning/network.py` says. Needs no torch.
+Each division is a configuration, and is checked like a run's. `planning/splits.py` splits its layers over stages, and
+`planning/network.py` gives the seconds of its messages. Needs no torch.
 """
 
 from __future__ import annotations
@@ -23,49 +23,49 @@ RECOMPUTE_ALL = RecomputeConfig(granularity="full", method="uniform", num_layers
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a job runs on."""
+    """The ranks and the network that a job runs on."""
 
     num_ranks: int
     flops_per_second: float
-    """That a rank really reaches."""
+    """A rank's real rate."""
     memory_bytes: float
-    """That a rank may hold."""
+    """Memory per rank."""
     network: Network
 
 
 @dataclass(frozen=True)
 class Parallelism:
-    """One division, and what a step takes with it."""
+    """One division of the ranks, and the time of a step with it."""
 
     config: RunConfig
     job: Job
     plan: Plan
     seconds: float
-    """Of a step, with what of the replicas' messages is not hidden; without the optimizer's update."""
+    """Per step, with the part of the replicas' messages that is not hidden; without the optimizer's update."""
 
     @property
     def memory_bytes(self) -> float:
-        """Of the stage that holds the most."""
+        """Memory of the stage that holds the most."""
         return max(self.plan.stage_bytes)
 
 
 def best_parallelisms(config: RunConfig, model: DescribedModel, cluster: Cluster, *, at_most: int) -> list[Parallelism]:
-    """The divisions with the least step time that fit, the best first. What `config` says of parallel and recompute is
-    replaced; its batch sizes are kept.
+    """Return the divisions with the least step time that fit, the best first. `config`'s sections parallel and
+    recompute are replaced; its batch sizes are kept.
 
     Raises:
-        ConfigError: the model cannot be trained as configured, or no division divides the ranks and the batch too.
-        PipelinePlanError: none fits into memory.
+        ConfigError: the model cannot be trained as configured, or no division of the ranks also divides the batch.
+        PipelinePlanError: no division fits into memory.
     """
     check_fits(_undivided(config), model.shape, model.plan)
-    if cluster.num_ranks < cluster.network.ranks_per_node:  # a part of a node is a node
+    if cluster.num_ranks < cluster.network.ranks_per_node:  # treat a part of a node as a node
         network = replace(cluster.network, ranks_per_node=cluster.num_ranks)
         cluster = replace(cluster, network=network)
     jobs = sorted(_jobs(config, model, cluster), key=lambda each: _least_seconds(each[1]))
     if not jobs:
         raise ConfigError(
             f"{cluster.num_ranks} ranks, training.global_batch_size {config.training.global_batch_size} and "
-            f"micro_batch_size {config.training.micro_batch_size}: no division of the ranks divides the batch too"
+            f"micro_batch_size {config.training.micro_batch_size}: no division of the ranks also divides the batch"
         )
     found: list[Parallelism] = []
     for changed, job in jobs:
@@ -77,7 +77,7 @@ def best_parallelisms(config: RunConfig, model: DescribedModel, cluster: Cluster
     if not found:
         least = min(max(even_plan(replace(job, recompute=RECOMPUTE_ALL)).stage_bytes) for _, job in jobs)
         raise PipelinePlanError(
-            f"no division of {cluster.num_ranks} ranks fits into {cluster.memory_bytes / GIB:g} GiB a rank: the "
+            f"no division of {cluster.num_ranks} ranks fits into {cluster.memory_bytes / GIB:g} GiB per rank: the "
             f"smallest needs {least / GIB:.3g}"
         )
     return found
@@ -94,7 +94,7 @@ def _jobs(config: RunConfig, model: DescribedModel, cluster: Cluster) -> Iterato
 
 
 def _divisions(config: RunConfig, num_layers: int, cluster: Cluster) -> Iterator[RunConfig]:
-    """Tensor-parallel ranks within a node; replicas overlap their messages with work."""
+    """Yield a configuration per division. Tensor-parallel ranks stay within a node; replicas hide their messages."""
     node = cluster.network.ranks_per_node
     for tensor_size in (each for each in _divisors(cluster.num_ranks, node) if node % each == 0):
         for stages in _divisors(cluster.num_ranks // tensor_size, num_layers):
@@ -138,13 +138,13 @@ def _job(config: RunConfig, model: DescribedModel, cluster: Cluster) -> Job:
 
 
 def _least_seconds(job: Job) -> float:
-    """A step cannot take less: all stages work all the time."""
+    """Return a lower bound of a step's time: all stages work all the time."""
     parts = [*job.time.layers, job.time.embedding, job.time.head]
     return job.num_microbatches * sum(part.total for part in parts) / job.num_stages
 
 
 def _planned(config: RunConfig, job: Job, cluster: Cluster) -> Parallelism | None:
-    """The best split, with recomputation where it fits only so; None where it does not fit at all."""
+    """Return the best split, with recomputation only if it does not fit without it; None if it does not fit at all."""
     for recompute in (config.recompute, RECOMPUTE_ALL):
         try:
             changed = replace(job, recompute=recompute)
@@ -159,8 +159,8 @@ def _planned(config: RunConfig, job: Job, cluster: Cluster) -> Parallelism | Non
 
 
 def _not_hidden(job: Job, plan: Plan, network: Network) -> float:
-    """Seconds of the replicas' messages that are longer than what they hide behind: a micro-batch's forward pass for
-    the parameters, its backward pass for the gradients."""
+    """Return the seconds of the replicas' messages that computation does not hide. One micro-batch's forward pass hides
+    those of parameters, its backward pass those of gradients."""
 
     def of(stage: int, trainable: float) -> float:
         messages = replicas_time(trainable / job.division.tensor_size, job.division, network)

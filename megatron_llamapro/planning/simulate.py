@@ -1,8 +1,8 @@
-"""megatron.core's pipeline schedules, event by event: when each stage works and waits, and what it holds in between.
+"""Simulates megatron.core's pipeline schedules event by event: when each stage works and waits, and what it holds.
 
-1F1B and interleaved 1F1B as `megatron.core.pipeline_parallel.schedules` runs them, with what is left out for frozen
-stages (`training/communication.py`): a chunk of layers below the first trainable one has no backward pass, and nothing
-waits for its gradient. Positions are (virtual) stages in the order of the layers: chunk c of stage r is at c · P + r.
+The schedules are 1F1B and interleaved 1F1B, as `megatron.core.pipeline_parallel.schedules` runs them. Frozen stages
+skip work (`training/communication.py`): a chunk below the first trainable layer has no backward pass, and nothing waits
+for its gradient. Positions are (virtual) stages in layer order: of P stages, chunk c of stage r is at c · P + r.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class ChunkTime:
 
     forward: float
     backward: float
-    """0: it has none."""
+    """0 if it has no backward pass."""
 
     @property
     def total(self) -> float:
@@ -29,26 +29,26 @@ class ChunkTime:
 
 @dataclass(frozen=True)
 class Timeline:
-    """One step."""
+    """One simulated step."""
 
     seconds: float
     busy: tuple[float, ...]
     """Seconds that each stage works."""
     in_flight: tuple[tuple[int, ...], ...]
-    """Most micro-batches that each stage holds at once, by chunk, at the moment when it holds the most in all."""
+    """Micro-batches that each stage holds, by chunk, at the moment when it holds the most in total."""
 
     @property
     def bubble(self) -> float:
-        """Part of the step in which stages wait, over all of them."""
+        """The fraction of the step that stages spend waiting, averaged over all stages."""
         return 1 - sum(self.busy) / (len(self.busy) * self.seconds)
 
 
 Task = tuple[bool, int, int]
-"""Whether forward, the chunk of the stage, the micro-batch."""
+"""(whether it is forward, the stage's chunk, the micro-batch)."""
 
 
 def stage_tasks(stage: int, *, num_stages: int, num_chunks: int, num_microbatches: int) -> list[Task]:
-    """What one stage does, in order. Several chunks need a multiple of `num_stages` micro-batches."""
+    """Return one stage's tasks in order. Several chunks need a multiple of `num_stages` micro-batches."""
     forwards = list(chunk_order(num_stages, num_chunks, num_microbatches))
     backwards = [(num_chunks - 1 - chunk, number) for chunk, number in forwards]
     if num_chunks == 1:
@@ -65,7 +65,7 @@ def stage_tasks(stage: int, *, num_stages: int, num_chunks: int, num_microbatche
 
 
 def chunk_order(num_stages: int, num_chunks: int, num_microbatches: int) -> Iterator[tuple[int, int]]:
-    """Chunks and micro-batches in the order of the forward passes: groups of P micro-batches, chunk after chunk."""
+    """Yield (chunk, micro-batch) of the forward passes in order: groups of P micro-batches, chunk after chunk."""
     for group in range(0, num_microbatches, num_stages):
         for chunk in range(num_chunks):
             for number in range(group, min(group + num_stages, num_microbatches)):
@@ -73,7 +73,7 @@ def chunk_order(num_stages: int, num_chunks: int, num_microbatches: int) -> Iter
 
 
 def simulate(chunks: Sequence[ChunkTime], *, num_stages: int, num_microbatches: int, message: float = 0.0) -> Timeline:
-    """One step of `chunks`, by position. `message` is the seconds between a result and the next stage's start."""
+    """Simulate one step of `chunks`, by position. `message`: seconds between a result and the next stage's start."""
     num_chunks = len(chunks) // num_stages
     tasks = [
         stage_tasks(stage, num_stages=num_stages, num_chunks=num_chunks, num_microbatches=num_microbatches)
@@ -104,7 +104,7 @@ def simulate(chunks: Sequence[ChunkTime], *, num_stages: int, num_microbatches: 
 
 
 def _needs(chunks: Sequence[ChunkTime], is_forward: bool, position: int) -> int | None:
-    """Position whose result a task waits for."""
+    """Return the position whose result a task waits for, or None."""
     if is_forward:
         return position - 1 if position else None
     has_gradient = chunks[position].backward and position + 1 < len(chunks)
@@ -121,8 +121,8 @@ def _most_held(tasks: Sequence[Task], num_chunks: int) -> tuple[int, ...]:
 
 
 def step_seconds(chunks: Sequence[ChunkTime], *, num_stages: int, num_microbatches: int, message: float = 0.0) -> float:
-    """`simulate(…).seconds`; of many micro-batches only the first are simulated, since every further group of them then
-    takes as long as the one before."""
+    """Return `simulate(…).seconds`. Of many micro-batches only the first are simulated, because every later group takes
+    as long as the one before."""
     enough = 12 * num_stages
     if num_microbatches <= 2 * enough:
         return simulate(chunks, num_stages=num_stages, num_microbatches=num_microbatches, message=message).seconds

@@ -1,4 +1,4 @@
-"""The split of layers over stages, and virtual stages, with the least step time that fits into memory."""
+"""Finds the split of layers over (virtual) stages with the least step time that fits into memory."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from megatron_llamapro.planning.job import ChunkCost, Job
 from megatron_llamapro.planning.memory import ChunkBytes
 from megatron_llamapro.planning.simulate import ChunkTime, simulate, step_seconds
 
-_MOST_SPLITS = 20_000  # that are looked at before the best so far is taken
+_MOST_SPLITS = 20_000  # to try before the search takes the best so far
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A split and what it costs."""
+    """A split and its costs."""
 
     counts: tuple[int, ...]
-    """Layers by position, as `parallel.pipeline_stage_layers` takes them."""
+    """Layers by position, as in `parallel.pipeline_stage_layers`."""
     seconds: float
-    """Of a step, without the optimizer."""
+    """Per step, without the optimizer."""
     bubble: float
     stage_forward: tuple[float, ...]
-    """Seconds a micro-batch, by stage."""
+    """Seconds per micro-batch, by stage."""
     stage_backward: tuple[float, ...]
     stage_bytes: tuple[float, ...]
     is_proven: bool = True
-    """Whether no better split can exist in this model of costs."""
+    """Whether no better split can exist under this cost model."""
 
 
 def plan_of(job: Job, counts: Sequence[int], *, is_proven: bool = True) -> Plan:
-    """What a split costs."""
+    """Return a split with its costs."""
     chunks = job.chunks(counts)
     times = [chunk.time for chunk in chunks]
     seconds = step_seconds(times, num_stages=job.num_stages, num_microbatches=job.num_microbatches, message=job.message)
@@ -59,14 +59,14 @@ def plan_of(job: Job, counts: Sequence[int], *, is_proven: bool = True) -> Plan:
 
 
 def _stage_bytes(job: Job, chunks: Sequence[ChunkCost]) -> tuple[float, ...]:
-    """Bytes that each stage holds at its peak: its state, and the activations of what is in flight."""
+    """Return each stage's bytes at its peak: its state, and the activations of micro-batches in flight."""
     held = [chunk.held for chunk in chunks]
     return tuple(_held(held[stage :: job.num_stages], in_flight) for stage, in_flight in enumerate(_in_flight(job)))
 
 
 def _in_flight(job: Job) -> tuple[tuple[int, ...], ...]:
-    """Micro-batches by stage and chunk; what is held depends on the schedule alone, and no longer on the number of
-    micro-batches once the pipeline is full."""
+    """Return the micro-batches in flight by stage and chunk. They depend only on the schedule; once the pipeline is
+    full, more micro-batches change nothing."""
     return _scheduled(job.num_stages, job.num_positions, min(job.num_microbatches, 2 * job.num_stages))
 
 
@@ -82,22 +82,22 @@ def _held(chunks: Sequence[ChunkBytes], in_flight: Sequence[int]) -> float:
 
 
 def even_plan(job: Job) -> Plan:
-    """The split as even as it can be, which is what runs without a plan."""
+    """Return the most even split, which a run without a plan uses."""
     return plan_of(job, even_stage_layers(len(job.time.layers), job.num_positions), is_proven=False)
 
 
 def best_plan(job: Job) -> Plan:
-    """The split with the least step time that fits.
+    """Return the split with the least step time that fits.
 
-    Splits are looked through with a bound: a step takes at least as long as its slowest stage works. It starts from the
-    even split, mended by moving single layers over boundaries while that helps.
+    The search is bounded: a step takes at least as long as its slowest stage works. It starts from the even split,
+    improved by moving single layers over boundaries while that helps.
 
     Raises:
         PipelinePlanError: no split fits into memory.
     """
     if len(job.time.layers) < job.num_positions:
         raise PipelinePlanError(
-            f"{len(job.time.layers)} layers cannot be laid on {job.num_positions} (virtual) stages: take fewer"
+            f"{len(job.time.layers)} layers cannot fill {job.num_positions} (virtual) stages: use fewer stages"
         )
     in_flight = _in_flight(job)
     even = even_plan(job)
@@ -116,8 +116,8 @@ def best_plan(job: Job) -> Plan:
 
 
 def balanced_plan(job: Job) -> Plan:
-    """The split whose slowest stage is fastest, of those that fit: nearly the best one where micro-batches are many,
-    and found at once where `best_plan` looks through thousands. Without virtual stages.
+    """Return the split whose slowest stage is fastest, among those that fit. With many micro-batches it is nearly the
+    best split, and it takes one pass instead of the thousands of splits that `best_plan` tries. No virtual stages.
 
     Raises:
         PipelinePlanError: no split fits into memory.
@@ -144,13 +144,13 @@ def balanced_plan(job: Job) -> Plan:
 def _does_not_fit(job: Job, even: Plan) -> PipelinePlanError:
     needed, there = max(even.stage_bytes) / GIB, job.memory_bytes / GIB
     return PipelinePlanError(
-        f"no split fits: the even one needs {needed:.1f} GiB on its largest stage, and there are {there:.1f}: take "
+        f"no split fits: the even one needs {needed:.1f} GiB on its largest stage, but a rank has {there:.1f}: use "
         "more tensor-parallel ranks or stages, or a smaller micro-batch"
     )
 
 
 def _mended(job: Job, counts: Sequence[int]) -> Plan | None:
-    """The best of its neighbourhood: single layers move over boundaries while the step gets faster."""
+    """Improve a split: move single layers over boundaries while the step gets faster. None if no split found fits."""
     best = plan_of(job, counts)
     improved = True
     while improved:
@@ -167,7 +167,7 @@ def _fits(job: Job, plan: Plan) -> bool:
 
 
 def _neighbours(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """One layer from a position to any other, through those between."""
+    """Yield the splits with one layer moved from a position to any other, which shifts the layers in between."""
     for source in range(len(counts)):
         for target in range(len(counts)):
             if source != target and counts[source] > 1:
@@ -178,7 +178,7 @@ def _neighbours(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
 
 
 def _splits(job: Job, limit: Sequence[float], in_flight: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:
-    """Splits whose stages all fit and whose slowest stage alone takes less than `limit[0]`, which may sink."""
+    """Yield splits whose stages all fit and whose slowest stage takes less than `limit[0]`. The caller may lower it."""
     num_layers, positions = len(job.time.layers), job.num_positions
     work = [0.0] * job.num_stages
     held = [0.0] * job.num_stages
@@ -198,7 +198,7 @@ def _splits(job: Job, limit: Sequence[float], in_flight: Sequence[Sequence[int]]
             too_slow = (work[stage] + seconds) * job.num_microbatches >= limit[0]
             if too_slow or held[stage] + num_bytes > job.memory_bytes:
                 if left:
-                    return  # more layers are slower and larger still
+                    return  # more layers are even slower and larger
                 continue
             work[stage] += seconds
             held[stage] += num_bytes

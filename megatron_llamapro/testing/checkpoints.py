@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint, for tests: by our own reading, and by torch's; and indices, damaged."""
+"""Reads the tensors of a checkpoint for tests, with our code or with torch's, and damages indices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint of any format, under its Hugging Face name."""
+    """Return every tensor of a checkpoint of any format, by its Hugging Face name."""
     checkpoint = open_checkpoint(folder)
     with SourceFiles() as files:
         tensors = OpenTensors(checkpoint, files)
@@ -25,7 +25,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_with_torch(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a torch_dist checkpoint under its Megatron key, read by torch's own distributed checkpoint."""
+    """Return every tensor of a torch_dist checkpoint by its Megatron key, read by torch's distributed checkpoint."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -42,7 +42,7 @@ def read_with_torch(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def stack_layers(source: Path, target: Path) -> Path:
-    """A torch_dist checkpoint of ours with its layers stacked, each stack in one piece, saved by torch."""
+    """Write one of our torch_dist checkpoints with its layers stacked, each stack in one piece, saved by torch."""
     import torch.distributed.checkpoint as dcp
 
     tensors = read_with_torch(source)
@@ -59,8 +59,8 @@ def stack_layers(source: Path, target: Path) -> Path:
 
 
 def edit_dist_index(folder: Path, edit: Callable[[Any], object]) -> None:
-    """Change the index of a torch_dist checkpoint of ours or of megatron.core's: `edit` changes the unpickled index, or
-    returns what takes its place."""
+    """Change the index of a torch_dist checkpoint of ours or of megatron.core's. `edit` changes the unpickled index in
+    place or returns a new one."""
     index = pickle.loads((folder / ".metadata").read_bytes())
     replaced = edit(index)
     (folder / ".metadata").write_bytes(pickle.dumps(index if replaced is None else replaced))

@@ -1,8 +1,8 @@
-"""The one helper for tests with several processes: gloo ranks from a fork server that has torch and megatron.core
-loaded already, so that a test costs half a second, not twenty.
+"""Runs tests with several processes: gloo ranks from a fork server. The server has already loaded torch and
+megatron.core, so a test costs half a second instead of twenty.
 
-A worker is a module-level function. It runs in every rank with the process group started and the CPU standing in for
-CUDA; what the ranks return comes back as a list.
+A worker is a module-level function. It runs on every rank, with the process group started and the CPU standing in for
+CUDA. The ranks' return values come back as a list.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ TIMEOUT_SECONDS = 240
 
 
 def run_distributed(worker: Callable, world_size: int, *args: object) -> list[Any]:
-    """`worker(*args)` on `world_size` gloo ranks; the list of what they return. `args` must pickle.
+    """Run `worker(*args)` on `world_size` gloo ranks and return the list of their results. `args` must pickle.
 
-    A rank that hangs dumps its stack and ends; a rank that raises fails the call with its traceback.
+    A rank that hangs dumps its stack and exits. A rank that raises fails the call with its traceback.
     """
     return _run(_in_world, world_size, worker, args)
 
 
 def run_apart(worker: Callable, *args: object) -> Any:
-    """What `worker(*args)` returns in a process of its own, with the CPU standing in for CUDA and no world started."""
+    """Return `worker(*args)` from a separate process, with the CPU standing in for CUDA and no world started."""
     return _run(_call, 1, worker, args)[0]
 
 

@@ -1,4 +1,4 @@
-"""Whole logits and whole gradients of a divided model, so that a test can compare them with one process's."""
+"""Gathers whole logits and gradients of a sharded model, so that a test can compare them with one process's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RankPiece:
 
 
 def whole_logits(chunks: Sequence[torch.nn.Module], tokens: torch.Tensor, *, vocab_size: int) -> torch.Tensor | None:
-    """Logits of `tokens` [b, s] → [b, s, vocab_size] on ranks of the last stage, None on the others."""
+    """Return the logits of `tokens` [b, s], [b, s, vocab_size], on ranks of the last stage, None on the others."""
     batch, seq_length = tokens.shape
     position_ids = torch.arange(seq_length).expand(batch, seq_length)
 
@@ -36,7 +36,7 @@ def whole_logits(chunks: Sequence[torch.nn.Module], tokens: torch.Tensor, *, voc
 
     for chunk in chunks:
         chunk.eval()
-    num_microbatches = dist.get_world_size() if len(chunks) > 1 else 1  # the interleaved schedule wants one a stage
+    num_microbatches = dist.get_world_size() if len(chunks) > 1 else 1  # the interleaved schedule needs one per stage
     with torch.no_grad():
         logits = get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -54,7 +54,7 @@ def whole_logits(chunks: Sequence[torch.nn.Module], tokens: torch.Tensor, *, voc
 
 
 def gradient_pieces(chunks: Sequence[torch.nn.Module], *, data_group: dist.ProcessGroup) -> list[RankPiece]:
-    """This rank's part of every trainable parameter's gradient, after a backward pass through DDP."""
+    """Return this rank's part of every trainable parameter's gradient, after a backward pass through DDP."""
     for chunk in chunks:
         for buffer in chunk.buffers:
             for bucket in buffer.buckets:
@@ -68,7 +68,7 @@ def gradient_pieces(chunks: Sequence[torch.nn.Module], *, data_group: dist.Proce
 
 
 def _fill_from_all_replicas(gradients: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """The distributed optimizer reduces each replica's share of a bucket only: put the shares together."""
+    """Put the replicas' shares of a bucket together: the distributed optimizer reduces on each replica only its own."""
     shares = gradients.view(group.size(), -1)
     for rank in range(group.size()):
         if rank != group.rank():
@@ -82,12 +82,12 @@ def _parts(sharded: ShardedTensor | ShardedTensorFactory, data: torch.Tensor) ->
 
 
 def _piece(part: ShardedTensor) -> RankPiece:
-    data = part.data.reshape(*[1] * part.prepend_axis_num, *part.data.shape)  # an expert of all the experts
+    data = part.data.reshape(*[1] * part.prepend_axis_num, *part.data.shape)  # one expert of all
     return RankPiece(part.key, tuple(part.global_shape), tuple(part.global_offset), data.clone())
 
 
 def assembled(pieces: Iterable[RankPiece]) -> dict[str, torch.Tensor]:
-    """Whole tensors by megatron.core's key, from the pieces of all ranks."""
+    """Return whole tensors by megatron.core's key, from the pieces of all ranks."""
     whole: dict[str, torch.Tensor] = {}
     for piece in pieces:
         target = whole.setdefault(piece.key, torch.full(piece.global_shape, torch.nan))
@@ -97,7 +97,7 @@ def assembled(pieces: Iterable[RankPiece]) -> dict[str, torch.Tensor]:
 
 
 def under_hf_names(tensors: Mapping[str, torch.Tensor], shape: ModelShape) -> dict[str, torch.Tensor]:
-    """The same tensors cut into Hugging Face's and named as there."""
+    """Return the same tensors, split into Hugging Face's tensors and with their names."""
     result = {}
     for weight in weights_of(shape):
         if weight.megatron_name in tensors:

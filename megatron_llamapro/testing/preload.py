@@ -1,4 +1,4 @@
-"""Imported once by the fork server of `testing.distributed`: the slow imports. Starts no thread and no group."""
+"""The slow imports, which the fork server of `testing.distributed` does once. Starts no thread and no group."""
 
 from megatron_llamapro.runtime.upstream import import_megatron
 

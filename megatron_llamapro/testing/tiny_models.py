@@ -1,5 +1,7 @@
-"""Tiny models: shapes for tests that need no weights, and random checkpoints of every family in Hugging Face's format,
-complete with a tokenizer, the same for the same seed."""
+"""Tiny models: shapes for tests that need no weights, and random Hugging Face checkpoints of every family.
+
+A checkpoint has a tokenizer. A seed always gives the same checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,12 @@ from typing import Any
 
 from megatron_llamapro.families.shape import ModelShape
 
-VOCABULARY = 131  # no multiple of anything, so that padding of the vocabulary is always in play
+VOCABULARY = 131  # a prime, so that the vocabulary always needs padding
 
 _WINDOW = {"use_sliding_window": True, "sliding_window": 8}  # shorter than any sequence of the tests
 _ALTERNATING = ["full_attention", "sliding_attention"] * 2
 
-# Settings of `make_tiny_model`: a row a family, or a kind of it that differs. Every test of families goes through all.
+# Settings of `make_tiny_model`: one row per family or variant of it. Every test of families uses all rows.
 TINY_FAMILIES: dict[str, dict] = {
     "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "mistral, no window": {"model_type": "mistral", "sliding_window": None},
@@ -25,7 +27,7 @@ TINY_FAMILIES: dict[str, dict] = {
         "max_window_layers": 2,
         **_WINDOW,
     },
-    "qwen3": {"model_type": "qwen3", "head_dim": 32, "rms_norm_eps": 0.05},  # so large that it matters
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "rms_norm_eps": 0.05},  # large enough to matter
     "qwen3, alternating windows": {"model_type": "qwen3", "head_dim": 8, "layer_types": _ALTERNATING, **_WINDOW},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
 }
@@ -69,7 +71,7 @@ def make_tiny_model(
     with_tokenizer: bool = True,
     **config: object,
 ) -> Path:
-    """Write the checkpoint and return its folder. `config` are further fields of transformers' configuration."""
+    """Write the checkpoint and return its folder. `config` holds further fields of transformers' configuration."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -98,7 +100,7 @@ def make_tiny_model(
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.1 * noise)
-    disable_progress_bar()  # a test may be looking at what is printed
+    disable_progress_bar()  # a test may check the output
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     if with_tokenizer:
         write_tiny_tokenizer(Path(folder), vocab_size=min(vocab_size, VOCABULARY))
@@ -106,7 +108,7 @@ def make_tiny_model(
 
 
 def write_tiny_tokenizer(folder: Path, *, vocab_size: int = VOCABULARY) -> None:
-    """A tokenizer.json of one character a token, and its tokenizer_config.json; id 2 ends a document."""
+    """Write tokenizer.json, with one character per token, and tokenizer_config.json. Id 2 ends a document."""
     import json
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -102,14 +102,14 @@ def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
 
 def test_a_model_that_does_not_fit_on_the_disk_is_refused_at_once(tmp_path: Path) -> None:
     too_large = LlamaShape(2**20, 2**22, 80, 64, 8, 32000, 4096)
-    with pytest.raises(ConfigError, match=r"GB free and this model takes .*choose a smaller --model"):
+    with pytest.raises(ConfigError, match=r"GB free, but this model needs .*choose a smaller --model"):
         check_room(tmp_path, too_large)
 
 
 def test_usage_errors_are_one_line() -> None:
     ended = run("--runs", 0)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.startswith("error: --runs 0: one at least") and ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("error: --runs 0: it must be at least 1") and ended.stderr.count("\n") == 1
 
 
 def test_a_program_that_has_ended_has_no_descendants() -> None:

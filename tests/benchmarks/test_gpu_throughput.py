@@ -38,4 +38,4 @@ def test_unknown_variant() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so() -> None:
     result = run("--variants", "added", "--steps", 1)
-    assert "there is no CUDA device here" in result.stdout
+    assert "no CUDA device is available" in result.stdout

@@ -47,4 +47,4 @@ def test_versions_on_the_page_are_the_pinned_ones() -> None:
 def test_a_clone_that_is_none_is_a_usage_error(tmp_path: Path) -> None:
     ended = run("--tools", "megatron-lm", "--megatron_lm", tmp_path)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert "is no clone of Megatron-LM" in ended.stderr and ended.stderr.count("\n") == 1
+    assert "is not a clone of Megatron-LM" in ended.stderr and ended.stderr.count("\n") == 1

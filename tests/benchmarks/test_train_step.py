@@ -90,4 +90,4 @@ def test_the_floor_does_what_our_step_does(tmp_path: Path) -> None:
 def test_usage_errors_are_one_line() -> None:
     ended = run("--rounds", 0)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.startswith("error: --rounds and --threads: one at least") and ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("error: --rounds and --threads must be at least 1") and ended.stderr.count("\n") == 1

@@ -72,7 +72,7 @@ def test_what_the_file_said_before_is_replaced(arguments: list, tmp_path: Path) 
 BAD = {
     "nothing fits": (
         ["--memory_gib", 0.0001],
-        "no division of 4 ranks fits into 0.0001 GiB a rank: the smallest needs 0.00155",
+        "no division of 4 ranks fits into 0.0001 GiB per rank: the smallest needs 0.00155",
     ),
     "no memory": (["--memory_gib", 0], "--memory_gib is 0: it must be above 0"),
     "no number": (["--peak_tflops", "inf"], "argument --peak_tflops: 'inf': it must be finite"),

@@ -280,7 +280,7 @@ def test_the_tool(run_yaml: Path, models: Callable) -> None:
     ("arguments", "message"),
     [
         (["--world_size", 3], "3 ranks cannot be divided"),
-        (["--world_size", 8192], "--world_size is 8192: it is from 1 to 4,096"),
+        (["--world_size", 8192], "--world_size is 8192: it must be from 1 to 4,096"),
         (["--world_size", 4, "--largest", -1], "--largest is -1: it cannot be negative"),
         (["--world_size", 4, "--ranks", "4"], "--ranks names a rank that a job of 4 does not have"),
         (["--world_size", 4, "--ranks", "x"], "'x' is neither all nor a list"),

@@ -65,17 +65,17 @@ NEWER = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
 REFUSED = {
     "two spellings, one scaled": (
         {**NEWER, "rope_scaling": LINEAR},
-        "type linear with factor 4 in rope_scaling, rotary embeddings that are not scaled in rope_parameters: versions",
+        "type linear with factor 4 in rope_scaling but unscaled rotary embeddings in rope_parameters: versions",
     ),
     "two spellings, another base": (
         {**NEWER, "rope_scaling": {"rope_type": "default"}},
-        "rope_theta 500000 in rope_parameters, where transformers 5 reads 10000",
+        "rope_theta 500000 in rope_parameters, but transformers 5 reads 10000",
     ),
     "two spellings, one not known": ({**NEWER, "rope_scaling": {"rope_type": "yarn", "factor": 4}}, "type 'yarn'"),
     "a base at top level that 5 does not read": ({**NEWER, "rope_theta": 1e6}, "rope_theta 1e.06 in its top level"),
     "a base in rope_scaling that 4 does not read": (
         {"rope_theta": 1e4, "rope_scaling": {**LINEAR, "rope_theta": 5e5}},
-        "rope_theta 10000 in its top level, where transformers 5 reads 500000",
+        "rope_theta 10000 in its top level, but transformers 5 reads 500000",
     ),
     "two types": ({"rope_scaling": {**LINEAR, "type": "llama3"}}, "rope_type 'linear' and type 'llama3'"),
     "two original lengths": (
@@ -89,7 +89,7 @@ REFUSED = {
     "a base of null at top level": ({"rope_theta": None}, "rope_theta null"),
     "rotary embeddings a layer type": (
         {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e5}}},
-        "fields of its own for 'full_attention'",
+        "separate fields for 'full_attention'",
     ),
     "half of a head turned": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     "half of a head turned, inside": (

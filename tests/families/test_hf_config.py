@@ -187,26 +187,30 @@ def without(field: str) -> dict:
 REFUSED = {
     "an unknown family": (
         {**LLAMA_2, "model_type": "abc"},
-        "model_type 'abc' is not supported: known are llama, mistral, mixtral, qwen2, qwen3",
+        "model_type 'abc' is not supported: the supported types are llama, mistral, mixtral, qwen2, qwen3",
     ),
     "a family whose biases would remain": (
         {**LLAMA_2, "model_type": "gpt_neox"},
-        "model_type 'gpt_neox' is not supported: its output projections or norms have biases.*; known are llama",
+        "model_type 'gpt_neox' is not supported: its output projections or norms have biases.*; "
+        "the supported types are llama",
     ),
-    "a family with a norm behind": ({**LLAMA_2, "model_type": "olmo2"}, "a norm stands behind each output projection"),
+    "a family with a norm behind": ({**LLAMA_2, "model_type": "olmo2"}, "a norm follows each output projection"),
     "biases in attention that norms of queries and keys replaced": (
         {**QWEN3_4B, "attention_bias": True},
         "attention_bias True.*bias",
     ),
     "random noise before the router": ({**MIXTRAL_8X7B, "router_jitter_noise": 0.1}, "router_jitter_noise 0.1"),
-    "one expert a token": ({**MIXTRAL_8X7B, "num_experts_per_tok": 1}, "num_experts_per_tok 1: transformers weighs"),
+    "one expert a token": ({**MIXTRAL_8X7B, "num_experts_per_tok": 1}, "num_experts_per_tok 1: transformers weights"),
     "more experts a token than there are": ({**MIXTRAL_8X7B, "num_experts_per_tok": 9}, "num_experts_per_tok 9"),
     "a window of nothing": ({**MISTRAL_7B, "sliding_window": 0}, "sliding_window 0"),
     "windows of layers that are not known": (
         {**QWEN3_4B, "layer_types": ["linear_attention"] * 36},
-        "layer_types has 'linear_attention': known are full_attention, sliding_attention",
+        "layer_types has 'linear_attention': the supported types are full_attention, sliding_attention",
     ),
-    "windows of too few layers": ({**QWEN3_4B, "layer_types": ["full_attention"]}, "layer_types has no value"),
+    "windows of too few layers": (
+        {**QWEN3_4B, "layer_types": ["full_attention"]},
+        "layer_types must be a list of 36 values, one per layer",
+    ),
     "windows without a width": (
         {**QWEN3_4B, "layer_types": ["sliding_attention"] * 36},
         "use_sliding_window and sliding_window give no window",
@@ -219,17 +223,17 @@ REFUSED = {
     "a family that is no text": ({**LLAMA_2, "model_type": ["llama"]}, "model_type"),
     "biases in attention alone": (
         {**LLAMA_2, "attention_bias": True},
-        "attention_bias True and mlp_bias False, only both or neither.*in all linears of a block",
+        "attention_bias True and mlp_bias False, but only both or neither.*in all linears of a block",
     ),
     "biases in the feed-forward alone": (
         {**LLAMA_2, "attention_bias": False, "mlp_bias": True},
-        "attention_bias False and mlp_bias True, only both or neither.*megatron.core's models",
+        "attention_bias False and mlp_bias True, but only both or neither.*megatron.core's models",
     ),
     "biases that are no flag": ({**LLAMA_2, "mlp_bias": "all"}, "mlp_bias 'all': it must be true or false"),
     "another activation": ({**LLAMA_2, "hidden_act": "gelu"}, "hidden_act 'gelu'.*SwiGLU"),
     "rotary embeddings that are not known": (
         {**LLAMA_2, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-        "'yarn': known are default, linear, llama3",
+        "'yarn': the supported types are default, linear, llama3",
     ),
     "scaling that lacks a field": (
         {**LLAMA_2, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
@@ -294,7 +298,7 @@ def test_expanded_config_has_every_per_layer_field_extended() -> None:
 
 def test_per_layer_field_of_the_wrong_length() -> None:
     config = {**QWEN3_4B, "num_hidden_layers": 4, "layer_types": ["full_attention"]}
-    with pytest.raises(CheckpointError, match="layer_types has no value for each of the 4 layers"):
+    with pytest.raises(CheckpointError, match="layer_types must be a list of 4 values, one per layer"):
         expanded_hf_config(config, ExpansionPlan.unexpanded(4).expand((4,)))
 
 
@@ -320,7 +324,7 @@ def test_windows_that_no_layer_has_are_not_written() -> None:
 BROKEN_FILES = {
     "no file": (None, "has no config.json"),
     "not JSON": ("{", "is not JSON"),
-    "not an object": ("[]", "holds no JSON object"),
+    "not an object": ("[]", "is not a JSON object"),
     "not text": (b"\xff\xfe\x00", "is not JSON"),
     "a number of 5000 digits": ('{"hidden_size": ' + "9" * 5000 + "}", "is not JSON"),
     "nested too deeply": ("[" * 100_000, "is not JSON"),

@@ -60,7 +60,8 @@ def source_of(model_type: str) -> str | None:
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_every_type_is_refused_with_its_reason(model_type: str) -> None:
     reason = REFUSED[model_type]
-    with pytest.raises(CheckpointError, match=r"'.+' is not supported: .{20,}; known are llama") as refusal:
+    message = r"'.+' is not supported: .{20,}; the supported types are llama"
+    with pytest.raises(CheckpointError, match=message) as refusal:
         family_of({"model_type": model_type})
     assert reason in str(refusal.value) and "\n" not in str(refusal.value)
     assert model_type not in FAMILIES
@@ -79,5 +80,6 @@ def test_an_unknown_model_with_a_language_model_inside(name: str) -> None:
 
 
 def test_an_unknown_model() -> None:
-    with pytest.raises(CheckpointError, match=r"^model_type 'abc' is not supported: known are llama, mistral, mix"):
+    message = r"^model_type 'abc' is not supported: the supported types are llama, mistral, mix"
+    with pytest.raises(CheckpointError, match=message):
         family_of({"model_type": "abc", "text_config": None})

@@ -103,7 +103,7 @@ def test_a_balanced_split_fits() -> None:
 
 
 def test_more_stages_than_layers() -> None:
-    with pytest.raises(PipelinePlanError, match="40 layers cannot be laid on 64"):
+    with pytest.raises(PipelinePlanError, match="40 layers cannot fill 64"):
         best_plan(job(16, num_chunks=4))
 
 
