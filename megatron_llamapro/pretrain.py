@@ -11,7 +11,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING
 
-from megatron_llamapro.config.command import INTERRUPTED, in_one_line, run_command
+from megatron_llamapro.config.command import INTERRUPTED, in_one_line, is_first_of_node, run_command
 from megatron_llamapro.config.errors import ConfigError, LlamaProError, RunError
 from megatron_llamapro.runtime.console import keep_on_printing
 from megatron_llamapro.runtime.stop import StopRequest
@@ -19,6 +19,7 @@ from megatron_llamapro.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from megatron_llamapro.config.schema import RunConfig
+    from megatron_llamapro.training.start import Start
 
 
 def main() -> int:
@@ -26,7 +27,8 @@ def main() -> int:
     stop = StopRequest()  # before the imports, which take seconds
     keep_on_printing()
     try:
-        _run(_read(stop), stop)
+        config, start = _read(stop)
+        _run(config, start, stop)
     except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError):
         raise  # a path of the configuration
     except OSError as raised:  # a full disk, a file system that fails
@@ -36,27 +38,30 @@ def main() -> int:
     return INTERRUPTED if stop.interrupted else 0
 
 
-def _read(stop: StopRequest) -> RunConfig:
-    """The configuration, once all that small files tell of it is checked: seconds before there is a world to ask.
+def _read(stop: StopRequest) -> tuple[RunConfig, Start | None]:
+    """The configuration, and on the first rank of a node what small files tell of it, once all is checked: seconds
+    before there is a world to ask.
 
-    Each rank reads the same files, and so refuses the same. Where one does not see what the others see, it ends alone,
-    and the others with it (torchrun's doing), or when they have waited for it for the time that start_world has.
+    One rank a node reads, so that every node says what is wrong and ends with the code of that; the first node's is
+    passed to all later. Where it ends alone, so do the others (torchrun's doing), or when they have waited for it for
+    the time that start_world has.
     """
     from megatron_llamapro.checkpoint.formats.folders import what_is_kept
     from megatron_llamapro.runtime.launched import world_of_environment
     from megatron_llamapro.training.start import read_start
 
-    launched = world_of_environment(os.environ)  # may be wrong on this rank alone
+    launched, start = world_of_environment(os.environ), None  # may be wrong on this rank alone
     try:
         config = _parse()
         if os.environ.get("RANK", "0") == "0":  # the rank that reports
             check_trackers(config.logging)
         stop.kept = partial(what_is_kept, config.checkpoint.save)
-        read_start(config, world_size=launched.world_size if launched else 1)
+        if is_first_of_node():
+            start = read_start(config, world_size=launched.world_size if launched else 1)
     except LlamaProError as error:
         error.on_all_of_node = True
         raise
-    return config
+    return config, start
 
 
 def _parse() -> RunConfig:
@@ -68,7 +73,7 @@ def _parse() -> RunConfig:
         raise ConfigError(in_one_line(error)) from None
 
 
-def _run(config: RunConfig, stop: StopRequest) -> None:
+def _run(config: RunConfig, start: Start | None, stop: StopRequest) -> None:
     from megatron_llamapro.runtime import cpu
     from megatron_llamapro.runtime.distributed import start_world, stop_world
     from megatron_llamapro.runtime.upstream import import_megatron
@@ -77,7 +82,7 @@ def _run(config: RunConfig, stop: StopRequest) -> None:
     cpu.install()
     start_world(timeout_minutes=config.parallel.distributed_timeout_minutes)
     try:
-        _train(config, stop)
+        _train(config, start, stop)
     except LlamaProError as raised:
         if raised.on_all_ranks:  # else the others are in a collective: to stop the world would be to wait for them
             stop_world()
@@ -85,7 +90,7 @@ def _run(config: RunConfig, stop: StopRequest) -> None:
     stop_world()
 
 
-def _train(config: RunConfig, stop: StopRequest) -> None:
+def _train(config: RunConfig, start: Start | None, stop: StopRequest) -> None:
     from megatron_llamapro.runtime.watchdog import Watchdog
     from megatron_llamapro.training.loop import train
     from megatron_llamapro.training.records import claimed, open_writers
@@ -93,7 +98,7 @@ def _train(config: RunConfig, stop: StopRequest) -> None:
     from megatron_llamapro.training.setup import set_up
 
     with claimed(config):
-        run = set_up(config)
+        run = set_up(config, known=start)
         record = print_report(run)
         with open_writers(config, resumed_at=run.state.iteration) as writers:
             for writer in writers:
