@@ -39,12 +39,11 @@ def main() -> int:
 
 
 def _read(stop: StopRequest) -> tuple[RunConfig, Start | None]:
-    """The configuration, and on the first rank of a node what small files tell of it, once all is checked: seconds
-    before there is a world to ask.
+    """The configuration, and what the small files that it names say, checked: seconds before there is a world to ask.
 
-    One rank a node reads, so that every node says what is wrong and ends with the code of that; the first node's is
-    passed to all later. Where it ends alone, so do the others (torchrun's doing), or when they have waited for it for
-    the time that start_world has.
+    The first rank of each node reads the files; the others get None. Thus every node says what is wrong, and ends with
+    the exit code of that. Rank 0's Start is passed to all ranks later. torchrun ends the other ranks of the node; those
+    of other nodes end at the latest when start_world has waited for its time.
     """
     from megatron_llamapro.checkpoint.formats.folders import what_is_kept
     from megatron_llamapro.runtime.launched import world_of_environment

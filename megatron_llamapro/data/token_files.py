@@ -23,7 +23,7 @@ import numpy
 from blake3 import blake3
 
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.config.files import check_fetched, check_no_pointer
+from megatron_llamapro.config.files import POINTER_START, check_fetched, check_no_pointer
 from megatron_llamapro.config.schema import DataConfig, DataFormat
 from megatron_llamapro.data.text_files import paths_of
 
@@ -153,11 +153,11 @@ def _check_index(bin_path: Path, index_path: Path, index: BinaryIO) -> bool:
     """The index is one, and says of the tokens' file what is so. megatron.core looks when it reads beyond the end, in
     the middle of training, or not at all. Returns whether the sequences have modes: a byte each at the index' end."""
     damaged = DataError(f"{index_path} is damaged: preprocess the text again")
-    start = index.read(_HEADER.size)
+    start = index.read(max(_HEADER.size, len(POINTER_START)))
     check_no_pointer(index_path, start, error=DataError)
     if len(start) < _HEADER.size:
         raise damaged
-    magic, version, code, num_sequences, num_documents = _HEADER.unpack(start)
+    magic, version, code, num_sequences, num_documents = _HEADER.unpack_from(start)
     if magic != b"MMIDIDX\x00\x00" or version != 1 or code not in TOKEN_TYPES:
         raise DataError(f"{index_path} is not an index of token files, or of a version that is not known")
     least = _HEADER.size + num_sequences * (4 + 8) + num_documents * 8
