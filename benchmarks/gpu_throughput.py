@@ -171,11 +171,8 @@ def _step(config: RunConfig, model: DescribedModel) -> Callable[[], object]:
         "position_ids": torch.arange(tokens.shape[1]).expand(tokens.shape),
     }
     return lambda: train_step(
-        machine.chunks,
-        machine.optimizer,
-        machine.scheduler,
+        machine,
         [iter([batch] * _MICROBATCHES)],
-        layout=machine.layout,
         num_microbatches=_MICROBATCHES,
         micro_batch_size=tokens.shape[0],
         seq_length=tokens.shape[1],

@@ -159,11 +159,8 @@ def train(setting: Setting, counts: tuple[int, ...]) -> list[float]:
         torch.distributed.barrier()
         started = time.perf_counter()
         train_step(
-            machine.chunks,
-            machine.optimizer,
-            machine.scheduler,
+            machine,
             [iter([batch] * setting.num_microbatches)],
-            layout=machine.layout,
             num_microbatches=setting.num_microbatches,
             micro_batch_size=1,
             seq_length=setting.seq_length,

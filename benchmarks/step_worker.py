@@ -36,6 +36,7 @@ def ours(model: StepModel, folder: Path, *, trainable: str = "added_blocks") -> 
     import_megatron()
     cpu.install()
     start_world()
+    from megatron_llamapro.checkpoint.formats.small_files import SmallFiles
     from megatron_llamapro.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
     from megatron_llamapro.expansion.manifest import Manifest
     from megatron_llamapro.expansion.trainable import first_trainable_layer
@@ -45,17 +46,17 @@ def ours(model: StepModel, folder: Path, *, trainable: str = "added_blocks") -> 
     from megatron_llamapro.model.skip_frozen import skip_frozen_work
     from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler
     from megatron_llamapro.training.checkpoints.state import load_model
-    from megatron_llamapro.training.machine import wrapped
-    from megatron_llamapro.training.step import connect, train_step
+    from megatron_llamapro.training.machine import Machine, connect, wrapped
+    from megatron_llamapro.training.step import train_step
 
     parallel, checkpoint = ParallelConfig(), folder / "megatron"
     layout = start_model_parallel(parallel, seed=1)
     shape = model_shape(read_hf_config(checkpoint))
     models = build_model(shape, model=ModelConfig(checkpoint=str(checkpoint)), parallel=parallel, precision="fp32")
     plan = Manifest.read(checkpoint).plan
-    freeze(models, plan, (trainable,), tie_word_embeddings=shape.tie_word_embeddings)
+    report = freeze(models, plan, (trainable,), tie_word_embeddings=shape.tie_word_embeddings)
     skip_frozen_work(models, first_trainable_layer((trainable,), plan))
-    load_model(models, checkpoint)
+    load_model(models, SmallFiles(checkpoint))
     settings = OptimizerConfig(lr=LEARNING_RATE, lr_decay_style="constant", lr_warmup_fraction=0.0, clip_grad=CLIP_GRAD)
 
     def prepare() -> Step:
@@ -63,6 +64,7 @@ def ours(model: StepModel, folder: Path, *, trainable: str = "added_blocks") -> 
         optimizer = build_optimizer(chunks, settings, precision="fp32")
         scheduler = build_scheduler(optimizer, settings, train_iters=1000)
         connect(models[0].config, chunks, optimizer, overlap_grad_reduce=False, overlap_param_gather=False)
+        machine = Machine(layout=layout, chunks=chunks, optimizer=optimizer, scheduler=scheduler, report=report)
         number = 0
 
         def step() -> float:
@@ -76,11 +78,8 @@ def ours(model: StepModel, folder: Path, *, trainable: str = "added_blocks") -> 
                 "position_ids": torch.arange(model.seq_length).expand_as(tokens),
             }
             result = train_step(
-                chunks,
-                optimizer,
-                scheduler,
+                machine,
                 [iter([batch])],
-                layout=layout,
                 num_microbatches=1,
                 micro_batch_size=model.batch_size,
                 seq_length=model.seq_length,

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
-from megatron_llamapro.config.command import INTERRUPTED, in_one_line, run_command
+from megatron_llamapro.config.command import INTERRUPTED, in_one_line, is_first_of_node, run_command
 from megatron_llamapro.config.errors import LlamaProError, RunError
 from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.config.schema import RunConfig
@@ -19,13 +20,17 @@ from megatron_llamapro.runtime.console import keep_on_printing
 from megatron_llamapro.runtime.launched import world_of_environment
 from megatron_llamapro.runtime.stop import StopRequest
 
+if TYPE_CHECKING:
+    from megatron_llamapro.training.start import Start
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse (by default the command line), check, set up, train, close."""
     stop = StopRequest()  # before the imports, which take seconds
     keep_on_printing()
     try:
-        _run(_read(arguments, stop), stop)
+        config, start = _read(arguments, stop)
+        _run(config, start, stop)
     except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError):
         raise  # a path of the configuration
     except OSError as raised:  # a full disk, a file system that fails
@@ -35,13 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return INTERRUPTED if stop.interrupted else 0
 
 
-def _read(arguments: Sequence[str] | None, stop: StopRequest) -> RunConfig:
-    """The configuration, once all that small files tell of it is checked: seconds before there is a world to ask.
+def _read(arguments: Sequence[str] | None, stop: StopRequest) -> tuple[RunConfig, Start | None]:
+    """The configuration, and what the small files that it names say, checked: seconds before there is a world to ask.
 
-    Each rank reads the same files, and so refuses the same. Where one does not see what the others see, it ends alone,
-    and the others with it (torchrun's doing), or when they have waited for it for the time that start_world has.
+    The first rank of each node reads the files; the others get None. Thus every node says what is wrong, and ends with
+    the exit code of that. Rank 0's Start is passed to all ranks later. torchrun ends the other ranks of the node; those
+    of other nodes end at the latest when start_world has waited for its time.
     """
-    launched = world_of_environment(os.environ)  # may be wrong on this rank alone
+    launched, start = world_of_environment(os.environ), None  # may be wrong on this rank alone
     try:
         config = parse_run_config(arguments)
 
@@ -52,14 +58,15 @@ def _read(arguments: Sequence[str] | None, stop: StopRequest) -> RunConfig:
         if os.environ.get("RANK", "0") == "0":  # the rank that reports
             check_trackers(config.logging)
         stop.kept = partial(what_is_kept, config.checkpoint.save)
-        read_start(config, world_size=launched.world_size if launched else 1)
+        if is_first_of_node():
+            start = read_start(config, world_size=launched.world_size if launched else 1)
     except LlamaProError as error:
         error.on_all_of_node = True
         raise
-    return config
+    return config, start
 
 
-def _run(config: RunConfig, stop: StopRequest) -> None:
+def _run(config: RunConfig, start: Start | None, stop: StopRequest) -> None:
     from megatron_llamapro.runtime import cpu
     from megatron_llamapro.runtime.distributed import start_world, stop_world
     from megatron_llamapro.runtime.upstream import import_megatron
@@ -68,7 +75,7 @@ def _run(config: RunConfig, stop: StopRequest) -> None:
     cpu.install()
     start_world(timeout_minutes=config.parallel.distributed_timeout_minutes)
     try:
-        _train(config, stop)
+        _train(config, start, stop)
     except LlamaProError as raised:
         if raised.on_all_ranks:  # else the others are in a collective: to stop the world would be to wait for them
             stop_world()
@@ -76,7 +83,7 @@ def _run(config: RunConfig, stop: StopRequest) -> None:
     stop_world()
 
 
-def _train(config: RunConfig, stop: StopRequest) -> None:
+def _train(config: RunConfig, start: Start | None, stop: StopRequest) -> None:
     from megatron_llamapro.runtime.watchdog import Watchdog
     from megatron_llamapro.training.loop import train
     from megatron_llamapro.training.records import claimed, open_writers
@@ -84,7 +91,7 @@ def _train(config: RunConfig, stop: StopRequest) -> None:
     from megatron_llamapro.training.setup import set_up
 
     with claimed(config):
-        run = set_up(config)
+        run = set_up(config, known=start)
         record = print_report(run)
         with open_writers(config, resumed_at=run.state.iteration) as writers:
             for writer in writers:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_llamapro.checkpoint.formats.small_files import SmallFiles
 from megatron_llamapro.config.schema import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig, RecomputeConfig
 
 SEQ_LENGTH, BATCH = 32, 4
@@ -61,7 +62,7 @@ def load_chunks(
         shape, model=ModelConfig(checkpoint=str(folder)), parallel=config, precision="fp32", recompute=recompute
     )
     plan = Manifest.read(folder).plan
-    load_model(chunks, folder)
+    load_model(chunks, SmallFiles(folder))
     add_adapters(chunks, plan, lora, seed=1)
     after_loading(chunks)
     if plan.added_layers:
@@ -86,8 +87,8 @@ def gradients_worker(
 
     from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler
     from megatron_llamapro.testing.gather import gradient_pieces
-    from megatron_llamapro.training.machine import wrapped
-    from megatron_llamapro.training.step import connect, reduce_loss, run_microbatches
+    from megatron_llamapro.training.machine import connect, wrapped
+    from megatron_llamapro.training.step import reduce_loss, run_microbatches
 
     layout, _, models = load_chunks(folder, config, trainable, **options)
     chunks = [wrapped(model, config) for model in models]

@@ -73,7 +73,7 @@ def train(config: RunConfig, sigterm_at: int | None = None) -> Result:
     train(run, [writer], stop)
     state = [
         value
-        for part in run.optimizer.chained_optimizers
+        for part in run.machine.optimizer.chained_optimizers
         if part.optimizer is not None
         for tensors in part.optimizer.state.values()
         for name, value in tensors.items()
@@ -84,7 +84,7 @@ def train(config: RunConfig, sigterm_at: int | None = None) -> Result:
         held_out=writer.held_out(),
         blocks=[record for record in writer.records if record["kind"] == "block"],
         optimizer_bytes=sum(value.nbytes for value in state),
-        num_trainable=run.report.num_trainable,
+        num_trainable=run.machine.report.num_trainable,
         saves=writer.saves(),
         skips=writer.skips(),
     )
@@ -164,7 +164,7 @@ def front_door(config: RunConfig, folder: Path, environment: dict[str, str]) -> 
     os.environ.update(environment)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         try:
-            _train(config, StopRequest())
+            _train(config, None, StopRequest())
         except LlamaProError as error:
             return f"{type(error).__name__}: {error}", said.getvalue()
     return "no error", said.getvalue()

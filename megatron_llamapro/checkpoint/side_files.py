@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import check_small, file_inside, read_small
+from megatron_llamapro.config.files import check_small, file_inside, read_inside
 
 _NOTICES = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # licenses ask for it; no program reads them
 
@@ -41,16 +41,16 @@ SIDE_FILES = (
 _AUTO_MAP, _AUTO_TOKENIZER = "auto_map", "AutoTokenizer"
 
 
-def copy_side_files(source: Path, target: Path) -> None:
+def copy_side_files(source: Path, target: Path, *, config: Mapping | None = None) -> None:
     """Copy `side_files`. Errors as there."""
-    for name, path in side_files(source).items():
+    for name, path in side_files(source, config=config).items():
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target / name)
 
 
-def side_files(folder: Path) -> dict[str, Path]:
+def side_files(folder: Path, *, config: Mapping | None = None) -> dict[str, Path]:
     """What a folder has of `SIDE_FILES`, and the code of a tokenizer that transformers does not have, by name.
-    `notices_left_out` are not among them.
+    `notices_left_out` are not among them. `config` is the folder's config.json, where it was read already.
 
     Raises:
         CheckpointError: one is a link out of the folder (copying it would publish another file), absurdly large, or
@@ -58,7 +58,7 @@ def side_files(folder: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     left_out = notices_left_out(folder)
-    for name in [*_names(folder), *_tokenizer_code(folder)]:
+    for name in [*_names(folder), *_tokenizer_code(folder, config)]:
         if name not in left_out and (path := file_inside(folder, name)) is not None:
             check_small(path, path.stat().st_size)
             found[name] = path
@@ -102,32 +102,30 @@ def without_code(config: Mapping) -> dict:
     return kept
 
 
-def _tokenizer_code(folder: Path) -> list[str]:
+def _tokenizer_code(folder: Path, config: Mapping | None) -> list[str]:
     """Names of the files of the tokenizer's own classes: those that its configuration names, and what they import from
     beside them, as transformers follows it."""
     modules = [
         module
-        for name in ("tokenizer_config.json", "config.json")
-        for reference in _tokenizer_classes(_content(folder, name))
+        for content in (_content(folder, "tokenizer_config.json"), config or _content(folder, "config.json"))
+        for reference in _tokenizer_classes(content)
         if (module := _module(reference))
     ]
     found: list[str] = []
     while modules:
         name = f"{modules.pop()}.py"
-        path = None if name in found else file_inside(folder, name)
-        if path is not None:
+        content = None if name in found else read_inside(folder, name)
+        if content is not None:
             found.append(name)
-            modules += _imported(read_small(path).decode(errors="replace"))
+            modules += _imported(content.decode(errors="replace"))
     return found
 
 
 def _content(folder: Path, name: str) -> object:
     """Of a JSON file; None where there is none, or it is damaged."""
-    path = file_inside(folder, name)
-    if path is None:
-        return None
+    content = read_inside(folder, name)
     try:
-        return json.loads(read_small(path).decode("utf-8"))
+        return None if content is None else json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError):
         return None
 

@@ -31,6 +31,13 @@ def file_inside(folder: Path, name: str) -> Path | None:
         CheckpointError: the file is a link to elsewhere or in a loop, not a regular file (reading a pipe would wait),
             or only a Git-LFS pointer.
     """
+    path = _regular_file(folder, name)
+    if path is not None:
+        check_fetched(path)
+    return path
+
+
+def _regular_file(folder: Path, name: str) -> Path | None:
     path = Path(folder) / name
     try:
         mode = path.stat().st_mode
@@ -51,7 +58,6 @@ def file_inside(folder: Path, name: str) -> Path | None:
         raise CheckpointError(f"{path} is not a regular file")
     if home not in real.parents and not _is_blob_of(home, real):
         raise CheckpointError(f"{path} is a link out of its folder, to {real}: {_instead_of_link(Path(folder), real)}")
-    check_fetched(path)
     return path
 
 
@@ -86,8 +92,14 @@ def check_fetched(path: Path, *, error: type[LlamaProError] = CheckpointError) -
     """Raise `error` if a file is only the pointer that Git-LFS keeps until the file is pulled."""
     with Path(path).open("rb") as file:
         is_small = os.fstat(file.fileno()).st_size <= _LARGEST_POINTER
-        if is_small and file.read(len(POINTER_START)) == POINTER_START:
-            raise error(f"{path} {IS_POINTER}")
+        if is_small:
+            check_no_pointer(path, file.read(len(POINTER_START)), error=error)
+
+
+def check_no_pointer(path: Path, start: bytes, *, error: type[LlamaProError] = CheckpointError) -> None:
+    """Raise `error` where a file that begins with `start` is only what Git-LFS keeps in its place."""
+    if start.startswith(POINTER_START):
+        raise error(f"{path} {IS_POINTER}")
 
 
 LARGEST_SMALL_FILE = 256 * 2**20
@@ -103,6 +115,18 @@ def read_small(path: Path, *, largest: int = LARGEST_SMALL_FILE) -> bytes:
     with Path(path).open("rb") as file:
         check_small(path, os.fstat(file.fileno()).st_size, largest=largest)
         return file.read()
+
+
+def read_inside(folder: Path, name: str, *, largest: int = LARGEST_SMALL_FILE) -> bytes | None:
+    """All of a small file of a checkpoint folder, which is opened once; None where `file_inside` finds none. Errors as
+    there and in `read_small`."""
+    path = _regular_file(folder, name)
+    if path is None:
+        return None
+    data = read_small(path, largest=largest)
+    if len(data) <= _LARGEST_POINTER:
+        check_no_pointer(path, data)
+    return data
 
 
 def check_small(path: Path, num_bytes: int, *, largest: int = LARGEST_SMALL_FILE) -> None:

@@ -19,7 +19,7 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from torch.utils.data import Dataset
 
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.data.token_files import open_token_file
+from megatron_llamapro.data.token_files import TokenFile, open_token_file
 
 
 @dataclass
@@ -173,8 +173,17 @@ class HeldOutConversations(Dataset):
         DataError: the pair cannot be read, or none of its conversations fits.
     """
 
-    def __init__(self, prefix: str, *, seq_length: int, packing: bool, vocab_size: int, padding: int) -> None:
-        pair = open_token_file(prefix, vocab_size=vocab_size, data_format="chat")
+    def __init__(
+        self,
+        prefix: str,
+        *,
+        seq_length: int,
+        packing: bool,
+        vocab_size: int,
+        padding: int,
+        checked: TokenFile | None = None,
+    ) -> None:
+        pair = open_token_file(prefix, vocab_size=vocab_size, data_format="chat", checked=checked)
         self.conversations = Conversations(pair, name=prefix, seq_length=seq_length, padding=padding)
         self._pass = self.conversations.one_pass(packing=packing, seed=None)
 

@@ -24,7 +24,7 @@ from megatron_llamapro.data.conversations import (
     sample_of,
 )
 from megatron_llamapro.data.index_cache import is_whole, make_cache_dir, new_order, unreadable
-from megatron_llamapro.data.token_files import content_digest, open_token_file
+from megatron_llamapro.data.token_files import TokenFile, check_token_files, open_token_file
 from megatron_llamapro.data.tokenizer import Tokenizer
 from megatron_llamapro.runtime.distributed import from_first_rank, raise_together
 
@@ -58,8 +58,16 @@ class HeldOutDataset(Dataset):
         DataError: the pair cannot be read, or is shorter than one sample.
     """
 
-    def __init__(self, prefix: str, *, seq_length: int, vocab_size: int, eod: int | None = None) -> None:
-        self.tokens = open_token_file(prefix, vocab_size=vocab_size)
+    def __init__(
+        self,
+        prefix: str,
+        *,
+        seq_length: int,
+        vocab_size: int,
+        eod: int | None = None,
+        checked: TokenFile | None = None,
+    ) -> None:
+        self.tokens = open_token_file(prefix, vocab_size=vocab_size, checked=checked)
         self.seq_length = seq_length
         self.eod = eod
         self._ends = numpy.cumsum(self.tokens.sequence_lengths, dtype=numpy.int64)
@@ -92,24 +100,26 @@ class HeldOutDataset(Dataset):
         return numpy.concatenate(parts)
 
 
-def check_train_files(data: DataConfig, *, vocab_size: int) -> None:
-    """Raise `DataError` where a pair to train on is missing, damaged, or of another vocabulary or kind."""
-    for entry in data.train:
-        open_token_file(entry.prefix, vocab_size=vocab_size, data_format=data.format)
-
-
 def build_train_dataset(
-    data: DataConfig, *, num_samples: int, seed: int, tokenizer: Tokenizer, vocab_size: int, cache_dir: Path
+    data: DataConfig,
+    *,
+    num_samples: int,
+    seed: int,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    cache_dir: Path,
+    checked: Mapping[str, TokenFile] | None = None,
 ) -> CheckedDataset:
     """The blended training set, with an order made for `num_samples`. All ranks call it; rank 0 builds the indices.
+    `checked` are the pairs by prefix, where they were checked already.
 
     Raises:
         DataError: a pair is missing, damaged or of another vocabulary (if that can differ between ranks, let them
-            agree on `check_train_files` first: an error on one rank leaves the others waiting); or a rank cannot read
-            what rank 0 wrote.
+            agree on `checked` first: an error on one rank leaves the others waiting); or a rank cannot read what rank
+            0 wrote.
         RunError: the disk is full.
     """
-    check_train_files(data, vocab_size=vocab_size)
+    pairs = checked or check_token_files(data, vocab_size=vocab_size)
 
     def build(folder: Path) -> Dataset:
         return megatron_dataset(data, num_samples=num_samples, seed=seed, tokenizer=tokenizer, folder=folder)
@@ -119,7 +129,7 @@ def build_train_dataset(
     try:
         if _is_first_rank():
             make_cache_dir(cache_dir)
-            folder = cache_dir / _order_name(data, order)
+            folder = cache_dir / _order_name(data, pairs, order)
             if not is_whole(folder):
                 with new_order(folder) as draft:
                     train = build(draft)
@@ -158,31 +168,41 @@ def conversation_sets(train_set: CheckedDataset) -> list[ConversationDataset]:
     return [part for part in sets if isinstance(part, ConversationDataset)]
 
 
-def _order_name(data: DataConfig, order: Mapping[str, object]) -> str:
+def _order_name(data: DataConfig, pairs: Mapping[str, TokenFile], order: Mapping[str, object]) -> str:
     """All that the index files depend on. megatron.core's own names have the paths of the token files, and not what is
     in them."""
-    files = [[entry.prefix, entry.weight, content_digest(entry.prefix)] for entry in data.train]
+    files = [[entry.prefix, entry.weight, pairs[entry.prefix].digest] for entry in data.train]
     settings = {"files": files, "seq_length": data.seq_length, "format": data.format, "packing": data.packing, **order}
     return f"order-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
-def build_valid_datasets(data: DataConfig, *, vocab_size: int, eod: int) -> dict[str, Dataset]:
-    """The held-out sets, by name."""
-    return {
-        name: CheckedDataset(
-            _held_out(prefix, data, vocab_size=vocab_size, eod=eod), name=prefix, vocab_size=vocab_size
-        )
-        for name, prefix in data.valid.items()
-    }
+def build_valid_datasets(
+    data: DataConfig, *, vocab_size: int, eod: int, checked: Mapping[str, TokenFile] | None = None
+) -> dict[str, Dataset]:
+    """The held-out sets, by name. `checked` are the pairs by prefix, where they were checked already."""
+    found: dict[str, Dataset] = {}
+    for name, prefix in data.valid.items():
+        inner = _held_out(prefix, data, vocab_size=vocab_size, eod=eod, checked=(checked or {}).get(prefix))
+        found[name] = CheckedDataset(inner, name=prefix, vocab_size=vocab_size)
+    return found
 
 
-def _held_out(prefix: str, data: DataConfig, *, vocab_size: int, eod: int) -> Dataset:
+def _held_out(prefix: str, data: DataConfig, *, vocab_size: int, eod: int, checked: TokenFile | None) -> Dataset:
     if data.format == "chat":
         return HeldOutConversations(
-            prefix, seq_length=data.seq_length, packing=data.packing, vocab_size=vocab_size, padding=eod
+            prefix,
+            seq_length=data.seq_length,
+            packing=data.packing,
+            vocab_size=vocab_size,
+            padding=eod,
+            checked=checked,
         )
     return HeldOutDataset(
-        prefix, seq_length=data.seq_length, vocab_size=vocab_size, eod=eod if data.eod_mask_loss else None
+        prefix,
+        seq_length=data.seq_length,
+        vocab_size=vocab_size,
+        eod=eod if data.eod_mask_loss else None,
+        checked=checked,
     )
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_llamapro.config.checks import count_microbatches
 from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.schema import BlendEntry, DataConfig
-from megatron_llamapro.data.token_files import content_digest, is_content
+from megatron_llamapro.data.token_files import TokenFile, content_digest, is_content
 from megatron_llamapro.runtime.stop import children_deaf, end_with_parent
 
 
@@ -119,8 +119,15 @@ def _end_with_parent(parent: int, worker: int) -> None:
     end_with_parent(parent)
 
 
-def data_order_fingerprint(data: DataConfig, *, num_samples: int, seed: int) -> dict[str, object]:
-    """Everything that the order of the samples depends on; not the paths of the files."""
+def data_order_fingerprint(
+    data: DataConfig, *, num_samples: int, seed: int, checked: Mapping[str, TokenFile] | None = None
+) -> dict[str, object]:
+    """Everything that the order of the samples depends on; not the paths of the files. `checked` are the pairs by
+    prefix, where they were read already."""
+
+    def digest(prefix: str) -> str:
+        return checked[prefix].digest if checked else content_digest(prefix)
+
     return {
         "train_samples": num_samples,
         "seed": seed,
@@ -128,7 +135,7 @@ def data_order_fingerprint(data: DataConfig, *, num_samples: int, seed: int) -> 
         "eod_mask_loss": data.eod_mask_loss,
         "format": data.format,
         "packing": data.packing,
-        "blend": [[content_digest(entry.prefix), float(entry.weight)] for entry in data.train],
+        "blend": [[digest(entry.prefix), float(entry.weight)] for entry in data.train],
     }
 
 

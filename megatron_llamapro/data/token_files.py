@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy
 from blake3 import blake3
 
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.config.files import check_fetched
-from megatron_llamapro.config.schema import DataFormat
+from megatron_llamapro.config.files import POINTER_START, check_fetched, check_no_pointer
+from megatron_llamapro.config.schema import DataConfig, DataFormat
 from megatron_llamapro.data.text_files import paths_of
 
 if TYPE_CHECKING:
@@ -70,19 +71,58 @@ def read_info(prefix: str | Path) -> TokenFileInfo | None:
     return info if bin_path.is_file() and info.bin_bytes == bin_path.stat().st_size else None
 
 
+@dataclass(frozen=True)
+class TokenFile:
+    """A pair that `check_token_file` found in order. One rank reads the index to the end, and the others go by this."""
+
+    prefix: str
+    has_modes: bool
+    """Whether sequences have a mode: a conversation's have."""
+    num_bytes: tuple[int, int]
+    """Of the tokens' file, and of the index."""
+    digest: str
+    """`content_digest`."""
+
+    def check_there(self) -> None:
+        """Raise `DataError` where this rank does not see the files that were checked."""
+        for path, num_bytes in zip(paths_of(self.prefix)[:2], self.num_bytes, strict=True):
+            if not path.is_file():
+                raise DataError(f"{path} is not there: put it where every rank sees it, as the first one does")
+            if path.stat().st_size != num_bytes:
+                raise DataError(
+                    f"{path} has {path.stat().st_size} bytes, and {num_bytes} where the first rank looks: copy it anew"
+                )
+
+
 def open_token_file(
-    prefix: str | Path, *, vocab_size: int | None = None, data_format: DataFormat = "text"
+    prefix: str | Path,
+    *,
+    vocab_size: int | None = None,
+    data_format: DataFormat = "text",
+    checked: TokenFile | None = None,
 ) -> IndexedDataset:
-    """The pair, checked by `check_token_file`."""
+    """The pair, checked by `check_token_file` where it is not `checked` yet."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    has_modes = check_token_file(prefix, vocab_size=vocab_size, data_format=data_format)
-    return IndexedDataset(str(prefix), multimodal=has_modes)
+    checked = checked or check_token_file(prefix, vocab_size=vocab_size, data_format=data_format)
+    return IndexedDataset(str(prefix), multimodal=checked.has_modes)
 
 
-def check_token_file(prefix: str | Path, *, vocab_size: int | None = None, data_format: DataFormat = "text") -> bool:
-    """Check a pair's two files against each other and, where that is known, against the vocabulary. Returns whether
-    its sequences have modes. Imports no torch.
+def check_token_files(data: DataConfig, *, vocab_size: int) -> dict[str, TokenFile]:
+    """Every pair of the configuration, by its prefix. Imports no torch.
+
+    Raises:
+        DataError: one is missing, damaged, or of another vocabulary or kind.
+    """
+    prefixes = dict.fromkeys([*(entry.prefix for entry in data.train), *data.valid.values()])
+    return {prefix: check_token_file(prefix, vocab_size=vocab_size, data_format=data.format) for prefix in prefixes}
+
+
+def check_token_file(
+    prefix: str | Path, *, vocab_size: int | None = None, data_format: DataFormat = "text"
+) -> TokenFile:
+    """Check a pair's two files against each other and, where that is known, against the vocabulary. Opens the index
+    once. Imports no torch.
 
     Raises:
         DataError: a file is missing, empty, damaged or another set's; it is not of `data_format`; or tokens lie beyond
@@ -92,8 +132,10 @@ def check_token_file(prefix: str | Path, *, vocab_size: int | None = None, data_
     for path in (bin_path, index_path):
         if not path.is_file():
             raise DataError(f"{path} is not there: {prefix} must be the path of a .bin/.idx pair without the ending")
-        check_fetched(path, error=DataError)
-    has_modes = _check_index(bin_path, index_path)
+    check_fetched(bin_path, error=DataError)
+    with index_path.open("rb") as index:
+        has_modes = _check_index(bin_path, index_path, index)
+        digest = _digest(bin_path, index)
     if has_modes and data_format == "text":
         raise DataError(f"{prefix} holds conversations: set data.format to chat, or preprocess text")
     if data_format == "chat" and not has_modes:
@@ -104,18 +146,18 @@ def check_token_file(prefix: str | Path, *, vocab_size: int | None = None, data_
             f"{prefix} holds token {info.max_token}, but the model's vocabulary has {vocab_size} tokens: the file was "
             "made with another tokenizer; preprocess the text again"
         )
-    return has_modes
+    return TokenFile(str(prefix), has_modes, (bin_path.stat().st_size, index_path.stat().st_size), digest)
 
 
-def _check_index(bin_path: Path, index_path: Path) -> bool:
+def _check_index(bin_path: Path, index_path: Path, index: BinaryIO) -> bool:
     """The index is one, and says of the tokens' file what is so. megatron.core looks when it reads beyond the end, in
     the middle of training, or not at all. Returns whether the sequences have modes: a byte each at the index' end."""
     damaged = DataError(f"{index_path} is damaged: preprocess the text again")
-    with index_path.open("rb") as file:
-        start = file.read(_HEADER.size)
+    start = index.read(max(_HEADER.size, len(POINTER_START)))
+    check_no_pointer(index_path, start, error=DataError)
     if len(start) < _HEADER.size:
         raise damaged
-    magic, version, code, num_sequences, num_documents = _HEADER.unpack(start)
+    magic, version, code, num_sequences, num_documents = _HEADER.unpack_from(start)
     if magic != b"MMIDIDX\x00\x00" or version != 1 or code not in TOKEN_TYPES:
         raise DataError(f"{index_path} is not an index of token files, or has an unknown version")
     least = _HEADER.size + num_sequences * (4 + 8) + num_documents * 8
@@ -123,7 +165,7 @@ def _check_index(bin_path: Path, index_path: Path) -> bool:
         raise DataError(f"{index_path} holds no documents")
     if num_documents < 2 or index_path.stat().st_size not in (least, least + num_sequences):
         raise damaged
-    lengths, pointers, documents = _arrays(index_path, num_sequences, num_documents)
+    lengths, pointers, documents = _arrays(index, num_sequences, num_documents)
     width = numpy.dtype(TOKEN_TYPES[code]).itemsize
     expected = int(lengths.sum(dtype=numpy.int64)) * width
     if bin_path.stat().st_size != expected:
@@ -136,11 +178,11 @@ def _check_index(bin_path: Path, index_path: Path) -> bool:
     return index_path.stat().st_size == least + num_sequences
 
 
-def _arrays(index_path: Path, num_sequences: int, num_documents: int) -> tuple[numpy.ndarray, ...]:
+def _arrays(index: BinaryIO, num_sequences: int, num_documents: int) -> tuple[numpy.ndarray, ...]:
     """Tokens of each sequence, where it begins in bytes, and at which sequence each document does; not read yet."""
     found, place = [], _HEADER.size
     for dtype, count in ((numpy.int32, num_sequences), (numpy.int64, num_sequences), (numpy.int64, num_documents)):
-        array = numpy.memmap(index_path, dtype=dtype, mode="r", offset=place, shape=(count,))
+        array = numpy.memmap(index, dtype=dtype, mode="r", offset=place, shape=(count,))
         found.append(array)
         place += array.nbytes
     return tuple(found)
@@ -173,8 +215,15 @@ _BLOCK_BYTES, _NUM_BLOCKS = 2**14, 256
 def content_digest(prefix: str | Path) -> str:
     """Hash the whole index and blocks of the token file; all of the token file if it has at most 4 MiB."""
     bin_path, index_path, _ = paths_of(prefix)
+    with index_path.open("rb") as index:
+        return _digest(bin_path, index)
+
+
+def _digest(bin_path: Path, index: BinaryIO) -> str:
     size = bin_path.stat().st_size
-    digest = blake3(size.to_bytes(8, "little"), max_threads=blake3.AUTO).update_mmap(index_path)
+    digest = blake3(size.to_bytes(8, "little"), max_threads=blake3.AUTO)
+    with mmap.mmap(index.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        digest.update(mapped)
     with bin_path.open("rb") as file:
         if size <= _BLOCK_BYTES * _NUM_BLOCKS:
             digest.update(file.read())

@@ -22,7 +22,6 @@ from megatron_llamapro.dry_run.fake_world import fake_world, watched_messages
 from megatron_llamapro.model.freeze import StageReport
 from megatron_llamapro.runtime.distributed import process_groups
 from megatron_llamapro.training.machine import Machine, build_machine
-from megatron_llamapro.training.setup import Run
 from megatron_llamapro.training.step import Batch, train_step
 
 
@@ -113,11 +112,8 @@ def _step(
 ) -> None:
     micro_batch_size, seq_length = config.training.micro_batch_size, config.data.seq_length
     train_step(
-        machine.chunks,
-        machine.optimizer,
-        machine.scheduler,
+        machine,
         [_batches(micro_batch_size, seq_length) for _ in machine.chunks],
-        layout=machine.layout,
         num_microbatches=num_microbatches,
         micro_batch_size=micro_batch_size,
         seq_length=seq_length,
@@ -133,7 +129,7 @@ def _batches(micro_batch_size: int, seq_length: int) -> Iterator[Batch]:
         yield {"tokens": tokens, "labels": tokens.clone(), "loss_mask": mask, "position_ids": positions}
 
 
-def counting(machine: Machine | Run, *, snapshot_at: int | None = None) -> CountingMode:
+def counting(machine: Machine, *, snapshot_at: int | None = None) -> CountingMode:
     """Return a counter that knows the memory that the machine holds between steps."""
     mode = CountingMode(group_names=_group_names(), snapshot_at=snapshot_at)
     for chunk in machine.chunks:

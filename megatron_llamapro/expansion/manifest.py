@@ -14,7 +14,7 @@ from pathlib import Path
 
 import megatron_llamapro
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
-from megatron_llamapro.config.files import file_inside, read_small
+from megatron_llamapro.config.files import read_inside
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.expansion.round import Init
 from megatron_llamapro.families.hf_config import MANIFEST_KEY, WEIGHT_DTYPES
@@ -131,10 +131,19 @@ class Manifest:
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        path = file_inside(Path(folder), MANIFEST_NAME)
-        if path is None:
+        path, content = Path(folder) / MANIFEST_NAME, read_inside(Path(folder), MANIFEST_NAME)
+        if content is None:
             raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: convert the model (llamapro convert)")
-        return cls.from_json(_read_json(path), where=path)
+        try:
+            data = json.loads(content.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is not JSON: {error}") from None
+        return cls.from_json(data, where=path)
+
+    @classmethod
+    def find(cls, folder: Path) -> Manifest | None:
+        """The manifest of a checkpoint folder, None where there is none. Errors as above."""
+        return cls.read(folder) if (Path(folder) / MANIFEST_NAME).exists() else None
 
     def write(self, folder: Path) -> None:
         """Write `llamapro.json` atomically."""
@@ -187,13 +196,6 @@ def _source(data: Mapping) -> Source:
     if type(source.weight_bytes) is not int:
         raise TypeError(f"{source.weight_bytes!r} is no number of bytes")
     return Source(_text(source.name), _text(source.config_sha256), source.weight_bytes)
-
-
-def _read_json(path: Path) -> object:
-    try:
-        return json.loads(read_small(path).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
 
 
 def config_sha256(config: Mapping) -> str:

@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside, hint_inside, hint_where_nothing_is, read_small
+from megatron_llamapro.config.files import hint_inside, hint_where_nothing_is, read_inside
 from megatron_llamapro.families.fields import count, flag, number
 from megatron_llamapro.families.refusals import reason_for
 from megatron_llamapro.families.rotary import read_rope, with_older_spelling
@@ -192,8 +192,8 @@ def read_hf_config(folder: Path) -> dict:
     Raises:
         CheckpointError: the folder or the file does not exist, or the file is not a JSON object.
     """
-    path = file_inside(folder, CONFIG_NAME)
-    if path is None:
+    path, content = Path(folder) / CONFIG_NAME, read_inside(folder, CONFIG_NAME)
+    if content is None:
         if not Path(folder).is_dir():
             hint = hint_where_nothing_is(folder) or "give the folder of a checkpoint"
             raise CheckpointError(f"{folder} is not a folder: {hint}")
@@ -202,7 +202,7 @@ def read_hf_config(folder: Path) -> dict:
         )
         raise CheckpointError(f"{folder} has no config.json: {hint}")
     try:
-        config = json.loads(read_small(path).decode("utf-8"))
+        config = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):

@@ -10,7 +10,7 @@ import datetime
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -130,6 +130,24 @@ def from_first_rank(value: Found) -> Found:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def ask_first_rank(find: Callable[[], Found]) -> Found:
+    """What `find` returns on the first rank, which alone calls it. All ranks call this; what is found must pickle.
+
+    Raises:
+        LlamaProError: on all ranks, where `find` raised it.
+    """
+    found, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            found = find()
+        except LlamaProError as raised:
+            error = raised
+    found, error = from_first_rank((found, error))
+    if error is not None:
+        raise for_all_ranks(error)
+    return found  # type: ignore[return-value]
 
 
 def on_any_rank(flag: bool) -> bool:

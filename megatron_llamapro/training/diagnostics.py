@@ -5,23 +5,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_llamapro.checkpoint.formats.small_files import SmallFiles
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.expansion.trainable import is_adapter
 from megatron_llamapro.model.freeze import is_divided
 from megatron_llamapro.model.lora import merged_weight
 from megatron_llamapro.model.names import NamedParameter, global_layer_index, named_parameters, unwrapped
 from megatron_llamapro.optimizer.replicas import finish_param_gathers
-from megatron_llamapro.runtime.distributed import ParallelLayout
 from megatron_llamapro.training.checkpoints.state import load_values, model_state
+from megatron_llamapro.training.machine import Machine
 
 # Sums of squares that are gathered of each block, over all ranks. The figures are roots of quotients of two of them.
 _SUMS = ("added", "stream", "gradient", "moved", "copied", "output", "source_output")
@@ -31,28 +30,20 @@ _OUTPUTS = (".linear_proj.weight", ".linear_fc2.weight")
 class BlockDiagnostics:
     """Figures of the added blocks of one run. Every rank has one, and calls the same methods on the same steps."""
 
-    def __init__(
-        self,
-        chunks: Sequence[torch.nn.Module],
-        optimizer: MegatronOptimizer,
-        *,
-        plan: ExpansionPlan,
-        base: Path,
-        layout: ParallelLayout,
-    ) -> None:
-        """`chunks` are this rank's, in DDP or not; `base` is the checkpoint that the run started from. Its blocks that
-        were copied are read into host memory, by the ranks of the first replica."""
-        self.plan, self.layout, self.optimizer, self.chunks = plan, layout, optimizer, chunks
+    def __init__(self, machine: Machine, *, plan: ExpansionPlan, base: SmallFiles) -> None:
+        """`base` is the checkpoint that the run started from. Its blocks that were copied are read into host memory,
+        by the ranks of the first replica."""
+        self.plan, self.machine, self.layout = plan, machine, machine.layout
         self.layers = [
             layer
-            for chunk in chunks
+            for chunk in machine.chunks
             for layer in unwrapped(chunk).decoder.layers
             if global_layer_index(layer) in plan.added_layers
         ]
-        self.parameters = [named for named in named_parameters(chunks) if named.layer in plan.added_layers]
+        self.parameters = [named for named in named_parameters(machine.chunks) if named.layer in plan.added_layers]
         linears = [module for layer in self.layers for module in layer.modules() if hasattr(module, "lora_a")]
         self.adapted = {id(linear.weight): linear for linear in linears}
-        self.sources = self._read_sources(chunks, base)
+        self.sources = self._read_sources(base)
         self.sums = torch.zeros(0)
         self._restart()
 
@@ -70,7 +61,7 @@ class BlockDiagnostics:
     def note_gradients(self) -> None:
         """Between the backward pass and the update. Each replica holds its share of the whole gradients."""
         layers = {id(named.parameter): named.layer for named in self.parameters}
-        for part in self.optimizer.chained_optimizers:
+        for part in self.machine.optimizer.chained_optimizers:
             for parameter in getattr(part, "model_param_gbuf_map", {}):
                 if id(parameter) in layers and self._counts(parameter):
                     share = part._get_model_param_range_map(parameter)["param"]
@@ -84,7 +75,7 @@ class BlockDiagnostics:
         norm, in all weights that it did not begin with as zeros; output_norm: of its two output projections, which
         began as zeros, over that block's.
         """
-        finish_param_gathers(self.chunks)
+        finish_param_gathers(self.machine.chunks)
         self._note_weights()
         dist.all_reduce(self.sums)
         return [
@@ -126,11 +117,13 @@ class BlockDiagnostics:
         """Whether this tensor-parallel rank's part of it is to be summed: a copy is, once."""
         return self.layout.tensor_rank == 0 or is_divided(parameter)
 
-    def _read_sources(self, chunks: Sequence[torch.nn.Module], base: Path) -> dict[str, torch.Tensor]:
+    def _read_sources(self, base: SmallFiles) -> dict[str, torch.Tensor]:
         """This rank's part of the block that each added one was copied from, under the added one's names."""
         wanted = {}
         if self.layout.data_rank == 0:
-            sharded = {id(value.data): value for state in model_state(chunks).values() for value in state.values()}
+            sharded = {
+                id(value.data): value for state in model_state(self.machine.chunks).values() for value in state.values()
+            }
             own = [named for named in self.parameters if not is_adapter(named.name)]
             wanted = {named.name: self._of_source(named, sharded[id(named.parameter)]) for named in own}
         return load_values(wanted, base)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch.utils.data import Dataset, default_collate
 
 from megatron_llamapro.runtime.distributed import ParallelLayout
+from megatron_llamapro.training.machine import Machine
 from megatron_llamapro.training.step import Batch, LossSum, reduce_loss, run_microbatches
 
 
 def evaluate(
-    chunks: Sequence[torch.nn.Module],
+    machine: Machine,
     held_out: Mapping[str, Dataset],
     *,
     num_samples: int,
-    layout: ParallelLayout,
     micro_batch_size: int,
     seq_length: int,
 ) -> dict[str, LossSum]:
     """Loss of `num_samples` samples, evenly spaced, of every held-out set, or of all it has. All ranks call it."""
+    chunks, layout = machine.chunks, machine.layout
     for chunk in chunks:
         chunk.eval()
     losses = {}

@@ -32,17 +32,28 @@ def train(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, watchdo
         LlamaProError: too many steps in a row were skipped, no gradient arrives at all, or a checkpoint cannot be
             written.
     """
-    saver = Saver(run) if run.config.checkpoint.save else None
+    saver = _saver(run) if run.config.checkpoint.save else None
     with contextlib.ExitStack() as ends:
         if watchdog:
             ends.callback(watchdog.stop)
-        batches = [ends.enter_context(contextlib.closing(_batches(run))) for _ in run.chunks]
+        batches = [ends.enter_context(contextlib.closing(_batches(run))) for _ in run.machine.chunks]
         try:
             _loop(run, batches, writers, stop, saver, watchdog)
         except LlamaProError as error:
             if saver and error.on_all_ranks:  # else the other ranks are elsewhere
                 _write(writers, *saver.finish())
             raise
+
+
+def _saver(run: Run) -> Saver:
+    return Saver(
+        run.machine,
+        config=run.config,
+        state=run.state,
+        identity=run.identity,
+        source=run.start.source,
+        resume_from=run.resume_from,
+    )
 
 
 def _loop(
@@ -116,19 +127,13 @@ def _loop(
 def _diagnostics(run: Run) -> BlockDiagnostics | None:
     if not run.config.logging.diagnostics_interval:
         return None
-    return BlockDiagnostics(
-        run.chunks,
-        run.optimizer,
-        plan=run.source.manifest.plan,
-        base=run.source.folder,
-        layout=run.layout,
-    )
+    return BlockDiagnostics(run.machine, plan=run.start.plan, base=run.start.source)
 
 
 def _step(run: Run, batches: Sequence, stop: StopRequest, watched: BlockDiagnostics | None) -> StepResult:
     training = run.config.training
     if is_left_out(run.state.iteration + 1, training):
-        result = leave_out_step(run.optimizer, run.scheduler, stop_requested=on_any_rank(stop.requested))
+        result = leave_out_step(run.machine, stop_requested=on_any_rank(stop.requested))
     else:
         result = _trained(run, batches, stop, watched)
     run.state.end_step(result.outcome, num_samples=training.global_batch_size)
@@ -138,11 +143,8 @@ def _step(run: Run, batches: Sequence, stop: StopRequest, watched: BlockDiagnost
 def _trained(run: Run, batches: Sequence, stop: StopRequest, watched: BlockDiagnostics | None) -> StepResult:
     with watched.watching() if watched else contextlib.nullcontext():
         return train_step(
-            run.chunks,
-            run.optimizer,
-            run.scheduler,
+            run.machine,
             batches,
-            layout=run.layout,
             num_microbatches=run.num_microbatches,
             micro_batch_size=run.config.training.micro_batch_size,
             seq_length=run.config.data.seq_length,
@@ -179,13 +181,12 @@ def _check_healthy(result: StepResult, state: TrainingState) -> None:
 
 
 def _evaluate(run: Run, writers: Sequence[MetricsWriter]) -> None:
-    if not (run.source.held_out and run.config.training.eval_interval):
+    if not (run.held_out and run.config.training.eval_interval):
         return
     losses = evaluate(
-        run.chunks,
-        run.source.held_out,
+        run.machine,
+        run.held_out,
         num_samples=run.config.training.eval_samples,
-        layout=run.layout,
         micro_batch_size=run.config.training.micro_batch_size,
         seq_length=run.config.data.seq_length,
     )
@@ -199,7 +200,7 @@ class StepTimer:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        work = work_per_token(run.config, run.source.shape, run.source.manifest.plan)
+        work = work_per_token(run.config, run.start.shape, run.start.plan)
         self.tflops = work.total / 1e12
         self.restart()
 

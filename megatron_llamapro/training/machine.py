@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
 from megatron_llamapro.expansion.plan import ExpansionPlan
@@ -20,7 +22,6 @@ from megatron_llamapro.model.skip_frozen import skip_frozen_work
 from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler
 from megatron_llamapro.optimizer.replicas import skip_collectives_of_one
 from megatron_llamapro.runtime.distributed import ParallelLayout, start_model_parallel
-from megatron_llamapro.training.step import connect
 
 
 @dataclass(frozen=True)
@@ -92,3 +93,25 @@ def wrapped(model: LlamaModel, parallel: ParallelConfig) -> DistributedDataParal
     )
     skip_collectives_of_one(ddp)
     return ddp
+
+
+def connect(
+    config: TransformerConfig,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    *,
+    overlap_grad_reduce: bool,
+    overlap_param_gather: bool,
+) -> None:
+    """Tell megatron.core's schedules how gradients are scaled, synchronised and finalised."""
+
+    def one_or_all(functions: list) -> object:
+        return functions[0] if len(functions) == 1 else functions
+
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if overlap_grad_reduce:
+        config.no_sync_func = one_or_all([chunk.no_sync for chunk in chunks])
+        config.grad_sync_func = one_or_all([chunk.start_grad_sync for chunk in chunks]) if len(chunks) > 1 else None
+    if overlap_param_gather:
+        config.param_sync_func = one_or_all([chunk.start_param_sync for chunk in chunks]) if len(chunks) > 1 else None

@@ -26,8 +26,8 @@ def print_report(run: Run) -> dict[str, object]:
     trainable = sum(stage.num_stage_trainable for stage in stages)
     record = _run_record(run, parameters=parameters, trainable=trainable)
     if run.layout.rank == 0:
-        plan = run.source.manifest.plan
-        counts = stage_layers(run.config.parallel, run.source.shape.num_layers)
+        plan = run.start.plan
+        counts = stage_layers(run.config.parallel, run.start.shape.num_layers)
         print(draw(counts, set(plan.added_layers), num_stages=run.layout.pipeline_size))
         print("E embedding, o original block, A added block, H head; per rank of each stage:")
         for number, stage in enumerate(stages):
@@ -48,7 +48,7 @@ def print_report(run: Run) -> dict[str, object]:
 
 def _first_of_each_stage(run: Run) -> list[StageReport]:
     everyone: list = [None] * run.layout.world_size
-    dist.all_gather_object(everyone, (run.layout.pipeline_rank, run.report))
+    dist.all_gather_object(everyone, (run.layout.pipeline_rank, run.machine.report))
     first = {}
     for stage, report in everyone:
         first.setdefault(stage, report)

@@ -3,48 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.utils.data import Dataset
 
-from megatron_llamapro.checkpoint.formats.adapters import AdapterRecord
+from megatron_llamapro.checkpoint.formats.small_files import SmallFiles
 from megatron_llamapro.config.checks import count_microbatches
-from megatron_llamapro.config.errors import CheckpointError, ConfigError, LlamaProError
+from megatron_llamapro.config.errors import ConfigError, LlamaProError
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.data.dataset import CheckedDataset, build_train_dataset, build_valid_datasets
 from megatron_llamapro.data.index_cache import make_cache_dir
 from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_llamapro.expansion.manifest import Manifest
-from megatron_llamapro.families.shape import ModelShape
 from megatron_llamapro.model.build import LlamaModel
-from megatron_llamapro.model.freeze import StageReport
 from megatron_llamapro.model.spec import uses_transformer_engine
 from megatron_llamapro.optimizer.build import check_apex
-from megatron_llamapro.runtime.distributed import ParallelLayout, from_first_rank, raise_together
+from megatron_llamapro.runtime.distributed import ParallelLayout, ask_first_rank, raise_together
 from megatron_llamapro.training.checkpoints.resume import RunIdentity, checkpoint_to_resume, run_identity
 from megatron_llamapro.training.checkpoints.state import TrainingState, load_checkpoint, load_model
-from megatron_llamapro.training.machine import build_machine
+from megatron_llamapro.training.machine import Machine, build_machine
 from megatron_llamapro.training.metrics import metrics_path
-from megatron_llamapro.training.start import read_start
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a run starts from, as far as small files tell: the model, its tokenizer, the data, and where it was."""
-
-    folder: Path
-    manifest: Manifest
-    shape: ModelShape
-    tokenizer: Tokenizer
-    held_out: Mapping[str, Dataset]
-    identity: RunIdentity
-    resume_from: Path | None
-    """The run's own newest checkpoint, where it was started before."""
+from megatron_llamapro.training.start import Start, read_start
 
 
 @dataclass(frozen=True)
@@ -52,14 +32,19 @@ class Run:
     """A run that is ready to train. Only `state` (and the tensors) change from here on."""
 
     config: RunConfig
-    layout: ParallelLayout
-    source: Source
-    chunks: Sequence[DistributedDataParallel]
-    optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
+    machine: Machine
+    start: Start
+    resume_from: SmallFiles | None
+    """The run's own newest checkpoint, where it was started before."""
+    identity: RunIdentity
     train_set: CheckedDataset
-    report: StageReport
+    held_out: Mapping[str, Dataset]
     state: TrainingState
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """This rank's place."""
+        return self.machine.layout
 
     @property
     def num_microbatches(self) -> int:
@@ -72,80 +57,72 @@ class Run:
         )
 
 
-def set_up(config: RunConfig) -> Run:
+def set_up(config: RunConfig, *, known: Start | None = None) -> Run:
     """Build the run on every rank of the started world, or raise the same error on all of them.
+
+    Small files are read by the first rank alone, and what they say is passed to the others. `known` is what it has
+    read already, before there was a world; the other ranks' does not count.
 
     Raises:
         LlamaProError: anything in the configuration, the checkpoint or the data that cannot be trained with.
     """
-    source = _checked_source(config)
+    world_size = torch.distributed.get_world_size()
+    start = ask_first_rank(lambda: known or read_start(config, world_size=world_size))
+    tokenizer = ask_first_rank(lambda: load_tokenizer(start.tokenizer))
+    identity = run_identity(config, start.token_files)
+    resume_from = ask_first_rank(lambda: checkpoint_to_resume(config, start.source, identity))
+    held_out = _checked_here(config, start, resume_from, tokenizer)
 
     def load(models: Sequence[LlamaModel]) -> None:
-        if source.resume_from is None:
-            load_model(models, source.folder)
+        if resume_from is None:
+            load_model(models, start.source)
 
-    machine = build_machine(config, source.shape, source.manifest.plan, load=load)
-    state = TrainingState()
-    if source.resume_from is not None:
-        state = load_checkpoint(
-            source.resume_from,
-            chunks=machine.chunks,
-            optimizer=machine.optimizer,
-            scheduler=machine.scheduler,
-        )
+    machine = build_machine(config, start.shape, start.plan, load=load)
     return Run(
         config=config,
-        layout=machine.layout,
-        source=source,
-        chunks=machine.chunks,
-        optimizer=machine.optimizer,
-        scheduler=machine.scheduler,
-        train_set=_train_set(config, source),
-        report=machine.report,
-        state=state,
+        machine=machine,
+        start=start,
+        resume_from=resume_from,
+        identity=identity,
+        state=load_checkpoint(machine, resume_from) if resume_from else TrainingState(),
+        train_set=_train_set(config, start, tokenizer),
+        held_out=held_out,
     )
 
 
-def _checked_source(config: RunConfig) -> Source:
-    """Everything that can be known to be wrong before a model is built, agreed on by all ranks."""
-    source, error = None, None
+def _checked_here(
+    config: RunConfig, start: Start, resume_from: SmallFiles | None, tokenizer: Tokenizer
+) -> Mapping[str, Dataset]:
+    """What may differ between ranks, agreed on by all before a model is built: what is installed, and which files are
+    there. Returns the held-out sets, opened."""
+    held_out: Mapping[str, Dataset] = {}
+    error = None
     try:
-        source = _read_source(config)
+        check_apex()
+        if config.lora.rank is not None and uses_transformer_engine(config.model.transformer_impl):
+            raise ConfigError("lora needs megatron.core's own linears: set model.transformer_impl to local")
+        start.check_there()
+        if resume_from:
+            resume_from.check_there()
+        make_cache_dir(_cache_dir(config))
+        held_out = build_valid_datasets(
+            config.data, vocab_size=start.shape.vocab_size, eod=tokenizer.eod, checked=start.token_files
+        )
     except LlamaProError as found:
         error = found
     raise_together(error)
-    assert source is not None  # raise_together raised otherwise
-    folder, resume_from = from_first_rank((source.folder, source.resume_from))
-    return replace(source, folder=folder, resume_from=resume_from)
+    return held_out
 
 
-def _read_source(config: RunConfig) -> Source:
-    check_apex()
-    start = read_start(config, world_size=torch.distributed.get_world_size())
-    folder, manifest, shape = start.folder, start.manifest, start.shape
-    if config.lora.rank is not None and uses_transformer_engine(config.model.transformer_impl):
-        raise ConfigError("lora needs megatron.core's own linears: set model.transformer_impl to local")
-    tokenizer = load_tokenizer(start.tokenizer)
-    make_cache_dir(_cache_dir(config))
-    held_out = build_valid_datasets(config.data, vocab_size=shape.vocab_size, eod=tokenizer.eod)
-    identity = run_identity(config)
-    resume_from = checkpoint_to_resume(config, manifest, identity)
-    if resume_from is None and AdapterRecord.read(folder):
-        raise CheckpointError(
-            f"{folder} has low-rank adapters beside its weights, and a new run would leave them out: merge them first "
-            f"(llamapro convert megatron-to-megatron --source {folder} --target MERGED)"
-        )
-    return Source(folder, manifest, shape, tokenizer, held_out, identity, resume_from)
-
-
-def _train_set(config: RunConfig, source: Source) -> CheckedDataset:
+def _train_set(config: RunConfig, start: Start, tokenizer: Tokenizer) -> CheckedDataset:
     return build_train_dataset(
         config.data,
         num_samples=config.data_order_samples,
         seed=config.training.seed,
-        tokenizer=source.tokenizer,
-        vocab_size=source.shape.vocab_size,
+        tokenizer=tokenizer,
+        vocab_size=start.shape.vocab_size,
         cache_dir=_cache_dir(config),
+        checked=start.token_files,
     )
 
 

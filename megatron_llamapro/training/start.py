@@ -3,58 +3,71 @@ it can be trained as configured, and whether data and tokenizer are there."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_llamapro.checkpoint.description import check_fits
 from megatron_llamapro.checkpoint.formats.delta import BASE
 from megatron_llamapro.checkpoint.formats.folders import is_torch_dist, resolve_megatron_checkpoint
-from megatron_llamapro.checkpoint.formats.torch_dist import check_loadable
+from megatron_llamapro.checkpoint.formats.small_files import SmallFiles, check_loadable
 from megatron_llamapro.checkpoint.side_files import side_files
 from megatron_llamapro.config.checks import data_parallel_size
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.config.values import DTYPES
-from megatron_llamapro.data.token_files import check_token_file
+from megatron_llamapro.data.token_files import TokenFile, check_token_files
 from megatron_llamapro.data.tokenizer import tokenizer_file
 from megatron_llamapro.expansion.manifest import Manifest
-from megatron_llamapro.families.hf_config import model_shape, read_hf_config
+from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.families.shape import ModelShape
 
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint that a run starts from, and what it says of itself."""
+    """What a run starts from: plain data, that one rank reads and passes to all."""
 
-    folder: Path
-    manifest: Manifest
-    shape: ModelShape
+    source: SmallFiles
+    """Of the checkpoint."""
     tokenizer: Path
+    """Its file."""
+    token_files: Mapping[str, TokenFile]
+    """By prefix."""
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.source.model.shape
+
+    @property
+    def plan(self) -> ExpansionPlan:
+        return self.source.manifest_or_error().plan
+
+    def check_there(self) -> None:
+        """Raise `LlamaProError` where this rank does not see the files that another one has read."""
+        self.source.check_there()
+        for token_file in self.token_files.values():
+            token_file.check_there()
 
 
 def read_start(config: RunConfig, *, world_size: int) -> Start:
-    """Check what can be checked without torch. Needs no process group, and writes nothing.
+    """Check what can be checked without torch. Needs no process group, and writes nothing. Each file is read once.
 
     Raises:
         LlamaProError: anything in the configuration, the checkpoint or the data that cannot be trained with.
     """
     data_parallel_size(config, world_size)
-    folder = _starting_checkpoint(config)
-    check_loadable(folder)
-    shape = model_shape(read_hf_config(folder))
-    manifest = Manifest.read(folder)
+    source = SmallFiles(_starting_checkpoint(config))
+    check_loadable(source)
+    folder, shape, manifest = source.folder, source.model.shape, source.manifest_or_error()
     manifest.check_fits(shape)
     check_fits(config, shape, manifest.plan)
     _check_precision(config, manifest, folder)
     if config.logging.diagnostics_interval and not manifest.plan.added_layers:
         raise ConfigError("logging.diagnostics_interval is set, but the checkpoint has no added blocks: set it to 0")
-    side_files(folder)  # what cannot be copied to the run's checkpoints is said now, not at the first of them
+    side_files(folder, config=source.model.config)  # what cannot be copied is said now, not at the first checkpoint
     tokenizer = tokenizer_file(Path(config.data.tokenizer or folder))
-    for entry in config.data.train:
-        check_token_file(entry.prefix, vocab_size=shape.vocab_size, data_format=config.data.format)
-    for prefix in config.data.valid.values():
-        check_token_file(prefix, vocab_size=shape.vocab_size, data_format=config.data.format)
-    return Start(folder, manifest, shape, tokenizer)
+    token_files = check_token_files(config.data, vocab_size=shape.vocab_size)
+    return Start(source.read_all(), tokenizer, token_files)
 
 
 def _starting_checkpoint(config: RunConfig) -> Path:

@@ -14,17 +14,15 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llamapro.config.errors import DivergedError
 from megatron_llamapro.optimizer.replicas import gradient_norm, update
 from megatron_llamapro.runtime.distributed import ParallelLayout, for_all_ranks
 from megatron_llamapro.training.checkpoints.state import Outcome, TrainingState
 from megatron_llamapro.training.communication import communication
+from megatron_llamapro.training.machine import Machine
 
 Batch = dict[str, torch.Tensor]
 """tokens, labels, loss_mask, position_ids: [b, s] each."""
@@ -53,35 +51,10 @@ class StepResult:
     outcome: Outcome
 
 
-def connect(
-    config: TransformerConfig,
-    chunks: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    *,
-    overlap_grad_reduce: bool,
-    overlap_param_gather: bool,
-) -> None:
-    """Tell megatron.core's schedules how gradients are scaled, synchronised and finalised."""
-
-    def one_or_all(functions: list) -> object:
-        return functions[0] if len(functions) == 1 else functions
-
-    config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
-    if overlap_grad_reduce:
-        config.no_sync_func = one_or_all([chunk.no_sync for chunk in chunks])
-        config.grad_sync_func = one_or_all([chunk.start_grad_sync for chunk in chunks]) if len(chunks) > 1 else None
-    if overlap_param_gather:
-        config.param_sync_func = one_or_all([chunk.start_param_sync for chunk in chunks]) if len(chunks) > 1 else None
-
-
 def train_step(
-    chunks: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
+    machine: Machine,
     batches: Sequence[Iterator[Batch]],
     *,
-    layout: ParallelLayout,
     num_microbatches: int,
     micro_batch_size: int,
     seq_length: int,
@@ -95,11 +68,11 @@ def train_step(
     that diverged may have hidden states so large that the final norm returns zeros. Loss and norm are reduced over all
     ranks, so all ranks agree.
     """
-    for chunk in chunks:
+    for chunk in machine.chunks:
         chunk.zero_grad_buffer()
-    optimizer.zero_grad()
+    machine.optimizer.zero_grad()
     sums = run_microbatches(
-        chunks,
+        machine.chunks,
         batches,
         num_microbatches=num_microbatches,
         micro_batch_size=micro_batch_size,
@@ -108,35 +81,33 @@ def train_step(
     )
     if before_update is not None:
         before_update()
-    loss = reduce_loss(sums, layout=layout, stop_requested=stop_requested())
-    grad_norm = gradient_norm(optimizer)
+    loss = reduce_loss(sums, layout=machine.layout, stop_requested=stop_requested())
+    grad_norm = gradient_norm(machine.optimizer)
     usable = math.isfinite(loss.loss) and math.isfinite(grad_norm) and grad_norm > 0
     if usable:
-        update(optimizer, grad_norm=grad_norm)
+        update(machine.optimizer, grad_norm=grad_norm)
     return StepResult(
         loss=loss,
         grad_norm=grad_norm,
-        learning_rate=_end_step(optimizer, scheduler),
+        learning_rate=_end_step(machine),
         outcome=Outcome.UPDATED if usable else Outcome.SKIPPED,
     )
 
 
-def leave_out_step(
-    optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, *, stop_requested: bool
-) -> StepResult:
+def leave_out_step(machine: Machine, *, stop_requested: bool) -> StepResult:
     """A step that reads and computes nothing, and has its place in the schedule. `stop_requested`: of any rank."""
     return StepResult(
         loss=LossSum(loss=math.nan, num_tokens=0, stop_requested=stop_requested),
         grad_norm=math.nan,
-        learning_rate=_end_step(optimizer, scheduler),
+        learning_rate=_end_step(machine),
         outcome=Outcome.LEFT_OUT,
     )
 
 
-def _end_step(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> float:
+def _end_step(machine: Machine) -> float:
     """Advance the schedule. Returns the learning rate of the step that ends."""
-    learning_rate = get_canonical_lr_for_logging(optimizer.param_groups) or 0.0
-    scheduler.step(increment=1)
+    learning_rate = get_canonical_lr_for_logging(machine.optimizer.param_groups) or 0.0
+    machine.scheduler.step(increment=1)
     return learning_rate
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_llamapro.checkpoint.convert import hf_to_megatron, megatron_to_megatron
-from megatron_llamapro.checkpoint.formats.torch_dist import check_loadable
+from megatron_llamapro.checkpoint.formats.small_files import SmallFiles, check_loadable
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.schema import ParallelConfig
 from megatron_llamapro.expansion.round import Expansion
@@ -129,9 +129,9 @@ def test_what_stock_models_save_is_read(kind: str, tiny_model: Tiny, tmp_path: P
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     if "mixtral" not in kind:
-        check_loadable(saved)
+        check_loadable(SmallFiles(saved))
         return
     with pytest.raises(CheckpointError, match=r"has .*layer_norm_weight where training asks for .*pre_mlp_layernorm"):
-        check_loadable(saved)
+        check_loadable(SmallFiles(saved))
     megatron_to_megatron(saved, tmp_path / "converted")
-    check_loadable(tmp_path / "converted")
+    check_loadable(SmallFiles(tmp_path / "converted"))

@@ -19,12 +19,11 @@ from megatron_llamapro.data.conversations import Conversations, packed
 from megatron_llamapro.data.dataset import (
     build_train_dataset,
     build_valid_datasets,
-    check_train_files,
     conversation_sets,
 )
 from megatron_llamapro.data.preprocess import preprocess
 from megatron_llamapro.data.sampling import check_same_order, data_order_fingerprint
-from megatron_llamapro.data.token_files import content_digest, open_token_file, paths_of
+from megatron_llamapro.data.token_files import check_token_files, content_digest, open_token_file, paths_of
 from megatron_llamapro.data.tokenizer import load_tokenizer
 from megatron_llamapro.testing.distributed import run_distributed
 
@@ -164,7 +163,7 @@ def test_packing_fills() -> None:
 
 def test_refusals(chat: str, pair: Path) -> None:
     def check(prefix: object, data_format: str) -> None:
-        check_train_files(
+        check_token_files(
             DataConfig(train=(BlendEntry(str(prefix)),), seq_length=8, format=data_format), vocab_size=131
         )
 

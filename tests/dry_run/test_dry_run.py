@@ -41,10 +41,10 @@ def real_worker(config: RunConfig) -> dict[str, int]:
     from megatron_llamapro.training.setup import set_up
 
     run = set_up(config)
-    batches = [_batches(run) for _ in run.chunks]
+    batches = [_batches(run) for _ in run.machine.chunks]
     stop = StopRequest()
     _step(run, batches, stop, None)
-    mode: CountingMode = counting(run)
+    mode: CountingMode = counting(run.machine)
     held = {kind.value: mode.by_kind[kind] for kind in Kind}
     with mode:
         _step(run, batches, stop, None)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_llamapro.checkpoint.formats.small_files import SmallFiles
 from megatron_llamapro.checkpoint.tensors.weight_map import Sharding, Weight
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
@@ -43,7 +44,7 @@ def wrong_parts(folder: Path) -> list[str]:
     shape = model_shape(read_hf_config(folder))
     settings = ModelConfig(checkpoint="", make_vocab_size_divisible_by=1)
     chunks = build_model(shape, model=settings, parallel=parallel, precision="fp32")
-    load_model(chunks, folder)
+    load_model(chunks, SmallFiles(folder))
     weights = {weight.megatron_name: weight for weight in weights_of(shape)}
     tensors = read_with_torch(folder)
     wrong, seen = [], set()

@@ -35,3 +35,21 @@ def raise_worker() -> tuple[str, bool]:
 
 def test_one_ranks_error_is_everyones() -> None:
     assert run_distributed(raise_worker, 2) == [("gone (on rank 1)", True)] * 2
+
+
+def ask_worker() -> tuple[int, str, bool]:
+    from megatron_llamapro.runtime.distributed import ask_first_rank
+
+    def fail() -> int:
+        raise DataError(f"gone on rank {torch.distributed.get_rank()}")
+
+    found = ask_first_rank(torch.distributed.get_rank)
+    try:
+        ask_first_rank(fail)
+    except DataError as error:
+        return found, str(error), error.on_all_ranks
+    raise AssertionError
+
+
+def test_what_the_first_rank_finds_or_not_is_everyones() -> None:
+    assert run_distributed(ask_worker, 2) == [(0, "gone on rank 0", True)] * 2

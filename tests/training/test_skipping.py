@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import workers
 from megatron_llamapro.checkpoint.convert import hf_to_megatron
 from megatron_llamapro.checkpoint.formats.folders import LATEST
+from megatron_llamapro.checkpoint.formats.small_files import SmallFiles
 from megatron_llamapro.config.schema import BlendEntry, LoraConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.testing.checkpoints import read_tensors, read_with_torch
@@ -207,16 +208,14 @@ def test_a_resume_remembers(on_bad_data: Callable, bad_checkpoints: Callable) ->
     before, after, later = (states(saved(config, step)) for step in (BAD_STEP - 1, BAD_STEP, BAD_STEP + 1))
     assert same(before, after) and not same(after, later)
     assert [updates(config, step) for step in range(1, STEPS + 1)] == [{1}, {1}, {2}, {3}]
-    progress = [read_progress(Path(config.checkpoint.save) / f"iter_{step:07d}") for step in range(1, STEPS + 1)]
+    progress = [read_progress(SmallFiles(saved(config, step))) for step in range(1, STEPS + 1)]
     assert [each["skipped_steps"] for each in progress] == [[], [BAD_STEP], [BAD_STEP], [BAD_STEP]]
     assert [each["skipped_in_a_row"] for each in progress] == [0, 1, 0, 0]
     assert [each["consumed_samples"] for each in progress] == [4, 8, 12, 16]
     go_back(config, BAD_STEP)
     rest = run_distributed(workers.train, world_size, config)[0]
     assert rest.figures == whole[1:] and rest.skips == []
-    assert same(states(saved(config, STEPS)), last) and progress[-1] == read_progress(
-        Path(config.checkpoint.save) / f"iter_{STEPS:07d}"
-    )
+    assert same(states(saved(config, STEPS)), last) and progress[-1] == read_progress(SmallFiles(saved(config, STEPS)))
 
 
 def test_a_checkpoint_before_the_first_update(on_bad_data: Callable) -> None:

@@ -25,7 +25,7 @@ from megatron_llamapro.checkpoint.tensors.streaming import (
 )
 from megatron_llamapro.checkpoint.tensors.weight_map import Weight, weights_of
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside, read_small
+from megatron_llamapro.config.files import read_inside
 from megatron_llamapro.expansion.trainable import LORA_A, LORA_B
 from megatron_llamapro.families.hf_config import ITEMSIZES
 
@@ -54,11 +54,11 @@ class AdapterRecord:
         Raises:
             CheckpointError: it is damaged, or of another version.
         """
-        path = file_inside(Path(folder), RECORD_NAME)
-        if path is None:
+        path, content = Path(folder) / RECORD_NAME, read_inside(folder, RECORD_NAME)
+        if content is None:
             return None
         try:
-            data = json.loads(read_small(path))
+            data = json.loads(content)
             if data["format_version"] != FORMAT_VERSION:
                 raise CheckpointError(
                     f"{path} has format {data['format_version']!r}, this version reads {FORMAT_VERSION}: use the "
@@ -78,15 +78,17 @@ class AdapterRecord:
 
 
 def with_adapters(
-    checkpoint: Checkpoint, matrices: Mapping[str, MegatronTensor], states: Mapping[Path, FileState]
+    checkpoint: Checkpoint,
+    record: AdapterRecord | None,
+    matrices: Mapping[str, MegatronTensor],
+    states: Mapping[Path, FileState],
 ) -> Checkpoint:
-    """A checkpoint with the adapters that lie beside its weights, by megatron.core's keys; `states` are those
-    of all its files.
+    """A checkpoint with the adapters that lie beside its weights, by megatron.core's keys, and their record;
+    `states` are those of all its files.
 
     Raises:
         CheckpointError: an adapter without its other half, its weight or its record; one of another shape or type.
     """
-    record = AdapterRecord.read(checkpoint.folder)
     if (record is None) is not (not matrices):
         there, lacks = (RECORD_NAME, "adapters") if record else ("adapters", RECORD_NAME)
         raise CheckpointError(f"{checkpoint.folder} has {there} but no {lacks}: take a complete checkpoint")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_llamapro.checkpoint.formats.folders import is_torch_dist
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside, read_small
+from megatron_llamapro.config.files import read_inside
 
 DELTA_NAME = "llamapro_delta.json"
 BASE = "base"
@@ -41,11 +41,11 @@ class Delta:
         Raises:
             CheckpointError: it is damaged, or of another version.
         """
-        path = file_inside(Path(folder), DELTA_NAME)
-        if path is None:
+        path, content = Path(folder) / DELTA_NAME, read_inside(folder, DELTA_NAME)
+        if content is None:
             return None
         try:
-            data = json.loads(read_small(path))
+            data = json.loads(content)
             if data["format_version"] != FORMAT_VERSION:
                 raise CheckpointError(
                     f"{path} has format {data['format_version']!r}, this version reads {FORMAT_VERSION}: use the "

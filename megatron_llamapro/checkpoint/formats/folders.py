@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside, hint_where_nothing_is, read_small
+from megatron_llamapro.config.files import hint_where_nothing_is, read_inside
 
 LATEST = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -14,6 +14,8 @@ TORCH_DIST_MARK = "metadata.json"
 """Written last by whoever writes torch_dist, so that its presence means a complete checkpoint."""
 INDEX_NAME = ".metadata"
 """Of torch_dist: where its tensors lie."""
+COMMON_STATE = "common.pt"
+"""Of torch_dist: what is no tensor."""
 _HUGGING_FACE = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -28,10 +30,10 @@ def latest_checkpoint(save: Path) -> Path | None:
     Raises:
         CheckpointError: the file that names it is damaged, or names a folder that is not there.
     """
-    latest = file_inside(save, LATEST)
-    if latest is None:
+    latest, content = Path(save) / LATEST, read_inside(save, LATEST)
+    if content is None:
         return None
-    text = read_small(latest).decode(errors="replace").strip()
+    text = content.decode(errors="replace").strip()
     is_step = text.isascii() and text.isdigit() and len(text) < 20
     if not is_step and text != RELEASE:
         raise CheckpointError(

@@ -18,6 +18,7 @@ from megatron_llamapro.checkpoint.tensors.streaming import state_of
 from megatron_llamapro.checkpoint.tensors.weight_map import EMBEDDING, weights_of
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside, read_small
+from megatron_llamapro.expansion.manifest import Manifest
 from megatron_llamapro.families.hf_config import ITEMSIZES, read_hf_model
 from megatron_llamapro.families.shape import ModelShape
 
@@ -62,7 +63,7 @@ def open_legacy(folder: Path) -> Checkpoint:
     for state in held.values():
         check_args(state.get("args"), model.shape, where=ranks)
     rank_files = _RankFiles(ranks, files, model.shape)
-    checkpoint = open_megatron(folder, Format.LEGACY, model, rank_files.tensors(), states=states)
+    checkpoint = open_megatron(folder, Format.LEGACY, model, Manifest.find(folder), rank_files.tensors(), states=states)
     return replace(checkpoint, division=str(rank_files.grid), stage_layers=rank_files.grid.stage_layers)
 
 

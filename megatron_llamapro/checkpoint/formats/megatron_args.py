@@ -6,13 +6,13 @@ was copied from another model of the same sizes would fit, and be another functi
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_llamapro.checkpoint.formats.pickles import Record
 from megatron_llamapro.checkpoint.formats.torch_archive import TORCH_GLOBALS, DamagedArchiveError, read_archive
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside
 from megatron_llamapro.families.shape import ModelShape, RopeScaling
 
 
@@ -76,22 +76,18 @@ _ALWAYS_WITH_EXPERTS = {"moe_router_pre_softmax": False, "moe_router_score_funct
 _ROPE_SCALING = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
 
-def check_common_state(folder: Path, name: str, shape: ModelShape) -> None:
+def check_common_state(content: bytes, shape: ModelShape, *, where: Path) -> None:
     """Hold the arguments in a torch_dist checkpoint's common state against the model, where it has any.
 
     Raises:
         CheckpointError: they contradict it.
     """
-    path = file_inside(folder, name)
-    if path is None:
-        return
     try:
-        with path.open("rb") as file:
-            state = read_archive(file, admitted=MEGATRON_GLOBALS)
+        state = read_archive(io.BytesIO(content), admitted=MEGATRON_GLOBALS)
     except DamagedArchiveError:  # a conversion needs nothing of it
         return
     if isinstance(state, dict):
-        check_args(state.get("args"), shape, where=folder)
+        check_args(state.get("args"), shape, where=where)
 
 
 def check_args(args: object, shape: ModelShape, *, where: Path) -> None:

@@ -19,7 +19,7 @@ from megatron_llamapro.checkpoint.tensors.layout import Piece, StoredTensor, is_
 from megatron_llamapro.checkpoint.tensors.streaming import FileState
 from megatron_llamapro.checkpoint.tensors.weight_map import VOCABULARY_ROWS, Shape, Weight, weights_of
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.manifest import MANIFEST_NAME, Manifest
+from megatron_llamapro.expansion.manifest import Manifest
 from megatron_llamapro.families.hf_config import ITEMSIZES, HfModel
 
 _STACKED = re.compile(r"(decoder\.layers\.)(?!\d+\.)(.+)", re.DOTALL)
@@ -125,20 +125,20 @@ def open_megatron(
     folder: Path,
     format: Format,
     model: HfModel,
+    manifest: Manifest | None,
     tensors: Mapping[str, MegatronTensor],
     *,
     states: Mapping[Path, FileState],
 ) -> Checkpoint:
-    """A Megatron checkpoint out of its weights; the manifest of one of ours lies beside them. `states` are those of
+    """A Megatron checkpoint out of its weights, and of its manifest where it is one of ours. `states` are those of
     their files before it was looked where in them the tensors begin.
 
     Raises:
         CheckpointError: a tensor that is missing, unknown, of the wrong shape or type, or not whole; a manifest that
             does not fit.
     """
-    shape, manifest = model.shape, None
-    if (Path(folder) / MANIFEST_NAME).exists():
-        manifest = Manifest.read(folder)
+    shape = model.shape
+    if manifest is not None:
         manifest.check_fits(shape, where=folder)
     dtype = _dtype(folder, tensors, manifest)
     if manifest is not None:

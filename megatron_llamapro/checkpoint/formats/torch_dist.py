@@ -18,19 +18,18 @@ from typing import BinaryIO
 from megatron_llamapro.checkpoint.formats.adapters import with_adapters
 from megatron_llamapro.checkpoint.formats.checkpoint import BasePart, Checkpoint, Format
 from megatron_llamapro.checkpoint.formats.delta import DELTA_NAME, Delta
-from megatron_llamapro.checkpoint.formats.folders import INDEX_NAME, TORCH_DIST_MARK
+from megatron_llamapro.checkpoint.formats.folders import COMMON_STATE, INDEX_NAME, TORCH_DIST_MARK
 from megatron_llamapro.checkpoint.formats.megatron_args import check_common_state
 from megatron_llamapro.checkpoint.formats.megatron_tensors import (
     DividedTensor,
     MegatronTensor,
     SavedPart,
-    is_stacked,
     matrix,
     open_megatron,
     unstacked,
 )
+from megatron_llamapro.checkpoint.formats.small_files import SmallFiles
 from megatron_llamapro.checkpoint.formats.torch_archive import (
-    TORCH_GLOBALS,
     ArchivedTensor,
     ArchiveLayout,
     DamagedArchiveError,
@@ -38,19 +37,22 @@ from megatron_llamapro.checkpoint.formats.torch_archive import (
     read_archive,
     tensor_call,
 )
-from megatron_llamapro.checkpoint.formats.torch_dist_index import IndexedTensor, Section, index_bytes, read_index
+from megatron_llamapro.checkpoint.formats.torch_dist_index import (
+    EXTRA_STATE,
+    IndexedTensor,
+    Section,
+    index_bytes,
+    is_other_state,
+)
 from megatron_llamapro.checkpoint.tensors.layout import Piece, StoredTensor, TargetFile, TargetLayout, parts_of
 from megatron_llamapro.checkpoint.tensors.streaming import allow_many_open_files, state_of
 from megatron_llamapro.checkpoint.tensors.weight_map import Weight, frozen_names, weights_of
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside
 from megatron_llamapro.expansion.trainable import is_adapter
-from megatron_llamapro.families.hf_config import ITEMSIZES, read_hf_model
+from megatron_llamapro.families.hf_config import ITEMSIZES
 from megatron_llamapro.families.shape import ModelShape
 
 DEFAULT_MAX_FILE_BYTES = 2 * 10**9
-
-COMMON_STATE = "common.pt"
 
 # What Megatron-LM asks of a checkpoint's common state: that layers have a key each, and how QKV rows lie (since 3.0 by
 # query group; megatron/training/checkpointing.py, core_v0.16.1).
@@ -60,35 +62,12 @@ _COMMON_STATE = {
     "iteration": 0,
 }
 
-# What a common state may name, since megatron.core loads it as it is. Nothing here does anything but hold values.
-_COMMON_GLOBALS = TORCH_GLOBALS | {
-    "argparse.Namespace",
-    "types.SimpleNamespace",
-    "torch.device",
-    *(f"torch.{dtype}" for dtype in ("float32", "float16", "bfloat16", "int64", "int32", "uint8")),
-}
 _BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-
-_CONVERT = "convert it with llamapro convert megatron-to-megatron"
-
-# Parts of a training checkpoint that are no weights: their keys start so, or contain it.
-_OTHER_STATE = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
-_EXTRA_STATE = "_extra_state"
-
-
-def is_other_state(name: str) -> bool:
-    """Whether a key of a training checkpoint is no weight of the model: optimizer, random states, extra state."""
-    return name.startswith(_OTHER_STATE) or _EXTRA_STATE in name
-
-
-def is_training_state(name: str) -> bool:
-    """Whether a key is of an optimizer or a random state."""
-    return name.startswith(_OTHER_STATE)
 
 
 def open_torch_dist(folder: Path) -> Checkpoint:
@@ -99,11 +78,16 @@ def open_torch_dist(folder: Path) -> Checkpoint:
         CheckpointError: no such checkpoint, damaged, not whole, not of the model that its config.json describes, or
             one whose pickles would run code; a delta whose base is not there.
     """
-    folder, model = Path(folder), read_hf_model(folder)
-    check_common_state(folder, COMMON_STATE, model.shape)
-    indexed = _indexed_weights(folder)
-    delta = Delta.read(folder)
-    base = delta.base_of(folder) if delta else None
+    return locate_tensors(SmallFiles(Path(folder)))
+
+
+def locate_tensors(small: SmallFiles) -> Checkpoint:
+    """The checkpoint whose small files these are. Errors as above."""
+    folder, model = small.folder, small.model
+    if small.common_state is not None:
+        check_common_state(small.common_state, model.shape, where=folder)
+    indexed = _indexed_weights(small)
+    delta, base = small.delta, small.base
     if delta and base:
         indexed = {**_taken_from(base, delta, model.shape), **_held_by(folder, indexed, delta)}
     states = {path: state_of(path) for path in {part.path for held in indexed.values() for part in held.sections}}
@@ -112,14 +96,14 @@ def open_torch_dist(folder: Path) -> Checkpoint:
     divided = unstacked(located, num_layers=model.shape.num_layers, where=folder)
     tensors = {name: MegatronTensor(held.shape, held.dtype, tuple(held.pieces())) for name, held in divided.items()}
     matrices = {name: tensors.pop(name) for name in [*tensors] if is_adapter(name)}
-    checkpoint = open_megatron(folder, Format.TORCH_DIST, model, tensors, states=states)
-    checkpoint = with_adapters(checkpoint, matrices, states)
-    return replace(checkpoint, base=_base_part(checkpoint, base, delta)) if delta and base else checkpoint
+    checkpoint = open_megatron(folder, Format.TORCH_DIST, model, small.manifest, tensors, states=states)
+    checkpoint = with_adapters(checkpoint, small.adapters, matrices, states)
+    return replace(checkpoint, base=_base_part(checkpoint, base.folder, delta)) if delta and base else checkpoint
 
 
-def _indexed_weights(folder: Path) -> dict[str, IndexedTensor]:
-    weights = {name: held for name, held in read_index(folder).items() if held.shape and not is_other_state(name)}
-    _check_types(weights, where=folder)
+def _indexed_weights(small: SmallFiles) -> dict[str, IndexedTensor]:
+    weights = {name: held for name, held in small.index.items() if held.shape and not is_other_state(name)}
+    _check_types(weights, where=small.folder)
     return weights
 
 
@@ -131,7 +115,7 @@ def _held_by(folder: Path, indexed: dict[str, IndexedTensor], delta: Delta) -> d
     return indexed
 
 
-def _taken_from(base: Path, delta: Delta, shape: ModelShape) -> dict[str, IndexedTensor]:
+def _taken_from(base: SmallFiles, delta: Delta, shape: ModelShape) -> dict[str, IndexedTensor]:
     """A base may have a weight under two keys: if it trained under one, neither is taken."""
     trained = set(delta.trained)
     names = {
@@ -146,34 +130,6 @@ def _base_part(checkpoint: Checkpoint, base: Path, delta: Delta) -> BasePart:
     if differing:
         raise CheckpointError(f"{checkpoint.folder / DELTA_NAME} is damaged: it has no hash of {differing[0][:200]}")
     return BasePart(base, delta)
-
-
-def check_loadable(folder: Path) -> None:
-    """Raise `CheckpointError` where training cannot load a torch_dist checkpoint: a weight is missing, or lies under a
-    key that training does not ask for; or megatron.core, which unpickles index and common state as they are, would run
-    code."""
-    index = set(read_index(folder))
-    if (delta := Delta.read(folder)) is not None:
-        base = delta.base_of(folder)
-        check_loadable(base)
-        index |= set(read_index(base))
-    if any(map(is_stacked, index)):
-        raise CheckpointError(f"{folder} has its layers stacked, and training asks for one key a layer: {_CONVERT}")
-    for weight in weights_of(read_hf_model(folder).shape):
-        if weight.megatron_name in index:
-            continue
-        other = next((name for name in weight.megatron_names if name in index), None)
-        if other is None:
-            raise CheckpointError(f"{folder} lacks the tensor {weight.megatron_name}: take a complete checkpoint")
-        raise CheckpointError(f"{folder} has {other} where training asks for {weight.megatron_name}: {_CONVERT}")
-    path = file_inside(folder, COMMON_STATE)
-    if path is None:
-        return
-    try:
-        with path.open("rb") as file:
-            read_archive(file, admitted=_COMMON_GLOBALS)
-    except DamagedArchiveError as error:
-        raise CheckpointError(f"{path} was not loaded: {error}") from None
 
 
 def _check_types(tensors: Mapping[str, IndexedTensor], *, where: Path) -> None:
@@ -285,7 +241,7 @@ def _extra_states_of(weight: Weight) -> list[str]:
     if kind != "weight" or not module.rpartition(".")[2].startswith("linear_"):
         return []
     experts = weight.num_experts
-    return [f"{module}.{_EXTRA_STATE}/shard_{expert}_{experts}" for expert in range(experts)]
+    return [f"{module}.{EXTRA_STATE}/shard_{expert}_{experts}" for expert in range(experts)]
 
 
 def _whole_file(archive: ArchiveLayout) -> bytes:

@@ -16,14 +16,14 @@ from megatron_llamapro.checkpoint.formats.folders import INDEX_NAME
 from megatron_llamapro.checkpoint.formats.pickles import NEW_OBJECT, Call, Global, Pairs, Record, dumps, instance, load
 from megatron_llamapro.checkpoint.tensors.weight_map import Shape
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import file_inside, read_small
+from megatron_llamapro.config.files import file_inside, read_inside
 from megatron_llamapro.families.hf_config import ITEMSIZES
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 _DTYPES = ("float64", "int64", "int32", "int16", "int8", "uint8", "bool", "float8_e4m3fn", "float8_e5m2", *ITEMSIZES)
 
-_LARGEST_INDEX = 2 * 2**30  # bytes; thousands of ranks with optimizer states write hundreds of megabytes
+LARGEST_INDEX = 2 * 2**30  # bytes; thousands of ranks with optimizer states write hundreds of megabytes
 _LONGEST_KEY = 1000  # characters; keys are shown in errors
 
 # What an index is made of.
@@ -75,6 +75,21 @@ class IndexedTensor:
     sections: tuple[Section, ...]
 
 
+# Parts of a training checkpoint that are no weights: their keys start so, or contain it.
+_OTHER_STATE = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
+EXTRA_STATE = "_extra_state"
+
+
+def is_other_state(name: str) -> bool:
+    """Whether a key of a training checkpoint is no weight of the model: optimizer, random states, extra state."""
+    return name.startswith(_OTHER_STATE) or EXTRA_STATE in name
+
+
+def is_training_state(name: str) -> bool:
+    """Whether a key is of an optimizer or a random state."""
+    return name.startswith(_OTHER_STATE)
+
+
 def read_index(folder: Path) -> dict[str, IndexedTensor]:
     """Every tensor of a torch_dist checkpoint by its key; objects that are no tensors are left out.
 
@@ -103,11 +118,11 @@ def read_index(folder: Path) -> dict[str, IndexedTensor]:
 
 
 def _unpickle(folder: Path) -> Record:
-    path = file_inside(folder, INDEX_NAME)
-    if path is None:
+    path, content = folder / INDEX_NAME, read_inside(folder, INDEX_NAME, largest=LARGEST_INDEX)
+    if content is None:
         raise CheckpointError(f"{folder} has no {INDEX_NAME}: it is not a complete checkpoint")
     try:
-        index = load(read_small(path, largest=_LARGEST_INDEX), admitted=_ADMITTED)
+        index = load(content, admitted=_ADMITTED)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is not the index of a checkpoint, and was not loaded: {error}") from None
     if not isinstance(index, Record) or not index.path.endswith("Metadata"):

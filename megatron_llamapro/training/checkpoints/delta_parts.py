@@ -22,9 +22,10 @@ import torch.distributed as dist
 
 from megatron_llamapro.checkpoint.convert import megatron_to_megatron
 from megatron_llamapro.checkpoint.formats.delta import BASE, Delta
-from megatron_llamapro.checkpoint.formats.folders import INDEX_NAME, TORCH_DIST_MARK
-from megatron_llamapro.checkpoint.formats.torch_dist import COMMON_STATE, is_training_state, open_torch_dist
-from megatron_llamapro.checkpoint.formats.torch_dist_index import read_index
+from megatron_llamapro.checkpoint.formats.folders import COMMON_STATE, INDEX_NAME, TORCH_DIST_MARK
+from megatron_llamapro.checkpoint.formats.small_files import SmallFiles
+from megatron_llamapro.checkpoint.formats.torch_dist import locate_tensors
+from megatron_llamapro.checkpoint.formats.torch_dist_index import is_training_state
 from megatron_llamapro.checkpoint.side_files import copy_side_files
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, stored_hash
 from megatron_llamapro.checkpoint.tensors.weight_map import frozen_names
@@ -33,8 +34,7 @@ from megatron_llamapro.config.files import file_inside
 from megatron_llamapro.config.staging import staged
 from megatron_llamapro.expansion.manifest import MANIFEST_NAME
 from megatron_llamapro.families.hf_config import CONFIG_NAME
-from megatron_llamapro.families.shape import ModelShape
-from megatron_llamapro.runtime.distributed import failing_together, from_first_rank
+from megatron_llamapro.runtime.distributed import ask_first_rank, failing_together, from_first_rank
 
 
 def trained_keys(state: dict) -> tuple[str, ...] | None:
@@ -68,9 +68,7 @@ def split(state: dict, trained: Collection[str]) -> tuple[dict, dict]:
     return parts[0], parts[1]
 
 
-def delta_of_run(
-    save: Path, *, source: Path, resume_from: Path | None, shape: ModelShape, trained: Sequence[str]
-) -> Delta:
+def delta_of_run(save: Path, *, source: SmallFiles, resume_from: SmallFiles | None, trained: Sequence[str]) -> Delta:
     """The record that goes with a run's delta checkpoints, its base made where there is none yet.
 
     `source` is the checkpoint that the run started from, `resume_from` the one of its own that it goes on from.
@@ -78,41 +76,38 @@ def delta_of_run(
     Raises:
         CheckpointError: the base cannot be made, or another one is there.
     """
-    known = Delta.read(resume_from) if resume_from else None
+    known = resume_from.delta if resume_from else None
     if known is not None and set(known.trained) == set(trained):
         return known  # the base was checked when the run was loaded
     start, base = resume_from or source, save / BASE
-    names = frozen_names(shape, trained)
-    hashes = _shared_out(start, names)
+    hashes = _shared_out(start, frozen_names(source.model.shape, trained))
     if from_first_rank(base.exists()):
-        _check_same(base, hashes, start)
+        _check_same(ask_first_rank(SmallFiles(base).read_all), hashes, start)
     else:
         with failing_together(f"{base} could not be made"):
             if dist.get_rank() == 0:
                 make_base(start, base)
-    return Delta(base=BASE, base_hashes=hashes, trained=tuple(trained), made_from=str(source))
+    return Delta(base=BASE, base_hashes=hashes, trained=tuple(trained), made_from=str(source.folder))
 
 
-def _check_same(base: Path, hashes: dict[str, str], start: Path) -> None:
+def _check_same(base: SmallFiles, hashes: dict[str, str], start: SmallFiles) -> None:
     if _shared_out(base, list(hashes)) != hashes:
         raise CheckpointError(
-            f"{base} holds other weights than {start}, from which this run starts: choose another checkpoint.save, or "
-            "remove the checkpoints of the earlier run and their base"
+            f"{base.folder} holds other weights than {start.folder}, from which this run starts: choose another "
+            "checkpoint.save, or remove the checkpoints of the earlier run and their base"
         )
 
 
-def check_base(folder: Path, delta: Delta) -> None:
-    """Raise `CheckpointError`, on all ranks, where the base of the delta checkpoint in `folder` is not there, or does
-    not hold the tensors that were trained with: every one is read."""
-    with failing_together(str(folder)):
-        base = delta.base_of(folder)
-    delta.check_hashes(base, _shared_out(base, list(delta.base_hashes)))
+def check_base(base: SmallFiles, delta: Delta) -> None:
+    """Raise `CheckpointError`, on all ranks, where the base of a delta checkpoint does not hold the tensors that were
+    trained with: every one is read."""
+    delta.check_hashes(base.folder, _shared_out(base, list(delta.base_hashes)))
 
 
-def _shared_out(folder: Path, names: Sequence[str]) -> dict[str, str]:
+def _shared_out(source: SmallFiles, names: Sequence[str]) -> dict[str, str]:
     """Hashes of a checkpoint's tensors, every rank reading its share."""
-    with failing_together(f"{folder} could not be read"):
-        mine = tensor_hashes(folder, names[dist.get_rank() :: dist.get_world_size()])
+    with failing_together(f"{source.folder} could not be read"):
+        mine = tensor_hashes(source, names[dist.get_rank() :: dist.get_world_size()])
     gathered: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     found = {name: value for hashes in gathered for name, value in hashes.items()}
@@ -123,17 +118,19 @@ _CLONE = 0x40049409  # FICLONE of linux/fs.h
 _HASHING_THREADS = 2  # a rank; several ranks share a machine
 
 
-def make_base(source: Path, base: Path) -> None:
-    """Make `base`, a complete checkpoint of the weights of `source` (torch_dist); complete or absent at any kill.
+def make_base(small: SmallFiles, base: Path) -> None:
+    """Make `base`, a complete checkpoint of the weights of the checkpoint with these small files; complete or absent
+    at any kill.
 
     Raises:
         CheckpointError: it cannot be written, or is there already.
     """
-    if Delta.read(source) is not None or any(map(is_training_state, read_index(source))):
+    source = small.folder
+    if small.delta is not None or any(map(is_training_state, small.index)):
         megatron_to_megatron(source, base, merge_adapters=False)  # the weights alone
         return
     with staged(base, overwrite=False, sources=(source,)) as draft:
-        copy_side_files(source, draft)
+        copy_side_files(source, draft, config=small.model.config)
         for name in (CONFIG_NAME, MANIFEST_NAME, COMMON_STATE, INDEX_NAME, TORCH_DIST_MARK):
             shutil.copyfile(_inside(source, name), draft / name)
         for path in sorted(source.glob("*.distcp")):
@@ -163,17 +160,17 @@ def _clone(source: Path, target: Path) -> None:
         fcntl.ioctl(written.fileno(), _CLONE, read.fileno())
 
 
-def tensor_hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+def tensor_hashes(source: SmallFiles, names: Iterable[str]) -> dict[str, str]:
     """BLAKE3 of tensors of a torch_dist checkpoint, by their Hugging Face names. Streams.
 
     Raises:
         CheckpointError: it is damaged, or has no such tensor.
     """
-    checkpoint = open_torch_dist(folder)
+    checkpoint = locate_tensors(source)
     names = list(names)
     missing = [name for name in names if name not in checkpoint.tensors]
     if missing:
-        raise CheckpointError(f"{folder} has no tensor {missing[0]}, which the delta checkpoints need of it")
+        raise CheckpointError(f"{source.folder} has no tensor {missing[0]}, which the delta checkpoints need of it")
     with SourceFiles(checkpoint.states) as files, ThreadPoolExecutor(_HASHING_THREADS) as pool:
         hashes = pool.map(lambda name: stored_hash(checkpoint.tensors[name], files, checkpoint.itemsize), names)
         return dict(zip(names, hashes, strict=True))

@@ -5,6 +5,7 @@ All of it is known from small files, so it is checked before a model is built.
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_llamapro.checkpoint.formats.folders import LATEST, latest_checkpoint
-from megatron_llamapro.checkpoint.formats.torch_dist import COMMON_STATE, check_loadable
+from megatron_llamapro.checkpoint.formats.folders import COMMON_STATE, LATEST, latest_checkpoint
+from megatron_llamapro.checkpoint.formats.small_files import SmallFiles, check_loadable
 from megatron_llamapro.config.checks import check_samples, left_out
 from megatron_llamapro.config.errors import CheckpointError, ConfigError
 from megatron_llamapro.config.io import to_plain
 from megatron_llamapro.config.schema import LoraConfig, RunConfig
 from megatron_llamapro.data.sampling import check_same_order, data_order_fingerprint
-from megatron_llamapro.expansion.manifest import Manifest
+from megatron_llamapro.data.token_files import TokenFile
 
 PROGRESS = "progress"
 
@@ -36,11 +37,11 @@ class RunIdentity:
     lora: dict
 
 
-def run_identity(config: RunConfig) -> RunIdentity:
-    """The identity of a run as it is configured now. Reads the data's side files."""
+def run_identity(config: RunConfig, token_files: Mapping[str, TokenFile]) -> RunIdentity:
+    """The identity of a run as it is configured now. `token_files` are the data's, by prefix."""
     return RunIdentity(
         data_order=data_order_fingerprint(
-            config.data, num_samples=config.data_order_samples, seed=config.training.seed
+            config.data, num_samples=config.data_order_samples, seed=config.training.seed, checked=token_files
         ),
         trainable=sorted(config.model.trainable),
         param_groups=[to_plain(rule) for rule in config.optimizer.param_groups],
@@ -48,8 +49,8 @@ def run_identity(config: RunConfig) -> RunIdentity:
     )
 
 
-def checkpoint_to_resume(config: RunConfig, manifest: Manifest, identity: RunIdentity) -> Path | None:
-    """The newest checkpoint of the run, or None where it has none yet.
+def checkpoint_to_resume(config: RunConfig, source: SmallFiles, identity: RunIdentity) -> SmallFiles | None:
+    """The newest checkpoint of the run that starts from `source`, or None where it has none yet.
 
     Raises:
         CheckpointError: the folder holds a run of another model, or is damaged.
@@ -57,15 +58,16 @@ def checkpoint_to_resume(config: RunConfig, manifest: Manifest, identity: RunIde
     """
     folder = latest_checkpoint(Path(config.checkpoint.save)) if config.checkpoint.save else None
     if folder is None:
-        check_samples(config)
+        _check_new(config, source)
         return None
-    if Manifest.read(folder) != manifest:
+    found = SmallFiles(folder)
+    if found.manifest_or_error() != source.manifest:
         raise CheckpointError(
             f"{folder} belongs to a run of another model than model.checkpoint ({config.model.checkpoint}): choose "
             "another checkpoint.save, or the model.checkpoint that it began with"
         )
-    check_loadable(folder)
-    stored = read_progress(folder)
+    check_loadable(found)
+    stored = read_progress(found)
     check_same_order(stored["data_order"], identity.data_order, train=config.data.train)
     stored.setdefault("lora", to_plain(LoraConfig()))  # earlier versions had none
     for called in ("model.trainable", "optimizer.param_groups", "lora"):
@@ -77,7 +79,16 @@ def checkpoint_to_resume(config: RunConfig, manifest: Manifest, identity: RunIde
             )
     check_samples(config, iteration=stored["iteration"], consumed_samples=stored["consumed_samples"])
     _check_skips(config, stored)
-    return folder
+    return found.read_all()
+
+
+def _check_new(config: RunConfig, source: SmallFiles) -> None:
+    check_samples(config)
+    if source.adapters:
+        raise CheckpointError(
+            f"{source.folder} has low-rank adapters beside its weights, and a new run would leave them out: merge them "
+            f"first (llamapro convert megatron-to-megatron --source {source.folder} --target MERGED)"
+        )
 
 
 def _check_skips(config: RunConfig, stored: Mapping) -> None:
@@ -91,15 +102,15 @@ def _check_skips(config: RunConfig, stored: Mapping) -> None:
         )
 
 
-def read_progress(folder: Path) -> dict:
+def read_progress(source: SmallFiles) -> dict:
     """What a training checkpoint says of the run that wrote it.
 
     Raises:
         CheckpointError: it says nothing: it was not written by training, or is damaged.
     """
     try:
-        return torch.load(folder / COMMON_STATE, weights_only=True)[PROGRESS]
+        return torch.load(io.BytesIO(source.common_state or b""), weights_only=True)[PROGRESS]
     except (OSError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{folder} cannot be continued from: no training state in {COMMON_STATE}: {error!r}"
+            f"{source.folder} cannot be continued from: no training state in {COMMON_STATE}: {error!r}"
         ) from None

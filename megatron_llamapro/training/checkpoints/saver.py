@@ -20,18 +20,22 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
 from megatron_llamapro.checkpoint.formats.adapters import AdapterRecord
+from megatron_llamapro.checkpoint.formats.delta import Delta
 from megatron_llamapro.checkpoint.formats.folders import LATEST, iteration_folder
+from megatron_llamapro.checkpoint.formats.small_files import SmallFiles
 from megatron_llamapro.checkpoint.side_files import copy_side_files
 from megatron_llamapro.config.errors import LlamaProError, RunError
 from megatron_llamapro.config.io import dump_yaml
+from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.config.staging import sync, sync_tree
 from megatron_llamapro.expansion.manifest import MANIFEST_NAME
 from megatron_llamapro.families.hf_config import CONFIG_NAME
 from megatron_llamapro.runtime.distributed import failing_together, from_first_rank
 from megatron_llamapro.training.checkpoints.delta_parts import delta_of_run, trained_keys
-from megatron_llamapro.training.checkpoints.state import model_state, training_state
+from megatron_llamapro.training.checkpoints.resume import RunIdentity
+from megatron_llamapro.training.checkpoints.state import TrainingState, model_state, training_state
 from megatron_llamapro.training.checkpoints.writer import plan_writing, write_beside, write_now
-from megatron_llamapro.training.setup import Run
+from megatron_llamapro.training.machine import Machine
 
 
 @dataclass
@@ -61,39 +65,44 @@ class Saver:
     something could not be written.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run, self._config = run, run.config.checkpoint
+    def __init__(
+        self,
+        machine: Machine,
+        *,
+        config: RunConfig,
+        state: TrainingState,
+        identity: RunIdentity,
+        source: SmallFiles,
+        resume_from: SmallFiles | None,
+    ) -> None:
+        """`source` is the checkpoint that the run started from, `resume_from` the one of its own that it continues
+        from."""
+        self._machine, self._run_config, self._config = machine, config, config.checkpoint
+        self._state, self._identity, self._source = state, identity, source
         self._folder = Path(str(self._config.save))
         with failing_together(f"checkpoint.save ({self._folder}) cannot be written"):
             if dist.get_rank() == 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 clear_leftovers(self._folder)
-        self._delta = self._make_delta() if self._config.delta else None
-        self._origin = self._folder / self._delta.base if self._delta else run.source.folder
+        self._delta = self._make_delta(resume_from) if self._config.delta else None
+        self._origin = self._folder / self._delta.base if self._delta else source.folder
         self._queue = AsyncCallsQueue()
         self._pending: _Save | None = None
         self.latest: int | None = None
         """The step that was saved last, or is being saved."""
 
-    def _make_delta(self):
-        source = self._run.source
-        trained = trained_keys(model_state(self._run.chunks))
+    def _make_delta(self, resume_from: SmallFiles | None) -> Delta | None:
+        trained = trained_keys(model_state(self._machine.chunks))
         if trained is None:
             return None
-        return delta_of_run(
-            self._folder,
-            source=source.folder,
-            resume_from=source.resume_from,
-            shape=source.shape,
-            trained=trained,
-        )
+        return delta_of_run(self._folder, source=self._source, resume_from=resume_from, trained=trained)
 
     def save(self) -> list[dict]:
         """Save the state of now; asynchronously where so configured, once an earlier save is complete."""
         finished = self.finish()
         with self._giving_up():
             save = self._pending = self._begin()
-            request = plan_writing(self._state(), save.draft, what=save.what)
+            request = plan_writing(self._everything(), save.draft, what=save.what)
             request.add_finalize_fn(lambda: self._publish(save))
             if self._config.async_save:
                 self._schedule(request, save)
@@ -119,7 +128,7 @@ class Saver:
 
     def _begin(self) -> _Save:
         """The folder to write into. Its name is new: what a killed run still writes goes elsewhere."""
-        iteration = self.latest = self._run.state.iteration
+        iteration = self.latest = self._state.iteration
         name = from_first_rank(uuid.uuid4().hex[:8])
         folder = iteration_folder(self._folder, iteration)
         save = _Save(iteration, folder, folder.with_name(f"{folder.name}.{name}.tmp"), time.monotonic())
@@ -129,16 +138,8 @@ class Saver:
                 save.draft.mkdir(parents=True)
         return save
 
-    def _state(self) -> dict:
-        run = self._run
-        return training_state(
-            chunks=run.chunks,
-            optimizer=run.optimizer,
-            scheduler=run.scheduler,
-            state=run.state,
-            identity=run.source.identity,
-            delta=self._delta,
-        )
+    def _everything(self) -> dict:
+        return training_state(self._machine, state=self._state, identity=self._identity, delta=self._delta)
 
     def _schedule(self, request: AsyncRequest, save: _Save) -> None:
         with failing_together(save.what):
@@ -159,7 +160,7 @@ class Saver:
                     newest=save.iteration,
                     keep_last=self._config.keep_last,
                     keep_every=self._config.keep_every,
-                    needed=[self._run.source.folder],
+                    needed=[self._source.folder],
                 )
 
     def _write_small_files(self, draft: Path) -> None:
@@ -169,10 +170,10 @@ class Saver:
             shutil.copyfile(self._origin / name, draft / name)
         if self._delta is not None:
             self._delta.write(draft)
-        lora = self._run.config.lora
+        lora = self._run_config.lora
         if lora.rank is not None:
             AdapterRecord(lora.rank, lora.scaling * lora.rank).write(draft)
-        (draft / "run.yaml").write_text(dump_yaml(self._run.config))
+        (draft / "run.yaml").write_text(dump_yaml(self._run_config))
 
     def _complete(self) -> dict:
         save, self._pending = self._pending, None

@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
-from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_llamapro.checkpoint.formats.delta import Delta
+from megatron_llamapro.checkpoint.formats.small_files import SmallFiles
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.model.names import unwrapped
 from megatron_llamapro.optimizer.build import torch_adam_parts
@@ -25,6 +24,7 @@ from megatron_llamapro.optimizer.replicas import finish_param_gathers
 from megatron_llamapro.optimizer.torch_adam import init_state
 from megatron_llamapro.training.checkpoints.delta_parts import check_base, split
 from megatron_llamapro.training.checkpoints.resume import PROGRESS, RunIdentity
+from megatron_llamapro.training.machine import Machine
 
 # Optimizer state is stored in the shape of the parameters it belongs to, so that any layout can read it. (Upstream's
 # default cannot be saved at all; its faster "dp_reshardable" does not resume exactly.)
@@ -44,83 +44,70 @@ def _is_extra_state(key: str, value: object) -> bool:
     return key.endswith("_extra_state") or isinstance(value, ShardedObject)
 
 
-def training_state(
-    *,
-    chunks: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    state: TrainingState,
-    identity: RunIdentity,
-    delta: Delta | None,
-) -> dict:
+def training_state(machine: Machine, *, state: TrainingState, identity: RunIdentity, delta: Delta | None) -> dict:
     """Everything a resumed run needs, as a sharded state dict; of the model only what trains, where there is a
     `delta`. All ranks call it."""
+    optimizer = machine.optimizer
     _note_steps(optimizer, state)
-    finish_param_gathers(chunks)
+    finish_param_gathers(machine.chunks)
     if state.num_updates == 0:  # the optimizer makes its state in its first step, and all so far were skipped
         for part in optimizer.chained_optimizers:
             if part.optimizer is not None:
                 init_state(part)
-    model = model_state(chunks)
+    model = model_state(machine.chunks)
     optimizer_state = optimizer.sharded_state_dict(model, is_loading=False, metadata=_METADATA)
-    progress = {**asdict(state), **asdict(identity), "scheduler": scheduler.state_dict()}
+    progress = {**asdict(state), **asdict(identity), "scheduler": machine.scheduler.state_dict()}
     kept = split(model, delta.trained)[0] if delta else model
     return {**kept, "optimizer": optimizer_state, PROGRESS: progress, "content_metadata": dict(_METADATA)}
 
 
-def load_model(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
+def load_model(chunks: Sequence[torch.nn.Module], source: SmallFiles) -> None:
     """Fill the model's weights from a checkpoint in torch_dist format. All ranks call it.
 
     Raises:
         CheckpointError: it does not fit the model, or is a delta whose base is not there or another one.
     """
-    _apply_model(chunks, _load(model_state(chunks), {}, folder))
+    _apply_model(chunks, _load(model_state(chunks), {}, source))
 
 
-def load_values(sharded: dict, folder: Path) -> dict:
+def load_values(sharded: dict, source: SmallFiles) -> dict:
     """The values of some of a model's sharded tensors in a checkpoint. All ranks call it. Errors as above."""
-    return _load({"values": sharded}, {}, folder).get("values", {})
+    return _load({"values": sharded}, {}, source).get("values", {})
 
 
-def load_checkpoint(
-    folder: Path,
-    *,
-    chunks: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-) -> TrainingState:
-    """Continue from `folder`: weights, optimizer, schedule; returns the progress. All ranks call it; the layout may be
+def load_checkpoint(machine: Machine, source: SmallFiles) -> TrainingState:
+    """Continue from `source`: weights, optimizer, schedule; returns the progress. All ranks call it; the layout may be
     another than the one that saved. Errors as above."""
+    optimizer = machine.optimizer
     for part in torch_adam_parts(optimizer):
         init_state(part)
-    model = model_state(chunks)
+    model = model_state(machine.chunks)
     optimizer_state = optimizer.sharded_state_dict(model, is_loading=True, metadata=_METADATA)
-    loaded = _load(model, {"optimizer": optimizer_state}, folder)
-    _apply_model(chunks, loaded)
+    loaded = _load(model, {"optimizer": optimizer_state}, source)
+    _apply_model(machine.chunks, loaded)
     optimizer.load_state_dict(loaded["optimizer"])
     progress = loaded[PROGRESS]
-    scheduler.load_state_dict(progress["scheduler"])
+    machine.scheduler.load_state_dict(progress["scheduler"])
     known = {field.name: progress[field.name] for field in fields(TrainingState) if field.name in progress}
     state = TrainingState(**known)  # earlier versions had fewer fields
     _note_steps(optimizer, state)
     return state
 
 
-def _load(model: dict, others: dict, folder: Path) -> dict:
+def _load(model: dict, others: dict, source: SmallFiles) -> dict:
     """The values of a model's sharded state and of `others` in a checkpoint, a delta's with those of its base.
 
     Everything that is asked for must be there. A run that goes on also asks for everything that its delta has; of the
     base it leaves what the delta replaces.
     """
-    delta = Delta.read(folder)
-    if delta is None:
-        return dist_checkpointing.load({**model, **others}, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
-    check_base(folder, delta)
+    folder, delta, base = str(source.folder), source.delta, source.base
+    if delta is None or base is None:
+        return dist_checkpointing.load({**model, **others}, folder, strict=StrictHandling.RAISE_UNEXPECTED)
+    check_base(base, delta)
     trained, frozen = split(model, delta.trained)
-    base = str(delta.base_of(folder))
-    of_base = dist_checkpointing.load(frozen, base, strict=StrictHandling.RAISE_UNEXPECTED)
+    of_base = dist_checkpointing.load(frozen, str(base.folder), strict=StrictHandling.RAISE_UNEXPECTED)
     strict = StrictHandling.RAISE_ALL if others else StrictHandling.RAISE_UNEXPECTED
-    loaded = dist_checkpointing.load({**trained, **others}, str(folder), strict=strict)
+    loaded = dist_checkpointing.load({**trained, **others}, folder, strict=strict)
     return {**loaded, **{chunk: {**of_base.get(chunk, {}), **loaded.get(chunk, {})} for chunk in model}}
 
 

@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megatron_llamapro.checkpoint.formats.torch_dist import COMMON_STATE
+from megatron_llamapro.checkpoint.formats.folders import COMMON_STATE
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.runtime.distributed import failing_together, reason
 from megatron_llamapro.runtime.stop import end_with_parent

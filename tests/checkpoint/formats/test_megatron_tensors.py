@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_llamapro.checkpoint.convert import hf_to_megatron, megatron_to_hf, megatron_to_megatron
 from megatron_llamapro.checkpoint.formats.megatron_tensors import DividedTensor, SavedPart, is_stacked, unstacked
-from megatron_llamapro.checkpoint.formats.torch_dist import check_loadable
+from megatron_llamapro.checkpoint.formats.small_files import SmallFiles, check_loadable
 from megatron_llamapro.checkpoint.formats.torch_dist_index import read_index
 from megatron_llamapro.checkpoint.inspection import inspect
 from megatron_llamapro.checkpoint.proof.verify import verify
@@ -60,7 +60,7 @@ def save_stacked(source: Path, folder: Path, division: dict) -> None:
     start_model_parallel(parallel, seed=1)
     shape = model_shape(read_hf_config(source))
     (filled,) = build_model(shape, model=ModelConfig(checkpoint=""), parallel=parallel, precision="fp32")
-    load_model([filled], source)
+    load_model([filled], SmallFiles(source))
     filled.config.hetereogenous_dist_checkpoint = False
     model = GPTModel(
         filled.config,
@@ -157,9 +157,9 @@ def test_stacks_in_one_piece(tiny_model: Tiny, tmp_path: Path) -> None:
 def test_training_says_what_to_do_with_it(stacked: Callable, tmp_path: Path) -> None:
     folder = stacked("llama", "one rank")
     with pytest.raises(CheckpointError, match=r"layers stacked.*megatron-to-megatron"):
-        check_loadable(folder)
+        check_loadable(SmallFiles(folder))
     megatron_to_megatron(folder, tmp_path / "converted")
-    check_loadable(tmp_path / "converted")
+    check_loadable(SmallFiles(tmp_path / "converted"))
 
 
 NORM = "decoder.layers.mlp.linear_fc1.layer_norm_weight"

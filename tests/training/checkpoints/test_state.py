@@ -98,15 +98,15 @@ def test_a_rank_that_does_not_see_the_newest_checkpoint_yet(run_config: Callable
 
 
 def stale_worker(config: RunConfig) -> workers.Result:
-    from megatron_llamapro.training import setup
+    from megatron_llamapro.training.checkpoints import resume
 
-    newest = setup.checkpoint_to_resume
+    newest = resume.latest_checkpoint
 
-    def stale(*args):
-        found = newest(*args)
-        return found.with_name("iter_0000001") if torch.distributed.get_rank() else found
+    def stale(save: Path) -> Path | None:
+        found = newest(save)
+        return found.with_name("iter_0000001") if found and torch.distributed.get_rank() else found
 
-    setup.checkpoint_to_resume = stale
+    resume.latest_checkpoint = stale
     return workers.train(config)
 
 

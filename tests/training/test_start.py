@@ -1,0 +1,132 @@
+"""A start reads each small file once, on one rank, and passes what it says to the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import workers
+from megatron_llamapro.config.io import dump_yaml
+from megatron_llamapro.config.schema import BlendEntry, RunConfig
+from megatron_llamapro.testing.distributed import run_distributed
+
+START = {".metadata", "common.pt", "config.json", "llamapro.json", "tokenizer.json"}
+RESUMED = {".metadata", "common.pt", "config.json", "llamapro.json", "llamapro_delta.json"}
+DATA = {"a.idx", "a.json", "b.idx", "b.json"}
+
+# Who may open a small file again, as file and function, and why.
+EXCEPTED = {
+    "megatron/core": "loads checkpoints and maps token files with readers of its own, on every rank",
+    "config/files.py check_fetched": "looks for Git-LFS' pointer in a file that a library reads or that is copied",
+    "checkpoint/carried.py carry_files": "copies files into the run's base",
+    "config/staging.py sync": "has what was copied put on the disk",
+    "training/checkpoints/delta_parts.py make_base": "copies files into the run's base",
+}
+
+Open = tuple[str, str]
+"""Path, and who opened it as in `EXCEPTED`."""
+
+
+def watched_opens() -> list[Open]:
+    """Grows by every file that this process opens to read, for as long as it lives."""
+    opened: list[Open] = []
+
+    def note(event: str, arguments: tuple) -> None:
+        if event == "open" and not isinstance(arguments[0], int) and not (arguments[2] or 0) & os.O_ACCMODE:
+            opened.append((os.fsdecode(arguments[0]), _opener()))
+
+    sys.addaudithook(note)
+    return opened
+
+
+def _opener() -> str:
+    """The innermost function on the stack that is ours or megatron.core's."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        if "/megatron/core/" in path:
+            return "megatron/core"
+        if "/megatron_llamapro/" in path:
+            return f"{path.rpartition('/megatron_llamapro/')[2]} {name}"
+        frame = frame.f_back
+    return "nobody"
+
+
+def opens_of_a_start(config_file: Path) -> list[Open]:
+    """What this rank opens until the first step would come."""
+    from megatron_llamapro.pretrain import _read
+    from megatron_llamapro.runtime.stop import StopRequest
+    from megatron_llamapro.training.loop import _saver
+    from megatron_llamapro.training.setup import set_up
+
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="1")  # as torchrun does; the world is there already
+    sys.argv = ["pretrain", "--config", str(config_file)]
+    opened = watched_opens()
+    config, start = _read(StopRequest())
+    _saver(set_up(config, known=start))
+    return [*opened]
+
+
+def reads_by_rank(config_file: Path, names: set[str]) -> list[Counter[str]]:
+    """How often each rank of two reads each file that has one of the names, without what is excepted."""
+    return [
+        Counter(path for path, opener in opened if Path(path).name in names and opener not in EXCEPTED)
+        for opened in run_distributed(opens_of_a_start, 2, config_file)
+    ]
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["new", "resumed"])
+def test_small_files_are_read_once_on_one_rank(resumed: bool, run_config: Callable, tmp_path: Path) -> None:
+    config = run_config(exit_interval=2)
+    (tmp_path / "run.yaml").write_text(dump_yaml(config))
+    start, save = Path(config.model.checkpoint), Path(config.checkpoint.save)
+    data = Path(config.data.train[0].prefix).parent
+    expected = {*(start / name for name in START), *(data / name for name in DATA)}
+    if resumed:
+        run_distributed(workers.train, 2, config)
+        expected |= {save / "latest_checkpointed_iteration.txt", *(save / "iter_0000002" / name for name in RESUMED)}
+        expected |= {save / "base" / name for name in RESUMED - {"llamapro_delta.json"}}
+    first, second = reads_by_rank(tmp_path / "run.yaml", {path.name for path in expected})
+    assert first == dict.fromkeys(map(str, expected), 1)
+    assert not second
+
+
+def set_up_in(config: RunConfig, folders: tuple[Path, Path]) -> str:
+    """The message of the error that set-up raises, each of two ranks in a folder of its own."""
+    os.chdir(folders[torch.distributed.get_rank()])
+    return workers.set_up_errors([config])[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("rm -r other/model", "CheckpointError: model is not there: put it where every rank sees it"),
+        ("rm other/a.bin", "DataError: a.bin is not there: put it where every rank sees it"),
+        ("echo >> other/a.idx", "bytes, and {idx_bytes} where the first rank looks: copy it anew"),
+    ],
+)
+def test_a_rank_that_has_other_files_ends_all(change: str, said: str, run_config: Callable, tmp_path: Path) -> None:
+    """Each rank's node has copies of its own; one lies wrong."""
+    given = run_config()
+    for name in ("first", "other"):
+        shutil.copytree(given.model.checkpoint, tmp_path / name / "model")
+        for ending in ("bin", "idx"):
+            shutil.copyfile(f"{given.data.train[0].prefix}.{ending}", tmp_path / name / f"a.{ending}")
+    subprocess.run(change, shell=True, check=True, cwd=tmp_path)
+    config = dataclasses.replace(
+        given,
+        model=dataclasses.replace(given.model, checkpoint="model"),
+        data=dataclasses.replace(given.data, train=(BlendEntry("a"),), valid={}),
+    )
+    first, second = run_distributed(set_up_in, 2, config, (tmp_path / "first", tmp_path / "other"))
+    assert first == second
+    assert said.format(idx_bytes=(tmp_path / "first" / "a.idx").stat().st_size) in first and "(on rank 1)" in first
