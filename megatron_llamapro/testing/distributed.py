@@ -11,6 +11,7 @@ import datetime
 import faulthandler
 import multiprocessing
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,9 @@ def run_apart(worker: Callable, *args: object) -> Any:
 
 def _run(runner: Callable, num_processes: int, worker: Callable, args: tuple) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_llamapro.testing.preload"])
+    # A worker beside tests imports pytest with them. Our own comes last: it freezes what is loaded by then.
+    beside_tests = ["pytest"] if "pytest" in sys.modules else []
+    context.set_forkserver_preload([*beside_tests, "megatron_llamapro.testing.preload"])
     with tempfile.TemporaryDirectory(prefix="llamapro-ranks-") as folder:
         processes = torch.multiprocessing.start_processes(
             _process_main,

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from gradients import parallel
 
+from gradients import parallel
 from megatron_llamapro.checkpoint.description import describe_model
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.io import dump_yaml

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import workers
-
 from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.testing.distributed import run_distributed
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 import workers
 from gradients import parallel
-
 from megatron_llamapro.config.schema import RecomputeConfig, RunConfig
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.testing.checkpoints import read_tensors

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 import workers
 from gradients import BATCH, gradients_worker, parallel
-
 from megatron_llamapro.config.schema import ParallelConfig, RecomputeConfig
 from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.model.names import global_layer_index

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 import workers
 from gradients import parallel
-
 from megatron_llamapro.config.schema import BlendEntry, DataConfig, OptimizerConfig, RunConfig
 from megatron_llamapro.testing.distributed import run_distributed
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 import workers
 from gradients import batch, gradients_worker, load_chunks, parallel
-
 from megatron_llamapro.checkpoint.convert import megatron_to_hf, megatron_to_megatron
 from megatron_llamapro.checkpoint.inspection import inspect
 from megatron_llamapro.checkpoint.proof.verify import verify

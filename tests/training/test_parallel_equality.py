@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gradients import batch, gradients_worker, load_chunks, parallel
 
+from gradients import batch, gradients_worker, load_chunks, parallel
 from megatron_llamapro.config.schema import ParallelConfig
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import workers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb_files import offline_runs
 
+import workers
 from megatron_llamapro.config.io import dump_yaml, to_plain
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
 from megatron_llamapro.runtime.lock import RunLock

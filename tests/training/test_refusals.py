@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import workers
 
+import workers
 from megatron_llamapro.checkpoint.convert import legacy, megatron_to_megatron
 from megatron_llamapro.checkpoint.formats.folders import latest_checkpoint
 from megatron_llamapro.config.io import dump_yaml

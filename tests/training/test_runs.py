@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import workers
 
+import workers
 from megatron_llamapro.config.schema import ParallelConfig
 from megatron_llamapro.expansion.inits import Expansion
 from megatron_llamapro.testing.checkpoints import read_tensors

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import workers
 from safetensors.torch import load_file, save_file
 
+import workers
 from megatron_llamapro.checkpoint.convert import hf_to_megatron
 from megatron_llamapro.checkpoint.formats.folders import LATEST
 from megatron_llamapro.config.schema import BlendEntry, LoraConfig, OptimizerConfig, ParallelConfig, RunConfig

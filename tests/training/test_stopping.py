@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-import workers
 
+import workers
 from megatron_llamapro.config.command import TRY_AGAIN
 from megatron_llamapro.config.io import dump_yaml
 from megatron_llamapro.config.schema import BlendEntry, ParallelConfig

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import workers
 
+import workers
 from megatron_llamapro.checkpoint.convert import hf_to_megatron, megatron_to_hf, megatron_to_megatron
 from megatron_llamapro.checkpoint.inspection import inspect
 from megatron_llamapro.checkpoint.proof.verify import verify
