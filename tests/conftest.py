@@ -23,7 +23,6 @@ from megatron_llamapro.config.schema import (
     TrainingConfig,
 )
 from megatron_llamapro.expansion.inits import Expansion
-from megatron_llamapro.testing import preload  # noqa: F401 (megatron.core without its warnings, which are errors)
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # scripts that import one another
 
