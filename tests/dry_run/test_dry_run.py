@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
+import programs
 from gradients import parallel
 from megatron_llamapro.checkpoint.description import describe_model
 from megatron_llamapro.config.errors import ConfigError
@@ -246,10 +246,8 @@ def test_the_largest_job(config: Callable) -> None:
     assert all(number * held.num_bytes == size for number, size, held in report.largest)
 
 
-def tool(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "tools/dry_run.py", *map(str, arguments)], capture_output=True, text=True, timeout=200
-    )
+def tool(*arguments: object) -> CompletedProcess[str]:
+    return programs.run("tools/dry_run.py", *arguments)
 
 
 @pytest.fixture
