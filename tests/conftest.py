@@ -11,6 +11,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
+from fast import pytest_collection_modifyitems  # noqa: F401 (a hook)
 from megatron_llamapro.config.schema import (
     BlendEntry,
     CheckpointConfig,

@@ -143,7 +143,8 @@ def head_flops(report) -> int:
 def test_bytes_and_work_are_those_of_a_real_run(layout: str, dtype: str, run_config: Callable) -> None:
     """Of every rank, tensor-parallel and data-parallel ones too."""
     world_size, division = LAYOUTS[layout]
-    settings = run_config(parallel=division, dtype=dtype, global_batch_size=4 * world_size)
+    data_size = world_size // division.tensor_model_parallel_size // division.pipeline_model_parallel_size
+    settings = run_config(parallel=division, dtype=dtype, global_batch_size=4 * data_size)
     real = run_distributed(real_worker, world_size, settings)
     for rank, report in zip(real, run_apart(dry_worker, settings, world_size, [*range(world_size)]), strict=True):
         assert {kind.value: report.held_bytes.get(kind, 0) for kind in Kind} == rank["held"]
