@@ -20,9 +20,9 @@ from megatron_llamapro.runtime.lock import RunLock
 HOLD = """
 import sys, time
 from pathlib import Path
-from megatron_llamapro.runtime import holder, lock
+from megatron_llamapro.runtime import lock
 if sys.argv[2] == "elsewhere":
-    holder._pids_of = lambda: "another boot/1"
+    lock._pids_of = lambda: "another boot/1"
 with lock.RunLock(Path(sys.argv[1]), "checkpoint.save (runs/first)", beat_seconds=0.1, patience_seconds=1.0):
     print("held", flush=True)
     sys.stdin.read()
