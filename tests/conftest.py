@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from megatron_llamapro.config.schema import (
 )
 from megatron_llamapro.expansion.inits import Expansion
 
+# Two workers on two cores: threads of one that wait for each other's cost more than the work on tiny tensors.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # scripts that import one another
 
 NUM_LAYERS, ADDED = 4, Expansion.at(2, 5)
