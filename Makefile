@@ -10,14 +10,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
 
-.PHONY: help demo test fuzz smoke check hooks clean
+.PHONY: help demo test test-fast test-all fuzz smoke check hooks clean
 
 help:
-	@echo "make demo    grow a real LLaMA, train it on C++, show the picture (STEPS=$(STEPS))"
-	@echo "make test    all tests"
-	@echo "make fuzz    damaged checkpoints, configurations and texts by the thousand (FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) of each kind)"
-	@echo "make smoke   the whole way with a tiny random LLaMA, in a minute"
-	@echo "make check   lint, format and types"
+	@echo "make demo       grow a real LLaMA, train it on C++, show the picture (STEPS=$(STEPS))"
+	@echo "make test-fast  the rooms' tests without most that start processes: at every save, three minutes"
+	@echo "make test       all tests but of a cluster and of the container's image, twelve minutes"
+	@echo "make test-all   these too, where they can run"
+	@echo "make fuzz       damaged checkpoints, configurations and texts by the thousand (FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) of each kind)"
+	@echo "make smoke      the whole way with a tiny random LLaMA, in a minute"
+	@echo "make check      lint, format and types"
 	@echo "make hooks   the same before every commit (pre-commit)"
 
 demo: $(DEMO_READY)
@@ -26,8 +28,16 @@ demo: $(DEMO_READY)
 smoke: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/smoke/run.sh
 
+# worksteal: both workers end together.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slurm and not container"
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# A cluster has one worker, for it is the machine's only one.
+test-all: test
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "slurm or container"
 
 fuzz: $(READY)
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest $(FUZZED) -n 2 --timeout 3600

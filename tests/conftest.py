@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
+from fast import pytest_collection_modifyitems  # noqa: F401 (a hook)
 from megatron_llamapro.config.schema import (
     BlendEntry,
     CheckpointConfig,
@@ -23,8 +25,9 @@ from megatron_llamapro.config.schema import (
     TrainingConfig,
 )
 from megatron_llamapro.expansion.round import Expansion
-from megatron_llamapro.testing import preload  # noqa: F401 (megatron.core without its warnings, which are errors)
 
+# Two workers on two cores: threads of one that wait for each other's cost more than the work on tiny tensors.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # scripts that import one another
 
 NUM_LAYERS, ADDED = 4, Expansion.at(2, 5)

@@ -11,8 +11,10 @@ import datetime
 import faulthandler
 import multiprocessing
 import os
+import sys
 import tempfile
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,7 @@ def run_apart(worker: Callable, *args: object) -> Any:
 
 
 def _run(runner: Callable, num_processes: int, worker: Callable, args: tuple) -> list[Any]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_llamapro.testing.preload"])
+    fork_server()
     with tempfile.TemporaryDirectory(prefix="llamapro-ranks-") as folder:
         processes = torch.multiprocessing.start_processes(
             _process_main,
@@ -48,6 +49,15 @@ def _run(runner: Callable, num_processes: int, worker: Callable, args: tuple) ->
         while not processes.join():
             pass
         return [torch.load(Path(folder) / f"result-{rank}.pt", weights_only=False) for rank in range(num_processes)]
+
+
+def fork_server() -> ForkServerContext:
+    """Where processes start with torch and megatron.core loaded; the server itself starts with the first of them."""
+    context = multiprocessing.get_context("forkserver")
+    # A worker beside tests imports pytest with them. Our own comes last: it freezes what is loaded by then.
+    beside_tests = ["pytest"] if "pytest" in sys.modules else []
+    context.set_forkserver_preload([*beside_tests, "megatron_llamapro.testing.preload"])
+    return context
 
 
 def _process_main(rank: int, world_size: int, folder: str, runner: Callable, worker: Callable, args: tuple) -> None:

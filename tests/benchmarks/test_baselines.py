@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 from baselines import FOLDER, ROWS
 
 
 def test_the_page_has_the_table() -> None:
-    result = subprocess.run([sys.executable, "benchmarks/baselines.py"], capture_output=True, text=True)
+    result = programs.run("benchmarks/baselines.py")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\n") == len(ROWS) + 2 and result.stdout in Path("docs/baselines.md").read_text()
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 from executed_work import Figure
 
 
 def test_every_figure_is_met(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/executed_work.py", "--json", str(tmp_path / "figures.json")]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = programs.run("benchmarks/executed_work.py", "--json", tmp_path / "figures.json")
     assert result.returncode == 0, result.stdout + result.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert len(figures) == 14 and all(figure["is_met"] for figure in figures)

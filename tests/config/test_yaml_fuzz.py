@@ -4,7 +4,6 @@ the option or the field: never a traceback. `FUZZ_EXAMPLES=5000 make fuzz` tries
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +11,10 @@ from pathlib import Path
 import jsonargparse
 import pytest
 import yaml
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from fuzzing import fuzz_settings
 from megatron_llamapro.config.documents import dump
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.fields import fields_of, names_of, to_plain
@@ -23,8 +23,7 @@ from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.config.values import printable
 from megatron_llamapro.launch.config import LaunchConfig, read_launch_config
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
-SEEDED = settings(max_examples=EXAMPLES, derandomize="FUZZ_EXAMPLES" not in os.environ, deadline=None, database=None)
+SEEDED = fuzz_settings(60)
 
 RUN = {
     "model": {"checkpoint": "c", "trainable": ["added_blocks"]},
@@ -172,7 +171,7 @@ def test_damaged_options(kind: type, options: list[str]) -> None:
 
 
 @pytest.mark.parametrize("kind", FILES, ids=lambda kind: kind.__name__)
-@SEEDED
+@fuzz_settings(30)
 @given(data=st.data())
 def test_what_is_accepted_is_what_jsonargparse_reads(kind: type, data: st.DataObject) -> None:
     """Another reader of the same dataclasses finds the same values, where both accept a file."""

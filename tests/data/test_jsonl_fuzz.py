@@ -119,7 +119,7 @@ def expected(content: bytes, tokenizer: Tokenizer) -> tuple[list[list[int]], int
     return documents, None
 
 
-@fuzz_settings(150)
+@fuzz_settings(60)
 @given(content=files())
 def test_files(content: bytes, tokenizer_folder: Path) -> None:
     """All the way to the token files, read by megatron.core's reader."""
@@ -190,7 +190,7 @@ def transformers_tokenizer(tokenizer_folder: Path):
     return AutoTokenizer.from_pretrained(tokenizer_folder)
 
 
-@fuzz_settings(300)
+@fuzz_settings(100)
 @given(line=lines(CONVERSATIONS))
 def test_conversations(line: bytes, chat_encoder, transformers_tokenizer) -> None:
     """Their tokens are those of transformers' own `apply_chat_template`."""

@@ -14,6 +14,7 @@ from megatron_llamapro.checkpoint.convert import hf_to_megatron
 from megatron_llamapro.checkpoint.inspection import inspect
 from megatron_llamapro.checkpoint.proof.verify import verify
 from megatron_llamapro.config.io import parse_run_config
+from megatron_llamapro.data.preprocess import preprocess
 from megatron_llamapro.expansion.round import Expansion
 
 PAGE = "docs/going_on.md"
@@ -37,8 +38,7 @@ def make_inputs(source: Path, folder: Path) -> None:
     names = ("new-domain", "general", "new-domain.held-out", "general.held-out")
     for number, name in enumerate(names):
         (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[number::4]))
-        options = f"--input text.jsonl --tokenizer {source} --output_prefix data/{name}"
-        run(f"llamapro preprocess {options}", folder)
+        preprocess([folder / "text.jsonl"], folder / "data" / name, tokenizer=source)
 
 
 def test_the_page(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
+import programs
 from gradients import parallel
 from megatron_llamapro.checkpoint.description import describe_model
 from megatron_llamapro.config.errors import ConfigError
@@ -143,7 +143,8 @@ def head_flops(report) -> int:
 def test_bytes_and_work_are_those_of_a_real_run(layout: str, dtype: str, run_config: Callable) -> None:
     """Of every rank, tensor-parallel and data-parallel ones too."""
     world_size, division = LAYOUTS[layout]
-    settings = run_config(parallel=division, dtype=dtype, global_batch_size=4 * world_size)
+    data_size = world_size // division.tensor_model_parallel_size // division.pipeline_model_parallel_size
+    settings = run_config(parallel=division, dtype=dtype, global_batch_size=4 * data_size)
     real = run_distributed(real_worker, world_size, settings)
     for rank, report in zip(real, run_apart(dry_worker, settings, world_size, [*range(world_size)]), strict=True):
         assert {kind.value: report.held_bytes.get(kind, 0) for kind in Kind} == rank["held"]
@@ -246,10 +247,8 @@ def test_the_largest_job(config: Callable) -> None:
     assert all(number * held.num_bytes == size for number, size, held in report.largest)
 
 
-def tool(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "tools/dry_run.py", *map(str, arguments)], capture_output=True, text=True, timeout=200
-    )
+def tool(*arguments: object) -> CompletedProcess[str]:
+    return programs.run("tools/dry_run.py", *arguments)
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+import programs
 
 ROOT = Path(__file__).parents[2]
 LLAMA = {"model_type": "llama", "hidden_act": "silu", "rope_theta": 10000.0, "rms_norm_eps": 1e-5}
@@ -78,9 +78,8 @@ def test_dry_run(example: str, tmp_path: Path) -> None:
     make, hf_config, num_added, world_size, memory_gib = EXAMPLES[example]
     (tmp_path / "config.json").write_text(json.dumps(hf_config))
     added = ["--num_added_blocks", str(num_added)] if num_added else []
-    command = [sys.executable, "tools/dry_run.py", "--config", str(make(tmp_path)), "--world_size", str(world_size)]
-    command += ["--memory_gib", str(memory_gib), "--hf_config", str(tmp_path), "--json", *added]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    job = ["--config", make(tmp_path), "--world_size", world_size, "--memory_gib", memory_gib]
+    result = programs.run("tools/dry_run.py", *job, "--hf_config", tmp_path, "--json", *added, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     executed = sum(sum(rank["flops_per_token"].values()) for rank in found["ranks"])

@@ -61,7 +61,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], wh
 def test_saved_weights_are_those_of_the_last_update(layout: str, dtype: str, run_config: Callable) -> None:
     """Full and delta, at once and beside training, with and without an evaluation just before."""
     num_ranks, config = LAYOUTS[layout]
-    make = partial(run_config, dtype=dtype, train_iters=STEPS, eval_interval=STEPS)
+    make = partial(run_config, dtype=dtype, train_iters=STEPS, eval_interval=STEPS, eval_samples=8)
     plain = saving(make(parallel=config, save="plain"))
     others = {
         (delta, beside): saving(

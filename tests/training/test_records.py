@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb_files import offline_runs
 
+import programs
 import workers
 from megatron_llamapro.config.io import dump_yaml, to_plain
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
@@ -101,11 +100,12 @@ def test_a_killed_run_leaves_a_lock_that_the_next_one_takes(run_config: Callable
     config = with_save(run_config(train_iters=2000), save=None)
     metrics, lock = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.lock"
     (tmp_path / "run.yaml").write_text(dump_yaml(config))
-    command = [sys.executable, "-m", "megatron_llamapro.pretrain", "--config", str(tmp_path / "run.yaml")]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as first:
-        while first.poll() is None and not (metrics.exists() and '"kind": "train"' in metrics.read_text()):
-            time.sleep(0.05)
-        first.kill()
+    arguments = ("-m", "megatron_llamapro.pretrain", "--config", tmp_path / "run.yaml")
+    first = programs.Program(*arguments, output=tmp_path / "output", cwd=tmp_path)
+    while first.poll() is None and not (metrics.exists() and '"kind": "train"' in metrics.read_text()):
+        time.sleep(0.05)
+    first.kill()
+    first.wait(20)
     assert lock.exists()
     [(error, said)] = front_door(with_save(run_config(train_iters=1), save=None), tmp_path)
     assert error == "no error" and "waiting" not in said and not lock.exists()

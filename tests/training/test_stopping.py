@@ -29,9 +29,10 @@ from megatron_llamapro.config.io import dump_yaml
 from megatron_llamapro.config.schema import BlendEntry, ParallelConfig
 from megatron_llamapro.testing.checkpoints import read_tensors
 from megatron_llamapro.testing.distributed import run_distributed
+from programs import Program
 
-PRETRAIN = [sys.executable, "-m", "megatron_llamapro.pretrain"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *PRETRAIN[1:]]
+PRETRAIN = ["-m", "megatron_llamapro.pretrain"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *PRETRAIN]
 MANY = 1000  # steps, so that it is the signal that ends it
 
 
@@ -47,13 +48,20 @@ class Started:
         place: Mapping[str, str] | None = None,
         **options: object,
     ) -> None:
+        """`options` are Popen's; without any, and without torchrun, the process needs no imports."""
         folder.mkdir(exist_ok=True)
         (folder / "run.yaml").write_text(dump_yaml(config))
         self.config, self.output = config, folder / "output"
+        self.output.touch()
+        arguments = [*command, "--config", str(folder / "run.yaml")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(place or {})}
+        if command is PRETRAIN and not options:
+            self.process = Program(*arguments, output=self.output, env=environment)
+            return
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
-                [*command, "--config", str(folder / "run.yaml")],
-                env={**os.environ, "OMP_NUM_THREADS": "1", **(place or {})},
+                [sys.executable, *arguments],
+                env=environment,
                 **{"stdout": output, "stderr": output, "start_new_session": True, **options},
             )
 
@@ -74,7 +82,7 @@ class Started:
 
     def wait_until_gone(self, *, seconds: float = 20) -> None:
         until = time.monotonic() + seconds
-        while left := processes_of(self.config):
+        while left := processes_of(self):
             assert time.monotonic() < until, left
             time.sleep(0.05)
 
@@ -82,14 +90,18 @@ class Started:
         return int((Path(self.config.checkpoint.save) / "latest_checkpointed_iteration.txt").read_text())
 
 
-def processes_of(config) -> list[int]:
+def processes_of(run: Started) -> list[int]:
+    """Those of its session, and torchrun's ranks, which have sessions of their own."""
+    folder = f"{Path(run.config.checkpoint.save).parent}/".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if f"{Path(config.checkpoint.save).parent}/".encode() in (path / "cmdline").read_bytes():
-                found.append(int(path.name))
+            state, _, _, session = (path / "stat").read_text().rpartition(")")[2].split()[:4]
+            is_the_runs = int(session) == run.process.pid or folder in (path / "cmdline").read_bytes()
         except OSError:
             continue
+        if is_the_runs and state != "Z":
+            found.append(int(path.name))
     return found
 
 
@@ -103,7 +115,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
 
     yield start
     for run in runs:
-        for process in processes_of(run.config):
+        for process in processes_of(run):
             os.kill(process, signal.SIGKILL)
         run.process.wait()
 
@@ -158,7 +170,7 @@ def test_what_loads_data_ends_with_a_killed_run(run_config: Callable, start: Cal
     config = with_workers(run_config(train_iters=MANY))
     run = start(config)
     run.wait_for(f"step    2/{MANY}")
-    assert len(processes_of(config)) == 3
+    assert len(processes_of(run)) == 3
     run.process.kill()
     run.wait_until_gone(seconds=3)  # torch's own workers look every 5 seconds
 
@@ -188,7 +200,7 @@ def test_a_bad_sample_ends_a_run_that_loads_data(run_config: Callable, start: Ca
 
 def test_a_second_interrupt_ends_at_once(run_config: Callable, start: Callable) -> None:
     """In the middle of a step of some seconds."""
-    config = with_workers(run_config(train_iters=MANY, global_batch_size=600), save_interval=1)
+    config = with_workers(run_config(train_iters=MANY, global_batch_size=250), save_interval=1)
     run = start(config)
     run.wait_for("saved step 1")
     for _ in range(2):
@@ -238,7 +250,8 @@ def test_a_run_outlives_who_reads_its_output(run_config: Callable, start: Callab
 def test_ctrl_c_below_torchrun(times: int, run_config: Callable, start: Callable) -> None:
     """A terminal's Ctrl-C comes to torchrun alone, whose ranks are sessions of their own: it passes on the first as
     SIGINT, the second as SIGTERM, and ends with 1."""
-    config = with_workers(run_config(train_iters=MANY, global_batch_size=1200), save_interval=1)
+    batch = 500 if times == 2 else 4  # the second comes in the middle of a step
+    config = with_workers(run_config(train_iters=MANY, global_batch_size=batch), save_interval=1)
     run = start(config, command=TORCHRUN)
     run.wait_for("saved step 1")
     for _ in range(times):

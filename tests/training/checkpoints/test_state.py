@@ -7,14 +7,13 @@ import dataclasses
 import logging
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import programs
 import workers
 from megatron_llamapro.checkpoint.convert import megatron_to_hf
 from megatron_llamapro.config.io import dump_yaml
@@ -76,8 +75,8 @@ def test_killed_while_saving(place: str, run_config: Callable, tmp_path: Path) -
     config = with_checkpoint(config, save_interval=1, async_save=asynchronous)
     (tmp_path / "run.yaml").write_text(dump_yaml(config))
     (tmp_path / "killed.py").write_text(KILLED)
-    command = [sys.executable, str(tmp_path / "killed.py"), module, function, str(calls), str(tmp_path / "run.yaml")]
-    assert subprocess.run(command, timeout=200).returncode == -signal.SIGKILL
+    arguments = (module, function, calls, tmp_path / "run.yaml")
+    assert programs.run(tmp_path / "killed.py", *arguments).returncode == -signal.SIGKILL
     save = Path(config.checkpoint.save)
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "1\n"
     rest = run_distributed(workers.train, 1, config)[0].figures
@@ -116,8 +115,8 @@ def test_killed_while_a_fork_writes(run_config: Callable, tmp_path: Path) -> Non
     (tmp_path / "run.yaml").write_text(dump_yaml(config))
     (tmp_path / "killed.py").write_text(KILLED)
     # Every fork inherits a count of 0 calls, so the first save is cut.
-    command = [sys.executable, str(tmp_path / "killed.py"), "writer", "_write", "0", str(tmp_path / "run.yaml")]
-    assert subprocess.run(command, timeout=200).returncode == -signal.SIGKILL
+    arguments = ("writer", "_write", 0, tmp_path / "run.yaml")
+    assert programs.run(tmp_path / "killed.py", *arguments).returncode == -signal.SIGKILL
     save = Path(config.checkpoint.save)
     assert not (save / "latest_checkpointed_iteration.txt").exists()
     rest = run_distributed(workers.train, 1, config)[0].figures
