@@ -218,10 +218,10 @@ def _check_lora(config: RunConfig) -> None:
 
 
 def count_microbatches(global_batch_size: int, *, micro_batch_size: int, data_parallel_size: int) -> int:
-    """Micro-batches that a replica runs in a step.
+    """Return the number of micro-batches that a replica runs in a step.
 
     Raises:
-        ConfigError: they do not divide the batch.
+        ConfigError: the global batch cannot be divided into them.
     """
     samples = micro_batch_size * data_parallel_size
     if global_batch_size % samples:
@@ -328,7 +328,7 @@ def _steps(entry: str, train_iters: int) -> range:
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= first <= last <= train_iters:
         raise ConfigError(
-            f"training.skip_iterations has {entry}: name steps from 1 to training.train_iters ({train_iters}), one "
-            "(7) or the first and the last of several (7-9)"
+            f"training.skip_iterations has {entry}: give a step (7) or a first and a last one (7-9), from 1 to "
+            f"training.train_iters ({train_iters})"
         )
     return range(first, last + 1)

@@ -97,7 +97,7 @@ def check_fetched(path: Path, *, error: type[LlamaProError] = CheckpointError) -
 
 
 def check_no_pointer(path: Path, start: bytes, *, error: type[LlamaProError] = CheckpointError) -> None:
-    """Raise `error` where a file that begins with `start` is only what Git-LFS keeps in its place."""
+    """Raise `error` if a file that starts with `start` is only the pointer that Git-LFS keeps in its place."""
     if start.startswith(POINTER_START):
         raise error(f"{path} {IS_POINTER}")
 
@@ -118,8 +118,8 @@ def read_small(path: Path, *, largest: int = LARGEST_SMALL_FILE) -> bytes:
 
 
 def read_inside(folder: Path, name: str, *, largest: int = LARGEST_SMALL_FILE) -> bytes | None:
-    """All of a small file of a checkpoint folder, which is opened once; None where `file_inside` finds none. Errors as
-    there and in `read_small`."""
+    """Read a small file of a checkpoint folder. It is opened once. Return None if `file_inside` finds none. Raises the
+    same errors as `file_inside` and `read_small`."""
     path = _regular_file(folder, name)
     if path is None:
         return None

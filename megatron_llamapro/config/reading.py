@@ -135,8 +135,8 @@ def _read_fields(kind: Any, value: object, place: Place) -> dict:
     if not isinstance(value, dict):
         first = next(iter(hints))
         if is_entry:
-            place.refuse(value, f"it has names with values: write {{{first}: {value if _is_word(value) else '…'}}}")
-        place.refuse(value, f"it is a section: write its fields, e.g. {place.dashes}{place.under(first).name}")
+            place.refuse(value, f"it must be a mapping: write {{{first}: {value if _is_word(value) else '…'}}}")
+        place.refuse(value, f"it is a section: set its fields, e.g. {place.dashes}{place.under(first).name}")
     for name in value:
         if name not in hints:
             place.under(name if isinstance(name, str) else shown(name)).is_unknown()
@@ -177,7 +177,7 @@ def _read_int(value: object, place: Place) -> int:
         is_whole = isinstance(value, float) and value.is_integer() and abs(value) < LARGEST_INT
         place.refuse(value, f"it must be a whole number{f': write {value:.0f}' if is_whole else ''}")
     if abs(value) > LARGEST_INT:
-        place.refuse(value, "no such number is that large")
+        place.refuse(value, "it is too large")
     return value
 
 
@@ -190,7 +190,7 @@ def _read_float(value: object, place: Place) -> float:
     if not math.isfinite(value):
         place.refuse(value, "it must be finite")
     if abs(value) > LARGEST_FLOAT:
-        place.refuse(value, "no such number is that large")
+        place.refuse(value, "it is too large")
     return float(value)
 
 

@@ -29,8 +29,8 @@ class ModelConfig:
     """The model and its trainable part."""
 
     checkpoint: FilePath
-    """Megatron checkpoint folder to start from, written by llamapro convert. Its llamapro.json says which blocks
-    were added, its config.json the model's shape."""
+    """Megatron checkpoint folder to start from, written by llamapro convert. Its llamapro.json says which blocks were
+    added, and its config.json describes the model's shape."""
     trainable: tuple[str, ...] = ("added_blocks",)
     """The parts of the model to train: added_blocks (of all rounds), newest_blocks (of the latest round), round_1,
     round_2, …, embedding, final_norm, output_layer, everything, or lora (the adapters of the section lora). Parts of
@@ -154,7 +154,7 @@ class BlendEntry:
     """One source of training data."""
 
     prefix: FilePath
-    """Path of a .bin/.idx pair, without the ending, written by llamapro preprocess or Megatron-LM."""
+    """Path of a .bin/.idx pair without the suffix. llamapro preprocess or Megatron-LM writes such pairs."""
     weight: float = 1.0
     """Share of the samples from this source, relative to the other weights."""
 
@@ -168,8 +168,8 @@ class DataConfig:
     seq_length: int
     """Number of tokens per sample."""
     format: DataFormat = "text"
-    """text: documents one behind the other, cut into samples, with loss everywhere. chat: whole conversations
-    (llamapro preprocess --chat), with loss on what the assistant says; those longer than a sample are left out."""
+    """text: documents end to end, cut into samples, with loss on every token. chat: whole conversations (llamapro
+    preprocess --chat), with loss only on the assistant's words. Conversations longer than a sample are left out."""
     packing: bool = False
     """For chat. Pack as many conversations into a sample as fit. Later ones see earlier ones, as documents do in text
     data. If false, a sample is one conversation and padding."""

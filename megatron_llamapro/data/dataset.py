@@ -110,13 +110,14 @@ def build_train_dataset(
     cache_dir: Path,
     checked: Mapping[str, TokenFile] | None = None,
 ) -> CheckedDataset:
-    """The blended training set, with an order made for `num_samples`. All ranks call it; rank 0 builds the indices.
-    `checked` are the pairs by prefix, where they were checked already.
+    """Return the blended training set, with an order made for `num_samples`. All ranks call it; rank 0 builds the
+    indices. `checked` holds the pairs by prefix if they have been checked already.
+
+    If ranks may see different files, let them agree on `checked` first: an error on one rank alone leaves the others
+    waiting.
 
     Raises:
-        DataError: a pair is missing, damaged or of another vocabulary (if that can differ between ranks, let them
-            agree on `checked` first: an error on one rank leaves the others waiting); or a rank cannot read what rank
-            0 wrote.
+        DataError: a pair is missing or damaged, or has another vocabulary; or a rank cannot read rank 0's indices.
         RunError: the disk is full.
     """
     pairs = checked or check_token_files(data, vocab_size=vocab_size)
@@ -169,8 +170,8 @@ def conversation_sets(train_set: CheckedDataset) -> list[ConversationDataset]:
 
 
 def _order_name(data: DataConfig, pairs: Mapping[str, TokenFile], order: Mapping[str, object]) -> str:
-    """All that the index files depend on. megatron.core's own names have the paths of the token files, and not what is
-    in them."""
+    """Name an order by everything that its index files depend on. megatron.core's own names cover the paths of the
+    token files, not their contents."""
     files = [[entry.prefix, entry.weight, pairs[entry.prefix].digest] for entry in data.train]
     settings = {"files": files, "seq_length": data.seq_length, "format": data.format, "packing": data.packing, **order}
     return f"order-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]}"
@@ -179,7 +180,7 @@ def _order_name(data: DataConfig, pairs: Mapping[str, TokenFile], order: Mapping
 def build_valid_datasets(
     data: DataConfig, *, vocab_size: int, eod: int, checked: Mapping[str, TokenFile] | None = None
 ) -> dict[str, Dataset]:
-    """The held-out sets, by name. `checked` are the pairs by prefix, where they were checked already."""
+    """Open the held-out sets, by name. `checked` holds the pairs by prefix if they have been checked already."""
     found: dict[str, Dataset] = {}
     for name, prefix in data.valid.items():
         inner = _held_out(prefix, data, vocab_size=vocab_size, eod=eod, checked=(checked or {}).get(prefix))

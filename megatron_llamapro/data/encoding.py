@@ -64,7 +64,7 @@ class EncodedChunk:
 
 
 def chunks_of(paths: Sequence[Path]) -> Iterator[LineChunk]:
-    """The files' lines in order, about a mebibyte at a time."""
+    """Yield the files' lines in order, about a mebibyte at a time."""
     for path in paths:
         with path.open("rb") as file:
             first_line = 1
@@ -82,7 +82,7 @@ class Encoder(abc.ABC):
         self._mended = False
 
     def __call__(self, chunk: LineChunk) -> EncodedChunk:
-        """Raises `DataError` with file and line where a line is not a JSON object with what is needed under the key."""
+        """Encode a chunk. Raise `DataError` with file and line if a line is no JSON object with a valid field."""
         tokens, documents, num_empty, num_mended = array.array("i"), [], 0, 0
         for number, line in enumerate(chunk.lines, chunk.first_line):
             if not line.strip():

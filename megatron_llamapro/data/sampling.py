@@ -122,8 +122,8 @@ def _end_with_parent(parent: int, worker: int) -> None:
 def data_order_fingerprint(
     data: DataConfig, *, num_samples: int, seed: int, checked: Mapping[str, TokenFile] | None = None
 ) -> dict[str, object]:
-    """Everything that the order of the samples depends on; not the paths of the files. `checked` are the pairs by
-    prefix, where they were read already."""
+    """Return everything that the order of the samples depends on. The files' paths are not part of it. `checked` holds
+    the pairs by prefix if they have been read already."""
 
     def digest(prefix: str) -> str:
         return checked[prefix].digest if checked else content_digest(prefix)

@@ -79,7 +79,7 @@ def _check_regular(path: Path) -> None:
     if path.is_dir():
         raise DataError(f"{path} is a folder: give the files in it, e.g. {path}/*.jsonl")
     if not path.exists():
-        raise DataError(f"{path} is not there: give jsonl files, one document a line")
+        raise DataError(f"{path} does not exist: give jsonl files, one document a line")
     if not path.is_file():
         raise DataError(f"{path} is not a regular file: write its output to a file, and give that")
 

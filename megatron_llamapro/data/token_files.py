@@ -73,24 +73,24 @@ def read_info(prefix: str | Path) -> TokenFileInfo | None:
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A pair that `check_token_file` found in order. One rank reads the index to the end, and the others go by this."""
+    """A pair that passed `check_token_file`. One rank reads the whole index; the others rely on this record."""
 
     prefix: str
     has_modes: bool
-    """Whether sequences have a mode: a conversation's have."""
+    """Whether each sequence has a mode. Those of conversations do."""
     num_bytes: tuple[int, int]
-    """Of the tokens' file, and of the index."""
+    """Sizes of the token file and of the index."""
     digest: str
-    """`content_digest`."""
+    """The pair's `content_digest`."""
 
     def check_there(self) -> None:
-        """Raise `DataError` where this rank does not see the files that were checked."""
+        """Raise `DataError` if this rank does not see the files that were checked."""
         for path, num_bytes in zip(paths_of(self.prefix)[:2], self.num_bytes, strict=True):
             if not path.is_file():
-                raise DataError(f"{path} is not there: put it where every rank sees it, as the first one does")
+                raise DataError(f"{path} does not exist on this rank: put it where every rank can read it")
             if path.stat().st_size != num_bytes:
                 raise DataError(
-                    f"{path} has {path.stat().st_size} bytes, and {num_bytes} where the first rank looks: copy it anew"
+                    f"{path} has {path.stat().st_size} bytes, but {num_bytes} on the first rank: copy it again"
                 )
 
 
@@ -101,7 +101,7 @@ def open_token_file(
     data_format: DataFormat = "text",
     checked: TokenFile | None = None,
 ) -> IndexedDataset:
-    """The pair, checked by `check_token_file` where it is not `checked` yet."""
+    """Open a pair, after `check_token_file` unless it is `checked` already."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     checked = checked or check_token_file(prefix, vocab_size=vocab_size, data_format=data_format)
@@ -109,10 +109,10 @@ def open_token_file(
 
 
 def check_token_files(data: DataConfig, *, vocab_size: int) -> dict[str, TokenFile]:
-    """Every pair of the configuration, by its prefix. Imports no torch.
+    """Check every pair of the configuration. Return them by prefix. Imports no torch.
 
     Raises:
-        DataError: one is missing, damaged, or of another vocabulary or kind.
+        DataError: a pair is missing or damaged, or has another vocabulary or format.
     """
     prefixes = dict.fromkeys([*(entry.prefix for entry in data.train), *data.valid.values()])
     return {prefix: check_token_file(prefix, vocab_size=vocab_size, data_format=data.format) for prefix in prefixes}
@@ -121,17 +121,17 @@ def check_token_files(data: DataConfig, *, vocab_size: int) -> dict[str, TokenFi
 def check_token_file(
     prefix: str | Path, *, vocab_size: int | None = None, data_format: DataFormat = "text"
 ) -> TokenFile:
-    """Check a pair's two files against each other and, where that is known, against the vocabulary. Opens the index
-    once. Imports no torch.
+    """Check a pair's two files against each other and, if it is known, against the vocabulary. Opens the index once.
+    Imports no torch.
 
     Raises:
-        DataError: a file is missing, empty, damaged or another set's; it is not of `data_format`; or tokens lie beyond
-            `vocab_size`.
+        DataError: a file is missing, empty, damaged or from another pair; the pair has another format than
+            `data_format`; or a token is beyond `vocab_size`.
     """
     bin_path, index_path, _ = paths_of(prefix)
     for path in (bin_path, index_path):
         if not path.is_file():
-            raise DataError(f"{path} is not there: {prefix} must be the path of a .bin/.idx pair without the ending")
+            raise DataError(f"{path} does not exist: {prefix} must be the path of a .bin/.idx pair without the suffix")
     check_fetched(bin_path, error=DataError)
     with index_path.open("rb") as index:
         has_modes = _check_index(bin_path, index_path, index)
@@ -150,8 +150,8 @@ def check_token_file(
 
 
 def _check_index(bin_path: Path, index_path: Path, index: BinaryIO) -> bool:
-    """The index is one, and says of the tokens' file what is so. megatron.core looks when it reads beyond the end, in
-    the middle of training, or not at all. Returns whether the sequences have modes: a byte each at the index' end."""
+    """Check that the index is valid and matches the token file. Return whether its sequences have modes: a byte each,
+    at the end of the index. (megatron.core notices only when it reads past the end, in mid-training, or never.)"""
     damaged = DataError(f"{index_path} is damaged: preprocess the text again")
     start = index.read(max(_HEADER.size, len(POINTER_START)))
     check_no_pointer(index_path, start, error=DataError)
@@ -179,7 +179,7 @@ def _check_index(bin_path: Path, index_path: Path, index: BinaryIO) -> bool:
 
 
 def _arrays(index: BinaryIO, num_sequences: int, num_documents: int) -> tuple[numpy.ndarray, ...]:
-    """Tokens of each sequence, where it begins in bytes, and at which sequence each document does; not read yet."""
+    """Map three arrays, unread: each sequence's length in tokens and first byte, and each document's first sequence."""
     found, place = [], _HEADER.size
     for dtype, count in ((numpy.int32, num_sequences), (numpy.int64, num_sequences), (numpy.int64, num_documents)):
         array = numpy.memmap(index, dtype=dtype, mode="r", offset=place, shape=(count,))

@@ -155,7 +155,7 @@ def tokenizer_file(path: Path) -> Path:
                 return path / name
         raise DataError(f"{path} has no {JSON_NAME} and no {MODEL_NAME}: {_instead(path)}")
     if not path.is_file():
-        raise DataError(f"{path} is not there: {hint_where_nothing_is(path) or _WANTED}")
+        raise DataError(f"{path} does not exist: {hint_where_nothing_is(path) or _WANTED}")
     if path.suffix not in (".json", ".model"):
         raise DataError(f"{path} is not a known tokenizer: give a {JSON_NAME} or a sentencepiece .model file")
     return path

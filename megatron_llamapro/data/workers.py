@@ -61,10 +61,10 @@ def serve(connection: Connection, options: EncoderOptions) -> None:
 def encoded(
     chunks: Iterable[LineChunk], encoder: Encoder, options: EncoderOptions, num_workers: int
 ) -> Iterator[EncodedChunk]:
-    """The encoded chunks, in order: by `encoder` here, or by as many workers.
+    """Yield the encoded chunks, in order. One worker means `encoder` in this process; more are processes.
 
     Raises:
-        DataError: of a line.
+        DataError: a line cannot be encoded.
         RunError: a worker was killed.
     """
     if num_workers <= 1:

@@ -24,13 +24,14 @@ _RULE_MARK = "llamapro_param_group_rule"
 def param_group_overrides(
     chunks: Iterable[torch.nn.Module], rules: Sequence[ParamGroupRule] = (), *, lr: float, min_lr: float = 0.0
 ) -> dict[ParamKey, dict[str, float]]:
-    """`config_overrides` for `get_megatron_optimizer`: no weight decay on norms and biases, then the user's rules, of
-    which the first that matches applies. `lr` and `min_lr` are those of megatron.core's `OptimizerConfig`.
+    """Return `get_megatron_optimizer`'s `config_overrides`: no weight decay on norms and biases, then the user's rules.
+
+    The first rule that matches a parameter applies. `lr` and `min_lr` are those of megatron.core's `OptimizerConfig`.
 
     All ranks call it, after `freeze`.
 
     Raises:
-        ConfigError: a rule that matches no trainable parameter on any rank.
+        ConfigError: a rule matches no trainable parameter on any rank.
     """
     _check_all_matched(rules, _mark_parameters(chunks, rules))
 

@@ -70,7 +70,7 @@ def _check_alone(variables: Mapping[str, str]) -> None:
         if count.isdigit() and int(count) > 1:
             raise ConfigError(
                 f"{launcher} started {count} processes ({name}), but {', '.join(_NEEDED)} are not set: each would be a "
-                "run of its own; have it start one torchrun a node, which starts the ranks (llamapro launch "
+                "separate run; start one torchrun on each node, which starts the ranks (llamapro launch "
                 "writes such a job)"
             )
 

@@ -76,7 +76,7 @@ BAD_ENTRIES = (0, -1, 11, "3-11", "5-4", "a", "3-", "3..4", "1e2", True)
         ({"checkpoint__save_interval": 5}, r"nothing is saved: set checkpoint\.save"),
         ({"checkpoint__keep_last": 5}, r"nothing is saved: set checkpoint\.save"),
         ({"training__max_skipped_steps": 0}, "at least 1"),
-        *(({"training__skip_iterations": (entry,)}, f"has {entry}: name steps") for entry in BAD_ENTRIES),
+        *(({"training__skip_iterations": (entry,)}, f"has {entry}: give a step") for entry in BAD_ENTRIES),
         ({"data__num_workers": -1}, r"data\.num_workers is -1: it cannot be negative"),
         ({"data__num_workers": 1001}, r"data\.num_workers is 1001: it must be at most 1000"),
         ({"data__train_samples": 0}, r"data\.train_samples is 0: it must be at least 1"),

@@ -84,7 +84,7 @@ def test_refusals(copied_pair: Path, jsonl: Path, tokenizer_folder: Path, tmp_pa
     before = contents(copied_pair)
     with pytest.raises(DataError, match="--overwrite"):
         preprocess([jsonl], copied_pair, tokenizer=tokenizer_folder)
-    with pytest.raises(DataError, match="not there"):
+    with pytest.raises(DataError, match="does not exist"):
         preprocess([tmp_path / "none.jsonl"], tmp_path / "new", tokenizer=tokenizer_folder)
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(DataError, match="nothing to write"):

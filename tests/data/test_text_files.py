@@ -130,9 +130,9 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     cases: dict[Path, str] = {
         tmp_path: "is a folder: give the files in it",
-        tmp_path / "none": "is not there",
+        tmp_path / "none": "does not exist",
         tmp_path / "pipe": "is not a regular file",
-        loop: "is not there",
+        loop: "does not exist",
     }
     for path, message in cases.items():
         with pytest.raises(DataError, match=message):

@@ -21,7 +21,7 @@ def cut(path: Path, num_bytes: int) -> None:
 @pytest.mark.parametrize("ending", [".bin", ".idx"])
 def test_missing(ending: str, copied_pair: Path) -> None:
     Path(f"{copied_pair}{ending}").unlink()
-    with pytest.raises(DataError, match="is not there"):
+    with pytest.raises(DataError, match="does not exist"):
         open_token_file(copied_pair)
 
 

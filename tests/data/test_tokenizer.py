@@ -74,7 +74,7 @@ def test_training_refusals_leave_nothing(case: str, tmp_path: Path) -> None:
 def test_a_tokenizer_is_kept(jsonl: Path, sentencepiece_model: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--overwrite"):
         train_tokenizer([jsonl], sentencepiece_model.parent, vocab_size=400)
-    with pytest.raises(DataError, match="not there"):
+    with pytest.raises(DataError, match="does not exist"):
         train_tokenizer([tmp_path / "none"], tmp_path / "out", vocab_size=400)
 
 
@@ -152,7 +152,7 @@ def test_refusals(tokenizer_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("")
     for path, message in (
         (tmp_path, "--eod_token"),
-        (tmp_path / "none", "not there"),
+        (tmp_path / "none", "does not exist"),
         (tmp_path / "text.txt", "not a known tokenizer"),
         (tmp_path / "other.model", "not a sentencepiece model"),
         (tmp_path / "broken.json", "not a tokenizer"),

@@ -64,7 +64,7 @@ def test_every_refusal(run_config: Callable, models: Callable, token_files: tupl
             base, parallel=ParallelConfig(tensor_model_parallel_size=4)
         ),
         "positions": with_data(base, seq_length=4096),
-        "is not there": with_data(base, train=(BlendEntry(str(tmp_path / "none")),)),
+        "does not exist": with_data(base, train=(BlendEntry(str(tmp_path / "none")),)),
         "one is truncated": with_data(base, train=(BlendEntry(str(cut_bin)),)),
         "fewer than one sample": with_data(base, valid={"tiny": str(one_token_file(tmp_path, models))}),
         "give a tokenizer file": with_data(base, tokenizer=str(tmp_path / "empty")),
