@@ -8,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -64,8 +62,7 @@ def start_world(*, timeout_minutes: float = 10.0) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if launched is None:
-        rendezvous = Path(tempfile.mkdtemp(prefix="llamapro-")) / "rendezvous"
-        dist.init_process_group(backend, init_method=rendezvous.as_uri(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     failed = (
         f"the ranks did not find one another in {timeout_minutes:g} minutes (parallel.distributed_timeout_minutes): "

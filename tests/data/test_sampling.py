@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -84,8 +85,8 @@ def test_a_bad_sample_is_one_line_that_names_its_step(num_workers: int) -> None:
     assert str(error.value) == (
         "step 9: the token 600 is beyond the vocabulary, or name the step in training.skip_iterations"
     )
-    batches = train_batches(Damaged(), **settings, left_out=[range(9, 10)])
-    assert [int(next(batches)["tokens"]) for _ in range(3)] == [1, 2, 4]
+    with contextlib.closing(train_batches(Damaged(), **settings, left_out=[range(9, 10)])) as batches:
+        assert [int(next(batches)["tokens"]) for _ in range(3)] == [1, 2, 4]
 
 
 def test_used_up_data_is_an_error_that_says_so() -> None:
