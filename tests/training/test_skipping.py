@@ -103,6 +103,10 @@ def on_bad_data(run_config: Callable, token_file: str) -> Callable[..., RunConfi
     return make
 
 
+def progress_at(config: RunConfig, step: int) -> dict:
+    return read_progress(SmallFiles(Path(config.checkpoint.save) / f"iter_{step:07d}"))
+
+
 def saved(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
     """What trains, main parameters and moments, in a run's checkpoint."""
     return read_with_torch(Path(config.checkpoint.save) / f"iter_{step:07d}")
@@ -208,14 +212,14 @@ def test_a_resume_remembers(on_bad_data: Callable, bad_checkpoints: Callable) ->
     before, after, later = (states(saved(config, step)) for step in (BAD_STEP - 1, BAD_STEP, BAD_STEP + 1))
     assert same(before, after) and not same(after, later)
     assert [updates(config, step) for step in range(1, STEPS + 1)] == [{1}, {1}, {2}, {3}]
-    progress = [read_progress(SmallFiles(saved(config, step))) for step in range(1, STEPS + 1)]
+    progress = [progress_at(config, step) for step in range(1, STEPS + 1)]
     assert [each["skipped_steps"] for each in progress] == [[], [BAD_STEP], [BAD_STEP], [BAD_STEP]]
     assert [each["skipped_in_a_row"] for each in progress] == [0, 1, 0, 0]
     assert [each["consumed_samples"] for each in progress] == [4, 8, 12, 16]
     go_back(config, BAD_STEP)
     rest = run_distributed(workers.train, world_size, config)[0]
     assert rest.figures == whole[1:] and rest.skips == []
-    assert same(states(saved(config, STEPS)), last) and progress[-1] == read_progress(SmallFiles(saved(config, STEPS)))
+    assert same(states(saved(config, STEPS)), last) and progress[-1] == progress_at(config, STEPS)
 
 
 def test_a_checkpoint_before_the_first_update(on_bad_data: Callable) -> None:
