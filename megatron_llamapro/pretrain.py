@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from megatron_llamapro.config.checks import data_parallel_size
 from megatron_llamapro.config.command import INTERRUPTED, in_one_line, is_first_of_node, run_command
 from megatron_llamapro.config.errors import LlamaProError, RunError
 from megatron_llamapro.config.io import parse_run_config
@@ -58,8 +59,10 @@ def _read(arguments: Sequence[str] | None, stop: StopRequest) -> tuple[RunConfig
         if os.environ.get("RANK", "0") == "0":  # the rank that reports
             check_trackers(config.logging)
         stop.kept = partial(what_is_kept, config.checkpoint.save)
+        world_size = launched.world_size if launched else 1
+        data_parallel_size(config, world_size)  # every rank knows that, without a file
         if is_first_of_node():
-            start = read_start(config, world_size=launched.world_size if launched else 1)
+            start = read_start(config, world_size=world_size)
     except LlamaProError as error:
         error.on_all_of_node = True
         raise

@@ -27,7 +27,7 @@ DATA = {"a.idx", "a.json", "b.idx", "b.json"}
 EXCEPTED = {
     "megatron/core": "loads checkpoints and maps token files with readers of its own, on every rank",
     "config/files.py check_fetched": "looks for Git-LFS' pointer in a file that a library reads or that is copied",
-    "checkpoint/carried.py carry_files": "copies files into the run's base",
+    "checkpoint/side_files.py copy_side_files": "copies files into the run's base",
     "config/staging.py sync": "has what was copied put on the disk",
     "training/checkpoints/delta_parts.py make_base": "copies files into the run's base",
 }
@@ -71,7 +71,7 @@ def opens_of_a_start(config_file: Path) -> list[Open]:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="1")  # as torchrun does; the world is there already
     sys.argv = ["pretrain", "--config", str(config_file)]
     opened = watched_opens()
-    config, start = _read(StopRequest())
+    config, start = _read(None, StopRequest())
     _saver(set_up(config, known=start))
     return [*opened]
 
@@ -110,8 +110,8 @@ def set_up_in(config: RunConfig, folders: tuple[Path, Path]) -> str:
     ("change", "said"),
     [
         ("rm -r other/model", "CheckpointError: model is not there: put it where every rank sees it"),
-        ("rm other/a.bin", "DataError: a.bin is not there: put it where every rank sees it"),
-        ("echo >> other/a.idx", "bytes, and {idx_bytes} where the first rank looks: copy it anew"),
+        ("rm other/a.bin", "DataError: a.bin does not exist on this rank: put it where every rank can read it"),
+        ("echo >> other/a.idx", "bytes, but {idx_bytes} on the first rank: copy it again"),
     ],
 )
 def test_a_rank_that_has_other_files_ends_all(change: str, said: str, run_config: Callable, tmp_path: Path) -> None:
