@@ -35,7 +35,7 @@ def test_series(metrics: Path) -> None:
     series = read_series(metrics)
     assert series["training loss, nats a token", ""] == [(1, 2.0), (2, 1.0)]
     assert series["held-out cpp", ""] == [(2, 1.5)]
-    assert series["what a block adds, of the stream", "block 5"] == [(2, 0.1)]
+    assert series["contribution of a block to the stream", "block 5"] == [(2, 0.1)]
 
 
 def test_a_figure_that_was_not_finite_is_a_gap(metrics: Path, tmp_path: Path) -> None:
