@@ -44,7 +44,7 @@ REFUSED = {
     LLAMAPRO + "plan-pipeline --config {run} --world_size 1": "there is one stage",
     LLAMAPRO + "plan-pipeline --config {run} --world_size 1 --calibrate x --model.checkpoint nowhere": "nowhere is not",
     LLAMAPRO + "launch --config {run} --launch nowhere": "nowhere does not exist",
-    LLAMAPRO + "plot --input nowhere --output x.png": "nowhere is not there",
+    LLAMAPRO + "plot --input nowhere --output x.png": "nowhere does not exist",
 }
 
 
