@@ -112,7 +112,7 @@ _LEGACY = (
         "make_vocab_size_divisible_by",
         int,
         "N",
-        "pad the vocabulary to a multiple of N x tensor-parallel ranks (default: 128)",
+        "pad the vocabulary to a multiple of N times the ranks (default: 128)",
     ),
 )
 

@@ -113,4 +113,4 @@ def test_without_torch_it_says_so(run_yaml: Path, packages_but_torch: Path) -> N
     variables = {"PYTHONPATH": str(packages_but_torch)}
     code, out, errors = typed(PRETRAIN.format(run=run_yaml), options=["-S"], variables=variables)
     assert (code, out, errors.count("\n")) == (2, "", 1), errors
-    assert errors.startswith(f"error: the module torch is not in this Python ({sys.executable}): ")
+    assert errors.startswith(f"error: the module torch is not installed in this Python ({sys.executable}): ")
