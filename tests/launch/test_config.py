@@ -189,7 +189,7 @@ def test_homes_are_the_submitters(launch_file, tmp_path: Path) -> None:
 
 def test_by_hand_and_submit(launch_file) -> None:
     done = tool("--launch", launch_file("log_dir: /shared/logs"), *RUN, "--by_hand", "n1", "--submit")
-    assert done.returncode == 2 and "give one of them" in done.stderr and not done.stdout
+    assert done.returncode == 2 and "give only one of them" in done.stderr and not done.stdout
 
 
 def test_by_hand(launch_file) -> None:
