@@ -70,7 +70,7 @@ def add_change_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_change_options(parser: CommandParser, args: argparse.Namespace) -> dict:
-    """Return the options of `add_change_options`, as keyword arguments of a conversion. Raises as
+    """Return the options of `add_change_options`, as keyword arguments of a conversion. Raises the errors of
     `read_expansion_options`."""
     return {"expansion": read_expansion_options(parser, args), "dtype": args.dtype}
 

@@ -1,4 +1,4 @@
-"""Measured block times on this machine: the project's own layers, timed once for each kind of block."""
+"""Block times measured on this machine: one of the project's own layers, timed as each kind of block."""
 
 from __future__ import annotations
 

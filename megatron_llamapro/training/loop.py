@@ -26,7 +26,7 @@ from megatron_llamapro.training.step import StepResult, check_converges, leave_o
 
 def train(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, watchdog: Watchdog | None = None) -> None:
     """Train to the configured end, or until a stop is requested. All ranks call it. Only rank 0 has `writers`. A
-    `watchdog` is notified of every step.
+    `watchdog` is told of every step.
 
     Raises:
         LlamaProError: too many steps in a row were skipped, no gradient arrives at all, or a checkpoint cannot be

@@ -1,4 +1,4 @@
-"""The computing part of a run on one rank: the model's chunks, partly frozen, the optimizer and its schedule."""
+"""One rank's share of a run: its chunks of the model, partly frozen, the optimizer and its schedule."""
 
 from __future__ import annotations
 

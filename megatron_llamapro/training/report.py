@@ -42,7 +42,7 @@ def print_report(run: Run) -> dict[str, object]:
         for conversations in conversation_sets(run.train_set):
             print(conversations.summary)
         if run.state.iteration:
-            print(f"continuing from {run.config.checkpoint.save}, step {run.state.iteration}", flush=True)
+            print(f"resuming from {run.config.checkpoint.save}, step {run.state.iteration}", flush=True)
     return record
 
 

@@ -50,7 +50,7 @@ class Start:
 
 
 def read_start(config: RunConfig, *, world_size: int) -> Start:
-    """Check everything that needs no torch. Needs no process group, writes nothing, and reads each file once.
+    """Run all checks that need no torch. Needs no process group, writes nothing, and reads each file once.
 
     Raises:
         LlamaProError: the configuration, the checkpoint or the data cannot be trained with.

@@ -47,7 +47,7 @@ class StepResult:
     grad_norm: float
     """Global norm over all trainable parameters, before clipping."""
     learning_rate: float
-    """The step's learning rate, even if nothing was updated."""
+    """The learning rate of the step, even if it updated nothing."""
     outcome: Outcome
 
 
@@ -62,8 +62,8 @@ def train_step(
     before_update: Callable[[], None] | None = None,
 ) -> StepResult:
     """Run the forward and backward passes, clip the gradients, update. `batches` holds one iterator per model chunk,
-    all over the same micro-batches. `before_update` is called when all gradients are computed, `stop_requested` after
-    it.
+    all over the same micro-batches. `before_update` is called when all gradients are computed, and
+    `stop_requested` after that.
 
     If the loss or the gradient norm is not finite, nothing is updated. The same holds for a norm of exactly 0: a model
     that diverged may have hidden states so large that the final norm returns zeros. Loss and norm are reduced over all

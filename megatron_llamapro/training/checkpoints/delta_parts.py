@@ -71,7 +71,7 @@ def split(state: dict, trained: Collection[str]) -> tuple[dict, dict]:
 def delta_of_run(save: Path, *, source: SmallFiles, resume_from: SmallFiles | None, trained: Sequence[str]) -> Delta:
     """Return the record that goes with a run's delta checkpoints. Make their base if it does not exist yet.
 
-    `source` is the checkpoint that the run started from; `resume_from` is the run's own that it resumes from.
+    `source` is the checkpoint that the run started from; `resume_from` is its own checkpoint to resume from.
 
     Raises:
         CheckpointError: the base cannot be made, or a different one exists.

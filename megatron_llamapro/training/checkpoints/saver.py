@@ -75,7 +75,7 @@ class Saver:
         source: SmallFiles,
         resume_from: SmallFiles | None,
     ) -> None:
-        """`source` is the checkpoint that the run started from; `resume_from` is the run's own that it resumes
+        """`source` is the checkpoint that the run started from; `resume_from` is its own checkpoint to resume
         from."""
         self._machine, self._run_config, self._config = machine, config, config.checkpoint
         self._state, self._identity, self._source = state, identity, source

@@ -71,13 +71,13 @@ def load_model(chunks: Sequence[torch.nn.Module], source: SmallFiles) -> None:
 
 
 def load_values(sharded: dict, source: SmallFiles) -> dict:
-    """Return a checkpoint's values for some of a model's sharded tensors. All ranks call it. Raises as `load_model`."""
+    """Return a checkpoint's values for some of a model's sharded tensors. All ranks call it. Errors of `load_model`."""
     return _load({"values": sharded}, {}, source).get("values", {})
 
 
 def load_checkpoint(machine: Machine, source: SmallFiles) -> TrainingState:
     """Resume from `source`: load weights, optimizer and schedule, and return the progress. All ranks call it. The
-    parallel layout may differ from the one that saved. Raises as `load_model`."""
+    parallel layout may differ from the one that saved. Raises the errors of `load_model`."""
     optimizer = machine.optimizer
     for part in torch_adam_parts(optimizer):
         init_state(part)
@@ -145,7 +145,7 @@ class TrainingState:
     iteration: int = 0
     """Steps done, including those without an update."""
     consumed_samples: int = 0
-    """Samples that these steps cover in the data order. With the order, it is the whole state of the data."""
+    """Samples that these steps cover in the data order. With the order, this is the whole state of the data."""
     skipped_steps: list[int] = field(default_factory=list)
     """The steps that updated nothing, counted from 1."""
     skipped_in_a_row: int = 0

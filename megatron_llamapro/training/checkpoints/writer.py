@@ -37,8 +37,8 @@ _BACKEND, _VERSION = "torch_dist", 1
 def plan_writing(state: dict, folder: Path, *, what: str) -> AsyncRequest:
     """Agree on which rank writes which part of `state` into `folder`, and write the common part. All ranks call it.
 
-    The returned request writes the tensors; its `finalize_fns` make the folder a checkpoint. `what` starts every error
-    message.
+    The returned request writes the tensors; its `finalize_fns` turn the folder into a checkpoint. `what` starts every
+    error message.
 
     Raises:
         CheckpointError: on all ranks, if any rank fails.
@@ -73,7 +73,7 @@ def _in_fork(parent: int, write: Callable, *arguments: object) -> None:
 
 
 def write_now(request: AsyncRequest, *, what: str) -> None:
-    """Run a request in this process. All ranks call it. Raises as `plan_writing`."""
+    """Run a request in this process. All ranks call it. Raises the errors of `plan_writing`."""
     with failing_together(what):
         if request.async_fn is not None:
             rank, _, results = request.async_fn_args
