@@ -1,7 +1,7 @@
 """LLaMA Pro block expansion and post-pretraining on megatron.core.
 
-The names below are the public API, for a training loop of your own: docs/in_your_own_loop.md uses them, and nothing
-else of this package. Each is imported when it is first used, so that importing the package loads no torch.
+The names below are the public API, for your own training loop. docs/in_your_own_loop.md uses them, and nothing else of
+this package. Each is imported on first use, so importing the package does not load torch.
 """
 
 from importlib import import_module
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # the same names as in the table, for type checkers and edito
 
 __version__ = "0.1.0"
 
-# Public name -> module, with ":name" where the module calls it otherwise.
+# Public name -> module, with ":name" if its name in the module differs.
 _PUBLIC = {
     # checkpoints
     "hf_to_megatron": "checkpoint.convert",
@@ -35,12 +35,12 @@ _PUBLIC = {
     "expand_hf": "checkpoint.convert",
     "ConversionOptions": "checkpoint.convert:Options",
     "verify": "checkpoint.proof.verify",
-    # what a checkpoint is
+    # descriptions of a checkpoint
     "Expansion": "expansion.round",
     "ExpansionPlan": "expansion.plan",
     "Manifest": "expansion.manifest",
     "read_hf_model": "families.hf_config",
-    # a model that trains in part
+    # training a part of a model
     "freeze": "model.freeze",
     "skip_frozen_work": "model.skip_frozen",
     "schedule_arguments": "training.communication:communication",
@@ -48,7 +48,7 @@ _PUBLIC = {
     "param_group_overrides": "optimizer.param_groups",
     "LoraConfig": "config.schema",
     "add_adapters": "model.lora",
-    # everywhere
+    # everything else
     "allow_cpu": "runtime.cpu:install",
     "LlamaProError": "config.errors",
 }

@@ -15,32 +15,34 @@ from megatron_llamapro.config.command import CommandParser, run_command
 
 
 class Command(NamedTuple):
-    """Where a command is, and what it does."""
+    """A command's module and description."""
 
     module: str
-    """In this package. Its `main` takes the words behind the command's name and returns the exit code."""
+    """Module within this package. Its `main` takes the arguments after the command's name and returns the exit code."""
     line: str
-    """For the list of all commands."""
+    """Description for the list of all commands."""
 
 
 # In the order in which a user needs them.
 COMMANDS = {
-    "convert": Command("commands.convert", "Hugging Face ↔ Megatron, adding blocks on the way"),
-    "expand": Command("commands.expand", "Hugging Face → Hugging Face with added blocks"),
-    "verify": Command("commands.verify", "prove that an expanded model is what it should be, trained or not"),
+    "convert": Command("commands.convert", "convert Hugging Face ↔ Megatron, adding blocks if asked"),
+    "expand": Command("commands.expand", "add blocks to a Hugging Face checkpoint"),
+    "verify": Command("commands.verify", "prove that an expanded model is a correct expansion, trained or not"),
     "inspect": Command(
-        "commands.inspect", "say what a checkpoint is: family, layers, added blocks, what trains, sizes"
+        "commands.inspect", "describe a checkpoint: family, layers, added blocks, trainable part, sizes"
     ),
-    "train-tokenizer": Command("commands.train_tokenizer", "text → a sentencepiece tokenizer"),
-    "preprocess": Command("commands.preprocess", "jsonl of documents or conversations → token files (.bin, .idx)"),
+    "train-tokenizer": Command("commands.train_tokenizer", "train a sentencepiece tokenizer on text"),
+    "preprocess": Command(
+        "commands.preprocess", "convert jsonl documents or conversations to token files (.bin, .idx)"
+    ),
     "plan-parallelism": Command(
-        "commands.plan_parallelism", "the fastest division of ranks: tensor-parallel, stages, replicas"
+        "commands.plan_parallelism", "find the fastest layout: tensor-parallel ranks, pipeline stages, replicas"
     ),
-    "plan-pipeline": Command("commands.plan_pipeline", "the fastest split of the layers over pipeline stages"),
-    "dry-run": Command("commands.dry_run", "what each rank of a job would hold, execute and send, without a GPU"),
+    "plan-pipeline": Command("commands.plan_pipeline", "find the fastest split of the layers over pipeline stages"),
+    "dry-run": Command("commands.dry_run", "show what each rank of a job would hold, execute and send, without a GPU"),
     "train": Command("pretrain", "train in one process; for several: torchrun -m megatron_llamapro.pretrain"),
     "launch": Command("commands.launch", "print or submit the SLURM job that trains a run to its end"),
-    "plot": Command("commands.plot", "draw the metrics of runs: losses, gradient norm, learning rate, speed"),
+    "plot": Command("commands.plot", "plot the metrics of runs: losses, gradient norm, learning rate, speed"),
 }
 
 _WIDTH = max(map(len, COMMANDS))
@@ -52,12 +54,12 @@ LIST = "\n".join(["commands:", *(f"  {name:{_WIDTH}}  {command.line}" for name, 
 
 
 def main(*before: str) -> NoReturn:
-    """Run the command line as a program. `before` are words that go before those that were typed."""
+    """Run the command line as a program. `before` are words to put before the typed ones."""
     run_command(partial(run, [*before, *sys.argv[1:]]))
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command that the first word names. Its module is imported only now, so that others cost no time."""
+    """Run the command that the first word names. Only its module is imported, so that others cost no time."""
     parser = CommandParser(prog="llamapro", usage="llamapro COMMAND [option …]", description=DESCRIPTION, epilog=LIST)
     parser.add_argument("--version", action="version", version=f"megatron-llamapro {__version__}")
     parser.add_argument("command", type=_command, metavar="COMMAND", help=argparse.SUPPRESS)

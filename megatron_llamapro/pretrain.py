@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse (by default the command line), check, set up, train, close."""
+    """Parse the arguments (default: the command line), check, set up, train, close."""
     stop = StopRequest()  # before the imports, which take seconds
     keep_on_printing()
     try:
         config, start = _read(arguments, stop)
         _run(config, start, stop)
     except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError):
-        raise  # a path of the configuration
-    except OSError as raised:  # a full disk, a file system that fails
+        raise  # a path in the configuration
+    except OSError as raised:  # a full disk, or a file system that fails
         raise RunError(in_one_line(raised)) from raised
     finally:
         stop.close()
@@ -42,13 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _read(arguments: Sequence[str] | None, stop: StopRequest) -> tuple[RunConfig, Start | None]:
-    """The configuration, and what the small files that it names say, checked: seconds before there is a world to ask.
+    """Return the configuration and its `Start`, both checked. This runs seconds before the world starts.
 
-    The first rank of each node reads the files; the others get None. Thus every node says what is wrong, and ends with
-    the exit code of that. Rank 0's Start is passed to all ranks later. torchrun ends the other ranks of the node; those
-    of other nodes end at the latest when start_world has waited for its time.
+    The first rank of each node reads the small files; the other ranks get None. So every node reports an error, and
+    ends with its exit code. Rank 0's `Start` is passed to all ranks later. After an error, torchrun ends the other
+    ranks of the node; ranks of other nodes end when start_world times out, at the latest.
     """
-    launched, start = world_of_environment(os.environ), None  # may be wrong on this rank alone
+    launched, start = world_of_environment(os.environ), None  # may fail on this rank alone
     try:
         config = parse_run_config(arguments)
 
@@ -80,7 +80,7 @@ def _run(config: RunConfig, start: Start | None, stop: StopRequest) -> None:
     try:
         _train(config, start, stop)
     except LlamaProError as raised:
-        if raised.on_all_ranks:  # else the others are in a collective: to stop the world would be to wait for them
+        if raised.on_all_ranks:  # otherwise the others are in a collective, and stop_world would wait for them
             stop_world()
         raise
     stop_world()

@@ -1,4 +1,4 @@
-"""Lets `python -m tools.NAME` find what `python tools/NAME.py` finds: the module beside it, `_package`."""
+"""Lets `python -m tools.NAME` import `_package`, the module beside it, as `python tools/NAME.py` does."""
 
 import sys
 from pathlib import Path

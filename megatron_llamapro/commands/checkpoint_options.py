@@ -1,4 +1,4 @@
-"""Options of the commands that write checkpoints, the same in every command that takes them."""
+"""Options shared by the commands that write checkpoints."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 def add_writing_options(parser: argparse.ArgumentParser) -> None:
     """Add --overwrite, --resume and --num_workers."""
-    parser.add_argument("--overwrite", action="store_true", help="replace the target, once its successor is ready")
-    parser.add_argument("--resume", action="store_true", help="go on where an earlier run to this target was cut")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing target, once the new one is complete"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue an earlier, interrupted run to this target")
     add_workers_option(parser)
 
 
@@ -34,13 +36,13 @@ def add_workers_option(parser: argparse.ArgumentParser) -> None:
         type=_num_workers,
         default=0,
         metavar="N",
-        help="threads (default: two a core, eight at the most)",
+        help="threads (default: two per core, at most eight)",
     )
 
 
 @contextmanager
 def writing_options(description: str, args: argparse.Namespace) -> Iterator[Options]:
-    """What `add_writing_options` added, with a bar. An interrupt says how to go on."""
+    """Yield the options of `add_writing_options`, with a progress bar. An interrupt says how to continue."""
     from megatron_llamapro.checkpoint.convert import Options
 
     try:
@@ -53,11 +55,11 @@ def writing_options(description: str, args: argparse.Namespace) -> Iterator[Opti
                 on_total=bar.on_total,
             )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("the same command with --resume goes on") from None
+        raise KeyboardInterrupt("to continue, run the same command with --resume") from None
 
 
 def add_change_options(parser: argparse.ArgumentParser) -> None:
-    """Add what may change on the way: added blocks and --dtype."""
+    """Add the options that change the model: added blocks and --dtype."""
     add_expansion_options(parser)
     parser.add_argument(
         "--dtype",
@@ -68,7 +70,8 @@ def add_change_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_change_options(parser: CommandParser, args: argparse.Namespace) -> dict:
-    """What `add_change_options` added, as keyword arguments of a conversion. Errors of `read_expansion_options`."""
+    """Return the options of `add_change_options`, as keyword arguments of a conversion. Raises the errors of
+    `read_expansion_options`."""
     return {"expansion": read_expansion_options(parser, args), "dtype": args.dtype}
 
 
@@ -80,7 +83,7 @@ def add_shard_option(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MAX_SHARD_BYTES,
         dest="max_shard_bytes",
         metavar="SIZE",
-        help="largest safetensors file, e.g. 5GB or 500MB (default: 5GB)",
+        help="size limit of a safetensors file, e.g. 5GB or 500MB (default: 5GB)",
     )
 
 
@@ -100,23 +103,28 @@ def _num_bytes(text: str) -> int:
     return int(match[1]) * _UNITS[match[2] or ""]
 
 
-# Options that only a legacy checkpoint has: name, type, metavar, help.
+# Options for legacy checkpoints only: name, type, metavar, help.
 _LEGACY = (
-    ("tensor_model_parallel_size", int, "N", "ranks that share each weight matrix (default 1)"),
-    ("pipeline_model_parallel_size", int, "N", "stages (default 1)"),
-    ("virtual_pipeline_model_parallel_size", int, "N", "chunks a stage, for the interleaved schedule"),
-    ("make_vocab_size_divisible_by", int, "N", "the vocabulary is padded to a multiple of this a rank (default 128)"),
+    ("tensor_model_parallel_size", int, "N", "tensor-parallel ranks (default: 1)"),
+    ("pipeline_model_parallel_size", int, "N", "pipeline stages (default: 1)"),
+    ("virtual_pipeline_model_parallel_size", int, "N", "chunks per stage, for the interleaved schedule"),
+    (
+        "make_vocab_size_divisible_by",
+        int,
+        "N",
+        "pad the vocabulary to a multiple of N times the ranks (default: 128)",
+    ),
 )
 
 
 def add_format_options(parser: argparse.ArgumentParser) -> None:
-    """Add --format and what a legacy checkpoint is divided by."""
+    """Add --format and the options that lay out a legacy checkpoint."""
     group = parser.add_argument_group("format")
     group.add_argument(
         "--format",
         choices=("torch_dist", "legacy"),
         default="torch_dist",
-        help="torch_dist (default): any division of ranks loads it; legacy: mp_rank_… files for one division",
+        help="torch_dist (default) loads in any parallel layout; legacy (mp_rank_… files) loads in one",
     )
     for name, kind, metavar, text in _LEGACY:
         group.add_argument(f"--{name}", type=kind, metavar=metavar, help=f"legacy: {text}")
@@ -124,31 +132,31 @@ def add_format_options(parser: argparse.ArgumentParser) -> None:
         "--pipeline_stage_layers",
         type=_counts,
         metavar="12,10,10,8",
-        help="legacy: layers of each stage, first to last; with chunks: chunk 0 of every stage, then chunk 1, … "
-        "(default: as even as can be)",
+        help="legacy: layers of each stage, first to last; with chunks, chunk 0 of every stage, then chunk 1, … "
+        "(default: as even as possible)",
     )
     group.add_argument(
         "--layer_spec",
         choices=("local", "transformer_engine"),
-        help="legacy: whose layers will load it; they name their norms differently (default local)",
+        help="legacy: implementation of the layers that will load it; it sets the names of norms (default: local)",
     )
 
 
 def read_format_options(parser: CommandParser, args: argparse.Namespace) -> TargetKind:
-    """The format to write; options that do not go together end the program with a usage error."""
+    """Return the format to write. Options that contradict each other end the program with a usage error."""
     from megatron_llamapro.checkpoint.convert import TORCH_DIST, legacy
 
     names = [name for name, *_ in _LEGACY]
     given = [name for name in (*names, "pipeline_stage_layers", "layer_spec") if getattr(args, name) is not None]
     if args.format == "torch_dist":
         if given:
-            parser.error(f"--{given[0]} is for --format legacy: any division of ranks loads a torch_dist checkpoint")
+            parser.error(f"--{given[0]} is for --format legacy: a torch_dist checkpoint loads in any parallel layout")
         return TORCH_DIST
     below = [name for name in names if getattr(args, name) is not None and getattr(args, name) < 1]
     if below:
         parser.error(f"--{below[0]} must be at least 1")
     if (args.make_vocab_size_divisible_by or 0) > LARGEST_VOCAB_MULTIPLE:
-        parser.error(f"--make_vocab_size_divisible_by can be {LARGEST_VOCAB_MULTIPLE} at the most")
+        parser.error(f"--make_vocab_size_divisible_by must be at most {LARGEST_VOCAB_MULTIPLE}")
     return legacy(**{name: getattr(args, name) for name in given})
 
 

@@ -1,4 +1,4 @@
-"""Convert a LLaMA between Hugging Face (safetensors) and Megatron (torch_dist or legacy), adding blocks on the way."""
+"""Convert a LLaMA between Hugging Face (safetensors) and Megatron (torch_dist or legacy); add blocks if asked."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import megatron_llamapro.commands.checkpoint_options as shared
 from megatron_llamapro.checkpoint.report import summary
 from megatron_llamapro.config.command import CommandParser
 
-SOURCES = {"HF_DIR": "Hugging Face checkpoint", "DIR": "checkpoint, or a run's folder of checkpoints: its newest"}
+SOURCES = {"HF_DIR": "Hugging Face checkpoint", "DIR": "checkpoint, or a run's folder (its newest checkpoint)"}
 
 
 @dataclass(frozen=True)
 class Direction:
-    """What a conversion does, what it reads, what it writes, and an option or two."""
+    """One direction of conversion: its description, source, target, and an option or two as an example."""
 
     line: str
     source: str
@@ -26,20 +26,20 @@ class Direction:
 
 DIRECTIONS = {
     "hf-to-megatron": Direction(
-        "Hugging Face → Megatron; without added blocks: as it is",
+        "Hugging Face → Megatron, with or without added blocks",
         "HF_DIR",
         "DIR",
         "[--num_added_blocks N | --positions 4,9]",
     ),
     "megatron-to-hf": Direction("Megatron → Hugging Face", "DIR", "HF_DIR", "[--max_shard_size 5GB]"),
     "megatron-to-megatron": Direction(
-        "Megatron → another format, division of ranks, or round of added blocks", "DIR", "DIR", "--format legacy"
+        "Megatron → another format, parallel layout, or round of added blocks", "DIR", "DIR", "--format legacy"
     ),
 }
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read the options, convert, say what was done."""
+    """Read the options, convert, print a summary."""
     parser = CommandParser(prog="llamapro convert", description="\n".join([f"{__doc__}\n", *map(_example, DIRECTIONS)]))
     commands = parser.add_subparsers(dest="direction", required=True, metavar=f"{{{','.join(DIRECTIONS)}}}")
     parsers = {}

@@ -1,10 +1,10 @@
-"""What every rank of a job would hold, execute and send in a step: the program itself, run on tensors without data.
-Needs no GPU, no weights and no corpus, and takes seconds a rank.
+"""Show what every rank of a job would hold, execute and send in a step. Runs the program itself on tensors without
+data. Needs no GPU, weights or corpus, and takes seconds per rank.
 
 llamapro dry-run --config run.yaml --world_size 16 [--ranks all|0,5] [--memory_gib 80] [--json]
 llamapro dry-run --config run.yaml --world_size 16 --hf_config llama-2-7b-hf --num_added_blocks 8
 
-Any field of the configuration can be overridden by its dotted name, as for train. Exit code 1: a rank would not fit.
+Any field of the configuration can be overridden by its dotted name, as in train. Exit code 1: a rank would not fit.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from megatron_llamapro.runtime.upstream import import_megatron
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read the options, run the ranks, print each when it is done (as JSON all at the end)."""
+    """Read the options and run the ranks. Print each when it is done, or all at the end as JSON."""
     parser = CommandParser(prog="llamapro dry-run", description=__doc__)
     add_job_options(parser)
-    parser.add_argument("--ranks", type=_ranks, default=None, help="all: one of every stage (default), or a list: 0,5")
-    parser.add_argument("--memory_gib", type=float, metavar="GIB", help="of a GPU; exit code 1 where it is not enough")
-    parser.add_argument("--largest", type=int, default=0, metavar="N", help="name the N largest things at the peak")
+    parser.add_argument(
+        "--ranks", type=_ranks, default=None, help="all: one rank of every stage (default), or a list: 0,5"
+    )
+    parser.add_argument("--memory_gib", type=float, metavar="GIB", help="GPU memory; exit code 1 if a rank needs more")
+    parser.add_argument("--largest", type=int, default=0, metavar="N", help="list the N largest tensors at the peak")
     args, run_args = parser.parse_own_args(arguments)
     config, expansion = parse_run_config(run_args), read_expansion_options(parser, args)
     check_positive(args, "memory_gib")
@@ -75,7 +77,7 @@ def _run(config: RunConfig, model: DescribedModel, args: argparse.Namespace) -> 
         print(total_line(config, model, reports))
     lines = too_large(reports, args.memory_gib) if args.memory_gib else []
     if args.memory_gib and not lines and not args.json:
-        print(f"every rank that was run fits into {args.memory_gib:g} GiB")
+        print(f"every rank of this dry run fits into {args.memory_gib:g} GiB")
     for line in lines:
         print(line, file=sys.stderr)
     return 1 if lines else 0

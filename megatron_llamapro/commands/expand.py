@@ -1,4 +1,4 @@
-"""Add blocks to a Hugging Face LLaMA; the result computes what the original does until it is trained.
+"""Add blocks to a Hugging Face LLaMA. Until it is trained, the result computes what the original does.
 
 llamapro expand --source HF_DIR --target HF_DIR (--num_added_blocks N | --positions 4,9,14)
 """
@@ -14,7 +14,7 @@ from megatron_llamapro.config.command import CommandParser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read the options, expand, say what was done."""
+    """Read the options, expand, print a summary."""
     parser = CommandParser(prog="llamapro expand", description=__doc__)
     parser.add_argument("--source", type=Path, required=True, metavar="HF_DIR", help="Hugging Face checkpoint")
     parser.add_argument("--target", type=Path, required=True, metavar="HF_DIR", help="folder to write")

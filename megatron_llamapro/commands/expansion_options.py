@@ -1,4 +1,4 @@
-"""The command-line options that ask for added blocks, the same in every command that takes them. Imports no torch."""
+"""Command-line options for added blocks, shared by every command that takes them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,39 +16,40 @@ def add_expansion_options(parser: argparse.ArgumentParser) -> None:
         "--num_added_blocks",
         type=int,
         metavar="N",
-        help="blocks to add; interleaved, they are spread as evenly as N allows",
+        help="blocks to add; interleaved blocks are spread as evenly as N allows",
     )
     group.add_argument(
         "--placement",
         choices=[placement.value for placement in Placement],
-        help="interleaved: a copy behind every group of blocks (the paper's, and the default); prefix: copies of the "
-        "first N before block 0; suffix: copies of the last N after the last",
+        help="interleaved (the paper's, default): a copy after every group of blocks; prefix: copies of the first N "
+        "blocks before block 0; suffix: copies of the last N blocks after the last",
     )
     group.add_argument(
         "--blocks_per_group",
         type=int,
         metavar="P",
-        help="interleaved: a group's last P blocks are copied behind it (default 1); P divides N",
+        help="interleaved: copy the last P blocks of a group after it (default: 1); P must divide N",
     )
     group.add_argument(
         "--init",
         choices=[init.value for init in Init],
-        help="what an added block starts as: copy of its source block (the paper's, and the default), random, mean of "
-        "that and the next block, each with zeroed output projections; or zero_norm, a copy with zeroed norms",
+        help="initial weights of an added block. copy (the paper's, default): its source block; random; mean: the mean "
+        "of its source and the next block; all with zeroed output projections. zero_norm: a copy with zeroed norms",
     )
-    group.add_argument("--init_seed", type=int, metavar="N", help="of --init random (default: 0)")
+    group.add_argument("--init_seed", type=int, metavar="N", help="seed of --init random (default: 0)")
     group.add_argument("--force", action="store_true", help="allow --init zero_norm, which cannot learn")
     group.add_argument(
         "--positions",
         type=_layer_indices,
         metavar="4,9,14",
-        help="instead of all these: the added blocks' layer indices in the expanded model, from 0, ascending",
+        help="instead of a number and a placement: layer indices of the added blocks in the expanded model, from 0, "
+        "ascending",
     )
 
 
 def read_expansion_options(parser: CommandParser, args: argparse.Namespace) -> Expansion | None:
-    """What the options ask for; None where they ask for no added blocks. Options that exclude each other end the
-    program with a usage error.
+    """Return the expansion that the options ask for, or None for no added blocks. Options that contradict each other end
+    the program with a usage error.
 
     Raises:
         ExpansionError: an init that cannot learn.
@@ -60,7 +61,7 @@ def read_expansion_options(parser: CommandParser, args: argparse.Namespace) -> E
         return None
     init = Init(args.init or Init.COPY.value)
     if args.init_seed is not None and init is not Init.RANDOM:
-        parser.error(f"--init_seed is for --init random: {init.value} draws nothing")
+        parser.error(f"--init_seed is for --init random: {init.value} uses no random numbers")
     if (args.init_seed or 0) < 0:
         parser.error(f"--init_seed is {args.init_seed}: it cannot be negative")
     check_init(init, force=args.force)
@@ -79,7 +80,7 @@ def _asks_for_blocks(parser: CommandParser, args: argparse.Namespace) -> bool:
         name for name in ("num_added_blocks", "placement", "blocks_per_group") if getattr(args, name) is not None
     ]
     if args.positions is not None and counted:
-        parser.error(f"--positions says where every added block goes: leave out --{counted[0]}")
+        parser.error(f"--positions already places every added block: leave out --{counted[0]}")
     if args.positions is None and args.num_added_blocks is None and counted:
         parser.error(f"--{counted[0]} needs --num_added_blocks")
     return args.positions is not None or args.num_added_blocks is not None

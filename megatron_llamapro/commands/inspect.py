@@ -1,4 +1,4 @@
-"""Say what a checkpoint is: family, layers, expansion plan, what trains, sizes. Reads headers only.
+"""Describe a checkpoint: family, layers, expansion plan, trainable part, sizes. Reads headers only.
 
 llamapro inspect --checkpoint DIR [--json]
 """

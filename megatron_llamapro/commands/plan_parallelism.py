@@ -1,9 +1,9 @@
-"""How many tensor-parallel ranks, stages and replicas: the divisions of a job's ranks with the least step time.
+"""Find the fastest parallel layouts of a job: how many tensor-parallel ranks, pipeline stages and replicas.
 
 llamapro plan-parallelism --config run.yaml --world_size 64 [--memory_gib 70] [--output parallel.yaml] [--json]
 
-The model need not be converted yet: --hf_config DIR --num_added_blocks N. Batch sizes are the configuration's, and any
-field of it can be overridden by its dotted name, as for train. docs/planning.md says what is assumed.
+The model need not be converted yet: --hf_config DIR --num_added_blocks N. Batch sizes come from the configuration. Any
+of its fields can be overridden by its dotted name, as in train. docs/planning.md lists the assumptions.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from megatron_llamapro.planning.parallelism import Cluster, Parallelism, best_pa
 
 GIB, GB = 2**30, 1e9
 
-# What a rank has, besides what every planning command assumes: option, type, default, metavar, help.
+# Options about a rank, besides those of every planning command: option, type, default, metavar, help.
 RANK_OPTIONS = (
-    ("memory_gib", float, 70, "GIB", "that a rank may hold (default: 70, of 80 GB)"),
-    ("ranks_per_node", int, Network.ranks_per_node, "N", "default: 8"),
-    ("within_node_gb", float, Network.within_node / GB, "N", "GB/s a rank sends in a node (default: NVLink)"),
-    ("between_nodes_gb", float, Network.between_nodes / GB, "N", "to others (default: 400 Gbit/s for each rank)"),
-    ("at_most", int, 5, "N", "divisions to print (default: 5)"),
+    ("memory_gib", float, 70, "GIB", "memory limit of a rank (default: 70, on an 80 GB GPU)"),
+    ("ranks_per_node", int, Network.ranks_per_node, "N", "ranks per node (default: 8)"),
+    ("within_node_gb", float, Network.within_node / GB, "N", "GB/s per rank within a node (default: NVLink)"),
+    ("between_nodes_gb", float, Network.between_nodes / GB, "N", "GB/s per rank between nodes (default: 400 Gbit/s)"),
+    ("at_most", int, 5, "N", "layouts to print (default: 5)"),
 )
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read the options, search, print the best, write the first one where asked."""
+    """Read the options, search, print the best layouts, write the first if asked."""
     parser = CommandParser(prog="llamapro plan-parallelism", description=__doc__)
     add_job_options(parser)
     add_duration_options(parser)
@@ -63,12 +63,13 @@ def main(arguments: Sequence[str]) -> int:
     if args.output:
         write_atomically(args.output, yaml.safe_dump(_fields(found[0]), sort_keys=False))
         if not args.json:
-            print(f"{args.output}: the first of them; give it to the run as a further --config")
+            print(f"{args.output}: the first layout; pass it to the run as another --config")
     return 0
 
 
 def _fields(found: Parallelism) -> dict[str, object]:
-    """What a configuration says of it, also where that is nothing: the file that it is added to may say something."""
+    """Return all configuration fields of a layout, even unset ones: they override those of the file that they are added
+    to."""
     names = {
         "parallel": (
             "tensor_model_parallel_size",
@@ -119,6 +120,6 @@ def _lines(found: list[Parallelism], args: argparse.Namespace) -> Iterator[str]:
 
 
 def name(found: Parallelism) -> str:
-    """As people write it: `2 x 4 x 8`."""
+    """Return the layout as people write it: `2 x 4 x 8`."""
     division = found.job.division
     return f"{division.tensor_size} x {found.job.num_stages} x {division.data_size}"

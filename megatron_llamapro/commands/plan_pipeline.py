@@ -1,11 +1,11 @@
-"""The split of layers over pipeline stages with the least step time, beside the even one.
+"""Find the split of the layers over pipeline stages with the least step time, and compare it with the even split.
 
 llamapro plan-pipeline --config run.yaml --world_size 16 --parallel.pipeline_model_parallel_size 4
     [--memory_gib 80] [--output parallel.yaml] [--json]
-llamapro plan-pipeline --config run.yaml --world_size 1 --calibrate times.json     measure the blocks here first
+llamapro plan-pipeline --config run.yaml --world_size 1 --calibrate times.json     time the blocks on this machine
 
 The model need not be converted yet: --hf_config DIR --num_added_blocks N. Any field of the configuration can be
-overridden by its dotted name, as for train. docs/planning.md says what is assumed.
+overridden by its dotted name, as in train. docs/planning.md lists the assumptions.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = CommandParser(prog="llamapro plan-pipeline", description=__doc__)
     add_job_options(parser)
     add_duration_options(parser)
-    parser.add_argument("--memory_gib", type=float, metavar="GIB", help="that a rank may hold (default: no limit)")
+    parser.add_argument("--memory_gib", type=float, metavar="GIB", help="memory limit of a rank (default: none)")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="block times that --calibrate measured")
-    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="measure block times, write them, end")
+    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="measure block times, write them and exit")
     args, run_args = parser.parse_own_args(arguments)
     config, expansion = parse_run_config(run_args), read_expansion_options(parser, args)
     check_duration_options(args)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _plan(config: RunConfig, model: DescribedModel, args: argparse.Namespace) -> None:
-    """Print the even split and the best one, write the layout where asked."""
+    """Print the even split and the best one, and write the layout if asked."""
     job = _job(config, model, args)
     even, best = even_plan(job), best_plan(job)
     if args.json:
@@ -76,7 +76,7 @@ def _plan(config: RunConfig, model: DescribedModel, args: argparse.Namespace) ->
         }
         write_atomically(args.output, yaml.safe_dump({"parallel": layout}, sort_keys=False))
         if not args.json:
-            print(f"{args.output}: give it to the run as a further --config")
+            print(f"{args.output}: pass it to the run as another --config")
 
 
 def _job(config: RunConfig, model: DescribedModel, args: argparse.Namespace) -> Job:
@@ -134,12 +134,12 @@ def _lines(model: DescribedModel, job: Job, even: Plan, best: Plan, args: argpar
             f"{whole.gpu_hours:,.0f} GPU-hours for {args.tokens / 1e9:g} B tokens"
         )
     gain = even.seconds / best.seconds
-    proof = "no split is faster" if best.is_proven else "the best of those that were tried"
+    proof = "no split is faster" if best.is_proven else "the best of those tried"
     return [*lines, "", f"the best split is {gain:.3f} x as fast as the even one ({proof})"]
 
 
 def _calibrate(config: RunConfig, model: DescribedModel, output: Path) -> None:
-    """Time the blocks on the ranks that were started (one tensor-parallel group), and write what was found."""
+    """Time the blocks on the started ranks (one tensor-parallel group), and write the times."""
     import torch.distributed as dist
 
     from megatron_llamapro.runtime import cpu

@@ -1,4 +1,4 @@
-"""The command-line options of commands that compute what a job would do, the same in each. Imports no torch."""
+"""Command-line options shared by the commands that plan a job. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,31 +13,37 @@ from megatron_llamapro.planning.duration import EFFICIENCY, PEAK_TFLOPS, TOKENS
 
 
 def add_job_options(parser: CommandParser) -> None:
-    """Add --world_size, --hf_config and the options of added blocks, --json."""
+    """Add --world_size, --hf_config, --json and the options for added blocks."""
     parser.add_argument("--world_size", type=int, required=True, metavar="N", help="ranks of the job")
-    parser.add_argument("--hf_config", type=Path, metavar="DIR", help="a model that is not converted yet: config.json")
+    parser.add_argument(
+        "--hf_config", type=Path, metavar="DIR", help="folder of a model that is not converted yet (config.json)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, in seconds, bytes and FLOPs")
     add_expansion_options(parser)
 
 
 def add_duration_options(parser: CommandParser) -> None:
-    """Add what is assumed of a rank and of the run, and --output."""
+    """Add the assumptions about a rank and the run, and --output."""
     parser.add_argument(
         "--tokens", type=float, default=TOKENS, metavar="N", help="training tokens (default: the paper's 80e9)"
     )
     parser.add_argument(
-        "--peak_tflops", type=float, default=PEAK_TFLOPS, metavar="N", help="peak of a rank (default: H100, bf16)"
+        "--peak_tflops",
+        type=float,
+        default=PEAK_TFLOPS,
+        metavar="N",
+        help="peak TFLOP/s of a rank (default: H100, bf16)",
     )
     parser.add_argument(
-        "--efficiency", type=float, default=EFFICIENCY, metavar="PART", help="part of the peak that a block reaches"
+        "--efficiency", type=float, default=EFFICIENCY, metavar="PART", help="fraction of the peak that a block reaches"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE.yaml", help="write the best one, as a further --config of the run"
+        "--output", type=Path, metavar="FILE.yaml", help="write the best one, as another --config of the run"
     )
 
 
 def check_duration_options(args: argparse.Namespace) -> None:
-    """Raise `ConfigError` where --world_size or one of `add_duration_options` cannot be."""
+    """Raise `ConfigError` if --world_size or an option of `add_duration_options` has an impossible value."""
     check_positive(args, "world_size", "peak_tflops", "efficiency", "tokens")
     check_can_hold(args.output)
     if args.efficiency > 1:

@@ -1,4 +1,4 @@
-"""Draw the metrics of one or several runs: loss, held-out losses, gradient norm, learning rate, tokens a second.
+"""Plot the metrics of one or more runs: loss, held-out losses, gradient norm, learning rate, tokens per second.
 
 llamapro plot --input runs/first runs/second --output plot.png
 """
@@ -17,34 +17,34 @@ from megatron_llamapro.training.metrics_file import figure, read_records
 
 Series = list[tuple[int, float]]
 Panels = dict[tuple[str, str], Series]
-"""Points by panel and line. A panel of one line has no name for it."""
+"""Points by panel and line. The only line of a panel has an empty name."""
 
-LINE_STYLES = ("-", "--", ":", "-.")  # of runs, in panels where every run has several lines
+LINE_STYLES = ("-", "--", ":", "-.")  # one per run, in panels where every run has several lines
 
-# Fields of a `train` record that get a panel, with their axis' name.
+# Fields of a `train` record that get a panel, with their axis labels.
 TRAIN_PANELS = {
-    "loss": "training loss, nats a token",
+    "loss": "training loss, nats per token",
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
-    "tokens_per_second": "tokens a second",
+    "tokens_per_second": "tokens per second",
 }
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read the options, draw, say where the picture is."""
+    """Read the options, draw, print the picture's path."""
     parser = CommandParser(prog="llamapro plot", description=__doc__)
     parser.add_argument(
         "--input", type=Path, nargs="+", required=True, metavar="RUN", help="folders of runs, or their metrics.jsonl"
     )
-    parser.add_argument("--label", nargs="+", help="a name for each run (default: from the files' names)")
+    parser.add_argument("--label", nargs="+", help="a name for each run (default: from the file names)")
     parser.add_argument(
         "--output",
         type=Path,
         required=True,
         metavar="FILE.png",
-        help="picture to write (png, pdf, svg; without an ending: png)",
+        help="picture to write (png, pdf, svg; without an extension: png)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a picture that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing picture")
     args = parser.parse_args(arguments)
     if args.label and len(args.label) != len(args.input):
         parser.error(f"--label names {len(args.label)} runs, --input {len(args.input)}")
@@ -63,10 +63,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def read_series(path: Path) -> Panels:
-    """Every panel's points; held-out sets under `held-out <name>`, a line for every added block in those of blocks.
+    """Return the points of every panel. Held-out sets have panels `held-out <name>`; panels of blocks have one line per
+    added block.
 
     Raises:
-        DataError: the file is missing, or holds no records.
+        DataError: the file does not exist, or holds no records.
     """
     series: Panels = {}
     for record in read_records(path):
@@ -81,7 +82,7 @@ def read_series(path: Path) -> Panels:
 
 
 def _values(record: Mapping) -> dict[tuple[str, str], float]:
-    """What was not finite is NaN, which leaves a gap in the line."""
+    """Return a record's values by panel and line. One that was not finite is NaN, which leaves a gap in the line."""
     if record["kind"] == "eval":
         return {(f"held-out {record['name']}", ""): figure(record, "loss")}
     if record["kind"] == "train":
@@ -92,10 +93,10 @@ def _values(record: Mapping) -> dict[tuple[str, str], float]:
 
 
 def plot(runs: Mapping[str, Panels], output: Path) -> None:
-    """Draw the panels, the runs (by label) over each other, into `output` (its ending says the format).
+    """Draw the panels into `output`, whose extension sets the format. Runs, by label, share the panels.
 
     Raises:
-        ConfigError: matplotlib is not installed, or does not know the format.
+        ConfigError: matplotlib is not installed, or does not support the format.
     """
     try:
         import matplotlib
@@ -134,6 +135,6 @@ def plot(runs: Mapping[str, Panels], output: Path) -> None:
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
-    """A label for each file: its folder's name where the files are all called alike, else its own."""
+    """Return a label for each file: its folder's name if file names repeat, else its own name."""
     alike = len({path.name for path in paths}) < len(paths)
     return [path.absolute().parent.name if alike else path.stem for path in paths]

@@ -1,8 +1,8 @@
-"""Turn jsonl text (one document a line) into token files, .bin and .idx, that Megatron reads.
+"""Convert jsonl text (one document per line) into Megatron's token files, .bin and .idx.
 
 llamapro preprocess --input FILE.jsonl... --tokenizer DIR_OR_FILE --output_prefix PREFIX [--num_workers N]
 
-With --chat a line is a conversation: {"messages": [{"role": "user", "content": "…"}, …]}.
+With --chat, each line is a conversation: {"messages": [{"role": "user", "content": "…"}, …]}.
 """
 
 from __future__ import annotations
@@ -16,19 +16,23 @@ from megatron_llamapro.data.text_files import check_request
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read the options, tokenize, say what was written."""
+    """Read the options, tokenize, print a summary."""
     parser = CommandParser(prog="llamapro preprocess", description=__doc__)
-    parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE.jsonl", help="text, in order")
+    parser.add_argument(
+        "--input", type=Path, nargs="+", required=True, metavar="FILE.jsonl", help="text files, in order"
+    )
     parser.add_argument(
         "--tokenizer", type=Path, required=True, metavar="DIR_OR_FILE", help="tokenizer.json, .model, or their folder"
     )
     parser.add_argument("--output_prefix", type=Path, required=True, metavar="PREFIX", help="path without .bin or .idx")
-    parser.add_argument("--json_key", help="field of a line to read (default: text, with --chat messages)")
+    parser.add_argument("--json_key", help="field of a line to read (default: text, or messages with --chat)")
     parser.add_argument("--eod_token", help="token that ends a document (default: the tokenizer's end of sequence)")
-    parser.add_argument("--chat", action="store_true", help="lines are conversations; marks what the assistant says")
-    parser.add_argument("--chat_template", type=Path, metavar="FILE.jinja", help="default: the tokenizer's own")
+    parser.add_argument("--chat", action="store_true", help="lines are conversations; mark the assistant's tokens")
+    parser.add_argument(
+        "--chat_template", type=Path, metavar="FILE.jinja", help="chat template (default: the tokenizer's)"
+    )
     parser.add_argument("--num_workers", type=int, default=1, metavar="N", help="processes that tokenize (default: 1)")
-    parser.add_argument("--overwrite", action="store_true", help="replace token files that are there")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing token files")
     args = parser.parse_args(arguments)
     end_when_terminated()
     settings = {name: getattr(args, name) for name in ("tokenizer", "num_workers", "overwrite")}

@@ -1,4 +1,4 @@
-"""Prove that an expanded model is what it should be; exit code 0 if it is, 1 if not.
+"""Prove that an expanded model is a correct expansion of its original. Exit code 0 if it is, 1 if not.
 
 llamapro verify --original DIR --expanded DIR [--trained nothing]
 """
@@ -14,25 +14,25 @@ from megatron_llamapro.expansion.plan import Trained
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print one line a check."""
+    """Print one line per check."""
     parser = CommandParser(prog="llamapro verify", description=__doc__)
     parser.add_argument(
-        "--original", type=Path, required=True, metavar="DIR", help="checkpoint that was expanded, of any format"
+        "--original", type=Path, required=True, metavar="DIR", help="checkpoint that was expanded, in any format"
     )
     parser.add_argument(
         "--expanded",
         type=Path,
         required=True,
         metavar="DIR",
-        help="its expansion, trained or not, of any format; of a run's folder, its newest checkpoint",
+        help="its expansion, trained or not, in any format; or a run's folder (its newest checkpoint)",
     )
-    parser.add_argument("--quick", action="store_true", help="structure alone: do not compute the two models' logits")
+    parser.add_argument("--quick", action="store_true", help="check the structure only, not the two models' logits")
     parser.add_argument(
         "--trained",
         choices=[trained.value for trained in Trained],
         default=Trained.NEW_BLOCKS.value,
-        help="which blocks may have been trained: nothing, right after the conversion; new_blocks (default), those "
-        "that were added to the original; added_blocks, also those that earlier rounds had added to it",
+        help="which blocks may have been trained. nothing: none, as after the conversion; new_blocks (default): those "
+        "that were added to the original; added_blocks: also those that earlier rounds had added to it",
     )
     add_workers_option(parser)
     args = parser.parse_args(arguments)

@@ -1,10 +1,15 @@
-"""What every command has in common: one-line errors, exit codes, `--debug`. Imports neither torch nor megatron.
+"""Common to all commands: one-line errors, exit codes, `--debug`. Imports neither torch nor megatron.
 
-Exit codes: 0 done, or a run was told to stop and has saved; 1 a check said no (verify); 2 the user's input (one
-`error: …` line); 65 a run diverged (training/step.py; one line too); 70 a run hung and was ended
-(runtime/watchdog.py); 75 a run failed on its way (one line too). As a shell has them: 130 interrupted by Ctrl-C, also
-where a run has saved; 129 and 143 a run was ended before its first step (SIGHUP, SIGTERM); 141 nobody reads the output
-any more.
+Exit codes:
+    0: done, or a run was told to stop and has saved.
+    1: a check failed (verify, dry-run).
+    2: the user's input is wrong; one `error: …` line says what to change.
+    65: a run diverged (training/step.py); one line too.
+    70: a run hung and was ended (runtime/watchdog.py).
+    75: a run failed and a restart may succeed; one line too.
+    129, 143: SIGHUP or SIGTERM ended a run before its first step.
+    130: interrupted by Ctrl-C, even if a run has saved.
+    141: the reader of the output has closed it.
 """
 
 from __future__ import annotations
@@ -47,7 +52,7 @@ def _path(text: str) -> Path:
 
 def _whole_number(text: str) -> int:
     if not re.fullmatch(r"[-+]?\d{1,15}", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{_short(text)} is no whole number")
+        raise argparse.ArgumentTypeError(f"{_short(text)} is not a whole number")
     return int(text)
 
 
@@ -55,7 +60,7 @@ def _number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{_short(text)} is no number") from None
+        raise argparse.ArgumentTypeError(f"{_short(text)} is not a number") from None
     if not abs(value) <= LARGEST_FLOAT:  # NaN neither
         raise argparse.ArgumentTypeError(f"{_short(text)}: it must be finite")
     return value
@@ -65,11 +70,11 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:60]}…")
 
 
-# How every command reads options of these types: `~` is the home folder, and numbers are finite.
+# How every command reads options of these types: `~` is the home folder, and numbers must be finite.
 _TYPES: dict[type, Callable] = {Path: _path, int: _whole_number, float: _number}
 
 
-_OF_A_RUN = ("--config", "--print_config")  # and what has a dot: options of a configuration
+_RUN_OPTIONS = ("--config", "--print_config")  # and names with a dot: options of a run's configuration
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -80,25 +85,25 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
         for kind, read in _TYPES.items():
             self.register("type", kind, read)
-        # `run_command` looks for it on the command line, wherever it stands.
+        # `run_command` looks for it anywhere on the command line.
         self.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
-        """What is not known is an error here already, so that a sub-command says which options it has."""
+        """Reject unknown options here, so that sub-commands can suggest theirs."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._nearest_option(unknown)}")
         return namespace, unknown
 
     def parse_own_args(self, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """The options that are this parser's, and the others, which another one reads. One of these that is nearly
-        this parser's is an error here."""
+        """Return this parser's options, and the other words, which another parser reads. A word that nearly matches one
+        of this parser's options is an error."""
         namespace, others = super().parse_known_args(args)
         for word in others:
             name = word.partition("=")[0]
-            is_a_runs = name in _OF_A_RUN or "." in name
+            is_a_runs = name in _RUN_OPTIONS or "." in name
             if not is_a_runs and (nearest := self._nearest_option([word], cutoff=0.8)):
                 self.error(f"unrecognized arguments: {word}{nearest}")
         return namespace, others
@@ -115,7 +120,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raise `ConfigError` where one of these options, all numbers, is given and not above 0."""
+    """Raise `ConfigError` if one of these numeric options is given and is not above 0."""
     for name in names:
         value = getattr(args, name)
         if value is not None and not value > 1 / LARGEST_FLOAT:
@@ -123,25 +128,25 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came: an interrupt that is called by its name."""
+    """SIGTERM arrived: an interrupt that is reported as `terminated`."""
 
 
 def end_when_terminated() -> None:
-    """Have SIGTERM unwind this program as Ctrl-C does, so that it removes what it began to write."""
+    """Make SIGTERM unwind this program as Ctrl-C does, so that it removes unfinished files."""
 
     def end(signum: int, frame: FrameType | None) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the removing short
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the removal
         raise Terminated
 
     signal.signal(signal.SIGTERM, end)
 
 
 def in_one_line(error: BaseException) -> str:
-    """What an error says; an `OSError` says which file and what the system answered."""
+    """Return an error's message in one line; for an `OSError`, the file and the system's message."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         text = (
-            f"the module {error.name} is not in this Python ({sys.executable}): activate the environment that this "
-            "program is installed in, or install it (pip install -e . in its folder)"
+            f"the module {error.name} is not installed in this Python ({sys.executable}): activate the environment "
+            "that this program is installed in, or install it (pip install -e . in its folder)"
         )
     elif isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
@@ -152,25 +157,25 @@ def in_one_line(error: BaseException) -> str:
 
 
 def exit_code_of(error: BaseException) -> int:
-    """Of a program that ends with an error that it says in one line."""
+    """Return the exit code of a program that ends with this one-line error."""
     codes = {RunError: TRY_AGAIN, DivergedError: DIVERGED}
     return next((code for kind, code in codes.items() if isinstance(error, kind)), USAGE_ERROR)
 
 
-def _nobody_reads_the_output() -> bool:
-    """As when it goes to `head`, which has seen enough."""
+def _output_is_closed() -> bool:
+    """Return whether the reader of the output has closed it, e.g. `head`, which stops reading early."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def is_first_of_node() -> bool:
-    """Whether this process says what all ranks of its node would."""
+    """Return whether this process reports for all ranks of its node."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _is_silent(error: BaseException) -> bool:
-    """Whether another rank says this error."""
+    """Return whether another rank reports this error."""
     if not isinstance(error, LlamaProError):
         return False
     if error.on_all_ranks:
@@ -179,8 +184,7 @@ def _is_silent(error: BaseException) -> bool:
 
 
 def end_at_once(code: int, line: str) -> NoReturn:
-    """End this process from any of its threads, with a last line from the first rank of its node. What it has forked
-    ends with it."""
+    """End this process and its forks, from any of its threads, with a last line from the first rank of its node."""
     import multiprocessing
 
     tell_torchrun(line)
@@ -195,8 +199,8 @@ def end_at_once(code: int, line: str) -> NoReturn:
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` as a program: user errors become one line and exit code 2 (`exit_code_of` has the others).
 
-    What a `KeyboardInterrupt` carries is printed with it. Errors that are not the user's (bugs) keep their traceback.
-    `--debug` on the command line, or `LLAMAPRO_DEBUG=1`, keeps all of them. torchrun is told of either.
+    The arguments of a `KeyboardInterrupt` are printed with it. Errors that are not the user's (bugs) keep their
+    traceback. With `--debug` on the command line, or `LLAMAPRO_DEBUG=1`, all errors do. torchrun is told of both kinds.
     """
     debug = "--debug" in sys.argv[1:] or os.environ.get("LLAMAPRO_DEBUG") == "1"
     try:
@@ -204,7 +208,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()
         raise SystemExit(code)
     except (LlamaProError, OSError, ModuleNotFoundError) as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads_the_output():
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(OUTPUT_CLOSED) from None
         if debug:
@@ -224,16 +228,15 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
 
 def started_by_torchrun() -> bool:
-    """Whether torchrun started this process."""
+    """Return whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def tell_torchrun(message: str, *, details: str | None = None) -> None:
-    """Write torchrun's error file, where there is one to write; `details` (a traceback) are shown instead of the
-    message."""
+    """Write torchrun's error file, if it asks for one. It shows `details` (a traceback) instead of the message."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
     extra = {"py_callstack": details or message, "timestamp": str(int(time.time()))}
-    with contextlib.suppress(OSError):  # what is printed says it as well
+    with contextlib.suppress(OSError):  # the printed line says the same
         write_atomically(Path(path), json.dumps({"message": {"message": message, "extraInfo": extra}}))

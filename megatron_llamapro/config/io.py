@@ -31,23 +31,23 @@ Config = TypeVar("Config")
 
 
 def parse_run_config(args: Sequence[str] | None = None) -> RunConfig:
-    """The run configuration from `args` (default: the command line): `--config FILE` and dotted overrides.
+    """Return the run configuration from `args` (default: the command line): `--config FILE` and dotted overrides.
 
     Raises:
-        ConfigError: a file that is not there, a key that does not exist (with the nearest that does), a value of
-            the wrong type, a required field that is missing, or values that cannot go together.
+        ConfigError: a file or a key does not exist (the message suggests the nearest key), a value has the wrong type,
+            a required field is missing, or values contradict each other.
     """
     try:
         run_config = parse_sections(RunConfig, sys.argv[1:] if args is None else list(args))
         check_run_config(run_config)
-    except OSError as error:  # of a name that no file can have
+    except OSError as error:  # a name that no file can have
         raise ConfigError(in_one_line(error)) from None
     return run_config
 
 
 def parse_sections(kind: type[Config], args: Sequence[str]) -> Config:
-    """Any configuration of this shape (a dataclass of sections and fields), as `parse_run_config` reads its own; values
-    are not checked against each other. Errors as above."""
+    """Read any configuration of this form (a dataclass of sections and fields) as `parse_run_config` does, with its
+    errors. Do not check values against each other."""
     if {"--help", "-h"} & set(args):
         _print_help(kind)
         raise SystemExit(0)
@@ -64,7 +64,8 @@ def parse_sections(kind: type[Config], args: Sequence[str]) -> Config:
 
 
 def options_with_homes(kind: type, args: Sequence[str]) -> list[str]:
-    """Options that say again what `args`, which are without error, say with `~`: for where it is another folder."""
+    """Return options that repeat those in `args` (which must be valid) that contain `~`, with its folder written out:
+    where they are read, `~` may be another folder."""
     given = _read_arguments(kind, args)
     return [*_differences(given, with_homes(kind, given))]
 
@@ -80,12 +81,12 @@ def _differences(before: dict, after: dict, section: str = "--") -> Iterator[str
 
 
 def dump_yaml(config: RunConfig) -> str:
-    """`config`, every field resolved, as YAML that `--config` reads back."""
+    """Return `config` as YAML that `--config` reads back, with every field resolved."""
     return dump(to_plain(config))
 
 
 def _read_arguments(kind: type, args: Sequence[str]) -> dict:
-    """What files and options say, later ones over earlier ones, in plain data; paths as they were written."""
+    """Return the values of files and options as plain data. Later ones win; paths stay as written."""
     given: dict = {}
     for name, text in _options(args):
         if name == "config":
@@ -99,14 +100,14 @@ _FLAGS = ("--debug", "--print_config")
 
 
 def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Names and values of a command line, in order."""
+    """Yield the names and values of a command line, in order."""
     words = iter(args)
     for word in words:
         name, equals, text = word.partition("=")
         if word in _FLAGS:
             continue
         if not name.startswith("--") or name == "--":
-            raise ConfigError(f"{shown(word)} stands behind no option: for a file, write --config {printable(word)}")
+            raise ConfigError(f"{shown(word)} follows no option: for a file, write --config {printable(word)}")
         text = text if equals else next(words, "")
         if not text or (text.startswith("--") and not equals):
             raise ConfigError(f"{printable(name)} has no value: write {printable(name)}=…")
@@ -114,7 +115,7 @@ def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _set(kind: type, given: dict, name: str, text: str) -> None:
-    """What an option says, in its section."""
+    """Set an option's value in its section."""
     place = Place(kind, "--", name)
     *sections, last = name.split(".")
     holder, holds = given, kind
@@ -130,7 +131,7 @@ def _set(kind: type, given: dict, name: str, text: str) -> None:
 
 
 def _inside(kind: Any, name: str, place: Place) -> Any:
-    """The type of a section's field, or of what a name of a mapping has."""
+    """Return the type of a section's field, or of a mapping's value."""
     if name in fields_of(kind):
         return fields_of(kind)[name]
     if name and any(get_origin(each) is dict for each in alternatives_of(kind)):
@@ -139,7 +140,7 @@ def _inside(kind: Any, name: str, place: Place) -> Any:
 
 
 def _merge(kind: Any, given: dict, more: dict) -> None:
-    """Field by field; lists and mappings are replaced whole."""
+    """Merge field by field; lists and mappings are replaced as a whole."""
     for name, value in more.items():
         inner = fields_of(kind)[name]
         if fields_of(inner):
@@ -149,18 +150,20 @@ def _merge(kind: Any, given: dict, more: dict) -> None:
 
 
 def _print_help(kind: type) -> None:
-    """Every field with its docstring."""
+    """Print every field with its docstring."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog="llamapro train",
         usage=USAGE,
-        description="Post-pretrain an expanded LLaMA: one YAML file, every field overridable by its dotted name.",
+        description="Post-pretrain an expanded LLaMA from a YAML file. Any field can be overridden by its dotted name.",
         print_config=None,
     )
-    parser.add_argument("--config", action="config", help="YAML file with the fields below; may be given again")
-    parser.add_argument("--print_config", action="store_true", help="print all fields, with what is given, and end")
+    parser.add_argument(
+        "--config", action="config", help="YAML file with the fields below; may be repeated, later files win"
+    )
+    parser.add_argument("--print_config", action="store_true", help="print all fields with their values, and exit")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_class_arguments(kind, as_group=True)
     for action in parser._actions:

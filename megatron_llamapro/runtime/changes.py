@@ -1,6 +1,6 @@
-"""What this package changes in megatron.core: one row a place, with the reason and when it can go.
+"""The changes that this package makes to megatron.core: one row per place, with the reason and when it can go.
 
-`tests/runtime/test_changes.py` proves that the table is complete, and that upstream's code is still what each row was
+`tests/runtime/test_changes.py` checks that the table is complete, and that upstream's code is still what each row was
 written against. docs/changes_to_megatron.md shows it. (`runtime/cpu.py` and `runtime/upstream.py` list devices and
 warnings.) Nothing is imported: a row names everything by its dotted path.
 """
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 VERSION = "0.16.1"
-"""The megatron.core that all rows were checked against. "main" below is Megatron-LM's of 22 August 2026, after 0.19."""
+"""The version that all rows were checked against. "main" below is Megatron-LM's of 22 August 2026, after 0.19."""
 
 
 class How(Enum):
-    """How upstream's code is changed; the value is for readers."""
+    """How upstream's code is changed. The value is an explanation for readers."""
 
     CLASS = "an object that upstream built takes our class (`become`)"
     SUBCLASS = "upstream is given an object of our subclass"
@@ -26,18 +26,18 @@ class How(Enum):
 
 @dataclass(frozen=True)
 class Change:
-    """One place of megatron.core, and what stands there instead."""
+    """One place in megatron.core, and what replaces it."""
 
     ours: str
     """Class or function, within this package."""
     upstream: str
     """Class or module of megatron.core."""
     replaces: Mapping[str, str]
-    """Its members that are replaced, or whose behaviour is changed, and the fingerprint of the source of each."""
+    """Its members that are replaced or whose behaviour changes, each with a fingerprint of its source."""
     how: How
     why: str
     until: str
-    """When the row can go, or what keeps it."""
+    """When the row can go, or why it stays."""
 
 
 _MODEL = (
@@ -46,10 +46,10 @@ _MODEL = (
         upstream="megatron.core.transformer.transformer_block.TransformerBlock",
         replaces={"_checkpointed_forward": "60ffb595"},
         how=How.CLASS,
-        why="Full recomputation gives no gradient to layers whose checkpoint has no input that requires grad, computes "
-        "frozen layers again, and fails where recompute_num_layers does not divide the layers.",
-        until="Stays: main loses these gradients too. From 0.18 on, any division works, and the method is a function, "
-        "megatron.core.recompute.checkpointed_forward (#4496): the override must move.",
+        why="Full recomputation gives layers no gradient if no input of their checkpoint requires grad. It computes "
+        "frozen layers again, and fails if recompute_num_layers does not divide the number of layers.",
+        until="Stays: main loses these gradients too. From 0.18 on, any recompute_num_layers works, and the method is "
+        "the function megatron.core.recompute.checkpointed_forward (#4496), so the override must move.",
     ),
     Change(
         ours="model.skip_frozen.skip_frozen_work",
@@ -72,16 +72,17 @@ _MODEL = (
         upstream="megatron.core.transformer.transformer_layer.TransformerLayer",
         replaces={"forward": "a858d1d1"},
         how=How.ATTRIBUTE,
-        why="Layers below the first trainable one run without autograd. With selective recomputation the input of the "
-        "first trainable one is made to require grad; else the checkpoint inside it gives it no gradient.",
-        until="Stays: upstream has forward-only layers only where multi-token prediction trains alone (#7021).",
+        why="Layers below the first trainable one run without autograd. With selective recomputation, the "
+        "input of the first trainable layer is made to require grad; otherwise the checkpoint inside the layer gives "
+        "it no gradient.",
+        until="Stays: upstream has forward-only layers only if multi-token prediction trains alone (#7021).",
     ),
     Change(
         ours="model.attention.RotaryTables",
         upstream="megatron.core.models.common.embeddings.rotary_pos_embedding.RotaryEmbedding",
         replaces={"forward": "a95f1a08"},
         how=How.CLASS,
-        why="Cosines and sines are computed once a sequence length; upstream computes them from angles in every layer.",
+        why="Cosines and sines are computed once per sequence length. In upstream, every layer computes them from angles.",
         until="Stays while LlamaSelfAttention does.",
     ),
     Change(
@@ -90,7 +91,7 @@ _MODEL = (
         replaces={"__init__": "715116ec", "_apply_scaling": "d0a18429"},
         how=How.ATTRIBUTE,
         why="inv_freq is set to the frequencies that transformers computes, for every kind of scaling that families "
-        "have; upstream knows Llama 3's only, with most of its factors fixed.",
+        "use. Upstream has only Llama 3's scaling, with most of its factors fixed.",
         until="Stays.",
     ),
     Change(
@@ -98,17 +99,17 @@ _MODEL = (
         upstream="megatron.core.tensor_parallel.layers",
         replaces={"_initialize_affine_weight_cpu": "581e6c26", "_initialize_affine_weight_gpu": "4737fbfe"},
         how=How.INSTEAD,
-        why="With perform_initialization=False nobody marks which weights are divided over tensor-parallel ranks, and "
-        "the gradient norm is too small.",
-        until="0.18, which marks them in any case (#4084).",
+        why="With perform_initialization=False, no code marks the weights that are sharded over tensor-parallel ranks, "
+        "and the gradient norm is too small.",
+        until="0.18, which always marks them (#4084).",
     ),
     Change(
         ours="model.build.LlamaModel",
         upstream="megatron.core.models.gpt.gpt_model.GPTModel",
         replaces={"_postprocess": "a5f7de0b", "compute_language_model_loss": "86cf8e89"},
         how=How.SUBCLASS,
-        why="The output layer computes the loss, and entries that pad the vocabulary get no probability.",
-        until="Stays: in main padding entries have a probability.",
+        why="The output layer computes the loss, and padding entries of the vocabulary get no probability.",
+        until="Stays: in main, padding entries have a probability.",
     ),
     Change(
         ours="model.attention.LlamaSelfAttention",
@@ -139,7 +140,7 @@ _MODEL = (
         upstream="megatron.core.tensor_parallel.layers.ColumnParallelLinear",
         replaces={"forward": "3f9d98f2"},
         how=How.CLASS,
-        why="The loss is computed chunk by chunk, without logits of all tokens in float32.",
+        why="The loss is computed in chunks of tokens, so the logits of all tokens are never held in float32.",
         until="Stays: main computes all logits first.",
     ),
 )
@@ -150,9 +151,9 @@ _OPTIMIZER = (
         upstream="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer",
         replaces={"get_parameter_state_dp_zero": "812c52ea"},
         how=How.CLASS,
-        why="State of parameters behind a padded bucket is saved shifted: padding is left out here, and counted where "
-        "the result is cut into parameters.",
-        until="The first release with #5077 (in main, not in 0.19). It must go then: both together would shift again.",
+        why="Upstream saves the state of parameters after a padded bucket at shifted positions: it leaves out "
+        "the padding in this method, but counts it when it cuts the result into parameters.",
+        until="The first release with #5077 (in main, not in 0.19). It must go then: both fixes together shift again.",
     ),
     Change(
         ours="optimizer.torch_adam.TorchAdamDistributedOptimizer",
@@ -163,8 +164,8 @@ _OPTIMIZER = (
             "_set_main_param_and_optimizer_states": "93c25422",
         },
         how=How.CLASS,
-        why="torch's AdamW has a step for each parameter: upstream fails on a rank that trains nothing, shares one "
-        "step tensor after loading, and looks for steps among the saved moments.",
+        why="torch's AdamW keeps a step per parameter. Upstream fails on a rank that trains nothing, shares one step "
+        "tensor after loading, and looks for steps among the saved moments.",
         until="Stays: the same in main.",
     ),
     Change(
@@ -172,8 +173,8 @@ _OPTIMIZER = (
         upstream="megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup",
         replaces={"start_grad_sync": "d8391c53", "start_param_sync": "ec6000db"},
         how=How.CLASS,
-        why="Collectives of one rank are left out; gloo answers them with copies of all gradients and parameters.",
-        until="Stays: main leaves out only a gather of its layer-wise optimizer. From 0.17 on, start_grad_sync also "
+        why="Collectives of a single rank are skipped; gloo would copy all gradients and parameters for them.",
+        until="Stays: main skips only a gather of its layer-wise optimizer. From 0.17 on, start_grad_sync also "
         "copies gradients that are accumulated in a higher precision.",
     ),
     Change(
@@ -181,7 +182,7 @@ _OPTIMIZER = (
         upstream="megatron.core.optimizer.optimizer.ChainedOptimizer",
         replaces={"step": "7f8c72f2"},
         how=How.INSTEAD,
-        why="The gradient norm is known before anything is updated, so that a bad step updates nothing.",
+        why="The gradient norm is computed before anything is updated, so that a bad step updates nothing.",
         until="Stays: main's step also does both at once. From 0.19 on, groups of parameters may have their own norms.",
     ),
 )
@@ -192,7 +193,7 @@ _TRAINING = (
         upstream="megatron.core.pipeline_parallel.p2p_communication.P2PCommunicator",
         replaces={"_communicate": "a902480c"},
         how=How.SUBCLASS,
-        why="A stage awaits no gradient where the next one computes none.",
+        why="A stage awaits no gradient if the next stage computes none.",
         until="Stays: main awaits a gradient for every activation.",
     ),
     Change(
@@ -203,7 +204,7 @@ _TRAINING = (
             "forward_backward_pipelining_without_interleaving": "ecf7d693",
         },
         how=How.INSTEAD,
-        why="The order in which the schedules await gradients, for FrozenAwareCommunicator: another order would hang.",
+        why="FrozenAwareCommunicator needs the order in which the schedules await gradients; another order would hang.",
         until="Stays while FrozenAwareCommunicator does.",
     ),
     Change(
@@ -211,7 +212,7 @@ _TRAINING = (
         upstream="megatron.core.dist_checkpointing.serialization",
         replaces={"save": "977482f0"},
         how=How.INSTEAD,
-        why="An error of one rank leaves the others waiting in their next collective.",
+        why="In upstream, an error of one rank leaves the others waiting in their next collective.",
         until="Stays: main exchanges no errors either. From 0.19 on, the common state is saved with the tensors and "
         "not in common.pt.",
     ),
@@ -220,8 +221,8 @@ _TRAINING = (
         upstream="megatron.core.dist_checkpointing.strategies.filesystem_async",
         replaces={"_get_write_results_queue": "349269cb"},
         how=How.ATTRIBUTE,
-        why="_results_queue is set before upstream fills it with the queue of a manager process, which it starts by "
-        "spawn: seconds, and the main script imported again.",
+        why="_results_queue is set before upstream sets it. Upstream would spawn a manager process for it, which "
+        "takes seconds and imports the main script again.",
         until="Stays: the same in main.",
     ),
     Change(
@@ -229,7 +230,7 @@ _TRAINING = (
         upstream="megatron.core.dist_checkpointing.strategies.torch.TorchDistSaveShardedStrategy",
         replaces={"_get_save_and_finalize_callbacks": "098f6acc"},
         how=How.SUBCLASS,
-        why="Each rank writes its file by `_write`, and all end by exchanging errors.",
+        why="Each rank writes its file with `_write`, and then all ranks exchange errors.",
         until="Stays while plan_writing does.",
     ),
     Change(
@@ -237,7 +238,7 @@ _TRAINING = (
         upstream="megatron.core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync",
         replaces={"write_preloaded_data_multiproc": "bef05e8d"},
         how=How.INSTEAD,
-        why="Upstream starts a process a file, and waits forever for one that was killed.",
+        why="Upstream starts a process per file, and waits forever for one that was killed.",
         until="0.17, which writes with threads (#3633), if its function survives a full disk and a killed writer.",
     ),
 )
@@ -248,8 +249,8 @@ _DATA = (
         upstream="megatron.core.datasets.blended_megatron_dataset_builder.BlendedMegatronDatasetBuilder",
         replaces={"build_generic_dataset": "07e19652", "_build_megatron_datasets_parallel": "3abb6c29"},
         how=How.SUBCLASS,
-        why="The first rank builds index files while the others wait elsewhere, so that all can be told of its error.",
-        until="Stays: main has the barrier inside.",
+        why="Rank 0 builds the index files without an inner barrier, so that all ranks can be told of its error.",
+        until="Stays: main also has the inner barrier.",
     ),
     Change(
         ours="data.conversations.ConversationDataset",
@@ -261,7 +262,7 @@ _DATA = (
         },
         how=How.SUBCLASS,
         why="Samples are conversations, packed or not; the cache's key says which.",
-        until="Stays: upstream means these to be overridden.",
+        until="Stays: upstream intends these methods to be overridden.",
     ),
 )
 
@@ -279,8 +280,8 @@ _PROCESS = (
         upstream="megatron.core.tensor_parallel.layers",
         replaces={"LinearWithGradAccumulationAndAsyncCommunication": "a2f6825a"},
         how=How.ATTRIBUTE,
-        why="The environment variable CUDA_DEVICE_MAX_CONNECTIONS is set to 1 where it is not set: the overlap of "
-        "collectives with products relies on it.",
+        why="The environment variable CUDA_DEVICE_MAX_CONNECTIONS is set to 1 if it is not set: the overlap of "
+        "collectives with matrix products relies on it.",
         until="Stays: the same in main.",
     ),
     Change(
@@ -288,7 +289,7 @@ _PROCESS = (
         upstream="megatron.core.tensor_parallel.random",
         replaces={"_get_cuda_rng_state": "aa26caaa", "_set_cuda_rng_state": "b179c9d9"},
         how=How.ATTRIBUTE,
-        why="Without a GPU the generator of the CPU stands in for that of the GPU.",
+        why="Without a GPU, the CPU's random generator replaces the GPU's.",
         until="Stays: the same in main.",
     ),
     Change(
@@ -304,7 +305,7 @@ _PROCESS = (
         upstream="megatron.core.tensor_parallel.random.CudaRNGStatesTracker",
         replaces={"fork": "6821e1e3"},
         how=How.ATTRIBUTE,
-        why="In a dry run only: random states are data, which fake tensors have not.",
+        why="In a dry run only: random states are data, and fake tensors have none.",
         until="Stays.",
     ),
     Change(

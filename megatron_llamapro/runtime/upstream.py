@@ -1,5 +1,5 @@
-"""megatron.core: imported without its noise and with a name that it forgot, and its objects given our classes. Nothing
-is imported before `import_megatron` is called."""
+"""Imports megatron.core without its noise, defines a name that it forgot, and gives its objects our classes. Nothing is
+imported before `import_megatron` is called."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_llamapro.runtime.changes import CHANGES, VERSION, How
 
 Ours = TypeVar("Ours")
 
-# What this package imports of megatron.core, and what warns when it is imported.
+# Modules of megatron.core that this package imports, or that warn on import.
 _MEGATRON_MODULES = (
     "megatron.core",
     "megatron.core.datasets.blended_megatron_dataset_builder",
@@ -25,22 +25,22 @@ _MEGATRON_MODULES = (
     "megatron.core.pipeline_parallel",
 )
 
-# What megatron.core 0.16.1 makes newer versions of torch warn of. Start of the message, category.
+# Warnings of newer torch versions about megatron.core 0.16.1: start of the message, category.
 UPSTREAM_WARNINGS = (
     (r"`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning),
     (
         r"The .grad attribute of a Tensor that is not a leaf",
         UserWarning,
-    ),  # its optimizer asks views of parameters
-    (r"WARNING: there is no optimizer on RANK", UserWarning),  # where nothing trains: its stage report says so
+    ),  # its optimizer reads .grad of views of parameters
+    (r"WARNING: there is no optimizer on RANK", UserWarning),  # a rank that trains nothing: its stage report says so
     (r"`load_state_dict` is deprecated", FutureWarning),  # its checkpoint loader
     (r"torch.distributed.(_all_gather_base|_reduce_scatter_base) is a private function", FutureWarning),
 )
 
 
-# Names that 0.16.1 tests for None, but does not have at all where their import failed: module, name.
+# Names that 0.16.1 compares with None, but does not define if their import failed: module, name.
 _FORGOTTEN_NAMES = (
-    # RouterGatingLinearFunction raises NameError without Transformer Engine, on a GPU as on the CPU.
+    # RouterGatingLinearFunction raises NameError without Transformer Engine, on the GPU and on the CPU.
     ("megatron.core.transformer.moe.moe_utils", "te_general_gemm"),
 )
 
@@ -48,9 +48,9 @@ _CLASSES = {f"megatron_llamapro.{row.ours}": row for row in CHANGES if row.how i
 
 
 def import_megatron() -> None:
-    """Import `megatron.core` without its notices that Transformer Engine and Apex are missing, and silence what it
-    warns of later and nobody can mend. What is not imported by then warns as it likes."""
-    # Kernels and collectives in one queue, so that tensor-parallel all-reduces overlap with the products after them.
+    """Import `megatron.core` without its notices that Transformer Engine and Apex are missing. Silence its later
+    warnings that no user can fix. Modules that are imported later still warn."""
+    # One queue for kernels and collectives, so that tensor-parallel all-reduces overlap with the products after them.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -63,13 +63,13 @@ def import_megatron() -> None:
 
 
 def become(built: object, ours: type[Ours]) -> Ours:
-    """Make `ours` the class of an object that megatron.core built, and return the object; its state stays as it is.
+    """Make `ours` the class of an object that megatron.core built, and return the object. Its state does not change.
 
-    All such changes go through here, and each class has its row in `CHANGES`.
+    All such changes go through this function, and each class has its row in `CHANGES`.
 
     Raises:
-        ConfigError: the object's class is not the one that the row names, and methods of its own would be lost; or
-            that class lacks a method that `ours` replaces, and nobody would call ours.
+        ConfigError: the object's class is not the one that the row names, so its own methods would be lost; or that
+            class lacks a method that `ours` replaces, so nobody would call ours.
     """
     name = _path(ours)
     row = _CLASSES[name]
@@ -77,7 +77,7 @@ def become(built: object, ours: type[Ours]) -> Ours:
     upstream = lineage[row.upstream]
     if not (issubclass(ours, type(built)) and issubclass(type(built), upstream)):
         raise ConfigError(
-            f"{name} stands in for {row.upstream}, and this object is a {_path(type(built))}, whose own methods would "
+            f"{name} replaces {row.upstream}, but this object is a {_path(type(built))}, whose own methods would "
             f"be lost: build the model or the optimizer with megatron.core's {upstream.__name__}"
         )
     missing = [member for member in row.replaces if not hasattr(upstream, member)]

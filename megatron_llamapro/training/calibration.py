@@ -1,4 +1,4 @@
-"""How long the blocks of a model really take here: the project's own layers, one of each kind, timed."""
+"""Block times measured on this machine: one of the project's own layers, timed as each kind of block."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _WARM_UP, _ROUNDS = 2, 7
 
 
 def calibrate(config: RunConfig, shape: ModelShape) -> dict[str, dict[str, float]]:
-    """Seconds of a micro-batch in each kind of block, in the embedding and in the head, as medians:
+    """Return the median seconds of a micro-batch in each kind of block, in the embedding and in the head:
     {"frozen": {"forward": …, "backward": …}, …}.
 
-    Every rank of a started world calls it; the world is one tensor-parallel group. A block of each kind is as large as
-    any other of its kind, so one is built, of random weights.
+    Every rank of a started world calls it; the world is one tensor-parallel group. All blocks of a kind have the same
+    size, so one block with random weights is built and timed.
     """
     parallel = ParallelConfig(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
@@ -103,7 +103,7 @@ class _Timer:
 
 
 def _median(once: Callable[[], Callable[[], None] | None]) -> tuple[float, float]:
-    """Seconds of `once`, and of what it returns to be called afterwards."""
+    """Return the median seconds of `once()`, and of the function that it returns, which is called afterwards."""
     rounds: list[Sequence[float]] = []
     for _ in range(_WARM_UP + _ROUNDS):
         started = _now()

@@ -1,8 +1,8 @@
 """Messages between pipeline stages, without the gradients that no stage needs.
 
-megatron.core's schedules send and await a gradient for every activation. Where a chunk of layers lies wholly below the
-first trainable one (`model.frozen.Reach`), the chunk after it has none to send and it awaits none. Both sides know it
-from the same numbers, so no message says so.
+megatron.core's schedules send and await a gradient for every activation. A chunk of layers that lies wholly below the
+first trainable layer needs none (`model.skip_frozen.Reach`): the next chunk sends none, and this chunk awaits none.
+Both sides compute this from the same numbers, so they exchange no message about it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from megatron_llamapro.runtime.distributed import process_groups
 
 
 class FrozenAwareCommunicator(P2PCommunicator):
-    """megatron.core's, for one step. A gradient that a chunk does not compute is None there, and None is not sent;
-    here it is not awaited either."""
+    """megatron.core's communicator, for one step. megatron.core does not send a gradient that a chunk does not compute
+    (it is None); this class does not await it either."""
 
     def __init__(self, pp_group: torch.distributed.ProcessGroup, config: TransformerConfig, awaited: Iterator[bool]):
         super().__init__(pp_group=pp_group, config=config)
@@ -33,10 +33,10 @@ class FrozenAwareCommunicator(P2PCommunicator):
 
 
 def communication(chunks: Sequence[torch.nn.Module], num_microbatches: int) -> dict[str, object]:
-    """Arguments of one call of megatron.core's schedule; none where there is one stage.
+    """Return the arguments of one call of megatron.core's schedule; none if there is only one stage.
 
     Raises:
-        ConfigError: overlap_p2p_comm is on: the interleaved schedule then counts its messages.
+        ConfigError: overlap_p2p_comm is on; the interleaved schedule then counts its messages.
     """
     groups = process_groups()
     if groups.pp.size() == 1:
@@ -45,7 +45,7 @@ def communication(chunks: Sequence[torch.nn.Module], num_microbatches: int) -> d
     reaches = [getattr(model, "reach", Reach()) for model in models]
     config = models[0].config
     if config.overlap_p2p_comm:
-        raise ConfigError("overlap_p2p_comm cannot be on where frozen stages send no gradients: set it to False")
+        raise ConfigError("overlap_p2p_comm cannot be on when frozen stages send no gradients: set it to False")
     order = backward_order(
         len(chunks),
         num_microbatches,
@@ -62,8 +62,8 @@ def communication(chunks: Sequence[torch.nn.Module], num_microbatches: int) -> d
 def backward_order(
     num_chunks: int, num_microbatches: int, *, group_size: int | None, is_last_stage: bool
 ) -> Iterator[int]:
-    """Which chunk each gradient is for, in the order in which megatron.core's schedules await them on one rank. The
-    last chunk of the last stage awaits none: it has the loss."""
+    """Yield the chunk that each gradient is for, in the order in which megatron.core's schedules await gradients on one
+    rank. The last chunk of the last stage awaits none, because it computes the loss."""
     if num_chunks == 1:
         yield from [] if is_last_stage else [0] * num_microbatches
         return

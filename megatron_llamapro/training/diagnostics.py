@@ -1,5 +1,5 @@
-"""What every added block does, on chosen steps: how much it adds to the residual stream, its gradient, and how far it
-has moved from the block that it was copied from."""
+"""Diagnostics of every added block on chosen steps: how much it adds to the residual stream, its gradient norm, and its
+distance from the block that it was copied from."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from megatron_llamapro.optimizer.replicas import finish_param_gathers
 from megatron_llamapro.training.checkpoints.state import load_values, model_state
 from megatron_llamapro.training.machine import Machine
 
-# Sums of squares that are gathered of each block, over all ranks. The figures are roots of quotients of two of them.
+# Sums of squares for each block, over all ranks. Most figures are the root of a quotient of two sums.
 _SUMS = ("added", "stream", "gradient", "moved", "copied", "output", "source_output")
 _OUTPUTS = (".linear_proj.weight", ".linear_fc2.weight")
 
 
 class BlockDiagnostics:
-    """Figures of the added blocks of one run. Every rank has one, and calls the same methods on the same steps."""
+    """Diagnostics of a run's added blocks. Every rank has one, and calls the same methods on the same steps."""
 
     def __init__(self, machine: Machine, *, plan: ExpansionPlan, base: SmallFiles) -> None:
-        """`base` is the checkpoint that the run started from. Its blocks that were copied are read into host memory,
-        by the ranks of the first replica."""
+        """`base` is the checkpoint that the run started from. The ranks of the first replica read its copied blocks
+        into host memory."""
         self.plan, self.machine, self.layout = plan, machine, machine.layout
         self.layers = [
             layer
@@ -49,7 +49,7 @@ class BlockDiagnostics:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Around a step's forward and backward passes."""
+        """Record what the blocks add to the residual stream; use it around a step's forward and backward passes."""
         self._restart()
         hooks = [layer.register_forward_hook(self._note_activations, with_kwargs=True) for layer in self.layers]
         try:
@@ -59,7 +59,8 @@ class BlockDiagnostics:
                 hook.remove()
 
     def note_gradients(self) -> None:
-        """Between the backward pass and the update. Each replica holds its share of the whole gradients."""
+        """Record the gradients; call it between the backward pass and the update. Each replica holds its shard of the
+        reduced gradients."""
         layers = {id(named.parameter): named.layer for named in self.parameters}
         for part in self.machine.optimizer.chained_optimizers:
             for parameter in getattr(part, "model_param_gbuf_map", {}):
@@ -68,12 +69,15 @@ class BlockDiagnostics:
                     self._add(layers[id(parameter)], "gradient", parameter.main_grad.view(-1)[share.start : share.end])
 
     def figures(self) -> list[dict[str, object]]:
-        """One record a block, after the update. All ranks call it and get the same.
+        """Return one record per block; call it after the update. All ranks call it and get the same records.
 
-        layer: the block's global index; contribution: root mean square of what it adds to the residual stream, over
-        that of the stream; grad_norm: before clipping; distance: from the block it was copied from, over that block's
-        norm, in all weights that it did not begin with as zeros; output_norm: of its two output projections, which
-        began as zeros, over that block's.
+        - layer: the block's global index.
+        - contribution: root mean square of what the block adds to the residual stream, relative to the stream's.
+        - grad_norm: gradient norm before clipping.
+        - distance: distance from the copied block, relative to that block's norm. It leaves out the weights that were
+          initialised as zeros.
+        - output_norm: norm of the two output projections, which were initialised as zeros, relative to the copied
+          block's.
         """
         finish_param_gathers(self.machine.chunks)
         self._note_weights()
@@ -92,7 +96,7 @@ class BlockDiagnostics:
         self.sums[place] += values.detach().float().square().sum()
 
     def _note_activations(self, layer: torch.nn.Module, _: tuple, given: Mapping, output: tuple) -> None:
-        """Input and output [s, b, h]; tensor-parallel ranks hold the same ones, or with sequence parallelism parts."""
+        """Input and output are [s, b, h]. Tensor-parallel ranks hold copies, or parts with sequence parallelism."""
         if self.layout.tensor_rank == 0 or layer.config.sequence_parallel:
             before, after = given["hidden_states"], output[0]
             with torch.no_grad():
@@ -114,11 +118,11 @@ class BlockDiagnostics:
             self._add(named.layer, "source_output" if is_output else "copied", source)
 
     def _counts(self, parameter: torch.nn.Parameter) -> bool:
-        """Whether this tensor-parallel rank's part of it is to be summed: a copy is, once."""
+        """Return whether to add up this tensor-parallel rank's part. A replicated parameter is added up once."""
         return self.layout.tensor_rank == 0 or is_divided(parameter)
 
     def _read_sources(self, base: SmallFiles) -> dict[str, torch.Tensor]:
-        """This rank's part of the block that each added one was copied from, under the added one's names."""
+        """Return this rank's part of the block that each added block copies, under the added block's names."""
         wanted = {}
         if self.layout.data_rank == 0:
             sharded = {

@@ -1,4 +1,4 @@
-"""Mean loss of held-out sets, each under its name, at any division of the world: the same samples, in order."""
+"""Mean loss of each held-out set, by name. Every parallel layout evaluates the same samples in the same order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def evaluate(
     micro_batch_size: int,
     seq_length: int,
 ) -> dict[str, LossSum]:
-    """Loss of `num_samples` samples, evenly spaced, of every held-out set, or of all it has. All ranks call it."""
+    """Return the loss of every held-out set, over `num_samples` evenly spaced samples, or all if it has fewer. All
+    ranks call it."""
     chunks, layout = machine.chunks, machine.layout
     for chunk in chunks:
         chunk.eval()
@@ -44,7 +45,7 @@ def evaluate(
 
 
 def _num_microbatches(count: int, *, micro_batch_size: int, layout: ParallelLayout) -> int:
-    """Micro-batches a replica runs; for the interleaved schedule a multiple of the stages."""
+    """Return how many micro-batches a replica runs; the interleaved schedule needs a multiple of the stages."""
     needed = -(-count // (micro_batch_size * layout.data_size))
     multiple = layout.pipeline_size if layout.virtual_pipeline_size else 1
     return -(-needed // multiple) * multiple
@@ -53,7 +54,7 @@ def _num_microbatches(count: int, *, micro_batch_size: int, layout: ParallelLayo
 def _batches(
     dataset: Dataset, count: int, micro_batch_size: int, num_microbatches: int, layout: ParallelLayout
 ) -> Iterator[Batch]:
-    """This replica's micro-batches; places past the last sample are filled with sample 0 at no loss."""
+    """Yield this replica's micro-batches. Places past the last sample hold sample 0 with its loss masked."""
     for number in range(num_microbatches):
         first = (number * layout.data_size + layout.data_rank) * micro_batch_size
         samples = []

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, checkpoints, and a clean stop when asked."""
+"""The training loop: steps, evaluations, checkpoints, and a clean stop on request."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from megatron_llamapro.training.step import StepResult, check_converges, leave_o
 
 
 def train(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, watchdog: Watchdog | None = None) -> None:
-    """Train to the configured end, or until a stop is asked for. All ranks call it; `writers` are the reporter's, and
-    a `watchdog` is told of every step.
+    """Train to the configured end, or until a stop is requested. All ranks call it. Only rank 0 has `writers`. A
+    `watchdog` is told of every step.
 
     Raises:
         LlamaProError: too many steps in a row were skipped, no gradient arrives at all, or a checkpoint cannot be
@@ -40,7 +40,7 @@ def train(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, watchdo
         try:
             _loop(run, batches, writers, stop, saver, watchdog)
         except LlamaProError as error:
-            if saver and error.on_all_ranks:  # else the other ranks are elsewhere
+            if saver and error.on_all_ranks:  # otherwise the other ranks do not join in
                 _write(writers, *saver.finish())
             raise
 
@@ -76,7 +76,7 @@ def _loop(
     unwatched = watchdog.paused if watchdog else contextlib.nullcontext
 
     def keep(*, finished: bool) -> None:
-        """Save this step, if it is not saved; `finished`: and wait until it is on the disk."""
+        """Save this step if it is not saved yet. With `finished`, also wait until it is on disk."""
         if not saver:
             return
         with unwatched():
@@ -107,7 +107,7 @@ def _loop(
         if saver:
             _write(writers, *saver.poll())
         stopping = result.loss.stop_requested or _exits(config.training.exit_interval, state.iteration)
-        if stopping:  # first of all: a scheduler does not wait for an evaluation
+        if stopping:  # save first: a scheduler does not wait for an evaluation
             keep(finished=True)
         if _due(config.training.eval_interval, state.iteration, last):
             with unwatched():
@@ -135,12 +135,12 @@ def _step(run: Run, batches: Sequence, stop: StopRequest, watched: BlockDiagnost
     if is_left_out(run.state.iteration + 1, training):
         result = leave_out_step(run.machine, stop_requested=on_any_rank(stop.requested))
     else:
-        result = _trained(run, batches, stop, watched)
+        result = _run_step(run, batches, stop, watched)
     run.state.end_step(result.outcome, num_samples=training.global_batch_size)
     return result
 
 
-def _trained(run: Run, batches: Sequence, stop: StopRequest, watched: BlockDiagnostics | None) -> StepResult:
+def _run_step(run: Run, batches: Sequence, stop: StopRequest, watched: BlockDiagnostics | None) -> StepResult:
     with watched.watching() if watched else contextlib.nullcontext():
         return train_step(
             run.machine,
@@ -170,12 +170,12 @@ def _batches(run: Run):
 
 
 def _check_healthy(result: StepResult, state: TrainingState) -> None:
-    """Raise where no gradient arrives before anything was updated: the reason is in the configuration."""
+    """Raise if no gradient arrives before the first update: the cause is in the configuration."""
     if result.grad_norm == 0.0 and state.num_updates == 0 and state.iteration > 1:
         raise for_all_ranks(
             LlamaProError(
-                f"step {state.iteration}: the gradient norm is exactly 0, so nothing learns: look at model.trainable "
-                "and at the data's loss_mask"
+                f"step {state.iteration}: the gradient norm is exactly 0, so nothing learns: check model.trainable "
+                "and the data's loss_mask"
             )
         )
 
@@ -196,7 +196,7 @@ def _evaluate(run: Run, writers: Sequence[MetricsWriter]) -> None:
 
 
 class StepTimer:
-    """Figures of the steps since the last record."""
+    """Timing of the steps since the last record."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -205,15 +205,15 @@ class StepTimer:
         self.restart()
 
     def restart(self) -> None:
-        """Count from here: what lay between was no step."""
+        """Start counting now. The time before this call was not spent on steps."""
         self.started, self.iteration = time.perf_counter(), self.run.state.iteration
 
     def leave_out(self) -> None:
-        """Do not count the latest step: it took no time."""
+        """Leave the latest step out of the count, because it took no time."""
         self.iteration += 1
 
     def record(self, result: StepResult) -> dict[str, object]:
-        """The `train` record of the latest step, speeds averaged since the last record."""
+        """Return the `train` record of the latest step, with speeds averaged since the last record."""
         run = self.run
         steps = run.state.iteration - self.iteration
         seconds = (time.perf_counter() - self.started) / max(steps, 1)
@@ -234,7 +234,7 @@ class StepTimer:
 
 
 def _watches(config: RunConfig, iteration: int) -> bool:
-    """Whether the added blocks' figures are due. A step that is left out has none."""
+    """Return whether the added blocks' diagnostics are due. A step that is left out has none."""
     return _due(config.logging.diagnostics_interval, iteration) and not is_left_out(iteration, config.training)
 
 

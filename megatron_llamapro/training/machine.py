@@ -1,4 +1,4 @@
-"""What computes on a rank: its part of the model, frozen where it does not train, the optimizer and its schedule."""
+"""One rank's share of a run: its chunks of the model, partly frozen, the optimizer and its schedule."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_llamapro.runtime.distributed import ParallelLayout, start_model_pa
 
 @dataclass(frozen=True)
 class Machine:
-    """What computes on this rank: its part of the model, the optimizer and its schedule."""
+    """This rank's chunks of the model, the optimizer and its schedule."""
 
     layout: ParallelLayout
     chunks: Sequence[DistributedDataParallel]
@@ -38,11 +38,10 @@ class Machine:
 def build_machine(
     config: RunConfig, shape: ModelShape, plan: ExpansionPlan, *, load: Callable[[Sequence[LlamaModel]], None]
 ) -> Machine:
-    """Build what computes, on every rank of the started world. `load` fills the weights before the optimizer makes its
-    copies of them.
+    """Build the machine on every rank of the started world. `load` fills the weights before the optimizer copies them.
 
     Raises:
-        ConfigError: what trains, or a parameter-group rule, is nothing in this model.
+        ConfigError: model.trainable or a parameter-group rule matches nothing in this model.
     """
     layout = start_model_parallel(config.parallel, seed=config.training.seed)
     models = build_model(
@@ -76,9 +75,9 @@ def build_machine(
 
 
 def wrapped(model: LlamaModel, parallel: ParallelConfig) -> DistributedDataParallel:
-    """The model in megatron.core's DDP: gradient buffers in float32, for what trains only.
+    """Wrap the model in megatron.core's DDP, with float32 gradient buffers for trainable parameters only.
 
-    Of virtual stages the schedule starts the gather of a whole chunk, so that no bucket may start the next one's.
+    With virtual stages, the schedule starts the gather of a whole chunk, so a bucket must not start the next one's.
     """
     ddp = DistributedDataParallel(
         model.config,
@@ -103,7 +102,7 @@ def connect(
     overlap_grad_reduce: bool,
     overlap_param_gather: bool,
 ) -> None:
-    """Tell megatron.core's schedules how gradients are scaled, synchronised and finalised."""
+    """Tell megatron.core's schedules how to scale, synchronise and finalise gradients."""
 
     def one_or_all(functions: list) -> object:
         return functions[0] if len(functions) == 1 else functions

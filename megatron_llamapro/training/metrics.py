@@ -1,6 +1,6 @@
-"""A run's figures, and their lines on the console. `metrics_file.py` and `trackers.py` write them elsewhere.
+"""A run's metrics records, and their lines on the console. `metrics_file.py` and `trackers.py` write them elsewhere.
 
-`records.py` opens all writers; a writer is one method, `write`. A record is a flat dict with its `kind`: `run` (once a
+`records.py` opens all writers; a writer has one method, `write`. A record is a flat dict with a `kind`: `run` (once per
 start), `train` (a logged step), `eval` (a held-out set), `block` (an added block's diagnostics), `save` (a complete
 checkpoint), `skip` (a step without an update).
 """
@@ -17,9 +17,9 @@ from megatron_llamapro.config.values import decimal_size
 
 Record = Mapping[str, object]
 
-# Figures of a `block` record, with their axis' name in pictures.
+# Figures of a `block` record, with their axis labels in plots.
 BLOCK_FIGURES = {
-    "contribution": "what a block adds, of the stream",
+    "contribution": "contribution of a block to the stream",
     "grad_norm": "gradient norm of a block",
     "distance": "distance from the copied block",
     "output_norm": "norm of output projections",
@@ -27,13 +27,13 @@ BLOCK_FIGURES = {
 
 
 class MetricsWriter(Protocol):
-    """Anything that takes records."""
+    """An object that takes records."""
 
     def write(self, record: Record) -> None: ...
 
 
 class ConsoleWriter:
-    """One aligned line a step and a held-out set."""
+    """Prints one aligned line per record."""
 
     def __init__(self, *, train_iters: int) -> None:
         self.width = len(str(train_iters))
@@ -55,10 +55,10 @@ class ConsoleWriter:
     def _skip_line(self, record: Record) -> str:
         line = f"step {record['iteration']:>{self.width}}/{self.train_iters} │ "
         if record["outcome"] == "left out":
-            return line + f"left out, as training.skip_iterations says; skipped so far: {record['skipped_steps']}"
+            return line + f"left out by training.skip_iterations; skipped so far: {record['skipped_steps']}"
         reason = f"loss {record['loss']:.4f}, grad norm {record['grad_norm']:.4f}"
         if record["tokens"] == 0:
-            reason = "none of its tokens has loss"
+            reason = "none of its tokens has a loss"
         return line + (
             f"no update: {reason}; in a row: {record['skipped_in_a_row']}, skipped so far: {record['skipped_steps']}"
         )
@@ -86,7 +86,7 @@ class ConsoleWriter:
 
 
 def _say(line: str) -> None:
-    """A line less is no reason to stop training: the file that takes the output may be on a full disk."""
+    """Print a line. If it cannot be printed because of a full disk, training continues."""
     try:
         print(line, flush=True)
     except OSError as error:
@@ -95,8 +95,5 @@ def _say(line: str) -> None:
 
 
 def metrics_path(config: LoggingConfig, *, save: str | None) -> Path:
-    """Where the JSONL record goes."""
+    """Return the path of the JSONL file."""
     return Path(config.metrics_file) if config.metrics_file else Path(save or ".") / "metrics.jsonl"
-
-
-"""In checkpoint.save: the name by which all starts of a run know their records."""

@@ -1,6 +1,6 @@
-"""A run's record on disk: `metrics.jsonl`, one JSON object a line. It outlives a kill, a full disk and other runs.
+"""A run's metrics file: `metrics.jsonl`, one JSON object per line. It survives kills, full disks and other runs.
 
-A figure that is not finite is null, since JSON has no NaN. A last line that a kill has cut is no record. A record that
+A figure that is not finite is null, because JSON has no NaN. A last line cut off by a kill is ignored. A file that
 another run left under the same name is moved aside, never overwritten.
 """
 
@@ -18,10 +18,10 @@ from megatron_llamapro.config.errors import DataError
 
 
 class JsonlWriter:
-    """Appends records. A run that continues at step n drops what an earlier start of it wrote beyond n."""
+    """Appends records. A run that resumes at step n drops the records that an earlier start wrote beyond n."""
 
     def __init__(self, path: Path, *, resumed_at: int, run_id: str = "") -> None:
-        """`run_id` tells the run's own records from those of another run.
+        """`run_id` distinguishes the run's own records from those of another run.
 
         Raises:
             OSError: the file cannot be written.
@@ -33,12 +33,12 @@ class JsonlWriter:
         self._failed = False
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         if lines and not (resumed_at and _belongs(lines, run_id)):
-            print(f"{path} had the records of an earlier run: they are in {move_aside(path)} now", flush=True)
+            print(f"{path} held the records of an earlier run: moved to {move_aside(path)}", flush=True)
             lines = []
         _replace(path, b"".join(line.rstrip() + b"\n" for line in lines if _iteration(line) <= resumed_at))
 
     def write(self, record: Mapping[str, object]) -> None:
-        """Append a record. Where the disk is full it is kept for later: a line less is no reason to stop training."""
+        """Append a record. If the disk is full, keep the record for later: training does not stop for it."""
         if record["kind"] == "run":
             record = {**record, "run_id": self._run_id}
         self._pending.append(json.dumps(_finite(record), allow_nan=False).encode() + b"\n")
@@ -46,28 +46,28 @@ class JsonlWriter:
             _append(self.path, b"".join(self._pending))
         except OSError as error:
             if not self._failed:
-                warn(f"{self.path} cannot be written: {error.strerror}: the run goes on, and tries again every time")
+                warn(f"{self.path} cannot be written: {error.strerror}: the run continues, and retries at every record")
             self._failed = True
             return
         if self._failed:
-            warn(f"{self.path} is written again; no record is missing")
+            warn(f"{self.path} can be written again; no record is missing")
         self._failed = False
         self._pending.clear()
 
     def close(self) -> None:
-        """Say what could not be written until the end."""
+        """Warn of records that could not be written by the end."""
         if self._pending:
-            warn(f"{self.path} lacks the last {len(self._pending)} records: it could not be written")
+            warn(f"{self.path} could not be written: records missing at its end: {len(self._pending)}")
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of a file. `figure` reads their figures.
+    """Return the records of a file. `figure` reads their figures. A last line cut off by a kill is ignored.
 
     Raises:
-        DataError: the file is missing, or a line is no record; but for the last one, if a kill has cut it.
+        DataError: the file does not exist, or a line is not a record.
     """
     if not path.is_file():
-        raise DataError(f"{path} is not there: give the metrics.jsonl of a run")
+        raise DataError(f"{path} does not exist: give the metrics.jsonl of a run")
     records = []
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
@@ -82,17 +82,17 @@ def read_records(path: Path) -> list[dict]:
 
 
 def figure(record: Mapping, name: str) -> float:
-    """One of a record's figures; not a number (NaN) where it was not finite.
+    """Return one of a record's figures; NaN if it was not finite.
 
     Raises:
-        KeyError: the record has none of that name.
+        KeyError: the record has no figure of that name.
     """
     return math.nan if record[name] is None else record[name]
 
 
 def move_aside(path: Path) -> Path:
-    """Give a file or folder that is in the way another name: metrics.jsonl becomes metrics.1.jsonl, or the next number
-    that is free."""
+    """Rename a file or folder that is in the way, and return its new path: metrics.jsonl becomes metrics.1.jsonl, or
+    the next free number."""
     names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
     free = next(name for name in names if not name.exists())
     return path.rename(free)
@@ -107,19 +107,19 @@ def _parsed(line: bytes) -> dict | None:
 
 
 def _belongs(lines: list[bytes], run_id: str) -> bool:
-    """Whether the newest start that the lines tell of is one of this run. Versions before this one named no run."""
+    """Return whether the newest start in the lines is one of this run. Earlier versions wrote no run ID."""
     starts = [record for line in lines if (record := _parsed(line)) and record["kind"] == "run"]
     return bool(starts) and starts[-1].get("run_id", run_id) == run_id
 
 
 def _iteration(line: bytes) -> float:
-    """Step of a record; a line cut short by a kill counts as beyond every step."""
+    """Return a record's step. A line cut off by a kill counts as beyond every step."""
     step = (_parsed(line) or {}).get("iteration")
     return step if isinstance(step, int) else math.inf
 
 
 def _finite(value: object) -> object:
-    """A record, with null for what JSON cannot say."""
+    """Return a record, with None (JSON's null) for figures that are not finite."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -134,7 +134,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _append(path: Path, data: bytes) -> None:
-    """All of it or nothing: what a full disk took a part of is taken back."""
+    """Append all of it or nothing: on an error, truncate the file to its size before."""
     with path.open("ab", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
         try:
@@ -146,5 +146,5 @@ def _append(path: Path, data: bytes) -> None:
 
 
 def warn(text: str) -> None:
-    """What does not end the run, on one line of its own."""
+    """Print a warning on a line of its own. The run continues."""
     print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""A run's places and its writers: what no other run may write at the same time, and where the figures go.
+"""A run's locks and its writers.
 
-`claimed` comes before the model is built, so that a place that is taken or cannot be written is said at once;
-`open_writers` after it, when the run is known to start.
+`claimed` locks the places that no other run may write to at the same time. It runs before the model is built, so that a
+place that is in use or not writable is reported at once. `open_writers` runs after that, when the run is sure to start.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from megatron_llamapro.training.metrics_file import JsonlWriter
 from megatron_llamapro.training.trackers import Guarded, TensorBoardWriter, WandbWriter, is_remote
 
 RUN_ID = "run_id.txt"
-"""In checkpoint.save: the name by which all starts of a run know their records."""
+"""A file in checkpoint.save with the run's ID, by which all starts of a run recognise their records."""
 
 
 @contextlib.contextmanager
 def claimed(config: RunConfig) -> Iterator[None]:
-    """The places that the run writes, for it alone. All ranks call it.
+    """Lock the places that the run writes to, for this run alone. All ranks call it.
 
     Raises:
-        ConfigError, RunError: on all ranks: another run writes there, or one cannot be written.
+        ConfigError, RunError: on all ranks: another run writes to one of the places, or one is not writable.
     """
     with contextlib.ExitStack() as held:
         with failing_together("the run's folders"):
@@ -60,8 +60,8 @@ def _check_metrics(path: Path) -> None:
 
 
 def _places(config: RunConfig) -> Mapping[Path, str]:
-    """Lock files, with what each stands for. A metrics file has one of its own, since several runs may share a folder
-    for theirs."""
+    """Return lock files, each with the option that it stands for. A metrics file has its own lock, because several runs
+    may keep theirs in one folder."""
     save, logging, places = config.checkpoint.save, config.logging, {}
     if save:
         places[Path(save).resolve() / "run.lock"] = f"checkpoint.save ({save})"
@@ -76,10 +76,10 @@ def _places(config: RunConfig) -> Mapping[Path, str]:
 
 @contextlib.contextmanager
 def _naming(what: str) -> Iterator[None]:
-    """An `OSError` as one of ours: a path that cannot be is the configuration's fault, a full disk is not."""
+    """Raise an `OSError` as one of our errors: an impossible path is the configuration's fault, a full disk is not."""
     try:
         yield
-    except FileExistsError as error:  # of a folder that was to be made
+    except FileExistsError as error:  # from mkdir: a parent is a file
         raise ConfigError(f"{what} cannot be written: {error.filename} is not a folder") from None
     except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
         raise ConfigError(f"{what} cannot be written: {in_one_line(error)}") from None
@@ -89,10 +89,10 @@ def _naming(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_writers(config: RunConfig, *, resumed_at: int) -> Iterator[Sequence[MetricsWriter]]:
-    """The configured writers, on the one rank that reports; the others have none. All ranks call it.
+    """Open the configured writers on rank 0; the other ranks get none. All ranks call it.
 
     Raises:
-        LlamaProError: on all ranks, where one cannot be opened.
+        LlamaProError: on all ranks, if a writer cannot be opened.
     """
     writers: list = []
     with contextlib.ExitStack() as opened:
@@ -118,7 +118,7 @@ def _open(config: RunConfig, resumed_at: int, opened: contextlib.ExitStack) -> I
 
 
 def _run_id(config: RunConfig, resumed_at: int) -> str:
-    """That of the run that goes on, or a new one, which is stored with its checkpoints."""
+    """Return the ID of the resumed run, or a new one, which is stored beside its checkpoints."""
     file = Path(config.checkpoint.save) / RUN_ID if config.checkpoint.save else None
     if file is not None and resumed_at and file.is_file():
         return file.read_text(encoding="utf-8").strip()

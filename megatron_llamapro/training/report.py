@@ -1,4 +1,4 @@
-"""What a run says when it starts: the stages, what trains, bytes; and figures that need the model's shape."""
+"""The report that a run prints when it starts: stages, trainable blocks, bytes; and figures from the model's shape."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_llamapro.training.setup import Run
 
 
 def print_report(run: Run) -> dict[str, object]:
-    """Print what trains on every stage, on rank 0. All ranks call it; returns the `run` record."""
+    """Print the trainable blocks of every stage, on rank 0. All ranks call it. Return the `run` record."""
     stages = _first_of_each_stage(run)
     parameters = sum(stage.num_stage_parameters for stage in stages)
     trainable = sum(stage.num_stage_trainable for stage in stages)
@@ -42,7 +42,7 @@ def print_report(run: Run) -> dict[str, object]:
         for conversations in conversation_sets(run.train_set):
             print(conversations.summary)
         if run.state.iteration:
-            print(f"continuing from {run.config.checkpoint.save}, step {run.state.iteration}", flush=True)
+            print(f"resuming from {run.config.checkpoint.save}, step {run.state.iteration}", flush=True)
     return record
 
 
@@ -79,12 +79,12 @@ def _run_record(run: Run, *, parameters: int, trainable: int) -> dict[str, objec
 
 
 def work_per_token(config: RunConfig, shape: ModelShape, plan: ExpansionPlan) -> Work:
-    """FLOP that a token's training needs, by arithmetic (planning/flops.py), with what is frozen left out."""
+    """Return the FLOPs to train one token, by arithmetic (planning/flops.py), without those that freezing saves."""
     return step_work(shape, seq_length=config.data.seq_length, trains=trains_of(config, shape, plan))
 
 
 def peak_memory_gib() -> float:
-    """Most memory this rank held so far: on the GPU, or of the process where there is none."""
+    """Return the most memory that this rank has held: on the GPU, or in the process if there is no GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

@@ -1,4 +1,4 @@
-"""Everything a run is built from, in order: checks, model, what trains, optimizer, data, and where it continues."""
+"""Builds a run, in order: checks, model, trainable part, optimizer, data, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Run:
     machine: Machine
     start: Start
     resume_from: SmallFiles | None
-    """The run's own newest checkpoint, where it was started before."""
+    """The run's own newest checkpoint, if it was started before."""
     identity: RunIdentity
     train_set: CheckedDataset
     held_out: Mapping[str, Dataset]
@@ -43,12 +43,12 @@ class Run:
 
     @property
     def layout(self) -> ParallelLayout:
-        """This rank's place."""
+        """This rank's place in the parallel layout."""
         return self.machine.layout
 
     @property
     def num_microbatches(self) -> int:
-        """Micro-batches a replica runs in a step."""
+        """Micro-batches that a replica runs in a step."""
         training = self.config.training
         return count_microbatches(
             training.global_batch_size,
@@ -60,11 +60,11 @@ class Run:
 def set_up(config: RunConfig, *, known: Start | None = None) -> Run:
     """Build the run on every rank of the started world, or raise the same error on all of them.
 
-    Small files are read by the first rank alone, and what they say is passed to the others. `known` is what it has
-    read already, before there was a world; the other ranks' does not count.
+    Rank 0 alone reads the small files, and passes their contents to the others. `known` is what rank 0 read before the
+    world started; the other ranks' `known` is ignored.
 
     Raises:
-        LlamaProError: anything in the configuration, the checkpoint or the data that cannot be trained with.
+        LlamaProError: the configuration, the checkpoint or the data cannot be trained with.
     """
     world_size = torch.distributed.get_world_size()
     start = ask_first_rank(lambda: known or read_start(config, world_size=world_size))
@@ -93,14 +93,14 @@ def set_up(config: RunConfig, *, known: Start | None = None) -> Run:
 def _checked_here(
     config: RunConfig, start: Start, resume_from: SmallFiles | None, tokenizer: Tokenizer
 ) -> Mapping[str, Dataset]:
-    """What may differ between ranks, agreed on by all before a model is built: what is installed, and which files are
-    there. Returns the held-out sets, opened."""
+    """Check what may differ between ranks: installed packages and visible files. All ranks agree on the result before a
+    model is built. Return the opened held-out sets."""
     held_out: Mapping[str, Dataset] = {}
     error = None
     try:
         check_apex()
         if config.lora.rank is not None and uses_transformer_engine(config.model.transformer_impl):
-            raise ConfigError("lora needs megatron.core's own linears: set model.transformer_impl to local")
+            raise ConfigError("lora needs megatron.core's own linear layers: set model.transformer_impl to local")
         start.check_there()
         if resume_from:
             resume_from.check_there()
@@ -127,6 +127,6 @@ def _train_set(config: RunConfig, start: Start, tokenizer: Tokenizer) -> Checked
 
 
 def _cache_dir(config: RunConfig) -> Path:
-    """The folder for the order of the samples."""
+    """Return the folder that caches the order of the samples."""
     metrics = metrics_path(config.logging, save=config.checkpoint.save)
     return Path(config.data.cache_dir or metrics.parent / ".cache")

@@ -1,5 +1,5 @@
-"""What small files tell of a run before torch is imported, which takes seconds: the model that it starts from, whether
-it can be trained as configured, and whether data and tokenizer are there."""
+"""Checks a run from its small files, before torch is imported, which takes seconds: whether the starting model can be
+trained as configured, and whether the data and the tokenizer exist."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from megatron_llamapro.families.shape import ModelShape
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from: plain data, that one rank reads and passes to all."""
+    """What a run starts from, as plain data that one rank reads and passes to all."""
 
     source: SmallFiles
-    """Of the checkpoint."""
+    """Small files of the starting checkpoint."""
     tokenizer: Path
-    """Its file."""
+    """The tokenizer's file."""
     token_files: Mapping[str, TokenFile]
-    """By prefix."""
+    """The data's token files, by prefix."""
 
     @property
     def shape(self) -> ModelShape:
@@ -43,17 +43,17 @@ class Start:
         return self.source.manifest_or_error().plan
 
     def check_there(self) -> None:
-        """Raise `LlamaProError` where this rank does not see the files that another one has read."""
+        """Raise `LlamaProError` if this rank does not see the files that another rank has read."""
         self.source.check_there()
         for token_file in self.token_files.values():
             token_file.check_there()
 
 
 def read_start(config: RunConfig, *, world_size: int) -> Start:
-    """Check what can be checked without torch. Needs no process group, and writes nothing. Each file is read once.
+    """Run all checks that need no torch. Needs no process group, writes nothing, and reads each file once.
 
     Raises:
-        LlamaProError: anything in the configuration, the checkpoint or the data that cannot be trained with.
+        LlamaProError: the configuration, the checkpoint or the data cannot be trained with.
     """
     data_parallel_size(config, world_size)
     source = SmallFiles(_starting_checkpoint(config))
@@ -64,17 +64,17 @@ def read_start(config: RunConfig, *, world_size: int) -> Start:
     _check_precision(config, manifest, folder)
     if config.logging.diagnostics_interval and not manifest.plan.added_layers:
         raise ConfigError("logging.diagnostics_interval is set, but the checkpoint has no added blocks: set it to 0")
-    side_files(folder, config=source.model.config)  # what cannot be copied is said now, not at the first checkpoint
+    side_files(folder, config=source.model.config)  # fail now, not at the first checkpoint, if one cannot be copied
     tokenizer = tokenizer_file(Path(config.data.tokenizer or folder))
     token_files = check_token_files(config.data, vocab_size=shape.vocab_size)
     return Start(source.read_all(), tokenizer, token_files)
 
 
 def _starting_checkpoint(config: RunConfig) -> Path:
-    """The folder that the run starts from: model.checkpoint, or where it is gone the base that the run has of it.
+    """Return the folder that the run starts from: model.checkpoint, or the run's own base if that no longer exists.
 
     Raises:
-        CheckpointError: neither is there.
+        CheckpointError: neither exists.
     """
     given = Path(config.model.checkpoint)
     base = Path(config.checkpoint.save) / BASE if config.checkpoint.save else None
@@ -84,7 +84,7 @@ def _starting_checkpoint(config: RunConfig) -> Path:
 
 
 def _check_precision(config: RunConfig, manifest: Manifest, folder: Path) -> None:
-    """Weights are trained in the type they are stored in: a cast would change every original weight unseen."""
+    """Raise `ConfigError` if weights are stored in another type: a cast would silently change every original weight."""
     wanted = DTYPES[config.training.precision]
     if manifest.dtype != wanted:
         raise ConfigError(

@@ -1,8 +1,8 @@
 """One optimizer step, and the forward pass that evaluation shares with it. megatron.core's schedules do the work.
 
-A step without an update counts: its data are consumed and the learning-rate schedule moves on, so every other step has
-the data and the learning rate that it would have had. Weights, main parameters, moments and their step counts stay as
-they were, bit for bit.
+A step without an update still counts: it consumes its data and advances the learning-rate schedule, so every other step
+keeps its data and its learning rate. Weights, main parameters, moments and their step counts stay unchanged, bit for
+bit.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class LossSum:
-    """Over all tokens that count, of all ranks."""
+    """The loss over all tokens that count, of all ranks."""
 
     loss: float
-    """Mean loss a token, in nats; NaN where no token counts."""
+    """Mean loss per token, in nats; NaN if no token counts."""
     num_tokens: int
     stop_requested: bool = False
-    """Whether some rank was asked to stop."""
+    """Whether any rank was asked to stop."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did; the same on every rank."""
+    """The result of one optimizer step; the same on every rank."""
 
     loss: LossSum
     grad_norm: float
     """Global norm over all trainable parameters, before clipping."""
     learning_rate: float
-    """That the step was taken with, or would have been."""
+    """The learning rate of the step, even if it updated nothing."""
     outcome: Outcome
 
 
@@ -61,10 +61,11 @@ def train_step(
     stop_requested: Callable[[], bool] = lambda: False,
     before_update: Callable[[], None] | None = None,
 ) -> StepResult:
-    """Forward, backward, clip, update. `batches` holds one iterator a model chunk, all over the same micro-batches;
-    `before_update` is called when all gradients are there, `stop_requested` when the work of the step is done.
+    """Run the forward and backward passes, clip the gradients, update. `batches` holds one iterator per model chunk,
+    all over the same micro-batches. `before_update` is called when all gradients are computed, and
+    `stop_requested` after that.
 
-    Nothing is updated where the loss or the gradient norm is not finite. The same goes for a norm of exactly 0: a model
+    If the loss or the gradient norm is not finite, nothing is updated. The same holds for a norm of exactly 0: a model
     that diverged may have hidden states so large that the final norm returns zeros. Loss and norm are reduced over all
     ranks, so all ranks agree.
     """
@@ -95,7 +96,7 @@ def train_step(
 
 
 def leave_out_step(machine: Machine, *, stop_requested: bool) -> StepResult:
-    """A step that reads and computes nothing, and has its place in the schedule. `stop_requested`: of any rank."""
+    """Take a step that only advances the schedule: it reads and computes nothing. `stop_requested` is on any rank."""
     return StepResult(
         loss=LossSum(loss=math.nan, num_tokens=0, stop_requested=stop_requested),
         grad_norm=math.nan,
@@ -105,7 +106,7 @@ def leave_out_step(machine: Machine, *, stop_requested: bool) -> StepResult:
 
 
 def _end_step(machine: Machine) -> float:
-    """Advance the schedule. Returns the learning rate of the step that ends."""
+    """Advance the schedule. Return the learning rate of the step that ends."""
     learning_rate = get_canonical_lr_for_logging(machine.optimizer.param_groups) or 0.0
     machine.scheduler.step(increment=1)
     return learning_rate
@@ -120,7 +121,7 @@ def run_microbatches(
     seq_length: int,
     forward_only: bool,
 ) -> list[torch.Tensor]:
-    """Run megatron.core's schedule. Returns each micro-batch's [loss sum, tokens] on the last stage, else nothing."""
+    """Run megatron.core's schedule. Return each micro-batch's [loss sum, tokens] on the last stage, else nothing."""
     return get_forward_backward_func()(
         forward_step_func=_forward_step,
         data_iterator=list(batches) if len(chunks) > 1 else batches[0],
@@ -144,16 +145,16 @@ def _forward_step(batches: Iterator[Batch], chunk: torch.nn.Module):
 
 
 def _sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor):
-    """losses, loss_mask [b, s] → sum, number of tokens, and both as one vector for the report"""
+    """Return the loss sum, the number of tokens, and both as one vector to report. Losses and mask are [b, s]."""
     total = (losses.float() * loss_mask).sum()
     num_tokens = loss_mask.sum()
     return total, num_tokens.to(torch.int), torch.stack([total.detach(), num_tokens]).double()
 
 
 def reduce_loss(sums: Sequence[torch.Tensor], *, layout: ParallelLayout, stop_requested: bool = False) -> LossSum:
-    """Every rank gets the loss over all micro-batches and replicas, and whether any rank was asked to stop.
+    """Return, on every rank, the loss over all micro-batches and replicas, and whether any rank was asked to stop.
 
-    One all-reduce of three numbers; tensor-parallel ranks hold the same loss, so only the first of them adds it.
+    This takes one all-reduce of three numbers. Tensor-parallel ranks hold the same loss, so only the first adds it.
     """
     vector = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
     if sums and layout.tensor_rank == 0:
@@ -166,7 +167,7 @@ def reduce_loss(sums: Sequence[torch.Tensor], *, layout: ParallelLayout, stop_re
 
 
 def skip_record(result: StepResult, state: TrainingState) -> dict[str, object]:
-    """The `skip` record of a step that was the latest."""
+    """Return the `skip` record of the latest step."""
     return {
         "kind": "skip",
         "iteration": state.iteration,
@@ -182,16 +183,16 @@ def skip_record(result: StepResult, state: TrainingState) -> dict[str, object]:
 
 
 def check_converges(result: StepResult, state: TrainingState, *, max_skipped_steps: int) -> None:
-    """Raise `DivergedError`, on all ranks, after the last of too many steps in a row that were skipped."""
+    """Raise `DivergedError`, on all ranks, if too many steps in a row were skipped."""
     if result.outcome is not Outcome.SKIPPED or state.skipped_in_a_row < max_skipped_steps:
         return
     why = f"the loss is {result.loss.loss:.4g} and the gradient norm {result.grad_norm:.4g}"
     if not result.loss.num_tokens:
-        why = "no token has loss (look at the data's loss_mask)"
+        why = "no token has a loss (check the data's loss_mask)"
     raise for_all_ranks(
         DivergedError(
-            f"step {state.iteration}: {why}; steps in a row without an update: {state.skipped_in_a_row}, as many as "
-            "training.max_skipped_steps: lower optimizer.lr, or name steps whose data are bad in "
+            f"step {state.iteration}: {why}; steps in a row without an update: {state.skipped_in_a_row}, the limit "
+            "of training.max_skipped_steps: lower optimizer.lr, or list the steps with bad data in "
             "training.skip_iterations; the last checkpoint is intact"
         )
     )

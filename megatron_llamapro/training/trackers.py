@@ -1,7 +1,7 @@
-"""Figures for other programs: TensorBoard and Weights & Biases. None of them can end a run that has begun.
+"""Metrics for other programs: TensorBoard and Weights & Biases. Neither can end a run that has started.
 
-What is missing for them (the package, a key, the network) is said before the model is built. Later they may fail: the
-run goes on without them, and its record is in metrics.jsonl.
+A missing requirement (the package, a key, the network) is reported before the model is built. If a tracker fails later,
+the run continues without it; metrics.jsonl has the full record.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from megatron_llamapro.training.metrics import BLOCK_FIGURES, Record
 from megatron_llamapro.training.metrics_file import move_aside, warn
 
 _ANSWER_SECONDS, _START_SECONDS, _END_SECONDS = 5.0, 60.0, 60.0
-"""How long the server of Weights & Biases may take: to answer at all, to begin a run, to take its last figures."""
+"""Time limits for the Weights & Biases server: to answer at all, to start a run, to take its last figures."""
 
 _WITHOUT_SERVER = "leave it out, or set WANDB_MODE=offline and upload later (wandb sync)"
 
 
 class Tracker(Protocol):
-    """A writer that another program's code is behind."""
+    """A writer that calls another program's code."""
 
     name: str
 
@@ -44,8 +44,8 @@ class TensorBoardWriter:
     name = "TensorBoard"
 
     def __init__(self, folder: str, *, resumed_at: int) -> None:
-        """Steps beyond `resumed_at` that an earlier start wrote are hidden; those of an earlier run are moved into a
-        folder of their own, which TensorBoard shows as another run."""
+        """Hide the steps beyond `resumed_at` that an earlier start wrote. Move the events of an earlier run into their
+        own folder, which TensorBoard shows as another run."""
         from torch.utils.tensorboard import SummaryWriter
 
         if resumed_at == 0 and not is_remote(folder):
@@ -62,12 +62,12 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """The same scalars, sent to Weights & Biases, or kept for it (WANDB_MODE=offline).
+    """The same scalars, sent to Weights & Biases, or kept for a later upload (WANDB_MODE=offline).
 
-    All starts of a run go on with the same one there: it is found by `run_id`.
+    All starts of a run continue the same Weights & Biases run, which `run_id` identifies.
 
     Raises:
-        RunError: the server does not begin the run.
+        RunError: the server does not start the run.
     """
 
     name = "Weights & Biases"
@@ -88,13 +88,13 @@ class WandbWriter:
                 dir=os.environ.get("WANDB_DIR") or str(folder),
                 settings=wandb.Settings(**{name: value for name, value in limits.items() if name in known}),
             )
-        except Exception as error:  # of another program's code: anything
-            raise RunError(f"Weights & Biases did not begin the run: {_reason(error)}") from error
-        self._begun_at = self._run.step
+        except Exception as error:  # another program's code can raise anything
+            raise RunError(f"Weights & Biases did not start the run: {_reason(error)}") from error
+        self._start_step = self._run.step
 
     def write(self, record: Record) -> None:
         scalars = _scalars(record)
-        if scalars and record["iteration"] >= self._begun_at:  # else an earlier start has sent the same
+        if scalars and record["iteration"] >= self._start_step:  # otherwise an earlier start has sent them
             self._run.log(scalars, step=record["iteration"])
 
     def close(self, *, failed: bool) -> None:
@@ -103,11 +103,11 @@ class WandbWriter:
         try:
             self._run.finish(exit_code=int(failed))
         finally:
-            wandb.teardown()  # else it does so when the process ends, and prints the traceback of what fails
+            wandb.teardown()  # otherwise it does so when the process ends, and prints tracebacks
 
 
 class Guarded:
-    """A tracker whose failure is said once; then it is left out."""
+    """Wraps a tracker: its first failure is reported, then it is dropped."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker: Tracker | None = tracker
@@ -126,15 +126,15 @@ class Guarded:
             return
         try:
             what(tracker)
-        except Exception as error:  # of another program's code: anything
+        except Exception as error:  # another program's code can raise anything
             self._tracker = None
             with contextlib.suppress(Exception):
                 tracker.close(failed=True)
-            warn(f"{tracker.name} failed ({_reason(error)}): the run goes on without it (the metrics file has all)")
+            warn(f"{tracker.name} failed ({_reason(error)}): the run continues without it; see the metrics file")
 
 
 def check_trackers(config: LoggingConfig) -> None:
-    """Raise `ConfigError` where a tracker that is asked for cannot work. Needs seconds at most, and no model."""
+    """Raise `ConfigError` if a configured tracker cannot work. Takes seconds at most, and needs no model."""
     if config.tensorboard_dir and find_spec("tensorboard") is None:
         raise ConfigError("logging.tensorboard_dir needs the tensorboard package: pip install tensorboard")
     if config.wandb_project:
@@ -152,10 +152,10 @@ def _check_wandb(project: str) -> None:
         if settings.mode in ("offline", "dryrun", "disabled"):
             return
         _check_answers(settings.base_url, what)
-        has_key = wandb.login(verify=True, timeout=round(_START_SECONDS))  # which asks where there is a terminal
+        has_key = wandb.login(verify=True, timeout=round(_START_SECONDS))  # asks for a key on a terminal
     except ConfigError:
         raise
-    except Exception as error:  # of another program's code: anything
+    except Exception as error:  # another program's code can raise anything
         has_key, reason = False, _reason(error).split(". ")[0].rstrip(".")
     else:
         reason = "no API key"
@@ -164,15 +164,16 @@ def _check_wandb(project: str) -> None:
 
 
 def _check_answers(url: str, what: str) -> None:
-    """wandb would try again for minutes. Proxies are the environment's, as they are for wandb."""
+    """Raise `ConfigError` if the server does not answer; wandb would retry for minutes. Proxies come from the
+    environment, as for wandb."""
     try:
         with urllib.request.urlopen(url, timeout=_ANSWER_SECONDS):
             pass
-    except urllib.error.HTTPError:  # an answer
+    except urllib.error.HTTPError:  # the server answered
         pass
     except OSError as error:
         reason = getattr(error, "reason", error)
-        if not isinstance(reason, ssl.SSLError):  # wandb has certificates of its own
+        if not isinstance(reason, ssl.SSLError):  # wandb has its own certificates
             raise ConfigError(f"{what}: {url} cannot be reached ({reason}): {_WITHOUT_SERVER}") from None
 
 
@@ -181,7 +182,7 @@ def _reason(error: Exception) -> str:
 
 
 def is_remote(folder: str) -> bool:
-    """Whether TensorBoard alone can write there, e.g. s3://bucket/events."""
+    """Return whether only TensorBoard can write to this folder, e.g. s3://bucket/events."""
     return "://" in folder
 
 
@@ -193,7 +194,7 @@ def _keep_earlier_events(folder: Path) -> None:
     draft.mkdir(exist_ok=True)
     for path in earlier:
         path.rename(draft / path.name)
-    print(f"{folder} had the events of an earlier run: they are in {move_aside(draft)} now", flush=True)
+    print(f"{folder} held the events of an earlier run: moved to {move_aside(draft)}", flush=True)
 
 
 def _scalars(record: Record) -> dict[str, float]:

@@ -216,7 +216,7 @@ def test_an_interrupt_says_how_to_go_on(
     with monkeypatch.context() as patch:
         patch.setattr("megatron_llamapro.checkpoint.convert.transfer", interrupted)
         ended = run(*command)
-    assert ended == Ended(130, "", "error: interrupted: the same command with --resume goes on\n")
+    assert ended == Ended(130, "", "error: interrupted: to continue, run the same command with --resume\n")
     assert [path.name for path in tmp_path.iterdir()] == [".it.partial"]
     assert run(*command, "--resume").returncode == 0
 

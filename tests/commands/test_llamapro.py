@@ -142,4 +142,6 @@ def test_an_old_name_runs_its_command(shim: Path, explanations: dict) -> None:
 def test_without_the_package_an_old_name_says_so(shim: Path) -> None:
     done = typed(str(shim), "--help", options=["-S"], variables={"PYTHONPATH": ""})
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-    assert done.stderr.startswith(f"error: the module megatron_llamapro is not in this Python ({sys.executable}): ")
+    assert done.stderr.startswith(
+        f"error: the module megatron_llamapro is not installed in this Python ({sys.executable}): "
+    )

@@ -72,7 +72,7 @@ def test_measured_blocks(arguments: list, tmp_path: Path) -> None:
         (["--world_size", 4, "--calibration", "run.yaml"], "run.yaml"),
         (["--world_size", 4, "--peak_tflops", -1], "--peak_tflops is -1: it must be above 0"),
         (["--world_size", 4, "--efficiency", 40], "--efficiency is 40: it must be at most 1"),
-        (["--world_size", 4, "--positions", "1"], "--positions says where"),
+        (["--world_size", 4, "--positions", "1"], "--positions already places"),
     ],
 )
 def test_bad_input_is_one_line(more: list, message: str, arguments: list) -> None:

@@ -33,16 +33,16 @@ def metrics(tmp_path: Path) -> Path:
 
 def test_series(metrics: Path) -> None:
     series = read_series(metrics)
-    assert series["training loss, nats a token", ""] == [(1, 2.0), (2, 1.0)]
+    assert series["training loss, nats per token", ""] == [(1, 2.0), (2, 1.0)]
     assert series["held-out cpp", ""] == [(2, 1.5)]
-    assert series["what a block adds, of the stream", "block 5"] == [(2, 0.1)]
+    assert series["contribution of a block to the stream", "block 5"] == [(2, 0.1)]
 
 
 def test_a_figure_that_was_not_finite_is_a_gap(metrics: Path, tmp_path: Path) -> None:
     """And a last line that a kill has cut is none."""
     metrics.write_text(metrics.read_text() + record(3).replace("1.0", "null") + "\n" + record(4)[:20])
     series = read_series(metrics)
-    assert [step for step, _ in series["training loss, nats a token", ""]] == [1, 2, 3]
+    assert [step for step, _ in series["training loss, nats per token", ""]] == [1, 2, 3]
     assert math.isnan(series["gradient norm", ""][2][1])
     assert run("--input", metrics, "--output", tmp_path / "plot.png").returncode == 0
 

@@ -44,7 +44,7 @@ REFUSED = {
     LLAMAPRO + "plan-pipeline --config {run} --world_size 1": "there is one stage",
     LLAMAPRO + "plan-pipeline --config {run} --world_size 1 --calibrate x --model.checkpoint nowhere": "nowhere is not",
     LLAMAPRO + "launch --config {run} --launch nowhere": "nowhere does not exist",
-    LLAMAPRO + "plot --input nowhere --output x.png": "nowhere is not there",
+    LLAMAPRO + "plot --input nowhere --output x.png": "nowhere does not exist",
 }
 
 
@@ -113,4 +113,4 @@ def test_without_torch_it_says_so(run_yaml: Path, packages_but_torch: Path) -> N
     variables = {"PYTHONPATH": str(packages_but_torch)}
     code, out, errors = typed(PRETRAIN.format(run=run_yaml), options=["-S"], variables=variables)
     assert (code, out, errors.count("\n")) == (2, "", 1), errors
-    assert errors.startswith(f"error: the module torch is not in this Python ({sys.executable}): ")
+    assert errors.startswith(f"error: the module torch is not installed in this Python ({sys.executable}): ")

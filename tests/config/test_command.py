@@ -97,14 +97,14 @@ OPTIONS = {
     "--path=~nobody-has-this-name/x": "no home folder is known for ~nobody-has-this-name",
     "--path=$HOME/x": "variables such as $HOME are not replaced",
     "--count=-3": ("count", -3),
-    "--count=1e3": "argument --count: '1e3' is no whole number",
-    "--count=٣": "is no whole number",
-    f"--count={'9' * 5000}": "…' is no whole number",
+    "--count=1e3": "argument --count: '1e3' is not a whole number",
+    "--count=٣": "is not a whole number",
+    f"--count={'9' * 5000}": "…' is not a whole number",
     "--rate=2e-4": ("rate", 2e-4),
     "--rate=nan": "argument --rate: 'nan': it must be finite",
     "--rate=-inf": "it must be finite",
     "--rate=1e300": "it must be finite",
-    "--rate=fast": "argument --rate: 'fast' is no number",
+    "--rate=fast": "argument --rate: 'fast' is not a number",
 }
 
 

@@ -221,7 +221,7 @@ OPTIONS = {
     "--optimizer.lr": "--optimizer.lr has no value: write --optimizer.lr=…",
     "--optimizer.lr --debug": "--optimizer.lr has no value",
     "--optimizer.lr=": "--optimizer.lr has no value",
-    "run.yaml": "'run.yaml' stands behind no option: for a file, write --config run.yaml",
+    "run.yaml": "'run.yaml' follows no option: for a file, write --config run.yaml",
     "--config nowhere.yaml": "nowhere.yaml does not exist",
     "--config .": ". is a folder: name the YAML file in it",
     f"--config {'x' * 300}": "x: File name too long",

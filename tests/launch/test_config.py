@@ -100,8 +100,8 @@ def test_refused(text: str, message: str, launch_file) -> None:
         (("--checkpoint.save=null",), "checkpoint.save is not set"),
         (("--training.global_batch_size=100",), "not a multiple of micro_batch_size"),
         (("--parallel.tensor_model_parallel_size=3",), "16 ranks cannot be divided"),
-        (("--checkpoint.save=/tmp/save",), "checkpoint.save is /tmp/save, and each node has a /tmp for itself"),
-        (("--data.train=[{prefix: /dev/shm/text}]",), "/dev/shm/text, and each node has a /dev/shm for itself"),
+        (("--checkpoint.save=/tmp/save",), "checkpoint.save is /tmp/save, but each node has its own /tmp: "),
+        (("--data.train=[{prefix: /dev/shm/text}]",), "/dev/shm/text, but each node has its own /dev/shm: "),
     ],
 )
 def test_refused_with_the_run(run: tuple[str, ...], message: str, launch_file) -> None:
@@ -117,7 +117,7 @@ def test_what_the_job_reads_has_one_name(mount: str, launch_file) -> None:
     launch = read_launch_config(launch_file(text))
     check_run(launch, parse_run_config([*RUN, "--checkpoint.save=/lustre/me/runs", "--model.checkpoint=/data/model"]))
     with pytest.raises(
-        ConfigError, match=r"checkpoint.save is /data/runs, which .* of /lustre/me: .*/lustre/me:/lustre/me"
+        ConfigError, match=r"checkpoint.save is /data/runs, which .* from /lustre/me, .*/lustre/me:/lustre/me"
     ):
         check_run(launch, parse_run_config([*RUN, "--checkpoint.save=/data/runs"]))
 
@@ -126,7 +126,7 @@ def test_the_runs_own_file_is_seen_by_all_nodes(launch_file, tmp_path: Path, mon
     """It is named by its absolute path, since the job may run in another folder than it is submitted from."""
     launch = launch_file("log_dir: /shared/logs\nworking_dir: /shared\nnodes: {num_nodes: 2}")
     (tmp_path / "run.yaml").write_text("model: {checkpoint: /shared/model}")
-    with pytest.raises(ConfigError, match=r"--config run.yaml is /tmp/.*run.yaml, and each node has a /tmp for itself"):
+    with pytest.raises(ConfigError, match=r"--config run.yaml is /tmp/.*run.yaml, but each node has its own /tmp: "):
         monkeypatch.chdir(tmp_path)
         check_run(read_launch_config(launch), parse_run_config(RUN), ["--config", "run.yaml", *RUN])
     assert with_absolute_configs(["--config=a.yaml", "--config", "/b.yaml", "--x", "a.yaml"]) == [
@@ -156,7 +156,11 @@ def tool(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
 def test_without_a_scheduler(launch_file) -> None:
     launch = launch_file("log_dir: /shared/logs\nworking_dir: /shared\n")
     done = tool("--launch", launch, *RUN, "--submit", PATH="")
-    assert done.returncode == 2 and "--submit: there is no sbatch here" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2
+        and "--submit: sbatch is not installed here" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
     assert tool("--launch", launch, *RUN, PATH="").stdout == done.stdout != ""
 
 
@@ -185,7 +189,7 @@ def test_homes_are_the_submitters(launch_file, tmp_path: Path) -> None:
 
 def test_by_hand_and_submit(launch_file) -> None:
     done = tool("--launch", launch_file("log_dir: /shared/logs"), *RUN, "--by_hand", "n1", "--submit")
-    assert done.returncode == 2 and "give one of them" in done.stderr and not done.stdout
+    assert done.returncode == 2 and "give only one of them" in done.stderr and not done.stdout
 
 
 def test_by_hand(launch_file) -> None:

@@ -274,7 +274,7 @@ def test_other_adapters_do_not_go_on(trained: Callable) -> None:
     config = trained()
     other = dataclasses.replace(config, lora=dataclasses.replace(ALL, alpha=7.0))
     [[message]] = run_distributed(workers.set_up_errors, 1, [other])
-    assert "began with lora" in message and "'alpha': 6.0" in message
+    assert "started with lora" in message and "'alpha': 6.0" in message
 
 
 def test_diagnostics_see_the_merged_blocks(run_config: Callable, models: Callable) -> None:

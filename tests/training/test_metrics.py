@@ -69,8 +69,8 @@ def test_an_output_on_a_full_disk_stops_nothing(monkeypatch: pytest.MonkeyPatch)
     ("fields", "text"),
     [
         ({}, "no update: loss nan, grad norm inf; in a row: 2, skipped so far: 3"),
-        ({"tokens": 0}, "no update: none of its tokens has loss; in a row: 2, skipped so far: 3"),
-        ({"outcome": "left out"}, "left out, as training.skip_iterations says; skipped so far: 3"),
+        ({"tokens": 0}, "no update: none of its tokens has a loss; in a row: 2, skipped so far: 3"),
+        ({"outcome": "left out"}, "left out by training.skip_iterations; skipped so far: 3"),
     ],
 )
 def test_a_step_without_an_update(fields: dict, text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -60,7 +60,7 @@ def test_a_new_run_moves_the_earlier_ones_aside(path: Path, capsys: pytest.Captu
         records.append(path.read_bytes())
     assert [path.with_name(name).read_bytes() for name in ("metrics.1.jsonl", "metrics.2.jsonl", path.name)] == records
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"{path} had the records of an earlier run: they are in {path.with_name('metrics.1.jsonl')} now"
+    assert said[0] == f"{path} held the records of an earlier run: moved to {path.with_name('metrics.1.jsonl')}"
 
 
 def test_a_resumed_run_does_not_cut_the_record_of_another(path: Path) -> None:
@@ -129,10 +129,10 @@ def test_a_full_disk_costs_no_training_and_no_record(path: Path) -> None:
     assert (
         first
         == second
-        == f"warning: {path} cannot be written: File too large: the run goes on, and tries again every time"
+        == f"warning: {path} cannot be written: File too large: the run continues, and retries at every record"
     )
-    assert again.endswith("is written again; no record is missing")
-    assert lacks.endswith("lacks the last 16 records: it could not be written")
+    assert again.endswith("can be written again; no record is missing")
+    assert lacks.endswith("could not be written: records missing at its end: 16")
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_every_step_is_once_in_every_record(run_config: Callable, tmp_path: Path
     kept = (save / "metrics.jsonl").read_bytes()
     shorter = dataclasses.replace(config, training=dataclasses.replace(config.training, train_iters=1))
     [(error, said)] = front_door(shorter, tmp_path, **offline)
-    assert error == "no error" and said.count("of an earlier run: they are in") == 2
+    assert error == "no error" and said.count("of an earlier run: moved to") == 2
     assert (save / "metrics.1.jsonl").read_bytes() == kept
     assert steps_of(save / "metrics.jsonl") == scalar_steps(events) == [1]
     assert scalar_steps(events / "earlier.1") == [1, 2, 3, 4]

@@ -176,8 +176,8 @@ def test_a_changed_run_is_refused(run_config: Callable, models: Callable, token_
         "training.seed": other_seed,
         "data.train": other_blend,
         "belongs to a run of another model": other_model,
-        "began with model.trainable": other_parts,
-        "names step 1, but the run continues from step 1": too_late,
+        "started with model.trainable": other_parts,
+        "names step 1, but the run resumes from step 1": too_late,
         "4 + 6 > 8; set --training.train_iters 3, or --training.global_batch_size 1 or less": too_short,
     }
     [answers] = run_distributed(workers.set_up_errors, 1, list(cases.values()))

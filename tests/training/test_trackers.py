@@ -156,5 +156,5 @@ def test_what_fails_on_the_way_ends_no_run(tracker: str, tmp_path: Path) -> None
     )
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "trained on", done.stderr
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 1 and "the run goes on without it" in warnings[0], done.stderr
+    assert len(warnings) == 1 and "the run continues without it" in warnings[0], done.stderr
     assert tracker == "tensorboard" or "Traceback" not in done.stderr, done.stderr

@@ -1,11 +1,11 @@
-"""What a delta checkpoint holds of a run's state, and the base that holds the rest. All ranks call these functions.
+"""Splits a run's state between a delta checkpoint and its base. All ranks call these functions.
 
-What trains is read off `requires_grad`: whatever freezing left on is saved, and nothing else.
+`requires_grad` marks the trainable part: a delta holds what freezing left trainable, and nothing else.
 
-The base is the checkpoint that the run started from, kept in the run's own folder: a run can be moved as a whole, and
-survives when the starting checkpoint is moved, deleted or followed by a newer one. The base's files of weights are
-clones of the starting checkpoint's where the file system has copy-on-write, else hard links; they are copied only
-across file systems.
+The base is the checkpoint that the run started from, kept in the run's own folder. The run can then be moved as a
+whole, and survives if the starting checkpoint is moved, deleted or followed by a newer one. On a copy-on-write file
+system the base's weight files are clones of the starting checkpoint's, else hard links. They are copied only across
+file systems.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from megatron_llamapro.runtime.distributed import ask_first_rank, failing_togeth
 
 
 def trained_keys(state: dict) -> tuple[str, ...] | None:
-    """Keys of the sharded tensors of all ranks' model `state` that train; None where all do."""
+    """Return the keys of the trainable sharded tensors in all ranks' model `state`; None if all are trainable."""
     local = [(held.key, _is_frozen(held.data)) for tensors in state.values() for held in tensors.values()]
     gathered: list[list[tuple[str, bool]]] = [[]] * dist.get_world_size()
     dist.all_gather_object(gathered, local)
@@ -50,12 +50,12 @@ def trained_keys(state: dict) -> tuple[str, ...] | None:
 
 
 def _is_frozen(tensor: object) -> bool:
-    """Buffers, which may change while a run trains, are not."""
+    """Return whether a tensor is frozen. Buffers are not, because they may change in training."""
     return isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
 
 
 def split(state: dict, trained: Collection[str]) -> tuple[dict, dict]:
-    """The part of a model's sharded state whose keys are `trained`, and the rest."""
+    """Split a model's sharded state into the tensors whose keys are in `trained`, and the rest."""
     keys = frozenset(trained)
     parts = []
     for wanted in (True, False):
@@ -69,18 +69,18 @@ def split(state: dict, trained: Collection[str]) -> tuple[dict, dict]:
 
 
 def delta_of_run(save: Path, *, source: SmallFiles, resume_from: SmallFiles | None, trained: Sequence[str]) -> Delta:
-    """The record that goes with a run's delta checkpoints, its base made where there is none yet.
+    """Return the record that goes with a run's delta checkpoints. Make their base if it does not exist yet.
 
-    `source` is the checkpoint that the run started from, `resume_from` the one of its own that it goes on from.
+    `source` is the checkpoint that the run started from; `resume_from` is its own checkpoint to resume from.
 
     Raises:
-        CheckpointError: the base cannot be made, or another one is there.
+        CheckpointError: the base cannot be made, or a different one exists.
     """
     known = resume_from.delta if resume_from else None
     if known is not None and set(known.trained) == set(trained):
         return known  # the base was checked when the run was loaded
     start, base = resume_from or source, save / BASE
-    hashes = _shared_out(start, frozen_names(source.model.shape, trained))
+    hashes = _hash_in_shares(start, frozen_names(source.model.shape, trained))
     if from_first_rank(base.exists()):
         _check_same(ask_first_rank(SmallFiles(base).read_all), hashes, start)
     else:
@@ -91,21 +91,21 @@ def delta_of_run(save: Path, *, source: SmallFiles, resume_from: SmallFiles | No
 
 
 def _check_same(base: SmallFiles, hashes: dict[str, str], start: SmallFiles) -> None:
-    if _shared_out(base, list(hashes)) != hashes:
+    if _hash_in_shares(base, list(hashes)) != hashes:
         raise CheckpointError(
-            f"{base.folder} holds other weights than {start.folder}, from which this run starts: choose another "
+            f"{base.folder} holds other weights than {start.folder}, which this run starts from: choose another "
             "checkpoint.save, or remove the checkpoints of the earlier run and their base"
         )
 
 
 def check_base(base: SmallFiles, delta: Delta) -> None:
-    """Raise `CheckpointError`, on all ranks, where the base of a delta checkpoint does not hold the tensors that were
-    trained with: every one is read."""
-    delta.check_hashes(base.folder, _shared_out(base, list(delta.base_hashes)))
+    """Raise `CheckpointError`, on all ranks, if a delta's base does not hold the tensors that were trained with.
+    Reads every tensor."""
+    delta.check_hashes(base.folder, _hash_in_shares(base, list(delta.base_hashes)))
 
 
-def _shared_out(source: SmallFiles, names: Sequence[str]) -> dict[str, str]:
-    """Hashes of a checkpoint's tensors, every rank reading its share."""
+def _hash_in_shares(source: SmallFiles, names: Sequence[str]) -> dict[str, str]:
+    """Return the hashes of a checkpoint's tensors. Every rank reads its share of the tensors."""
     with failing_together(f"{source.folder} could not be read"):
         mine = tensor_hashes(source, names[dist.get_rank() :: dist.get_world_size()])
     gathered: list[dict[str, str]] = [{}] * dist.get_world_size()
@@ -115,19 +115,18 @@ def _shared_out(source: SmallFiles, names: Sequence[str]) -> dict[str, str]:
 
 
 _CLONE = 0x40049409  # FICLONE of linux/fs.h
-_HASHING_THREADS = 2  # a rank; several ranks share a machine
+_HASHING_THREADS = 2  # per rank; several ranks share a machine
 
 
 def make_base(small: SmallFiles, base: Path) -> None:
-    """Make `base`, a complete checkpoint of the weights of the checkpoint with these small files; complete or absent
-    at any kill.
+    """Make `base`, a complete checkpoint of the weights of `small`'s checkpoint. After a kill it is complete or absent.
 
     Raises:
-        CheckpointError: it cannot be written, or is there already.
+        CheckpointError: it cannot be written, or exists already.
     """
     source = small.folder
     if small.delta is not None or any(map(is_training_state, small.index)):
-        megatron_to_megatron(source, base, merge_adapters=False)  # the weights alone
+        megatron_to_megatron(source, base, merge_adapters=False)  # weights only
         return
     with staged(base, overwrite=False, sources=(source,)) as draft:
         copy_side_files(source, draft, config=small.model.config)
@@ -145,7 +144,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def share(source: Path, target: Path) -> None:
-    """Have `target` hold the bytes of `source` as cheaply as the file system can."""
+    """Make `target` hold the bytes of `source`, as cheaply as the file system can."""
     for way in (_clone, os.link):
         try:
             way(source, target)
@@ -161,16 +160,16 @@ def _clone(source: Path, target: Path) -> None:
 
 
 def tensor_hashes(source: SmallFiles, names: Iterable[str]) -> dict[str, str]:
-    """BLAKE3 of tensors of a torch_dist checkpoint, by their Hugging Face names. Streams.
+    """Return BLAKE3 hashes of a torch_dist checkpoint's tensors, by their Hugging Face names. Streams.
 
     Raises:
-        CheckpointError: it is damaged, or has no such tensor.
+        CheckpointError: the checkpoint is damaged, or lacks one of the tensors.
     """
     checkpoint = locate_tensors(source)
     names = list(names)
     missing = [name for name in names if name not in checkpoint.tensors]
     if missing:
-        raise CheckpointError(f"{source.folder} has no tensor {missing[0]}, which the delta checkpoints need of it")
+        raise CheckpointError(f"{source.folder} has no tensor {missing[0]}, which its delta checkpoints need")
     with SourceFiles(checkpoint.states) as files, ThreadPoolExecutor(_HASHING_THREADS) as pool:
         hashes = pool.map(lambda name: stored_hash(checkpoint.tensors[name], files, checkpoint.itemsize), names)
         return dict(zip(names, hashes, strict=True))

@@ -1,6 +1,6 @@
-"""Whether a run can go on from the checkpoint in its folder: the same model, the same things trained, the same data.
+"""Checks whether a run can resume from the checkpoint in its folder: same model, same trainable part, same data.
 
-All of it is known from small files, so it is checked before a model is built.
+The checks need only small files, so they run before a model is built.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _START_ANEW = "restore it, or start a new run in another checkpoint.save"
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What must not change between the starts of one run; saved with every checkpoint."""
+    """Settings that must not change between the starts of one run; saved with every checkpoint."""
 
     data_order: Mapping[str, object]
     trainable: list[str]
@@ -38,7 +38,7 @@ class RunIdentity:
 
 
 def run_identity(config: RunConfig, token_files: Mapping[str, TokenFile]) -> RunIdentity:
-    """The identity of a run as it is configured now. `token_files` are the data's, by prefix."""
+    """Return the identity of a run as it is configured now. `token_files` are the data's, by prefix."""
     return RunIdentity(
         data_order=data_order_fingerprint(
             config.data, num_samples=config.data_order_samples, seed=config.training.seed, checked=token_files
@@ -50,11 +50,11 @@ def run_identity(config: RunConfig, token_files: Mapping[str, TokenFile]) -> Run
 
 
 def checkpoint_to_resume(config: RunConfig, source: SmallFiles, identity: RunIdentity) -> SmallFiles | None:
-    """The newest checkpoint of the run that starts from `source`, or None where it has none yet.
+    """Return the newest checkpoint of the run that starts from `source`, or None if it has none yet.
 
     Raises:
         CheckpointError: the folder holds a run of another model, or is damaged.
-        ConfigError, DataError: the run began with other settings that cannot change on the way.
+        ConfigError, DataError: the run started with other settings, and they cannot change later.
     """
     folder = latest_checkpoint(Path(config.checkpoint.save)) if config.checkpoint.save else None
     if folder is None:
@@ -64,7 +64,7 @@ def checkpoint_to_resume(config: RunConfig, source: SmallFiles, identity: RunIde
     if found.manifest_or_error() != source.manifest:
         raise CheckpointError(
             f"{folder} belongs to a run of another model than model.checkpoint ({config.model.checkpoint}): choose "
-            "another checkpoint.save, or the model.checkpoint that it began with"
+            "another checkpoint.save, or the model.checkpoint that it started with"
         )
     check_loadable(found)
     stored = read_progress(found)
@@ -74,7 +74,7 @@ def checkpoint_to_resume(config: RunConfig, source: SmallFiles, identity: RunIde
         name = called.rpartition(".")[2]
         if stored[name] != getattr(identity, name):
             raise ConfigError(
-                f"the run in checkpoint.save began with {called} {stored[name]}, now {getattr(identity, name)}: "
+                f"the run in checkpoint.save started with {called} {stored[name]}, now {getattr(identity, name)}: "
                 f"its optimizer state would not fit; {_START_ANEW}"
             )
     check_samples(config, iteration=stored["iteration"], consumed_samples=stored["consumed_samples"])
@@ -92,25 +92,25 @@ def _check_new(config: RunConfig, source: SmallFiles) -> None:
 
 
 def _check_skips(config: RunConfig, stored: Mapping) -> None:
-    """A step that is over cannot be left out any more."""
+    """Raise `ConfigError` if a step to leave out was already trained on."""
     done, skipped = stored["iteration"], set(stored.get("skipped_steps", ()))
     late = [step for steps in left_out(config.training) for step in steps if step <= done and step not in skipped]
     if late:
         raise ConfigError(
-            f"training.skip_iterations names step {late[0]}, but the run continues from step {done} and was trained on "
-            f"it: take it out of the list, or write the step of an earlier checkpoint into checkpoint.save's {LATEST}"
+            f"training.skip_iterations names step {late[0]}, but the run resumes from step {done} and was trained on "
+            f"it: remove it from the list, or write the step of an earlier checkpoint into checkpoint.save's {LATEST}"
         )
 
 
 def read_progress(source: SmallFiles) -> dict:
-    """What a training checkpoint says of the run that wrote it.
+    """Return the progress that a training checkpoint stores of its run.
 
     Raises:
-        CheckpointError: it says nothing: it was not written by training, or is damaged.
+        CheckpointError: it stores none, because it was not written by training or is damaged.
     """
     try:
         return torch.load(io.BytesIO(source.common_state or b""), weights_only=True)[PROGRESS]
     except (OSError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{source.folder} cannot be continued from: no training state in {COMMON_STATE}: {error!r}"
+            f"cannot resume from {source.folder}: no training state in {COMMON_STATE}: {error!r}"
         ) from None

@@ -1,8 +1,8 @@
-"""When and how a run's checkpoints are written: `save/iter_0000100/`, complete or absent, at once or beside training.
+"""Writes a run's checkpoints: `save/iter_0000100/`, complete or absent, at once or while training continues.
 
-A folder is written under a temporary name and renamed when every rank is done; only then does
-`latest_checkpointed_iteration.txt` name it. A kill at any moment, also of a save that runs beside training, leaves the
-last complete one loadable.
+A folder is written under a temporary name and renamed when every rank is done. Only then does
+`latest_checkpointed_iteration.txt` name it. A kill at any moment, even during an asynchronous save, leaves the last
+complete checkpoint loadable.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from megatron_llamapro.training.machine import Machine
 
 @dataclass
 class _Save:
-    """One checkpoint on its way."""
+    """A checkpoint that is being written."""
 
     iteration: int
     folder: Path
-    """Where it will be."""
+    """Its final path."""
     draft: Path
-    """Where it is written."""
+    """The path that it is written to."""
     started: float
     stall_seconds: float = 0.0
-    """Time until training could go on."""
+    """Time until training could continue."""
     num_bytes: int = 0
-    """Of all its files, on the first rank, once it is complete."""
+    """Size of all its files; set on rank 0 when it is complete."""
 
     @property
     def what(self) -> str:
@@ -59,10 +59,10 @@ class _Save:
 
 
 class Saver:
-    """Writes a run's checkpoints. All ranks make one and call its methods together.
+    """Writes a run's checkpoints. Every rank makes one, and all ranks call its methods together.
 
-    The methods return `save` records of what became complete. They raise `CheckpointError`, on all ranks, where
-    something could not be written.
+    The methods return a `save` record for each checkpoint that they complete. They raise `RunError`, on all ranks, if
+    something cannot be written.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Saver:
         source: SmallFiles,
         resume_from: SmallFiles | None,
     ) -> None:
-        """`source` is the checkpoint that the run started from, `resume_from` the one of its own that it continues
+        """`source` is the checkpoint that the run started from; `resume_from` is its own checkpoint to resume
         from."""
         self._machine, self._run_config, self._config = machine, config, config.checkpoint
         self._state, self._identity, self._source = state, identity, source
@@ -89,7 +89,7 @@ class Saver:
         self._queue = AsyncCallsQueue()
         self._pending: _Save | None = None
         self.latest: int | None = None
-        """The step that was saved last, or is being saved."""
+        """The step that was saved last or is being saved."""
 
     def _make_delta(self, resume_from: SmallFiles | None) -> Delta | None:
         trained = trained_keys(model_state(self._machine.chunks))
@@ -98,9 +98,9 @@ class Saver:
         return delta_of_run(self._folder, source=self._source, resume_from=resume_from, trained=trained)
 
     def save(self) -> list[dict]:
-        """Save the state of now; asynchronously where so configured, once an earlier save is complete."""
+        """Save the current state, asynchronously if so configured. First wait until an earlier save is complete."""
         finished = self.finish()
-        with self._giving_up():
+        with self._cleaning_up():
             save = self._pending = self._begin()
             request = plan_writing(self._everything(), save.draft, what=save.what)
             request.add_finalize_fn(lambda: self._publish(save))
@@ -112,22 +112,22 @@ class Saver:
         return [*finished, self._complete()]
 
     def poll(self) -> list[dict]:
-        """Make a checkpoint of what has been written by now, without waiting; to be called after every step."""
+        """Complete a save whose files are written by now, without waiting; call it after every step."""
         return self._finalize(wait=False)
 
     def finish(self) -> list[dict]:
-        """Wait until what was begun is complete."""
+        """Wait until a pending save is complete."""
         return self._finalize(wait=True)
 
     def _finalize(self, *, wait: bool) -> list[dict]:
         if self._pending is None:
             return []
-        with self._giving_up():
+        with self._cleaning_up():
             done = self._queue.maybe_finalize_async_calls(blocking=wait)
         return [self._complete()] if done else []
 
     def _begin(self) -> _Save:
-        """The folder to write into. Its name is new: what a killed run still writes goes elsewhere."""
+        """Make the folder to write into. Its name is new, so that a killed run's last writes go elsewhere."""
         iteration = self.latest = self._state.iteration
         name = from_first_rank(uuid.uuid4().hex[:8])
         folder = iteration_folder(self._folder, iteration)
@@ -147,7 +147,7 @@ class Saver:
         save.stall_seconds = time.monotonic() - save.started
 
     def _publish(self, save: _Save) -> None:
-        """Add the small files and make the folder the newest checkpoint, in an order that a kill cannot break."""
+        """Add the small files and make the folder the newest checkpoint, in an order that survives a kill."""
         with failing_together(save.what):
             if dist.get_rank() == 0:
                 self._write_small_files(save.draft)
@@ -164,7 +164,7 @@ class Saver:
                 )
 
     def _write_small_files(self, draft: Path) -> None:
-        """What makes the folder a checkpoint for every tool; the tensors' files are there."""
+        """Write the files that, with the tensors, make the folder a checkpoint for every tool."""
         copy_side_files(self._origin, draft)
         for name in (CONFIG_NAME, MANIFEST_NAME):
             shutil.copyfile(self._origin / name, draft / name)
@@ -177,7 +177,7 @@ class Saver:
 
     def _complete(self) -> dict:
         save, self._pending = self._pending, None
-        assert save is not None  # only called for one
+        assert save is not None  # called only for a pending save
         return {
             "kind": "save",
             "iteration": save.iteration,
@@ -189,8 +189,8 @@ class Saver:
         }
 
     @contextlib.contextmanager
-    def _giving_up(self) -> Iterator[None]:
-        """Where a save fails, which all ranks know then, its disk is freed and the run ends. Another may go further."""
+    def _cleaning_up(self) -> Iterator[None]:
+        """On a failed save, which all ranks know of: delete the draft and raise `RunError`; a restart may succeed."""
         try:
             yield
         except LlamaProError as error:
@@ -217,25 +217,26 @@ def publish(draft: Path, folder: Path) -> None:
 
 
 LEFTOVERS = "iter_*.tmp"
-"""Folders that are no checkpoints: half written or half removed."""
+"""Folders that are not checkpoints: half written or half removed."""
 
 _CHECKPOINT = re.compile(r"iter_(\d{7,})")
 
 
 def superseded(iterations: Collection[int], *, newest: int, keep_last: int | None, keep_every: int | None) -> list[int]:
-    """Those of a run's checkpoints that go, oldest first: none that is newer than `newest`, the last complete one, nor
-    that itself."""
+    """Return which of a run's checkpoints to remove, oldest first. `newest`, the last complete one, and any newer ones
+    stay."""
     if keep_last is None:
         return []
     older = sorted(iteration for iteration in iterations if iteration < newest)
-    spared = older[max(0, len(older) - (keep_last - 1)) :]  # beside the newest
+    spared = older[max(0, len(older) - (keep_last - 1)) :]  # besides the newest
     return [i for i in older if i not in spared and not (keep_every and i % keep_every == 0)]
 
 
 def prune(
     save: Path, *, newest: int, keep_last: int | None, keep_every: int | None, needed: Collection[Path] = ()
 ) -> None:
-    """Remove what `superseded` says, but nothing that is `needed`; bases are no checkpoints of a step, and stay."""
+    """Remove the checkpoints that `superseded` returns, except those `needed`. Bases are not checkpoints of a step, and
+    stay."""
     found = (_CHECKPOINT.fullmatch(path.name) for path in save.iterdir())
     iterations = [int(match.group(1)) for match in found if match]
     spared = {path.resolve() for path in needed}
@@ -248,6 +249,6 @@ def prune(
 
 
 def clear_leftovers(save: Path) -> None:
-    """Remove what a run left that was killed while it wrote or removed a checkpoint."""
+    """Remove the leftovers of a run that was killed while it wrote or removed a checkpoint."""
     for leftover in save.glob(LEFTOVERS):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""What a training checkpoint holds, and how a run continues from one, at the same or another TP x PP x DP.
+"""The contents of a training checkpoint, and how a run resumes from one, at the same or another TP x PP x DP.
 
-A delta checkpoint holds what trains; the rest is loaded from its base. `saver.py` has when and how they are written.
+A delta checkpoint holds the trainable part; the rest is loaded from its base. `saver.py` writes checkpoints.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 
 
 def model_state(chunks: Sequence[torch.nn.Module]) -> dict:
-    """Sharded state dict of this rank's chunks, without Transformer Engine's extra state, which is derived."""
+    """Return the sharded state dict of this rank's chunks, without Transformer Engine's (derived) extra state."""
     state = {f"model{i}": unwrapped(chunk).sharded_state_dict(metadata=_METADATA) for i, chunk in enumerate(chunks)}
     return {
         chunk: {key: value for key, value in tensors.items() if not _is_extra_state(key, value)}
@@ -45,12 +45,12 @@ def _is_extra_state(key: str, value: object) -> bool:
 
 
 def training_state(machine: Machine, *, state: TrainingState, identity: RunIdentity, delta: Delta | None) -> dict:
-    """Everything a resumed run needs, as a sharded state dict; of the model only what trains, where there is a
-    `delta`. All ranks call it."""
+    """Return everything a resumed run needs, as a sharded state dict. With a `delta`, it holds only the trainable part
+    of the model. All ranks call it."""
     optimizer = machine.optimizer
     _note_steps(optimizer, state)
     finish_param_gathers(machine.chunks)
-    if state.num_updates == 0:  # the optimizer makes its state in its first step, and all so far were skipped
+    if state.num_updates == 0:  # the optimizer creates its state in its first update
         for part in optimizer.chained_optimizers:
             if part.optimizer is not None:
                 init_state(part)
@@ -62,22 +62,22 @@ def training_state(machine: Machine, *, state: TrainingState, identity: RunIdent
 
 
 def load_model(chunks: Sequence[torch.nn.Module], source: SmallFiles) -> None:
-    """Fill the model's weights from a checkpoint in torch_dist format. All ranks call it.
+    """Fill the model's weights from a torch_dist checkpoint. All ranks call it.
 
     Raises:
-        CheckpointError: it does not fit the model, or is a delta whose base is not there or another one.
+        CheckpointError: it does not fit the model, or is a delta whose base does not exist or was replaced.
     """
     _apply_model(chunks, _load(model_state(chunks), {}, source))
 
 
 def load_values(sharded: dict, source: SmallFiles) -> dict:
-    """The values of some of a model's sharded tensors in a checkpoint. All ranks call it. Errors as above."""
+    """Return a checkpoint's values for some of a model's sharded tensors. All ranks call it. Errors of `load_model`."""
     return _load({"values": sharded}, {}, source).get("values", {})
 
 
 def load_checkpoint(machine: Machine, source: SmallFiles) -> TrainingState:
-    """Continue from `source`: weights, optimizer, schedule; returns the progress. All ranks call it; the layout may be
-    another than the one that saved. Errors as above."""
+    """Resume from `source`: load weights, optimizer and schedule, and return the progress. All ranks call it. The
+    parallel layout may differ from the one that saved. Raises the errors of `load_model`."""
     optimizer = machine.optimizer
     for part in torch_adam_parts(optimizer):
         init_state(part)
@@ -95,10 +95,11 @@ def load_checkpoint(machine: Machine, source: SmallFiles) -> TrainingState:
 
 
 def _load(model: dict, others: dict, source: SmallFiles) -> dict:
-    """The values of a model's sharded state and of `others` in a checkpoint, a delta's with those of its base.
+    """Return a checkpoint's values for a model's sharded state and `others`. A delta's missing tensors come from its
+    base.
 
-    Everything that is asked for must be there. A run that goes on also asks for everything that its delta has; of the
-    base it leaves what the delta replaces.
+    Everything requested must exist. A resumed run must also request everything that its delta holds. Nothing that the
+    delta replaces is loaded from the base.
     """
     folder, delta, base = str(source.folder), source.delta, source.base
     if delta is None or base is None:
@@ -114,7 +115,7 @@ def _load(model: dict, others: dict, source: SmallFiles) -> dict:
 def _apply_model(chunks: Sequence[torch.nn.Module], loaded: Mapping) -> None:
     for index, chunk in enumerate(chunks):
         missing, unexpected = unwrapped(chunk).load_state_dict(
-            loaded.get(f"model{index}", {}),  # of a chunk without layers nothing is stored
+            loaded.get(f"model{index}", {}),  # a chunk without layers has nothing stored
             strict=False,
         )
         missing = [key for key in missing if not key.endswith("_extra_state")]
@@ -132,31 +133,31 @@ class Outcome(Enum):
 
     UPDATED = "updated"
     SKIPPED = "skipped"
-    """Its loss or gradient norm was not finite, or the gradient exactly 0, so that it updated nothing."""
+    """Its loss or gradient norm was not finite, or the norm was exactly 0, so it updated nothing."""
     LEFT_OUT = "left out"
-    """Because training.skip_iterations names it."""
+    """training.skip_iterations names it."""
 
 
 @dataclass
 class TrainingState:
-    """Progress; saved with every checkpoint."""
+    """A run's progress; saved with every checkpoint."""
 
     iteration: int = 0
-    """Steps done, those without an update too."""
+    """Steps done, including those without an update."""
     consumed_samples: int = 0
-    """Samples of the data's order that these steps stand for; with the order it is the whole state of the data."""
+    """Samples that these steps cover in the data order. With the order, this is the whole state of the data."""
     skipped_steps: list[int] = field(default_factory=list)
     """The steps that updated nothing, counted from 1."""
     skipped_in_a_row: int = 0
-    """Those since the last update that were not left out."""
+    """Skipped steps since the last update, without those left out."""
 
     @property
     def num_updates(self) -> int:
-        """Steps that the optimizer took."""
+        """Updates that the optimizer made."""
         return self.iteration - len(self.skipped_steps)
 
     def end_step(self, outcome: Outcome, *, num_samples: int) -> None:
-        """Count a step of `num_samples`."""
+        """Count a step of `num_samples` samples."""
         self.iteration += 1
         self.consumed_samples += num_samples
         if outcome is not Outcome.UPDATED:

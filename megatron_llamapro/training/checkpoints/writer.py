@@ -1,10 +1,12 @@
-"""How a state gets into a torch_dist folder: megatron.core's planning and file format, with our own way of writing.
+"""Writes a state into a torch_dist folder: megatron.core's planning and file format, with our own way of writing.
 
-Upstream's way (`dist_checkpointing.save`, 0.16.1) starts a manager process by spawn, which takes seconds and imports
-the main script again, and two more processes for every save; it waits forever for one of those that was killed; and an
-error of one rank, such as a full disk, leaves the others waiting in their next collective. Here each rank writes its
-file by itself, in its own process or, asynchronously, in one forked from it, and every step at which one rank can fail
-alone ends with an exchange of errors. The files are the same.
+Upstream's `dist_checkpointing.save` (0.16.1) has these problems:
+- It spawns a manager process, which takes seconds and imports the main script again, and two more processes per save.
+- It waits forever for one of those two processes if it is killed.
+- An error of one rank, such as a full disk, leaves the other ranks waiting in their next collective.
+
+Here each rank writes its own file, in its own process or, asynchronously, in a fork of it. Every step at which one rank
+can fail alone ends with an exchange of errors. The files are the same.
 """
 
 from __future__ import annotations
@@ -33,14 +35,15 @@ _BACKEND, _VERSION = "torch_dist", 1
 
 
 def plan_writing(state: dict, folder: Path, *, what: str) -> AsyncRequest:
-    """Agree on who writes what of `state` into `folder`, and write its common part. All ranks call it.
+    """Agree on which rank writes which part of `state` into `folder`, and write the common part. All ranks call it.
 
-    The request writes the tensors; its `finalize_fns` make the folder a checkpoint. `what` begins an error's line.
+    The returned request writes the tensors; its `finalize_fns` turn the folder into a checkpoint. `what` starts every
+    error message.
 
     Raises:
-        CheckpointError: on all ranks, if any fails.
+        CheckpointError: on all ranks, if any rank fails.
     """
-    filesystem_async._results_queue = _Results()  # where upstream would start its manager process
+    filesystem_async._results_queue = _Results()  # upstream would start its manager process for it
     with failing_together(what):
         sharded, common = save_preprocess(state, preprocess_common_before_consistancy_check=_comparable)
     with failing_together(what):
@@ -50,15 +53,15 @@ def plan_writing(state: dict, folder: Path, *, what: str) -> AsyncRequest:
 
 
 def _comparable(common: dict) -> dict:
-    """What upstream compares between ranks, and warns of on every rank at every save: without empty tables, which only
-    ranks that hold no tensor of some kind have."""
+    """Return `common` without empty tables, which only ranks without some kind of tensor have. Upstream compares common
+    states between ranks, and would warn of such tables on every rank at every save."""
     tables = {key: _comparable(value) if isinstance(value, dict) else value for key, value in common.items()}
     return {key: value for key, value in tables.items() if value != {}}
 
 
 def write_beside(request: AsyncRequest) -> AsyncRequest:
-    """The request for a process that is forked to write: it ends with the run, else what it holds of the GPU and of the
-    memory would be missed at the next start."""
+    """Return the request for a forked process that writes. The fork ends with the run; otherwise it would hold GPU and
+    host memory that the next start needs."""
     if request.async_fn is None:
         return request
     return request._replace(async_fn=partial(_in_fork, os.getpid(), request.async_fn))
@@ -70,7 +73,7 @@ def _in_fork(parent: int, write: Callable, *arguments: object) -> None:
 
 
 def write_now(request: AsyncRequest, *, what: str) -> None:
-    """Do what a request asks for in this process. All ranks call it; errors as above."""
+    """Run a request in this process. All ranks call it. Raises the errors of `plan_writing`."""
     with failing_together(what):
         if request.async_fn is not None:
             rank, _, results = request.async_fn_args
@@ -80,7 +83,7 @@ def write_now(request: AsyncRequest, *, what: str) -> None:
 
 
 class _Strategy(TorchDistSaveShardedStrategy):
-    """Upstream's, that writes by `_write` and ends by exchanging errors."""
+    """Upstream's strategy, except that it writes with `_write` and ends with an exchange of errors."""
 
     def __init__(self, folder: Path, what: str) -> None:
         super().__init__(_BACKEND, _VERSION, thread_count=1)
@@ -97,7 +100,7 @@ class _Strategy(TorchDistSaveShardedStrategy):
         )
 
     def _finish(self, writer: FileSystemWriterAsync, index, group) -> None:
-        """Write the index and the mark that the folder is complete, once every rank has written its file."""
+        """Write the index and the mark of a complete folder, after every rank has written its file."""
         with failing_together(self._what):
             results = writer.retrieve_write_results()
             if not isinstance(results, list):  # an exception and its stack
@@ -111,7 +114,7 @@ class _Strategy(TorchDistSaveShardedStrategy):
 
 
 def _write(transforms: list, rank: int, buckets: Sequence, results: _Results) -> None:
-    """Write this rank's files; what was written where, or why not, goes to `results`."""
+    """Write this rank's files. Put a record of what was written, or the error, into `results`."""
     done: dict[int, list] = {}
     try:
         for number, bucket in enumerate(buckets):
@@ -129,9 +132,9 @@ def _write(transforms: list, rank: int, buckets: Sequence, results: _Results) ->
 
 
 class _Results:
-    """A queue of one item between a process and its fork, without a process or a thread to serve it: a file in memory.
+    """A queue of one item between a process and its fork. It is a file in memory, so no process or thread serves it.
 
-    A fork that is killed leaves it empty, which upstream reports as an error.
+    If the fork is killed, the queue stays empty, and upstream reports that as an error.
     """
 
     def __init__(self) -> None:

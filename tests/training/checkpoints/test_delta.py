@@ -61,15 +61,15 @@ def test_a_rank_that_looks_late(run_config: Callable) -> None:
 def late_worker(config: RunConfig) -> workers.Result:
     from megatron_llamapro.training.checkpoints import delta_parts as delta
 
-    shared_out, base = delta._shared_out, Path(config.checkpoint.save) / "base"
+    in_shares, base = delta._hash_in_shares, Path(config.checkpoint.save) / "base"
 
     def late(*args):
-        hashes, end = shared_out(*args), time.monotonic() + 2
+        hashes, end = in_shares(*args), time.monotonic() + 2
         while torch.distributed.get_rank() and not base.exists() and time.monotonic() < end:
             time.sleep(0.02)
         return hashes
 
-    delta._shared_out = late
+    delta._hash_in_shares = late
     return workers.train(config)
 
 
