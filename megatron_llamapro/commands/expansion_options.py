@@ -48,8 +48,8 @@ def add_expansion_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_expansion_options(parser: CommandParser, args: argparse.Namespace) -> Expansion | None:
-    """Return the expansion that the options ask for, or None for no added blocks. Options that contradict each other end
-    the program with a usage error.
+    """Return the expansion that the options ask for, or None for no added blocks. Contradictory options end the
+    program with a usage error.
 
     Raises:
         ExpansionError: an init that cannot learn.

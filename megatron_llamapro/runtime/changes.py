@@ -82,7 +82,8 @@ _MODEL = (
         upstream="megatron.core.models.common.embeddings.rotary_pos_embedding.RotaryEmbedding",
         replaces={"forward": "a95f1a08"},
         how=How.CLASS,
-        why="Cosines and sines are computed once per sequence length. In upstream, every layer computes them from angles.",
+        why="Cosines and sines are computed once per sequence length. Upstream computes them from the angles in every "
+        "layer.",
         until="Stays while LlamaSelfAttention does.",
     ),
     Change(
