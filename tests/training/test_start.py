@@ -109,9 +109,9 @@ def set_up_in(config: RunConfig, folders: tuple[Path, Path]) -> str:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("rm -r other/model", "CheckpointError: model is not there: put it where every rank sees it"),
-        ("rm other/a.bin", "DataError: a.bin is not there: put it where every rank sees it"),
-        ("echo >> other/a.idx", "bytes, and {idx_bytes} where the first rank looks: copy it anew"),
+        ("rm -r other/model", "CheckpointError: model does not exist on this rank: put it where every rank"),
+        ("rm other/a.bin", "DataError: a.bin does not exist on this rank: put it where every rank"),
+        ("echo >> other/a.idx", "bytes, but {idx_bytes} on the first rank: copy it again"),
     ],
 )
 def test_a_rank_that_has_other_files_ends_all(change: str, said: str, run_config: Callable, tmp_path: Path) -> None:

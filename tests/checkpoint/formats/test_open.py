@@ -30,7 +30,7 @@ from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.families import hf_config as families
 
 Tiny = Callable[..., Path]
-KINDS = {"torch_dist": (TORCH_DIST, "megatron_dist"), "legacy": (legacy(tensor_model_parallel_size=2), "legacy_reader")}
+KINDS = {"torch_dist": (TORCH_DIST, "torch_dist"), "legacy": (legacy(tensor_model_parallel_size=2), "legacy_reader")}
 
 
 @pytest.mark.parametrize(("kind", "module"), KINDS.values(), ids=KINDS.keys())
@@ -46,7 +46,7 @@ def test_a_file_that_is_replaced_once_its_header_was_read(
         (tmp_path / "new").replace(path)
         return open_megatron(*arguments, **settings)
 
-    monkeypatch.setattr(f"megatron_llamapro.checkpoint.{module}.open_megatron", replaced)
+    monkeypatch.setattr(f"megatron_llamapro.checkpoint.formats.{module}.open_megatron", replaced)
     with pytest.raises(CheckpointError, match=f"{path.name} changed while it was being read"):
         megatron_to_hf(tmp_path / "it", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
@@ -108,7 +108,7 @@ def test_a_checkpoint_of_more_files_than_may_usually_be_open(tiny_llama: Tiny, t
     command = [sys.executable, "-c", FEW_OPEN_FILES, str(tiny_llama()), str(tmp_path / "it")]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert "39 original tensors have their hash" in ended.stdout
+    assert "39 original tensors match their hash" in ended.stdout
 
 
 def grow(path: Path) -> None:
