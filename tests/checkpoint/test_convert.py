@@ -242,7 +242,7 @@ def test_a_cast_that_overflows_is_refused(damaged: Tiny, tmp_path: Path) -> None
 
 
 def test_an_unknown_dtype_is_refused(tiny_llama: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="'int8' is not known: it is one of float32, bfloat16, float16"):
+    with pytest.raises(CheckpointError, match="'int8' is unknown: use one of float32, bfloat16, float16"):
         hf_to_megatron(tiny_llama(), tmp_path / "megatron", dtype="int8")
 
 
