@@ -42,7 +42,8 @@ REFUSED = {
     LLAMAPRO + "dry-run --config {run} --world_size 3": "is not a multiple of",
     LLAMAPRO + "plan-parallelism --config {run} --world_size 1 --model.checkpoint nowhere": "nowhere does not exist",
     LLAMAPRO + "plan-pipeline --config {run} --world_size 1": "there is one stage",
-    LLAMAPRO + "plan-pipeline --config {run} --world_size 1 --calibrate x --model.checkpoint nowhere": "nowhere is not",
+    LLAMAPRO
+    + "plan-pipeline --config {run} --world_size 1 --calibrate x --model.checkpoint nowhere": "nowhere does not exist",
     LLAMAPRO + "launch --config {run} --launch nowhere": "nowhere does not exist",
     LLAMAPRO + "plot --input nowhere --output x.png": "nowhere is not there",
 }
