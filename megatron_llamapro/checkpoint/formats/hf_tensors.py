@@ -1,6 +1,6 @@
 """Renames the tensors of a Hugging Face checkpoint to the weight map's names, and checks them against its config.json.
 
-Every spelling that transformers accepts is accepted.
+The other forms of names that transformers reads are accepted.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class HeaderEntry(NamedTuple):
 def named(entries: Mapping[str, HeaderEntry], shape: ModelShape) -> dict[str, HeaderEntry]:
     """Return the same tensors under the weight map's names. Like transformers, accept that:
 
-    1. `model.` is missing before all names except the head's, or stands there twice.
+    1. `model.` is missing before all names except the head's, or occurs twice.
     2. A Mixtral's experts are stacked (`save_original_format=False`).
     3. Embeddings are tied, and only the head is stored.
     """
