@@ -1,7 +1,7 @@
-"""The conversions: any format to any other, adding blocks on the way. All stream, and none needs torch but for casts.
+"""Conversions from any format to any other, with blocks added on the way. Only computed values need torch, e.g. casts.
 
-Memory is a few megabytes a worker, whatever the model's size. What is written is read back and compared before it takes
-the target's place; a run that was cut goes on where it stopped.
+Tensors are streamed: a worker needs a few megabytes, whatever the model's size. The result is read back and compared
+before it takes the target's place. An interrupted conversion can resume.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ class TargetKind:
     """A format to write."""
 
     layout: Callable[[Path, ModelShape, str], TargetLayout]
-    """From the folder to write into, the model's shape and its type."""
+    """Makes the layout, given the folder to write into, the model's shape and its type."""
     manifest_in_config: bool = False
-    """Whether config.json carries the manifest too, as an export's does."""
+    """Whether config.json also holds the manifest, as in an export to Hugging Face."""
 
 
 TORCH_DIST = TargetKind(torch_dist_layout)
-"""Whole tensors; any division of ranks loads it."""
+"""Stores whole tensors. Any division of ranks can load it."""
 
 
 def legacy(**division: Any) -> TargetKind:
-    """`mp_rank_…` files for one division of ranks; `division` are fields of `LegacyTarget`."""
+    """Return the kind with `mp_rank_…` files for one division of ranks. `division` are fields of `LegacyTarget`."""
     if "layer_spec" in division:
         division["layer_spec"] = LayerSpec(division["layer_spec"])
     return TargetKind(partial(legacy_layout, target=LegacyTarget(**division)))
@@ -74,18 +74,18 @@ def _hugging_face(max_shard_bytes: int) -> TargetKind:
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert; every conversion takes them."""
+    """Options of every conversion."""
 
     overwrite: bool = False
-    """Replace a target that is there, once its successor is ready."""
+    """Replace an existing target, once the new one is complete."""
     resume: bool = False
-    """Go on where an earlier run to the same target was cut."""
+    """Resume an interrupted conversion to the same target."""
     num_workers: int = 0
-    """Threads; 0: two a core, eight at the most."""
+    """Number of threads; 0: two per core, at most eight."""
     progress: Progress = nothing
-    """Told the bytes that were just written."""
+    """Called with the number of bytes that were just written."""
     on_total: Progress = nothing
-    """Told the bytes to come, once."""
+    """Called once, with the number of bytes to write."""
 
     @property
     def workers(self) -> int:
@@ -101,14 +101,13 @@ def hf_to_megatron(
     kind: TargetKind = TORCH_DIST,
     options: Options = Options(),
 ) -> Conversion:
-    """Convert a Hugging Face LLaMA to a Megatron checkpoint of either format, adding blocks on the way if there is
-    an `expansion`.
+    """Convert a Hugging Face LLaMA to a Megatron checkpoint of either format. An `expansion` adds blocks on the way.
 
-    `dtype` (float32, bfloat16, float16) casts; without it the source's is kept.
+    `dtype` (float32, bfloat16, float16) casts the weights. By default they keep the source's type.
 
     Raises:
-        CheckpointError: the source is no checkpoint that can be converted, or the target cannot be written.
-        ExpansionError: the blocks cannot be added as asked.
+        CheckpointError: the source cannot be converted, or the target cannot be written.
+        ExpansionError: the blocks cannot be added as requested.
     """
     checkpoint = open_hf(Path(source))
     return _convert(checkpoint, Path(target), kind, expansion=expansion, dtype=dtype, options=options)
@@ -124,8 +123,10 @@ def megatron_to_megatron(
     merge_adapters: bool = True,
     options: Options = Options(),
 ) -> Conversion:
-    """Write a Megatron checkpoint's weights in another format or division of ranks, or with another round of added
-    blocks. Without `merge_adapters` low-rank adapters are left out. Other arguments and errors as above."""
+    """Convert a Megatron checkpoint to another format or division of ranks, or add another round of blocks to it.
+
+    Without `merge_adapters`, low-rank adapters are left out. Other arguments and errors: see `hf_to_megatron`.
+    """
     checkpoint = open_megatron_checkpoint(Path(source))
     if not merge_adapters:
         checkpoint = dataclasses.replace(checkpoint, adapters={})
@@ -141,7 +142,7 @@ def expand_hf(
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     options: Options = Options(),
 ) -> Conversion:
-    """Write the expansion of a checkpoint as a Hugging Face checkpoint. Arguments and errors as above."""
+    """Expand a Hugging Face checkpoint to another one. Arguments and errors: see `hf_to_megatron`."""
     kind = _hugging_face(max_shard_bytes)
     return _convert(open_hf(Path(source)), Path(target), kind, expansion=expansion, dtype=dtype, options=options)
 
@@ -153,7 +154,7 @@ def megatron_to_hf(
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     options: Options = Options(),
 ) -> Conversion:
-    """Write a Megatron checkpoint, trained or not, as a Hugging Face checkpoint. Arguments and errors as above."""
+    """Convert a Megatron checkpoint, trained or not, to Hugging Face. Arguments and errors: see `hf_to_megatron`."""
     checkpoint = open_megatron_checkpoint(Path(source))
     return _convert(checkpoint, Path(target), _hugging_face(max_shard_bytes), options=options)
 
@@ -216,11 +217,11 @@ def _convert(
 
 @dataclass(frozen=True)
 class _Model:
-    """What is to be written."""
+    """The model to write."""
 
     plan: ExpansionPlan
     config: dict
-    """Without any manifest."""
+    """config.json, without a manifest."""
     shape: ModelShape
     dtype: str
     expansion: Expansion | None
@@ -233,11 +234,11 @@ class _Model:
 
 def _target_model(source: Checkpoint, expansion: Expansion | None, dtype: str | None) -> _Model:
     if dtype is not None and dtype not in ITEMSIZES:
-        raise CheckpointError(f"dtype '{dtype}' is not known: it is one of {', '.join(ITEMSIZES)}")
+        raise CheckpointError(f"dtype '{dtype}' is unknown: use one of {', '.join(ITEMSIZES)}")
     if source.other_dtypes and dtype is None:
         name, other = next(iter(source.other_dtypes.items()))
         raise CheckpointError(
-            f"{source.folder} mixes types: {name} is {other}, most are {source.dtype}: say --dtype {source.dtype}, or "
+            f"{source.folder} mixes types: {name} is {other}, most are {source.dtype}: give --dtype {source.dtype} or "
             f"--dtype {other}"
         )
     plan = source.plan
@@ -245,7 +246,7 @@ def _target_model(source: Checkpoint, expansion: Expansion | None, dtype: str | 
     if expansion is not None:
         plan = expansion.expand(plan)
         if expansion.init is Init.ZERO_NORM and source.shape.add_qkv_bias:
-            raise ExpansionError("init zero_norm makes no identity of blocks with biases of queries, keys and values")
+            raise ExpansionError("init zero_norm is not an identity if queries, keys and values have biases: use copy")
         config = expanded_hf_config(config, plan)
     config = spelled_for_all(config)
     return _Model(plan, config, model_shape(config), dtype or source.dtype, expansion)
@@ -258,7 +259,7 @@ def _origins(source: Checkpoint, files: SourceFiles, model: _Model) -> Origins:
 
 
 def _jobs(origins: Origins, layout: TargetLayout, model: _Model) -> list[TensorJob]:
-    """A job a tensor, in the order in which the layout has them."""
+    """Return one job per tensor, in the order of the layout."""
     weight_of = {name: (weight, size) for weight, name, size in iter_hf(weights_of(model.shape))}
     itemsize = ITEMSIZES[model.dtype]
     return [
@@ -268,8 +269,10 @@ def _jobs(origins: Origins, layout: TargetLayout, model: _Model) -> list[TensorJ
 
 
 def _journal(draft: Path, fingerprint: str, layout: TargetLayout) -> Journal:
-    """What an earlier run has done, if it was making the same and its files are all there; else nothing. Nothing else
-    stays in the draft: the source may have lost a file since, e.g. a license, that was copied then."""
+    """Return the journal of an earlier run of the same conversion if its files are complete, else an empty journal.
+
+    Everything else in the draft is deleted: the source may have lost a file since it was copied, e.g. a license.
+    """
     journal = Journal(draft / JOURNAL, fingerprint)
     if not journal.is_new and are_complete(layout.files):
         clear(draft, but={JOURNAL, *(file.path.relative_to(draft).parts[0] for file in layout.files)})
@@ -279,7 +282,7 @@ def _journal(draft: Path, fingerprint: str, layout: TargetLayout) -> Journal:
 
 
 def _fingerprint(source: Checkpoint, model: _Model, layout: TargetLayout) -> str:
-    """What a journal must agree on: the same source, untouched, and the same bytes in the same places."""
+    """Return a hash that a journal must match. It covers the source's state and the target's bytes and places."""
     hasher = blake3()
     states = [(str(path.resolve()), state) for path, state in sorted(source.states.items())]
     what = [megatron_llamapro.__version__, states, source.config, model.config, model.plan.to_json(), model.dtype]
@@ -294,13 +297,13 @@ def _fingerprint(source: Checkpoint, model: _Model, layout: TargetLayout) -> str
 
 
 def _check_space(target: Path, draft: Path, jobs: Sequence[TensorJob], journal: Journal) -> None:
-    """Say that the disk is too small before hours of writing, not after."""
+    """Raise `CheckpointError` if the disk is too small: before hours of writing, not after."""
     todo = (job for job in jobs if job.name not in journal.hashes and not job.rows.is_zero)
     needed = sum(job.num_bytes * len(job.copies) for job in todo)
     free = shutil.disk_usage(draft).free
     if needed > free:
         raise CheckpointError(
-            f"{target} needs {decimal_size(needed)}, its disk has {decimal_size(free)} free: make room"
+            f"{target} needs {decimal_size(needed)}, but its disk has {decimal_size(free)} free: make room"
         )
 
 

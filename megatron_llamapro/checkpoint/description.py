@@ -1,4 +1,4 @@
-"""A model by its shape and expansion plan, and whether a run can train it. No weights are read."""
+"""A model's shape and expansion plan, and whether a run can train it. No weights are read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_llamapro.families.shape import ModelShape
 
 
 def check_fits(config: RunConfig, shape: ModelShape, plan: ExpansionPlan) -> None:
-    """Raise `ConfigError` where a model of this shape and plan cannot be trained as configured."""
+    """Raise `ConfigError` if a model of this shape and plan cannot be trained as configured."""
     check_model(
         config,
         num_layers=shape.num_layers,
@@ -32,32 +32,34 @@ def check_fits(config: RunConfig, shape: ModelShape, plan: ExpansionPlan) -> Non
     check_lora(config.lora, plan, shape)
     if config.data.seq_length > shape.max_position_embeddings:
         raise ConfigError(
-            f"data.seq_length is {config.data.seq_length}, but the model was made for at most "
+            f"data.seq_length is {config.data.seq_length}, but the model supports at most "
             f"{shape.max_position_embeddings} positions"
         )
 
 
 def trains_of(config: RunConfig, shape: ModelShape, plan: ExpansionPlan) -> Trains:
-    """What trains, for the arithmetic."""
+    """Return the trainable part of the model, for estimates of its cost."""
     return what_trains(config.model.trainable, plan, tie_word_embeddings=shape.tie_word_embeddings, lora=config.lora)
 
 
 @dataclass(frozen=True)
 class DescribedModel:
-    """What is trained."""
+    """The shape and the plan of a model to train."""
 
     shape: ModelShape
     plan: ExpansionPlan
 
     @classmethod
     def expanded(cls, original: ModelShape, plan: ExpansionPlan) -> DescribedModel:
-        """What `plan` makes of a model; each added block is of the kind of the one that it copies."""
+        """Return the model that `plan` makes of `original`. An added block has the kind of the block that it copies."""
         return cls(original.with_layers([layer.parent_layer for layer in plan.layers]), plan)
 
 
 def describe_model(checkpoint: Path, *, hf_config: Path | None, expansion: Expansion | None) -> DescribedModel:
-    """The model of a Megatron checkpoint (or of a run's newest), or with `hf_config` the one that `expansion` would
-    make of the model whose config.json that folder has. The weights need not be there.
+    """Return the model of a Megatron checkpoint, or of the newest checkpoint in a run's folder.
+
+    With `hf_config`, return instead the model that `expansion` would make of the config.json in that folder. The
+    weights need not exist.
 
     Raises:
         LlamaProError: there is no such model.
@@ -69,11 +71,11 @@ def describe_model(checkpoint: Path, *, hf_config: Path | None, expansion: Expan
             plan = expansion.expand(plan)
         return DescribedModel.expanded(shape, plan)
     if expansion is not None:
-        raise ConfigError("added blocks are asked for, but model.checkpoint says itself which it has: give --hf_config")
+        raise ConfigError("added blocks are given, but model.checkpoint already records its own: give --hf_config")
     if not checkpoint.is_dir():
         raise ConfigError(
-            f"model.checkpoint {checkpoint} is not there: convert it first, or describe it by --hf_config FOLDER and "
-            "--num_added_blocks N"
+            f"model.checkpoint {checkpoint} does not exist: convert it first, or describe it with --hf_config FOLDER "
+            "and --num_added_blocks N"
         )
     folder = checkpoint if (checkpoint / MANIFEST_NAME).is_file() else resolve_megatron_checkpoint(checkpoint)
     return DescribedModel(model_shape(read_hf_config(folder)), Manifest.read(folder).plan)
@@ -88,6 +90,6 @@ def check_runs_dry(config: RunConfig, model: DescribedModel, world_size: int) ->
     if not 1 <= world_size <= MAX_WORLD_SIZE:
         raise ConfigError(f"--world_size is {world_size}: it must be from 1 to {MAX_WORLD_SIZE:,}")
     if model.shape.is_moe:
-        raise ConfigError("a model with experts cannot run dry: only data decides which experts a token goes through")
+        raise ConfigError("a model with experts cannot run dry: the experts that a token uses depend on the data")
     data_parallel_size(config, world_size)
     check_fits(config, model.shape, model.plan)

@@ -1,4 +1,4 @@
-"""What a checkpoint is, told from its small files and headers; no tensor is read."""
+"""Describes a checkpoint from its small files and headers. No tensor is read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_llamapro.families.shape import ModelShape
 
 @dataclass(frozen=True)
 class ModelPart:
-    """A part of a model, in numbers."""
+    """The size of a part of a model."""
 
     name: str
     num_parameters: int
@@ -38,7 +38,7 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint, described."""
+    """The description of a checkpoint."""
 
     folder: Path
     format: str
@@ -50,29 +50,29 @@ class Inspection:
     """Name of the first source model; None without a manifest."""
     parts: tuple[ModelPart, ...]
     division: str | None = None
-    """How it is divided over ranks, where its format fixes that."""
+    """How it is divided over ranks, if its format fixes that."""
     stage_layers: tuple[int, ...] | None = None
-    """Layers of every (virtual) stage, where its format fixes that."""
+    """Layers of every (virtual) stage, if its format fixes that."""
     base: Path | None = None
-    """Where the frozen weights of a delta checkpoint lie."""
+    """The folder with the frozen weights of a delta checkpoint."""
     num_base_tensors: int = 0
     other_dtypes: Mapping[str, str] = field(default_factory=dict)
-    """Of the tensors that are stored in another type than `dtype`, by name."""
+    """The types of the tensors that are not stored in `dtype`, by name."""
     num_adapters: int = 0
-    """Low-rank ones beside the weights, which every reader merges."""
+    """The number of low-rank adapters stored beside the weights. Every reader merges them."""
 
     @property
     def trains(self) -> str:
-        """What trains unless a run's configuration says otherwise."""
+        """The part that trains unless a run's configuration says otherwise."""
         added = next(part for part in self.parts if part.name == "added blocks")
         if not added.num_parameters:
-            return "nothing is added yet: add blocks first, or train everything"
+            return "no blocks are added yet: add blocks first, or train everything"
         total = sum(part.num_parameters for part in self.parts)
         share = f"{100 * added.num_parameters / total:.1f} %"
         return f"added blocks: {added.num_parameters:,} of {total:,} parameters ({share})"
 
     def to_json(self) -> dict:
-        """Plain data."""
+        """Return plain data for JSON."""
         return {
             "folder": str(self.folder),
             "format": self.format,
@@ -96,7 +96,7 @@ class Inspection:
         size = self.shape
         rows = [
             ("folder", f"{self.folder} ({self.format})"),
-            *([("adapters", f"{self.num_adapters}, low-rank; merged by every tool")] if self.num_adapters else []),
+            *([("adapters", f"{self.num_adapters} low-rank; every tool merges them")] if self.num_adapters else []),
             *([("delta of", f"{self.base}, for {self.num_base_tensors} tensors")] if self.base else []),
             (
                 "family",
@@ -127,20 +127,20 @@ class Inspection:
             return self.dtype
         count = len(self.other_dtypes)
         tensors = f"{count} tensor{'s' * (count > 1)} of {' and '.join(others)}"
-        return f"{self.dtype}, but {tensors} (to convert it needs --dtype)"
+        return f"{self.dtype}, but {tensors} (give --dtype to convert it)"
 
     def _stages(self) -> list[tuple[str, str]]:
-        """Which blocks lie where."""
+        """Return rows that show which blocks each stage holds."""
         if self.stage_layers is None:
             return []
         return [("ranks", str(self.division)), ("", draw(self.stage_layers, set(self.plan.added_layers)))]
 
 
 def _particulars(shape: ModelShape) -> list[tuple[str, str]]:
-    """What only some families have."""
+    """Return rows for features that only some families have."""
     rows = []
     if shape.is_moe:
-        rows.append(("experts", f"{shape.num_moe_experts} a block, {shape.moe_router_topk} for each token"))
+        rows.append(("experts", f"{shape.num_moe_experts} per block, {shape.moe_router_topk} per token"))
     if shape.window_size is not None:
         windowed = [layer for layer in range(shape.num_layers) if shape.window_of(layer)]
         where = "every layer" if len(windowed) == shape.num_layers else f"layers {', '.join(map(str, windowed))}"
@@ -156,10 +156,10 @@ def _particulars(shape: ModelShape) -> list[tuple[str, str]]:
 
 
 def inspect(folder: Path) -> Inspection:
-    """Describe a checkpoint of either format; of a training run's folder, its newest.
+    """Describe a checkpoint of any format. Of a training run's folder, the newest checkpoint is described.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is no checkpoint, or it is damaged.
     """
     checkpoint = open_checkpoint(folder)
     plan = checkpoint.plan
@@ -198,20 +198,20 @@ def _part(name: str, belongs: Callable[[Weight, ExpansionPlan], bool], checkpoin
 
 
 def drawing(plan: ExpansionPlan, *, tie_word_embeddings: bool) -> str:
-    """The model in one line: E o o A o o A H."""
+    """Return the model as one line of letters: E o o A o o A H."""
     blocks = [_letter(plan, layer.added_in_round) for layer in plan.layers]
     return " ".join(["E", *blocks, "E" if tie_word_embeddings else "H"])
 
 
 def legend(plan: ExpansionPlan) -> str:
-    """What the letters of `drawing` mean."""
+    """Return the meaning of the letters of `drawing`."""
     rounds = range(1, plan.num_rounds + 1)
     added = [f"{_letter(plan, number)} added" + (f" in round {number}" if len(rounds) > 1 else "") for number in rounds]
     return ", ".join(["E embedding", "o original block", *added, "H head"])
 
 
 def _letter(plan: ExpansionPlan, added_in_round: int) -> str:
-    """o; A for an added block, or the number of its round where there were several."""
+    """Return o for an original block, A for an added one, or the number of its round if there are several."""
     if added_in_round == 0:
         return "o"
     return "A" if plan.num_rounds == 1 else str(added_in_round)

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: its manifest, the earlier names of its tensors, and the rows that each is made of."""
+"""The lineage of a checkpoint: its manifest, the earlier names of its tensors, and the source of each tensor's rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_llamapro.families.fields import number
 
 
 def original_name(name: str, plan: ExpansionPlan) -> str | None:
-    """The name that a tensor had in the first source model; None for a tensor of an added block."""
+    """Return a tensor's name in the first source model, or None if the tensor is in an added block."""
     index = layer_of(name)
     if index is None:
         return name
@@ -35,13 +35,13 @@ def original_name(name: str, plan: ExpansionPlan) -> str | None:
 
 
 def name_now(name: str, plan: ExpansionPlan, num_rounds: int) -> str:
-    """The name, in the model of `plan`, of the tensor that had `name` after so many of its rounds."""
+    """Return the name, in the model of `plan`, of the tensor that was called `name` after `num_rounds` rounds."""
     layer = layer_of(name)
     return name if layer is None else hf_name_in_layer(name, plan.layers_after(num_rounds)[layer])
 
 
 def after_rounds(checkpoint: Checkpoint, num_rounds: int) -> Checkpoint:
-    """The part of an expanded checkpoint that was there after so many rounds, under the names of then."""
+    """Return the part of an expanded checkpoint that existed after `num_rounds` rounds, under its names then."""
     known, plan = checkpoint.manifest, checkpoint.plan
     shape = checkpoint.shape.with_layers(plan.layers_after(num_rounds))
     names = {name: name_now(name, plan, num_rounds) for name in hf_shapes(shape)}
@@ -64,11 +64,11 @@ def after_rounds(checkpoint: Checkpoint, num_rounds: int) -> Checkpoint:
 def target_manifest(
     source: Checkpoint, plan: ExpansionPlan, *, dtype: str, expansion: Expansion | None, hashes: Mapping[str, str]
 ) -> Manifest:
-    """The manifest of what was made of `source`, with a round more if there is an `expansion`; its tensors have
-    `hashes`.
+    """Return the manifest of a model that was made of `source`, with another round if there is an `expansion`.
 
-    What an expanded source's manifest says of the original tensors is kept, not made anew from tensors that may have
-    been trained or cast since; a source that was never expanded is its own original.
+    `hashes` are those of the model's tensors. If the source was expanded before, its manifest's facts about the
+    original tensors are kept: the tensors may have been trained or cast since. A source that was never expanded is its
+    own original.
     """
     known = source.manifest
     if known and expansion is None and known.dtype == dtype:
@@ -92,8 +92,8 @@ def target_manifest(
 
 
 def check_base_tensors(source: Checkpoint, hash_of: Callable[[str], str]) -> None:
-    """Raise `CheckpointError` where a tensor that a delta checkpoint takes from its base, and whose hash is `hash_of`
-    its name, is another than the one that was trained with."""
+    """Raise `CheckpointError` if a tensor in the base of a delta checkpoint is not the one that the run trained with.
+    `hash_of` returns the hash of the tensor with a given name."""
     if source.base is not None:
         source.base.check({name: hash_of(name) for name in source.base.delta.base_hashes})
 
@@ -105,13 +105,13 @@ def _source_of(source: Checkpoint) -> Source:
 
 
 def is_zeroed(weight: Weight, name: str, init: Init) -> bool:
-    """Whether an added block begins with zeros in its tensor `name`, a part of `weight`."""
+    """Return whether an added block starts with zeros in its tensor `name`, a part of `weight`."""
     return is_block_norm(name) if init.zeroes_norms else weight.row.zero_in_added
 
 
 @dataclass(frozen=True)
 class Origins:
-    """The tensors of `source`, or of its next round of expansion, in `dtype`."""
+    """The source of a target's tensors: those of `source`, or of its next round of expansion, in `dtype`."""
 
     source: Checkpoint
     files: SourceFiles
@@ -121,7 +121,7 @@ class Origins:
     seed: int = 0
 
     def rows(self, weight: Weight, name: str) -> Rows:
-        """Rows of the target's tensor `name`, a part of `weight`."""
+        """Return the rows of the target's tensor `name`, a part of `weight`."""
         if weight.layer is None or self.plan.num_rounds == self.source.plan.num_rounds:
             return self._own(name)
         layer = self.plan.layers[weight.layer]
@@ -129,10 +129,10 @@ class Origins:
             return self._own(hf_name_in_layer(name, layer.parent_layer))
         if is_zeroed(weight, name, self.init):
             return ZeroRows()
-        return _BEGINNINGS[self.init](self, layer, name)
+        return _INITIAL_ROWS[self.init](self, layer, name)
 
     def _own(self, name: str) -> Rows:
-        """The source's tensor."""
+        """Return the rows of the source's tensor `name`."""
         return rows_of(self.source, name, self.files, dtype=self.dtype)
 
     def _copy(self, layer: Layer, name: str) -> Rows:
@@ -154,7 +154,7 @@ class Origins:
         return NormalRows(seed=seed, std=std, dtype=self.dtype)
 
 
-_BEGINNINGS: dict[Init, Callable[[Origins, Layer, str], Rows]] = {
+_INITIAL_ROWS: dict[Init, Callable[[Origins, Layer, str], Rows]] = {
     Init.COPY: Origins._copy,
     Init.RANDOM: Origins._random,
     Init.MEAN: Origins._mean,

@@ -1,4 +1,4 @@
-"""What a conversion shows on a terminal: a bar of bytes while it runs, a few lines when it is done."""
+"""A conversion's output on a terminal: a progress bar in bytes, then a summary of a few lines."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from megatron_llamapro.expansion.plan import ExpansionPlan
 
 
 class ByteBar:
-    """A bar whose total becomes known when the work starts. Any thread may report progress."""
+    """A progress bar that learns its total when the work starts. Any thread may report progress."""
 
     def __init__(self, bar: tqdm) -> None:
         self._bar, self._lock = bar, threading.Lock()
 
     def on_total(self, num_bytes: int) -> None:
-        """Say how many bytes are to come."""
+        """Set the number of bytes to process."""
         self._bar.reset(total=num_bytes)
 
     def progress(self, num_bytes: int) -> None:
-        """Say that so many more are done."""
+        """Add the number of bytes that were just processed."""
         with self._lock:
             self._bar.update(num_bytes)
 
@@ -36,13 +36,13 @@ class ByteBar:
 
 @contextmanager
 def byte_bar(description: str) -> Iterator[ByteBar]:
-    """A bar on standard error, with the rate and the time to come; shown on a terminal only."""
+    """Show a bar on standard error, with the rate and the remaining time. It is shown on a terminal only."""
     with tqdm(desc=description, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         yield ByteBar(bar)
 
 
 def summary(conversion: Conversion) -> str:
-    """Layers before and after, the blocks that were added now and before, bytes and speed."""
+    """Return the summary: layers before and after, blocks added now and earlier, bytes and speed."""
     plan = conversion.plan
     lines = [f"{conversion.target}: {layers_text(conversion.num_source_layers, plan.num_layers)}"]
     added = plan.newest_layers if plan.num_layers > conversion.num_source_layers else ()
@@ -57,25 +57,25 @@ def summary(conversion: Conversion) -> str:
     if conversion.num_merged:
         lines.append(f"{conversion.num_merged} low-rank adapters were merged into their weights")
     if conversion.left_out_code:
-        lines.append("auto_map in config.json names code of the model's own: it is left out (docs/converter.md)")
+        lines.append("auto_map in config.json names the model's own code, which is left out (docs/converter.md)")
     if conversion.left_out_notices:
         names = ", ".join(conversion.left_out_notices)
-        lines.append(f"links out of the source's folder, or to nothing, are left out: {names}; add the texts by hand")
+        lines.append(f"left out, as links to another folder or to nothing: {names}; add these texts by hand")
     if conversion.is_foreign:
-        lines.append("the source has no llamapro.json: it was taken as a model that was never expanded")
+        lines.append("the source has no llamapro.json: it is treated as a model that was never expanded")
     if conversion.num_resumed_bytes:
-        lines.append(f"{decimal_size(conversion.num_resumed_bytes)} of them were there from an earlier run")
+        lines.append(f"{decimal_size(conversion.num_resumed_bytes)} of them were already written by an earlier run")
     return "\n".join(lines)
 
 
 def layers_text(before: int, after: int) -> str:
-    """30 → 36 layers."""
+    """Return a text such as 30 → 36 layers."""
     return f"{after} layers" if before == after else f"{before} → {after} layers"
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written."""
+    """The result of a conversion."""
 
     target: Path
     plan: ExpansionPlan
@@ -83,13 +83,13 @@ class Conversion:
     dtype: str
     num_bytes: int
     num_resumed_bytes: int
-    """Of those, what an earlier run had done."""
+    """Those that an earlier run had already written."""
     is_foreign: bool
-    """Whether the source was a Megatron checkpoint without our manifest, taken as a model that was never expanded."""
+    """Whether the source was a Megatron checkpoint without our manifest, treated as a model never expanded."""
     seconds: float
     num_merged: int = 0
-    """Adapters that became part of their weights."""
+    """The number of adapters that were merged into their weights."""
     left_out_code: bool = False
-    """Whether config.json named code of the model's own, which `without_code` left out."""
+    """Whether config.json named the model's own code, which `without_code` left out."""
     left_out_notices: tuple[str, ...] = ()
-    """As `side_files.notices_left_out` says."""
+    """The names that `side_files.notices_left_out` returned."""

@@ -1,7 +1,7 @@
-"""What belongs to a model besides weights and configuration, and travels with it unchanged: to every checkpoint that is
-made of its own, also those of a training run.
+"""Side files: a model's files besides its weights and configuration, such as its tokenizer and license.
 
-Code is copied, never run. Code of the model itself is not copied: `without_code`.
+They are copied unchanged to every checkpoint that is made of the model, also to those of a training run. Code is
+copied, never run. The model's own code is not copied: see `without_code`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import check_small, file_inside, read_inside
 
-_NOTICES = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # licenses ask for it; no program reads them
+_NOTICES = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # licenses require that they are copied; no program reads them
 
 SIDE_FILES = (
     "generation_config.json",
@@ -36,25 +36,26 @@ SIDE_FILES = (
     "additional_chat_templates/*.jinja",
     *_NOTICES,
 )
-"""Patterns of names."""
+"""Patterns of file names."""
 
 _AUTO_MAP, _AUTO_TOKENIZER = "auto_map", "AutoTokenizer"
 
 
 def copy_side_files(source: Path, target: Path, *, config: Mapping | None = None) -> None:
-    """Copy `side_files`. Errors as there."""
+    """Copy the `side_files` of a folder. Raises what `side_files` raises."""
     for name, path in side_files(source, config=config).items():
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target / name)
 
 
 def side_files(folder: Path, *, config: Mapping | None = None) -> dict[str, Path]:
-    """What a folder has of `SIDE_FILES`, and the code of a tokenizer that transformers does not have, by name.
-    `notices_left_out` are not among them. `config` is the folder's config.json, where it was read already.
+    """Return, by name, the `SIDE_FILES` of a folder and the code of a tokenizer that transformers does not have.
+
+    `notices_left_out` are not included. `config` is the folder's config.json, if it was already read.
 
     Raises:
-        CheckpointError: one is a link out of the folder (copying it would publish another file), absurdly large, or
-            only a Git-LFS pointer.
+        CheckpointError: a file is absurdly large, is only a Git LFS pointer, or is a link out of the folder (a copy
+            would publish another file).
     """
     found: dict[str, Path] = {}
     left_out = notices_left_out(folder)
@@ -66,8 +67,8 @@ def side_files(folder: Path, *, config: Mapping | None = None) -> dict[str, Path
 
 
 def notices_left_out(folder: Path) -> tuple[str, ...]:
-    """Licenses and the like that are links out of the folder or to nothing, e.g. to the one license of several models.
-    The model is whole without them."""
+    """Return the names of licenses and notices that are links out of the folder or to nothing, e.g. to a license that
+    several models share. The model is complete without them."""
     links = (path for pattern in _NOTICES for path in folder.glob(pattern) if path.is_symlink())
     return tuple(sorted(path.name for path in links if not _is_inside(path)))
 
@@ -81,19 +82,22 @@ def _is_inside(link: Path) -> bool:
 
 
 def _names(folder: Path) -> list[str]:
-    """A name without a wildcard counts whether or not it is there: a link to nothing is an error. Hidden files that
-    match are others', such as macOS' `._name` beside each file."""
+    """Return the names of `SIDE_FILES`, with wildcards replaced by the files that match.
+
+    A name without a wildcard is included even if it does not exist, because a link to nothing is an error. Hidden
+    files are left out: they belong to other programs, such as macOS' `._name` beside each file.
+    """
     plain = [name for name in SIDE_FILES if "*" not in name]
     found = [path for pattern in SIDE_FILES if "*" in pattern for path in folder.glob(pattern)]
     return [*plain, *sorted(str(path.relative_to(folder)) for path in found if not path.name.startswith("."))]
 
 
 def without_code(config: Mapping) -> dict:
-    """A model's configuration without the classes that it names of the repository's own code, but for the tokenizer's.
+    """Return a model's configuration without references to the model repository's own code, except the tokenizer's.
 
-    Every family here is one of transformers' own, is converted and trained as such, and is loaded as such where
-    nobody trusts remote code. Whoever trusts it would be sent to files that are not copied, and to another forward
-    pass than the one that was trained.
+    Every supported family exists in transformers. It is converted and trained as that family, and loaded as that family
+    unless the user trusts remote code. A user who does would need files that are not copied, and would get another
+    forward pass than the trained one.
     """
     kept = {key: value for key, value in config.items() if key != _AUTO_MAP}
     classes = config.get(_AUTO_MAP)
@@ -103,8 +107,8 @@ def without_code(config: Mapping) -> dict:
 
 
 def _tokenizer_code(folder: Path, config: Mapping | None) -> list[str]:
-    """Names of the files of the tokenizer's own classes: those that its configuration names, and what they import from
-    beside them, as transformers follows it."""
+    """Return the names of the files with the tokenizer's own classes: those that its configuration names, and the
+    files beside them that they import, as transformers follows the imports."""
     modules = [
         module
         for content in (_content(folder, "tokenizer_config.json"), config or _content(folder, "config.json"))
@@ -122,7 +126,7 @@ def _tokenizer_code(folder: Path, config: Mapping | None) -> list[str]:
 
 
 def _content(folder: Path, name: str) -> object:
-    """Of a JSON file; None where there is none, or it is damaged."""
+    """Return the content of a JSON file, or None if it does not exist or is damaged."""
     content = read_inside(folder, name)
     try:
         return None if content is None else json.loads(content.decode("utf-8"))
@@ -131,7 +135,7 @@ def _content(folder: Path, name: str) -> object:
 
 
 def _tokenizer_classes(content: object) -> list[object]:
-    """References to the slow and the fast class, either of which may be missing."""
+    """Return the references to the slow and the fast class. Either may be missing."""
     classes = content.get(_AUTO_MAP) if isinstance(content, Mapping) else None
     if isinstance(classes, Mapping):
         classes = classes.get(_AUTO_TOKENIZER)
@@ -139,8 +143,8 @@ def _tokenizer_classes(content: object) -> list[object]:
 
 
 def _module(reference: object) -> str | None:
-    """The module beside it that a reference MODULE.CLASS names; None for OWNER/NAME--MODULE.CLASS, of another
-    repository."""
+    """Return the module in the same folder that a reference MODULE.CLASS names, or None for OWNER/NAME--MODULE.CLASS,
+    which is in another repository."""
     match = re.fullmatch(r"(\w+)\.\w+", reference) if isinstance(reference, str) else None
     return match and match[1]
 

@@ -1,6 +1,6 @@
-"""The manifest: which blocks were added, to what, and a hash of every original tensor. Kept with every checkpoint.
+"""The manifest of a checkpoint: its source, the blocks added to it, and a hash of every original tensor.
 
-`llamapro.json` beside the weights; a Hugging Face export has the same content under "llamapro" in its config.json.
+It is `llamapro.json` beside the weights. A Hugging Face export also has it under "llamapro" in its config.json.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from megatron_llamapro.families.shape import ModelShape
 
 MANIFEST_NAME = "llamapro.json"
 FORMAT_VERSIONS = (1, 2)
-"""Written is the least that says all, so that earlier versions of this program read what they understand: 2 has a
-`hash_dtype`, 1 has none, since it is `dtype`."""
+"""The lowest format that can hold a manifest is written, so that older versions of this program can read it. Format 2
+has a `hash_dtype`. Format 1 has none, because it equals `dtype`."""
 HASH_FUNCTION = "blake3"
-"""Four times as fast as SHA-256 here, so that hashing is never what a conversion waits for."""
+"""Four times as fast as SHA-256, so that a conversion never waits for hashing."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Source:
     name: str
     """Its folder's name."""
     config_sha256: str
-    """Of its config.json as canonical JSON."""
+    """Hash of its config.json as canonical JSON."""
     weight_bytes: int
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is made of and where it came from."""
+    """A checkpoint's plan, its source and the hashes of its original tensors."""
 
     family: str
     """model_type."""
@@ -52,31 +52,33 @@ class Manifest:
     original_hashes: Mapping[str, str]
     """BLAKE3 of every original tensor's bytes in `hash_dtype`, by its Hugging Face name in the first source model."""
     inits: tuple[str, ...] = ()
-    """What the added blocks of each round began as (`expansion.round.Init`)."""
+    """How the added blocks of each round were initialised (`expansion.round.Init`)."""
     init_seeds: tuple[int | None, ...] = ()
-    """The seed that each round's were drawn with; None: they were not drawn, or it was not noted yet."""
+    """Seed of each round's random blocks; None if they were not random, or if an older version wrote the manifest."""
     tool_versions: Mapping[str, str] = field(default_factory=dict)
     hashed_as: str | None = None
-    """`hash_dtype`, where it is not `dtype`: the weights were cast after the hashes were made."""
+    """`hash_dtype` if it is not `dtype`: the weights were cast after they were hashed."""
 
     @property
     def hash_dtype(self) -> str:
-        """Type of the bytes that `original_hashes` are of."""
+        """Type of the tensors that `original_hashes` were computed from."""
         return self.hashed_as or self.dtype
 
     @property
     def casts(self) -> tuple[str, ...]:
-        """The types that original tensors were cast to, in turn: `hash_dtype` first, where `dtype` can hold what that
-        cast lost. (float32 loses nothing.)"""
+        """The types that the original tensors were cast to, in turn. `hash_dtype` comes first if that cast lost bits.
+        (A cast to float32 loses none.)"""
         return (self.dtype,) if self.hash_dtype in (self.dtype, "float32") else (self.hash_dtype, self.dtype)
 
     def stored_as(self, dtype: str) -> Manifest:
-        """The manifest of the same model with its weights in `dtype`. Hashes stay what they are: those of the first
-        source's own bytes, which a cast one can be held against by casting the source too."""
+        """Return the manifest of the same model with its weights in `dtype`.
+
+        The hashes stay those of the first source's own bytes. To check a cast model, cast the source as well.
+        """
         return replace(self, dtype=dtype, hashed_as=None if dtype == self.hash_dtype else self.hash_dtype)
 
     def to_json(self) -> dict:
-        """Plain data; `from_json` gives the equal manifest back."""
+        """Return plain data. `from_json` turns it back into an equal manifest."""
         hashed_as = {"hash_dtype": self.hashed_as} if self.hashed_as else {}
         return {
             "format_version": FORMAT_VERSIONS[bool(hashed_as)],
@@ -94,10 +96,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: object, *, where: object) -> Manifest:
-        """The manifest that `to_json` wrote; `where` is named in errors.
+        """Return the manifest that `to_json` wrote. Errors name `where`.
 
         Raises:
-            CheckpointError: another format version, or not a manifest.
+            CheckpointError: the data has another format version, or is not a manifest.
         """
         if not isinstance(data, dict):
             raise CheckpointError(f"{where}: the manifest is not a JSON object")
@@ -105,7 +107,7 @@ class Manifest:
         if version not in FORMAT_VERSIONS:
             known = " and ".join(map(str, FORMAT_VERSIONS))
             raise CheckpointError(
-                f"{where}: manifest format {version!r}, this version reads {known}: "
+                f"{where}: the manifest has format {version!r}, this version reads {known}: "
                 "use the version of megatron-llamapro that wrote it, or convert the model again"
             )
         try:
@@ -122,14 +124,14 @@ class Manifest:
                 hashed_as=_dtype(data["hash_dtype"]) if version == 2 else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError, ExpansionError) as error:
-            raise CheckpointError(f"{where}: damaged manifest ({error!r}): convert the model again") from None
+            raise CheckpointError(f"{where}: the manifest is damaged ({error!r}): convert the model again") from None
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
-        """The manifest of a checkpoint folder.
+        """Read the manifest of a checkpoint folder.
 
         Raises:
-            CheckpointError: there is none, or it is damaged.
+            CheckpointError: there is no manifest, or it is damaged.
         """
         path, content = Path(folder) / MANIFEST_NAME, read_inside(Path(folder), MANIFEST_NAME)
         if content is None:
@@ -142,7 +144,7 @@ class Manifest:
 
     @classmethod
     def find(cls, folder: Path) -> Manifest | None:
-        """The manifest of a checkpoint folder, None where there is none. Errors as above."""
+        """Return the manifest of a checkpoint folder, or None if it has none. Raises `CheckpointError` if damaged."""
         return cls.read(folder) if (Path(folder) / MANIFEST_NAME).exists() else None
 
     def write(self, folder: Path) -> None:
@@ -153,12 +155,12 @@ class Manifest:
         draft.replace(path)
 
     def check_fits(self, shape: ModelShape, *, where: object = "the checkpoint") -> None:
-        """Raise `CheckpointError` where the plan and the model do not have the same layers."""
+        """Raise `CheckpointError` if the plan and the model do not have the same number of layers."""
         if self.plan.num_layers != shape.num_layers:
             raise CheckpointError(
-                f"{where}: its manifest is for {self.plan.num_layers} layers, its config.json for {shape.num_layers}: "
-                f"one of the two is of another model; without {MANIFEST_NAME} and {MANIFEST_KEY} in config.json it is "
-                "taken as a model that was never expanded"
+                f"{where}: its manifest has {self.plan.num_layers} layers, but its config.json has {shape.num_layers}: "
+                f"use files of one model, or remove {MANIFEST_NAME} and {MANIFEST_KEY} in config.json to treat it as a "
+                "model that was never expanded"
             )
 
 
@@ -194,16 +196,16 @@ def _init_seeds(seeds: object, plan: ExpansionPlan) -> tuple[int | None, ...]:
 def _source(data: Mapping) -> Source:
     source = Source(**data)
     if type(source.weight_bytes) is not int:
-        raise TypeError(f"{source.weight_bytes!r} is no number of bytes")
+        raise TypeError(f"{source.weight_bytes!r} is not a number of bytes")
     return Source(_text(source.name), _text(source.config_sha256), source.weight_bytes)
 
 
 def config_sha256(config: Mapping) -> str:
-    """Hash of a configuration, whatever the order and layout of its fields."""
+    """Return the hash of a configuration. The order and layout of its fields do not matter."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of what writes checkpoints here."""
+    """Return the versions of the packages that write checkpoints."""
     others = {name: metadata.version(name) for name in ("torch", "numpy")}
     return {"megatron_llamapro": megatron_llamapro.__version__, **others}

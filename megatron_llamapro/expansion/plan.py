@@ -1,7 +1,7 @@
 """Expansion plans: for every layer of the expanded model, where it comes from and whether it was added.
 
-A plan is data. It is made before a tensor is read, stored in every checkpoint's manifest, and is the only
-source of "what is new". Layer indices are 0-based, global, Hugging Face's. Paper: arXiv 2401.02415, section 3.2.
+A plan is data. It is made before any tensor is read, and stored in every checkpoint's manifest. Nothing else says which
+layers are new. Layer indices are 0-based and global, as in Hugging Face. Paper: arXiv 2401.02415, section 3.2.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Placement(str, Enum):
     """Where the added blocks go."""
 
     INTERLEAVED = "interleaved"
-    """After every group of blocks: the paper's."""
+    """After every group of blocks, as in the paper."""
     PREFIX = "prefix"
     """Before block 0."""
     SUFFIX = "suffix"
@@ -29,11 +29,11 @@ class Trained(str, Enum):
     """Which blocks may have been trained since a model was expanded."""
 
     NOTHING = "nothing"
-    """None: every added block is as it was added."""
+    """None: every added block still has its initial values."""
     NEW_BLOCKS = "new_blocks"
-    """Those that were added to it."""
+    """The blocks that were added to it."""
     ADDED_BLOCKS = "added_blocks"
-    """Those, and the ones that earlier rounds had added."""
+    """Those blocks, and the ones that earlier rounds had added."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Layer:
     """One layer of the expanded model."""
 
     source_layer: int
-    """Layer of the first source model (before any round) that it is, or is a copy of."""
+    """The layer that it is or copies, in the first source model (before any round)."""
     parent_layer: int
-    """Layer of the model that the latest round expanded that it is, or is a copy of."""
+    """The layer that it is or copies, in the model that the latest round expanded."""
     added_in_round: int = 0
     """0: an original block. r >= 1: added in round r."""
 
@@ -58,11 +58,11 @@ class ExpansionPlan:
 
     layers: tuple[Layer, ...]
     num_rounds: int = 0
-    """How many times the first source model was expanded; the latest round's blocks have this number."""
+    """How many times the first source model was expanded. Blocks of the latest round have this number."""
 
     @classmethod
     def unexpanded(cls, num_layers: int) -> ExpansionPlan:
-        """The plan of a model as it was published: every layer is its own source."""
+        """Return the plan of an unexpanded model: every layer is its own source."""
         return cls(tuple(Layer(source_layer=i, parent_layer=i) for i in range(num_layers)))
 
     @property
@@ -81,26 +81,26 @@ class ExpansionPlan:
 
     @property
     def newest_layers(self) -> tuple[int, ...]:
-        """Layers added in the latest round: the ones whose output projections that round zeroed."""
+        """Layers added in the latest round. That round initialised them as identities."""
         if self.num_rounds == 0:
             return ()
         return tuple(i for i, layer in enumerate(self.layers) if layer.added_in_round == self.num_rounds)
 
     def layers_after(self, num_rounds: int) -> tuple[int, ...]:
-        """Layers that were there after so many rounds, in the order of then."""
+        """Return the layers that existed after `num_rounds` rounds, in order."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.added_in_round <= num_rounds)
 
     def copied_from(self, layer: int) -> int:
-        """The layer, of this model, that the added block `layer` was copied from."""
+        """Return the layer of this model that the added block `layer` was copied from."""
         number = self.layers[layer].added_in_round
         parent = self.after(number).layers[self.layers_after(number).index(layer)].parent_layer
         return self.layers_after(number - 1)[parent]
 
     def after(self, num_rounds: int) -> ExpansionPlan:
-        """The plan as it was after so many rounds, made again from the positions of their blocks.
+        """Return the plan after `num_rounds` rounds, made again from the positions of their blocks.
 
         Raises:
-            ExpansionError: blocks of those rounds lie where no round can put them.
+            ExpansionError: blocks of those rounds are at positions where no round can put them.
         """
         plan = ExpansionPlan.unexpanded(len(self.original_layers))
         for number in range(1, num_rounds + 1):
@@ -109,14 +109,14 @@ class ExpansionPlan:
         return plan
 
     def expand(self, positions: Sequence[int]) -> ExpansionPlan:
-        """One more round: the plan with added blocks at `positions`, indices in the expanded model.
+        """Return the plan with one more round: blocks are added at `positions`, which index the expanded model.
 
-        A run of k added blocks behind source block s copies s-k+1 … s, in order (the paper's "top P"); a run
-        at the very start copies the first k.
+        A run of k added blocks after source block s copies s-k+1 … s, in order (the paper's "top P"). A run at the
+        very start copies the first k.
 
         Raises:
-            ExpansionError: positions are not ascending indices of the expanded model, or a run is longer
-                than the blocks there are to copy.
+            ExpansionError: `positions` are not ascending indices of the expanded model, or a run is longer than the
+                blocks that it can copy.
         """
         parents = parent_of_each_layer(self.num_layers, positions)
         added = set(positions)
@@ -132,7 +132,7 @@ class ExpansionPlan:
         return ExpansionPlan(layers, new_round)
 
     def to_json(self) -> dict:
-        """Plain data; `from_json` gives the equal plan back."""
+        """Return plain data. `from_json` turns it back into an equal plan."""
         return {
             "num_rounds": self.num_rounds,
             "layers": [
@@ -147,7 +147,7 @@ class ExpansionPlan:
 
     @classmethod
     def from_json(cls, data: dict) -> ExpansionPlan:
-        """The plan that `to_json` wrote.
+        """Return the plan that `to_json` wrote.
 
         Raises:
             ExpansionError: the data is not a plan, or its lineage contradicts itself.
@@ -167,9 +167,9 @@ class ExpansionPlan:
         if not originals or originals != list(range(len(originals))):
             raise ExpansionError("not an expansion plan: its original layers are not 0, 1, 2, … in order")
         if any(layer.source_layer >= len(originals) for layer in self.layers):
-            raise ExpansionError("not an expansion plan: an added layer copies a layer that is not there")
+            raise ExpansionError("not an expansion plan: an added layer copies a layer that does not exist")
         if any(layer.parent_layer >= len(self.layers) for layer in self.layers):
-            raise ExpansionError("not an expansion plan: a layer's parent is a layer that is not there")
+            raise ExpansionError("not an expansion plan: a layer's parent does not exist")
         if self.num_rounds > len(self.layers):
             raise ExpansionError("not an expansion plan: it has more rounds than layers")
         if {x.added_in_round for x in self.layers if x.is_added} != set(range(1, self.num_rounds + 1)):
@@ -177,7 +177,7 @@ class ExpansionPlan:
 
 
 def parent_of_each_layer(num_source_layers: int, positions: Sequence[int]) -> list[int]:
-    """For every layer of the model expanded at `positions`, the source layer that it is or copies."""
+    """Return, for every layer of the model expanded at `positions`, the source layer that it is or copies."""
     num_layers = num_source_layers + len(positions)
     _check_positions(positions, num_layers)
     added = set(positions)
@@ -197,7 +197,7 @@ def parent_of_each_layer(num_source_layers: int, positions: Sequence[int]) -> li
         if first < 0 or first + run > num_source_layers:
             raise ExpansionError(
                 f"{run} added blocks in a row at position {index} have only "
-                f"{next_source or num_source_layers} source blocks to copy: add fewer there"
+                f"{next_source or num_source_layers} source blocks to copy: add fewer"
             )
         parents.extend(range(first, first + run))
         index += run
@@ -227,13 +227,13 @@ def placed_positions(
     placement: Placement = Placement.INTERLEAVED,
     blocks_per_group: int = 1,
 ) -> tuple[int, ...]:
-    """Positions, in the expanded model, of `num_added_blocks` blocks added to `num_source_layers`.
+    """Return the positions, in the expanded model, of `num_added_blocks` blocks added to `num_source_layers`.
 
-    `interleaved` makes `num_added_blocks / blocks_per_group` groups; group i ends after source block
-    `floor((i + 1) * L * P / N) - 1`, with its added blocks behind it. 32 + 8 gives 4, 9, …, 39.
+    `interleaved` makes `num_added_blocks / blocks_per_group` groups. Group i ends after source block
+    `floor((i + 1) * L * P / N) - 1`, and its added blocks follow. 32 + 8 gives 4, 9, …, 39.
 
     Raises:
-        ExpansionError: the counts cannot be placed so.
+        ExpansionError: the counts cannot be placed like this.
     """
     if num_added_blocks < 1:
         raise ExpansionError(f"num_added_blocks is {num_added_blocks}: add at least 1 block")

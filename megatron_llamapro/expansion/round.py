@@ -1,7 +1,7 @@
-"""A round of expansion: where its blocks go, how they are initialised, and config.json of the model with it.
-Plain data; imports no torch.
+"""A round of expansion: where its blocks go, how they are initialised, and config.json of the expanded model.
 
-Every initialisation makes a block an identity. They differ in what the block is a copy of, and in what is zeroed.
+Plain data; imports no torch. Every initialisation makes a block an identity. They differ in the values that the block
+gets, and in the weights that are zeroed.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ from megatron_llamapro.families.hf_config import MANIFEST_KEY, check_per_layer, 
 
 
 class Init(str, Enum):
-    """What an added block starts as."""
+    """How an added block is initialised."""
 
     COPY = "copy"
-    """A copy of its source block, both output projections zeroed (the paper's)."""
+    """A copy of its source block, with both output projections zeroed (as in the paper)."""
     RANDOM = "random"
-    """Normal with the model's initializer_range, norms 1, both output projections zeroed."""
+    """Normal with the model's initializer_range, norms 1, with both output projections zeroed."""
     MEAN = "mean"
-    """The mean of its source block and the one behind that, both output projections zeroed."""
+    """The mean of its source block and the next one, with both output projections zeroed."""
     ZERO_NORM = "zero_norm"
-    """A copy of its source block with its norms zeroed instead (staged training, Shen et al. 2022)."""
+    """A copy of its source block, with its norms zeroed instead (staged training, Shen et al. 2022)."""
 
     @property
     def zeroes_norms(self) -> bool:
-        """Whether it zeroes the norms, and not the output projections."""
+        """Whether it zeroes the norms instead of the output projections."""
         return self is Init.ZERO_NORM
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expansion:
-    """A round of added blocks, at given `positions` or so many of them with a `placement`: `Expansion.at(2, 5)`,
+    """A round of added blocks, given by `positions` or by their number and `placement`: `Expansion.at(2, 5)`,
     `Expansion(num_added_blocks=8)`."""
 
     positions: tuple[int, ...] | None = None
     """Indices in the expanded model, from 0, ascending."""
     num_added_blocks: int | None = None
-    """Instead of positions."""
+    """Number of blocks to add, instead of positions."""
     placement: Placement = Placement.INTERLEAVED
-    """Of `num_added_blocks`."""
+    """Where `num_added_blocks` go."""
     blocks_per_group: int = 1
-    """Of `num_added_blocks`, interleaved: the last blocks of each group are copied behind it."""
+    """With `num_added_blocks`, interleaved: how many of each group's last blocks are copied after the group."""
     init: Init = Init.COPY
     seed: int = 0
-    """Of random blocks."""
+    """Seed of random blocks."""
 
     def __post_init__(self) -> None:
-        """Raises `ExpansionError` where it is not clear where the blocks go, or a value is of another type."""
+        """Raise `ExpansionError` if the positions are not given in exactly one way, or a value has another type."""
         if (self.positions is None) is (self.num_added_blocks is None):
             raise ExpansionError("an expansion needs either positions or num_added_blocks")
         if self.positions is not None and (self.placement is not Placement.INTERLEAVED or self.blocks_per_group != 1):
@@ -59,18 +59,18 @@ class Expansion:
         for value, kind in ((self.placement, Placement), (self.init, Init)):
             if not isinstance(value, kind):
                 names = ", ".join(f"{kind.__name__}.{member.name}" for member in kind)
-                raise ExpansionError(f"{value!r} is no {kind.__name__}: use one of {names}")
+                raise ExpansionError(f"{value!r} is not a member of {kind.__name__}: use one of {names}")
 
     @classmethod
     def at(cls, *positions: int, init: Init = Init.COPY, seed: int = 0) -> Expansion:
-        """Blocks at these positions of the expanded model, ascending."""
+        """Return the round that adds blocks at these positions of the expanded model, in ascending order."""
         return cls(positions=positions, init=init, seed=seed)
 
     def expand(self, plan: ExpansionPlan) -> ExpansionPlan:
-        """The plan of the model with this round added.
+        """Return the plan of the model with this round added.
 
         Raises:
-            ExpansionError: the model has no such positions, or the blocks cannot be placed so.
+            ExpansionError: the model has no such positions, or the blocks cannot be placed like this.
         """
         if self.positions is not None:
             return plan.expand(self.positions)
@@ -85,22 +85,24 @@ class Expansion:
 
 
 def check_init(init: Init, *, force: bool) -> None:
-    """Raise `ExpansionError` for an initialisation that cannot learn in any known family, unless forced."""
+    """Raise `ExpansionError` if blocks with this initialisation cannot learn in any known family, unless `force`."""
     if init is Init.ZERO_NORM and not force:
         raise ExpansionError(
             "init zero_norm cannot learn in a SwiGLU block: with its input at 0 the feed-forward is of second order, "
-            "so its norm's gradient stays 0 (arXiv 2401.02415, section 3.2): take copy, or compare with --force"
+            "so its norm's gradient stays 0 (arXiv 2401.02415, section 3.2): use copy, or give --force to compare"
         )
 
 
 def expanded_hf_config(config: Mapping, plan: ExpansionPlan) -> dict:
-    """`config` for the model that `plan`'s latest round makes of it, without any manifest: the layer count and every
-    field that speaks of single layers."""
+    """Return `config` for the model after the latest round of `plan`, without a manifest.
+
+    The number of layers and every field with a value per layer are changed.
+    """
     family = family_of(config)
     expanded = {key: value for key, value in config.items() if key != MANIFEST_KEY}
     old_count = config["num_hidden_layers"]
     types = layer_types({**family.defaults, **config}, family, old_count)
-    if len(set(types)) > 1:  # a first windowed layer alone may not describe what the plan makes of it
+    if len(set(types)) > 1:  # the index of the first windowed layer may not describe the expanded model
         expanded["layer_types"] = types
     expanded["num_hidden_layers"] = plan.num_layers
     for name in family.per_layer_fields:

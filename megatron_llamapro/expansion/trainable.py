@@ -1,5 +1,6 @@
-"""What can train, by name: the added blocks of an expansion plan, of all rounds or some, whatever else is named, and
-adapters. Pure: `freeze.py` and `lora.py` do it to a model.
+"""The parts of a model that can train, by name: added blocks of all rounds or some, other parts, and adapters.
+
+Pure: `freeze.py` and `lora.py` apply it to a model.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ OUTSIDE_PARTS = {
 
 NO_ADAPTERS = LoraConfig()
 
-# Where in a block the linears are that can have an adapter.
+# Linears that can have an adapter -> the module of a block that holds them.
 ADAPTER_OWNERS = {
     "linear_qkv": "self_attention",
     "linear_proj": "self_attention",
@@ -45,12 +46,12 @@ _ROUND = re.compile(r"round_([1-9]\d*)")
 
 @dataclass(frozen=True)
 class BlockPart:
-    """A part of the added blocks that can be named by itself."""
+    """A part of the added blocks that has a name of its own."""
 
     patterns: tuple[str, ...]
-    """Parts of its parameters' names, ours and Transformer Engine's."""
+    """Substrings of its parameters' names, in our layers and in Transformer Engine's."""
     needs: str | None = None
-    """The field (or property) of ModelShape without which a model has no such part."""
+    """A field or property of ModelShape. A model has the part only if it is true."""
 
 
 BLOCK_PARTS = {
@@ -67,7 +68,7 @@ BLOCK_PARTS = {
 }
 
 TRAINABLE_CHOICES = (ADDED_BLOCKS, NEWEST_BLOCKS, EVERYTHING, LORA, *OUTSIDE_PARTS, *BLOCK_PARTS)
-"""Beside these, round_1, round_2, …: the blocks that one round added."""
+"""Other choices are round_1, round_2, …: the blocks that one round added."""
 
 
 def check_trainable(
@@ -77,14 +78,14 @@ def check_trainable(
     tie_word_embeddings: bool,
     shape: ModelShape | None = None,
 ) -> None:
-    """Raise `ConfigError` where `trainable` names what is not there; parts of blocks are looked for in `shape`."""
+    """Raise `ConfigError` if `trainable` names a part that does not exist. `shape` tells which parts blocks have."""
     for choice in trainable:
         chosen_round = _ROUND.fullmatch(choice)
         if choice not in TRAINABLE_CHOICES and chosen_round is None:
             nearest = difflib.get_close_matches(choice, (*TRAINABLE_CHOICES, *_rounds(plan)), n=1)
             choices = ", ".join((*TRAINABLE_CHOICES, "round_1, round_2, …"))
             hint = f": did you mean '{nearest[0]}'?" if nearest else f": it is one of {choices}"
-            raise ConfigError(f"model.trainable names '{choice}', which is nothing that can train{hint}")
+            raise ConfigError(f"model.trainable names '{choice}', which is not a trainable part{hint}")
         needs_added = choice not in (EVERYTHING, LORA, *OUTSIDE_PARTS)
         if needs_added and not plan.added_layers:
             raise ConfigError(
@@ -110,7 +111,7 @@ def _rounds(plan: ExpansionPlan) -> list[str]:
 
 
 def trainable_blocks(trainable: Sequence[str], plan: ExpansionPlan) -> frozenset[int]:
-    """Layers that `trainable` names as whole blocks: those added in any of its rounds."""
+    """Return the layers that `trainable` names as whole blocks: those added in any of its rounds."""
     rounds = {int(found.group(1)) for found in map(_ROUND.fullmatch, trainable) if found}
     if NEWEST_BLOCKS in trainable:
         rounds.add(plan.num_rounds)
@@ -122,7 +123,7 @@ def trainable_blocks(trainable: Sequence[str], plan: ExpansionPlan) -> frozenset
 def trainable_layers(
     trainable: Sequence[str], plan: ExpansionPlan, *, lora: LoraConfig = NO_ADAPTERS
 ) -> frozenset[int]:
-    """Layers in which anything trains."""
+    """Return the layers in which anything trains."""
     if EVERYTHING in trainable:
         return frozenset(range(plan.num_layers))
     layers = trainable_blocks(trainable, plan)
@@ -134,7 +135,7 @@ def trainable_layers(
 def what_trains(
     trainable: Sequence[str], plan: ExpansionPlan, *, tie_word_embeddings: bool, lora: LoraConfig = NO_ADAPTERS
 ) -> Trains:
-    """The same for the arithmetic of planning/flops.py: which parts of which layers, and the two ends."""
+    """Return the trainable part of the model for planning/flops.py: parts of each layer, embedding, norm and head."""
     everything = EVERYTHING in trainable
     embedding = everything or "embedding" in trainable
     layers, whole = trainable_layers(trainable, plan, lora=lora), trainable_blocks(trainable, plan)
@@ -154,7 +155,7 @@ def what_trains(
 
 
 def first_trainable_layer(trainable: Sequence[str], plan: ExpansionPlan, *, lora: LoraConfig = NO_ADAPTERS) -> int:
-    """The first layer that a backward pass must reach: -1 where it must reach the embedding, `plan.num_layers` where
+    """Return the first layer that a backward pass must reach: -1 if it must reach the embedding, `plan.num_layers` if
     only the final norm or the head trains."""
     if EVERYTHING in trainable or "embedding" in trainable:
         return -1
@@ -162,7 +163,7 @@ def first_trainable_layer(trainable: Sequence[str], plan: ExpansionPlan, *, lora
 
 
 def adapted_layers(lora: LoraConfig, plan: ExpansionPlan) -> frozenset[int]:
-    """Global layers whose linears get adapters."""
+    """Return the global layers whose linears get adapters."""
     if lora.rank is None:
         return frozenset()
     added, every = frozenset(plan.added_layers), frozenset(range(plan.num_layers))
@@ -170,7 +171,7 @@ def adapted_layers(lora: LoraConfig, plan: ExpansionPlan) -> frozenset[int]:
 
 
 def check_lora(lora: LoraConfig, plan: ExpansionPlan, shape: ModelShape) -> None:
-    """Raise `ConfigError` where the model has not what is to get adapters."""
+    """Raise `ConfigError` if the model lacks the layers or linears that adapters are configured for."""
     if lora.rank is None:
         return
     if not adapted_layers(lora, plan):
@@ -186,5 +187,5 @@ def check_lora(lora: LoraConfig, plan: ExpansionPlan, shape: ModelShape) -> None
 
 
 def is_adapter(name: str) -> bool:
-    """Whether the name of a parameter, or its key in a checkpoint, is an adapter's."""
+    """Return whether the name of a parameter, or its key in a checkpoint, belongs to an adapter."""
     return name.endswith((LORA_A, LORA_B))

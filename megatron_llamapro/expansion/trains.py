@@ -1,4 +1,4 @@
-"""What trains, as far as its cost goes: the linears of a block, and which of them have gradients. Pure."""
+"""The trainable part of a model, for estimates of its cost: a block's linears and which of them train. Pure."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ class Linear:
     num_inputs: int
     num_outputs: int
     num_matrices: int = 1
-    """Experts, or 1."""
+    """Number of experts, or 1."""
     num_used: int = 1
-    """Of those, that a token goes through."""
+    """The number of matrices that a token uses."""
 
     @property
     def num_parameters(self) -> int:
-        """Of all its matrices."""
+        """Parameters of all its matrices."""
         return self.num_inputs * self.num_outputs * self.num_matrices
 
     @property
     def forward_flops(self) -> float:
-        """A token's."""
+        """FLOPs of the forward pass per token."""
         return 2.0 * self.num_inputs * self.num_outputs * self.num_used
 
 
-# Where in a block's forward pass its parts come; a backward pass ends at the first of them that trains.
+# The order of a block's parts in its forward pass. A backward pass ends at the first part that trains.
 _POSITIONS = {
     "input_layernorm": 0,
     "linear_qkv": 1,
@@ -52,7 +52,7 @@ WHOLE = frozenset(_POSITIONS)
 
 
 def linears(shape: ModelShape) -> Iterator[Linear]:
-    """Of one block, in the order of the forward pass."""
+    """Yield the linears of one block, in the order of the forward pass."""
     query = shape.num_attention_heads * shape.kv_channels
     key_value = shape.num_query_groups * shape.kv_channels
     hidden, experts = shape.hidden_size, {}
@@ -67,13 +67,13 @@ def linears(shape: ModelShape) -> Iterator[Linear]:
 
 
 def is_row_parallel(linear: str) -> bool:
-    """Whether tensor-parallel ranks divide a linear's inputs, and not its outputs."""
+    """Return whether tensor-parallel ranks divide a linear's inputs instead of its outputs."""
     return linear in ("linear_proj", "linear_fc2")
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """Low-rank adapters, all of which train."""
+    """Low-rank adapters. All of them train."""
 
     layers: frozenset[int]
     rank: int
@@ -81,7 +81,10 @@ class Adapters:
     """Names of linears."""
 
     def parameters(self, shape: ModelShape, layer: int, tensor_size: int = 1) -> int:
-        """Of one layer, on so many tensor-parallel ranks together: one of an adapter's matrices is on all of them."""
+        """Return the parameters of one layer's adapters, summed over `tensor_size` tensor-parallel ranks.
+
+        Each of these ranks has a copy of one of an adapter's two matrices.
+        """
         here = [each for each in linears(shape) if layer in self.layers and each.name in self.targets]
         divided = sum(each.num_inputs if is_row_parallel(each.name) else each.num_outputs for each in here)
         copied = sum(each.num_outputs if is_row_parallel(each.name) else each.num_inputs for each in here)
@@ -90,42 +93,49 @@ class Adapters:
 
 @dataclass(frozen=True)
 class Trains:
-    """What trains, as far as its cost goes."""
+    """The trainable part of a model, for estimates of its cost."""
 
     layers: frozenset[int]
-    """In which anything trains."""
+    """Layers in which anything trains."""
     embedding: bool = False
     output_layer: bool = False
     final_norm: bool = False
     parts: Mapping[int, frozenset[str]] = field(default_factory=dict)
-    """Of layers that do not train whole: the parts that do, beside adapters."""
+    """For layers that train only in part: the parts that train, without adapters."""
     adapters: Adapters | None = None
 
     def first_layer(self, num_layers: int) -> int:
-        """The first layer that a backward pass must reach: -1 with the embedding, `num_layers` without any layer."""
+        """Return the first layer that a backward pass must reach: -1 if the embedding trains, `num_layers` if no layer
+        trains."""
         return -1 if self.embedding else min(self.layers, default=num_layers)
 
     def parts_of(self, layer: int) -> frozenset[str]:
-        """Names of the parts of a layer whose own weights train."""
+        """Return the names of a layer's parts whose own weights train."""
         return self.parts.get(layer, WHOLE if layer in self.layers else frozenset())
 
     def trains_weight(self, layer: int, linear: str) -> bool:
-        """Whether the weights of one linear of a layer train."""
+        """Return whether the weights of one linear of a layer train."""
         parts = self.parts_of(layer)
         return linear in parts or ("experts" in parts and linear in ("linear_fc1", "linear_fc2"))
 
     def has_adapter(self, layer: int, linear: str) -> bool:
-        """Whether one linear of a layer has an adapter."""
+        """Return whether one linear of a layer has an adapter."""
         return self.adapters is not None and layer in self.adapters.layers and linear in self.adapters.targets
 
     def trainable_parameters(self, shape: ModelShape, layer: int) -> int:
-        """Of one layer, without its adapters; biases and norms of queries and keys are left out (thousandths)."""
+        """Return the trainable parameters of one layer, without its adapters.
+
+        Biases and norms of queries and keys are left out: they are thousandths of the total.
+        """
         own = sum(each.num_parameters for each in linears(shape) if self.trains_weight(layer, each.name))
         return own + shape.hidden_size * len(self.parts_of(layer) & {"input_layernorm", "pre_mlp_layernorm"})
 
     def start(self, layer: int, num_layers: int) -> float:
-        """Where in a layer's forward pass a backward pass ends: before its beginning where anything below trains,
-        behind its end where nothing in it does."""
+        """Return where in a layer's forward pass a backward pass ends.
+
+        That is -inf if any earlier layer (or the embedding) trains, and inf if neither this layer nor an earlier one
+        does.
+        """
         first = self.first_layer(num_layers)
         if layer != first:
             return float("-inf") if layer > first else float("inf")
@@ -135,5 +145,5 @@ class Trains:
         return min(_POSITIONS[part] for part in parts)
 
     def is_reached(self, layer: int, part: str, num_layers: int) -> bool:
-        """Whether a backward pass goes on through a part of a layer to its input."""
+        """Return whether a backward pass continues through a part of a layer to the part's input."""
         return self.start(layer, num_layers) < _POSITIONS[part]

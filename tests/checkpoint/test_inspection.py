@@ -57,7 +57,7 @@ def test_a_legacy_checkpoint_shows_its_stages(tiny_llama: Tiny, tmp_path: Path) 
 def test_a_model_without_added_blocks(tiny_llama: Tiny) -> None:
     found = inspect(tiny_llama(tie_word_embeddings=True))
     assert found.source is None
-    assert found.trains.startswith("nothing is added yet")
+    assert found.trains.startswith("no blocks are added yet")
     assert "E o o o o E" in str(found)
 
 
@@ -70,7 +70,7 @@ def test_a_model_without_added_blocks(tiny_llama: Tiny) -> None:
             ["window          8 tokens in layers 2, 3", "attention       biases of queries, keys and values"],
         ),
         ("qwen3", ["attention       norms of queries and keys"]),
-        ("mixtral", ["experts         4 a block, 2 for each token"]),
+        ("mixtral", ["experts         4 per block, 2 per token"]),
         ("llama, biases", ["biases          of all projections"]),
     ],
 )

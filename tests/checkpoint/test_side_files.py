@@ -142,7 +142,7 @@ def test_a_license_that_is_a_link_is_left_out(link: str, damaged: Tiny, tmp_path
     (source / "legal.txt").write_text("notice")
     (source / "NOTICE.txt").symlink_to("legal.txt")
     done = expand_hf(source, tmp_path / "expanded", expansion=Expansion.at(2))
-    assert "links out of the source's folder, or to nothing, are left out: LICENSE; add" in summary(done)
+    assert "left out, as links to another folder or to nothing: LICENSE; add" in summary(done)
     assert "NOTICE" not in summary(done)
     assert not (tmp_path / "expanded" / "LICENSE").exists()
     assert (tmp_path / "expanded" / "NOTICE.txt").read_text() == "notice"
@@ -196,7 +196,7 @@ def test_code_of_the_model_itself_is_left_out(damaged: Tiny, tmp_path: Path) -> 
     write_code(source, MODEL_CODE, tmp_path / "ran")
     found = exports(source, tmp_path)
     done = expand_hf(source, tmp_path / "again", expansion=Expansion.at(2))
-    assert "auto_map in config.json names code of the model's own: it is left out" in summary(done)
+    assert "auto_map in config.json names the model's own code, which is left out" in summary(done)
     assert "auto_map" not in summary(megatron_to_hf(tmp_path / "torch_dist", tmp_path / "back_again"))
     assert not (tmp_path / "ran").exists()
     expected = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False)

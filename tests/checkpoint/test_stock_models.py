@@ -131,7 +131,7 @@ def test_what_stock_models_save_is_read(kind: str, tiny_model: Tiny, tmp_path: P
     if "mixtral" not in kind:
         check_loadable(SmallFiles(saved))
         return
-    with pytest.raises(CheckpointError, match=r"has .*layer_norm_weight where training asks for .*pre_mlp_layernorm"):
+    with pytest.raises(CheckpointError, match=r"has .*layer_norm_weight, but training asks for .*pre_mlp_layernorm"):
         check_loadable(SmallFiles(saved))
     megatron_to_megatron(saved, tmp_path / "converted")
     check_loadable(SmallFiles(tmp_path / "converted"))

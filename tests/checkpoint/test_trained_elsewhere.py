@@ -58,7 +58,7 @@ def test_added_blocks_trained_in_bfloat16(export: Path, tiny_llama: Tiny, tmp_pa
     found = checked(tiny_llama(), tuned)
     assert all(check.ok for check in found.values()), found
     assert found["original tensors"].text == "39 bit-identical, after the cast from float32 to bfloat16"
-    assert found["manifest"].text == "39 original tensors have their hash"
+    assert found["manifest"].text == "39 original tensors match their hash"
     assert found["added blocks"].text == "2, 5: trained"
 
 
@@ -69,7 +69,7 @@ def test_another_original_of_the_right_type_has_no_hash(export: Path, tiny_llama
     AutoModelForCausalLM.from_pretrained(tiny_llama(), dtype=torch.bfloat16).float().save_pretrained(rounded)
     found = checked(rounded, tuned)
     assert [name for name, check in found.items() if not check.ok] == ["manifest"]
-    assert "original tensors do not have their hash" in found["manifest"].text
+    assert "original tensors do not match their hash" in found["manifest"].text
 
 
 def test_an_original_of_neither_type_proves_what_it_can(export: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_all_weights_trained_in_the_same_type(export: Path, tiny_llama: Tiny, tm
     expand_hf(tuned, tmp_path / "hf", expansion=Expansion.at(0, 7))
     found = checked(tuned, tmp_path / "hf")
     assert all(check.ok for check in found.values()), found
-    assert "39 do not have their hash, nor have they in the original: trained before" in found["manifest"].text
+    assert "39 differ from their hash, as they do in the original: trained before" in found["manifest"].text
     assert not checked(tiny_llama(), tuned)["manifest"].ok
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     tensors["model.norm.weight"] += 1
@@ -151,7 +151,7 @@ def test_added_blocks_trained_in_a_wider_type(first: str, converted: str, tiny_l
     for folder in (tuned, tmp_path / "back"):
         found = checked(original, folder)
         assert all(check.ok for check in found.values()), found
-        assert found["manifest"].text == "39 original tensors have their hash"
+        assert found["manifest"].text == "39 original tensors match their hash"
         assert found["added blocks"].text == "5: identity, as when added; 2: trained"
     cast = f"39 bit-identical, after the cast from {first} to {converted}, then to float32"
     assert checked(original, tuned)["original tensors"].text == cast
@@ -167,7 +167,7 @@ def test_a_megatron_checkpoint_cast_to_a_wider_type(init: Init, tiny_llama: Tiny
     for source, layers in ((tiny_llama(), "0, 3, 6, 7"), (tmp_path / "1", "0, 7")):
         found = checked(source, tmp_path / "float32", trained=Trained.NOTHING)
         assert all(check.ok for check in found.values()), found
-        assert found["manifest"].text == "39 original tensors have their hash"
+        assert found["manifest"].text == "39 original tensors match their hash"
         assert found["added blocks"].text == f"{layers}: identity, as when added"
         assert found["function"].text.startswith("logits are equal, bit for bit")
 
@@ -197,7 +197,7 @@ def test_what_moved_in_a_wider_type_is_named(widened: Path, tiny_llama: Tiny) ->
     config = json.loads((widened / "config.json").read_text())
     config["llamapro"]["original_hashes"][norm] = "0" * 64
     (widened / "config.json").write_text(json.dumps(config))
-    assert checked(tiny_llama(), widened)["manifest"].text == f"{norm} of 39 original tensors do not have their hash"
+    assert checked(tiny_llama(), widened)["manifest"].text == f"{norm} of 39 original tensors do not match their hash"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -214,7 +214,7 @@ def test_another_round_of_what_was_trained_in_a_wider_type(
         assert {"earlier rounds", "function"} <= found.keys()
         found = checked(tiny_llama(), folder)
         assert all(check.ok for check in found.values()), found
-        assert found["manifest"].text == "39 original tensors have their hash"
+        assert found["manifest"].text == "39 original tensors match their hash"
 
 
 def test_a_megatron_checkpoint_that_was_saved_in_another_type(tiny_llama: Tiny, tmp_path: Path) -> None:
@@ -234,6 +234,6 @@ def test_a_manifest_of_another_number_of_layers_says_how_to_do_without(export: P
     (export / "llamapro.json").unlink()
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 5}))
     with pytest.raises(
-        CheckpointError, match=r"without llamapro\.json and llamapro in config\.json it is taken as a model"
+        CheckpointError, match=r"remove llamapro\.json and llamapro in config\.json to treat it as a model"
     ):
         hf_to_megatron(export, tmp_path / "target")

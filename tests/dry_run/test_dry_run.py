@@ -285,7 +285,7 @@ def test_the_tool(run_yaml: Path, models: Callable) -> None:
         (["--world_size", 4, "--ranks", "x"], "'x' is neither all nor a list"),
         (
             ["--world_size", 4, "--model.checkpoint", "nowhere"],
-            "nowhere is not there: convert it first, or describe it",
+            "nowhere does not exist: convert it first, or describe it",
         ),
         (["--world_size", 4, "--num_added_blocks", 2], "give --hf_config"),
     ],

@@ -97,7 +97,7 @@ def test_zeroed_norms_are_refused_unless_forced() -> None:
 
 
 def test_zeroed_norms_are_no_identity_with_biases(tiny_model: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(ExpansionError, match="makes no identity of blocks with biases"):
+    with pytest.raises(ExpansionError, match="is not an identity if queries, keys and values have biases"):
         expand_hf(tiny_model(model_type="qwen2"), tmp_path / "it", expansion=Expansion.at(2, 5, init=Init.ZERO_NORM))
 
 
@@ -139,8 +139,8 @@ def test_an_expansion_by_number_adds_the_same_blocks_as_by_positions() -> None:
         ({}, "an expansion needs either positions or num_added_blocks"),
         ({"positions": (2,), "num_added_blocks": 1}, "an expansion needs either positions or num_added_blocks"),
         ({"positions": (2,), "placement": Placement.PREFIX}, "are for num_added_blocks: leave them out"),
-        ({"num_added_blocks": 2, "placement": "prefix"}, "'prefix' is no Placement: use one of Placement.INTERL"),
-        ({"positions": (2,), "init": "random"}, "'random' is no Init: use one of Init.COPY, Init.RANDOM"),
+        ({"num_added_blocks": 2, "placement": "prefix"}, "'prefix' is not a member of Placement: use one of P"),
+        ({"positions": (2,), "init": "random"}, "'random' is not a member of Init: use one of Init.COPY, Init.RANDOM"),
     ],
 )
 def test_an_unclear_expansion_is_refused(fields: dict, message: str) -> None:

@@ -53,7 +53,7 @@ def test_every_refusal(run_config: Callable, models: Callable, token_files: tupl
         "is not a folder": with_model(base, checkpoint=str(tmp_path / "nowhere")),
         "is not a Megatron checkpoint": with_model(base, checkpoint=str(models().original_hf)),
         "is a legacy checkpoint, for one division of ranks: convert it with": with_model(base, checkpoint=str(shards)),
-        "its manifest is for 5 layers": with_model(base, checkpoint=str(short)),
+        "its manifest has 5 layers": with_model(base, checkpoint=str(short)),
         "convert it with --dtype bfloat16": dataclasses.replace(
             base, training=dataclasses.replace(base.training, precision="bf16")
         ),

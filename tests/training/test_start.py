@@ -109,8 +109,14 @@ def set_up_in(config: RunConfig, folders: tuple[Path, Path]) -> str:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("rm -r other/model", "CheckpointError: model is not there: put it where every rank sees it"),
-        ("rm other/a.bin", "DataError: a.bin does not exist on this rank: put it where every rank can read it"),
+        ("rm -r other/model", "CheckpointError: model does not exist on this rank: put it where every rank"),
+        ("rm other/a.bin", "DataError: a.bin does not exist on this rank: put it where every rank
+<<<<<<< OURS
+ can read it
+=======
+
+>>>>>>> THEIRS
+"),
         ("echo >> other/a.idx", "bytes, but {idx_bytes} on the first rank: copy it again"),
     ],
 )

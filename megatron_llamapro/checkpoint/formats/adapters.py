@@ -1,7 +1,7 @@
-"""Low-rank adapters of a training checkpoint: its record of them, and the weights that they make, merged.
+"""Low-rank adapters of a training checkpoint: their record, and the weights with the adapters merged.
 
-A checkpoint with adapters is opened as the model that it computes, W + alpha / rank * B A: every tool sees merged
-weights, made a few rows at a time.
+A checkpoint with adapters is opened as the model that it computes, W + alpha / rank * B A. Every tool sees merged
+weights, which are computed a few rows at a time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _WEIGHT = ".weight"
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """What a checkpoint says of its adapters; their matrices are among its tensors."""
+    """A checkpoint's record of its adapters. Their matrices are among its tensors."""
 
     rank: int
     alpha: float
@@ -49,10 +49,10 @@ class AdapterRecord:
 
     @classmethod
     def read(cls, folder: Path) -> AdapterRecord | None:
-        """The record of a checkpoint folder; None where it has no adapters.
+        """Return the record of a checkpoint folder, or None if it has no adapters.
 
         Raises:
-            CheckpointError: it is damaged, or of another version.
+            CheckpointError: the record is damaged, or of another version.
         """
         path, content = Path(folder) / RECORD_NAME, read_inside(folder, RECORD_NAME)
         if content is None:
@@ -83,15 +83,16 @@ def with_adapters(
     matrices: Mapping[str, MegatronTensor],
     states: Mapping[Path, FileState],
 ) -> Checkpoint:
-    """A checkpoint with the adapters that lie beside its weights, by megatron.core's keys, and their record;
-    `states` are those of all its files.
+    """Return `checkpoint` with its adapters.
+
+    `matrices` are the adapters' tensors by megatron.core's keys, and `states` the states of all its files.
 
     Raises:
-        CheckpointError: an adapter without its other half, its weight or its record; one of another shape or type.
+        CheckpointError: an adapter lacks its other half, its weight or its record, or has another shape or type.
     """
     if (record is None) is not (not matrices):
         there, lacks = (RECORD_NAME, "adapters") if record else ("adapters", RECORD_NAME)
-        raise CheckpointError(f"{checkpoint.folder} has {there} but no {lacks}: take a complete checkpoint")
+        raise CheckpointError(f"{checkpoint.folder} has {there} but no {lacks}: use a complete checkpoint")
     if record is None:
         return checkpoint
     found: dict[str, Adapter] = {}
@@ -112,13 +113,13 @@ def with_adapters(
 def _adapters_of(
     checkpoint: Checkpoint, weight: Weight, stem: str, matrices: Mapping[str, MegatronTensor], record: AdapterRecord
 ) -> dict[str, Adapter]:
-    """Those of Hugging Face's tensors that are parts of one weight: its A, and the rows of its B that are theirs."""
+    """Return the adapters of a weight's Hugging Face tensors: each shares the weight's A, and has its own rows of B."""
     rows, columns = weight.megatron_shape
     wanted = {stem + LORA_A: (record.rank, columns), stem + LORA_B: (rows, record.rank)}
     for name, size in wanted.items():
         held = matrices.get(name)
         if held is None or held.shape != size or held.dtype != checkpoint.dtype:
-            is_now = f"is {held.dtype} {list(held.shape)}" if held else "is not there"
+            is_now = f"is {held.dtype} {list(held.shape)}" if held else "does not exist"
             raise CheckpointError(f"{checkpoint.folder}: {name} {is_now}; it must be {checkpoint.dtype} {list(size)}")
     a = StoredTensor(wanted[stem + LORA_A], matrices[stem + LORA_A].pieces)
     narrow = replace(weight, hf_shapes=tuple((size[0], record.rank) for size in weight.hf_shapes))
@@ -129,8 +130,8 @@ def _adapters_of(
 
 
 def rows_of(checkpoint: Checkpoint, name: str, files: SourceFiles, *, dtype: str | None = None) -> Rows:
-    """Rows of a checkpoint's tensor, merged with its adapter where it has one, in `dtype` (default: the type that it
-    is stored in)."""
+    """Return the rows of a checkpoint's tensor, merged with its adapter if it has one, in `dtype` (default: the type
+    that it is stored in)."""
     stored = checkpoint.dtype_of(name)
     return cast(_stored_rows(checkpoint, name, files), source=stored, target=dtype or stored, name=name)
 
@@ -151,7 +152,7 @@ def _stored_rows(checkpoint: Checkpoint, name: str, files: SourceFiles) -> Rows:
 
 
 def unmerged_hash(checkpoint: Checkpoint, name: str, hashes: Mapping[str, str], files: SourceFiles) -> str:
-    """Hash of a tensor as it is stored; `hashes` are those of the merged ones."""
+    """Return the hash of a tensor as it is stored. `hashes` are the hashes of the merged tensors."""
     if name not in checkpoint.adapters:
         return hashes[name]
     return stored_hash(checkpoint.tensors[name], files, checkpoint.itemsize)

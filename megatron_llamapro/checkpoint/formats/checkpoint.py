@@ -1,4 +1,4 @@
-"""A checkpoint of any format, opened: what model it is, and where its tensors lie, under Hugging Face's names."""
+"""An opened checkpoint of any format: its model, and where its tensors are stored, under Hugging Face's names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_llamapro.families.shape import ModelShape
 
 
 class Format(str, Enum):
-    """How a checkpoint is stored."""
+    """The format that a checkpoint is stored in."""
 
     HUGGING_FACE = "Hugging Face"
     TORCH_DIST = "Megatron, torch_dist"
@@ -26,19 +26,19 @@ class Format(str, Enum):
 
 @dataclass(frozen=True)
 class BasePart:
-    """The part of a delta checkpoint that lies in its base."""
+    """The part of a delta checkpoint that is stored in its base."""
 
     folder: Path
     delta: Delta
 
     def check(self, hashes: Mapping[str, str]) -> None:
-        """Raise `CheckpointError` where tensors, whose hashes were found to be these, are not those of the delta."""
+        """Raise `CheckpointError` if the base's tensors, which have these hashes, are not those of the delta."""
         self.delta.check_hashes(self.folder, hashes)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Of a tensor W, which is W + scaling * B A in truth."""
+    """The adapter of a tensor W. The model computes with W + scaling * B A."""
 
     a: StoredTensor
     """[rank, columns of W]"""
@@ -49,7 +49,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. Every name, shape and type was checked; no tensor was read."""
+    """An opened checkpoint. Every name, shape and type is checked; no tensor is read yet."""
 
     folder: Path
     format: Format
@@ -58,32 +58,32 @@ class Checkpoint:
     shape: ModelShape
     manifest: Manifest | None
     dtype: str
-    """Of all weights, or of most where `other_dtypes` has some; e.g. bfloat16."""
+    """Type of all weights, e.g. bfloat16. If `other_dtypes` is not empty, the type of most weights."""
     tensors: Mapping[str, StoredTensor]
     """Under Hugging Face's names, in the order of the forward pass."""
     states: Mapping[Path, FileState] = field(default_factory=dict)
-    """What the tensors' files were when their headers were read."""
+    """The states of the tensors' files when their headers were read."""
     stored_head: StoredTensor | None = None
-    """The output layer of a model whose head is tied, where it is stored all the same."""
+    """The output layer of a model with tied embeddings, if it is stored all the same."""
     division: str | None = None
-    """How it is divided over ranks, where the format fixes that; e.g. TP 2 x PP 2."""
+    """How it is divided over ranks, e.g. TP 2 x PP 2, if the format fixes that."""
     stage_layers: tuple[int, ...] | None = None
-    """Layers of every (virtual) stage, where the format fixes that."""
+    """Layers of every (virtual) stage, if the format fixes that."""
     base: BasePart | None = None
-    """Where the weights lie that did not train, if this is a delta checkpoint."""
+    """The base with the frozen weights, if this is a delta checkpoint."""
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
-    """Of some tensors, by the same names; `checkpoint.adapters.rows_of` merges them."""
+    """Adapters of some tensors, by the same names. `formats.adapters.rows_of` merges them."""
     other_dtypes: Mapping[str, str] = field(default_factory=dict)
-    """Of the tensors that are stored in another type than `dtype`, by name."""
+    """The types of the tensors that are not stored in `dtype`, by name."""
 
     @property
     def plan(self) -> ExpansionPlan:
-        """The plan that the model was expanded with; that of an unexpanded model without a manifest."""
+        """The plan that the model was expanded with. Without a manifest, the plan of an unexpanded model."""
         return self.manifest.plan if self.manifest else ExpansionPlan.unexpanded(self.shape.num_layers)
 
     @property
     def num_adapters(self) -> int:
-        """A linear's counts once, also where it is several of Hugging Face's tensors."""
+        """The number of adapted linears. A linear of several Hugging Face tensors counts once."""
         return len({adapter.a for adapter in self.adapters.values()})
 
     @property
@@ -92,7 +92,7 @@ class Checkpoint:
         return ITEMSIZES[self.dtype]
 
     def dtype_of(self, name: str) -> str:
-        """The type that a tensor is stored in."""
+        """Return the type that a tensor is stored in."""
         return self.other_dtypes.get(name, self.dtype)
 
     @property

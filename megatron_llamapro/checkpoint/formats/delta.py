@@ -1,8 +1,8 @@
-"""Delta checkpoints: a folder with what a run trains, and a record of the base that holds all other weights.
+"""Delta checkpoints: a folder with the weights that a run trains, and a record of the base that holds all others.
 
 The base is a complete torch_dist checkpoint beside the delta (`runs/first/base` for `runs/first/iter_0000100`). The
-delta names it, and has a hash of every tensor that it takes from there, so that any checkpoint with the same tensors
-can stand in for a lost base, and none with others.
+delta names it, and has a hash of every tensor that it takes from the base. If the base is lost, any checkpoint with the
+same tensors can replace it; one with other tensors is refused.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Delta:
-    """What a delta checkpoint says of itself."""
+    """The record of a delta checkpoint."""
 
     base: str
-    """Name of the folder beside it that holds what did not train."""
+    """Name of the folder beside the delta that holds the frozen weights."""
     base_hashes: Mapping[str, str]
     """BLAKE3 of every tensor that is taken from the base, by its Hugging Face name."""
     trained: tuple[str, ...]
-    """megatron.core's keys of the weights that are in the delta; all others are in the base."""
+    """megatron.core's keys of the weights in the delta. All other weights are in the base."""
     made_from: str
-    """The checkpoint that the base was made of; only to be told to people."""
+    """The checkpoint that the base was copied from. Only shown to people."""
 
     @classmethod
     def read(cls, folder: Path) -> Delta | None:
-        """The record of a checkpoint folder; None where it is a full checkpoint.
+        """Return the record of a checkpoint folder, or None if it is a full checkpoint.
 
         Raises:
-            CheckpointError: it is damaged, or of another version.
+            CheckpointError: the record is damaged, or of another version.
         """
         path, content = Path(folder) / DELTA_NAME, read_inside(folder, DELTA_NAME)
         if content is None:
@@ -66,27 +66,27 @@ class Delta:
         (Path(folder) / DELTA_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     def base_of(self, folder: Path) -> Path:
-        """The base of the delta checkpoint in `folder`.
+        """Return the base of the delta checkpoint in `folder`.
 
         Raises:
-            CheckpointError: it is not there, or is no full checkpoint.
+            CheckpointError: the base does not exist, or is not a full checkpoint.
         """
         base = Path(folder).resolve().parent / self.base
         if is_torch_dist(base) and not (base / DELTA_NAME).exists():
             return base
-        problem = "is no full checkpoint" if base.exists() else "is not there"
+        problem = "is not a full checkpoint" if base.exists() else "does not exist"
         raise CheckpointError(
-            f"{folder} holds only what was trained, and the rest is looked for in {base}, which {problem}: move it "
-            f"back, or copy the checkpoint that the run started from ({self.made_from}) there"
+            f"{folder} holds only the trained weights; {base} must hold the others, but {problem}: move it back, or "
+            f"copy the checkpoint that the run started from ({self.made_from}) to it"
         )
 
     def check_hashes(self, base: Path, found: Mapping[str, str]) -> None:
-        """Raise `CheckpointError` where the base's tensors, whose hashes were `found`, are not those of the delta."""
+        """Raise `CheckpointError` if the base's tensors, which have the hashes `found`, are not those of the delta."""
         for name, expected in self.base_hashes.items():
             if found.get(name) != expected:
                 raise CheckpointError(
-                    f"{base}: {name} is not the tensor that was trained with (its hash differs): put the checkpoint "
-                    f"that the run started from ({self.made_from}) there"
+                    f"{base}: {name} is not the tensor that the run trained with (its hash differs): replace this "
+                    f"folder with the checkpoint that the run started from ({self.made_from})"
                 )
 
 
@@ -97,7 +97,7 @@ def _text(value: object) -> str:
 
 
 def _folder_name(value: object) -> str:
-    """A delta may not lead its reader to anywhere but the folder beside it."""
+    """Return `value` if it names a folder beside the delta, so that a delta cannot send its reader anywhere else."""
     name = _text(value)
     if Path(name).name != name or name == ".." or "\0" in name:
         raise ValueError(f"{name[:200]!r} is not the name of a folder")

@@ -1,4 +1,4 @@
-"""Checkpoint folders: which of a run's is the newest, and which format a folder has. Imports no torch."""
+"""Checkpoint folders: the newest checkpoint of a run, and the format of a folder. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from megatron_llamapro.config.files import hint_where_nothing_is, read_inside
 
 LATEST = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-"""What that file holds, and the folder beside it is called, where a checkpoint is not one of a run's."""
+"""The content of that file, and the name of the folder beside it, if the checkpoint is not from a training run."""
 TORCH_DIST_MARK = "metadata.json"
-"""Written last by whoever writes torch_dist, so that its presence means a complete checkpoint."""
+"""Every writer of torch_dist writes it last, so that its presence means a complete checkpoint."""
 INDEX_NAME = ".metadata"
-"""Of torch_dist: where its tensors lie."""
+"""The index of torch_dist: where its tensors are stored."""
 COMMON_STATE = "common.pt"
-"""Of torch_dist: what is no tensor."""
+"""The part of torch_dist that is not tensors."""
 _HUGGING_FACE = ("*.safetensors", "pytorch_model*.bin")
 
 
 def iteration_folder(save: Path, iteration: int) -> Path:
-    """Folder of the checkpoint after `iteration` steps."""
+    """Return the folder of the checkpoint after `iteration` steps."""
     return save / f"iter_{iteration:07d}"
 
 
 def latest_checkpoint(save: Path) -> Path | None:
-    """The newest complete checkpoint of a training run's folder (or its release), or None where there is none yet.
+    """Return the newest complete checkpoint (or the release) in a training run's folder, or None if it has none yet.
 
     Raises:
-        CheckpointError: the file that names it is damaged, or names a folder that is not there.
+        CheckpointError: the file that names it is damaged, or names a folder that does not exist.
     """
     latest, content = Path(save) / LATEST, read_inside(save, LATEST)
     if content is None:
@@ -41,15 +41,15 @@ def latest_checkpoint(save: Path) -> Path | None:
         )
     folder = iteration_folder(save, int(text)) if is_step else save / RELEASE
     if not folder.is_dir():
-        raise CheckpointError(f"{latest} names {folder.name}, which is not there: write the number of one that is")
+        raise CheckpointError(f"{latest} names {folder.name}, which does not exist: write the number of one that does")
     return folder
 
 
 def resolve_megatron_checkpoint(path: Path) -> Path:
-    """The folder that holds the tensors: `path` itself, or the newest checkpoint of a training run's folder.
+    """Return the folder that holds the tensors: `path` itself, or the newest checkpoint of a training run's folder.
 
     Raises:
-        CheckpointError: neither.
+        CheckpointError: `path` is neither.
     """
     path = Path(path)
     if not path.is_dir():
@@ -63,22 +63,24 @@ def resolve_megatron_checkpoint(path: Path) -> Path:
         )
     if folder is None or not is_torch_dist(folder):
         raise CheckpointError(
-            f"{folder or path} is not a Megatron checkpoint: it has no {TORCH_DIST_MARK} of one "
+            f"{folder or path} is not a Megatron checkpoint: it has no {TORCH_DIST_MARK} "
             "(llamapro convert hf-to-megatron writes one)"
         )
     return folder
 
 
 def is_torch_dist(folder: Path) -> bool:
-    """Whether a folder holds a complete checkpoint in torch_dist format. Others call a file metadata.json too, so
-    beside Hugging Face's weights it says nothing."""
+    """Return whether a folder holds a complete checkpoint in torch_dist format.
+
+    Other software also writes a metadata.json, so beside Hugging Face weights it proves nothing.
+    """
     if not (folder / TORCH_DIST_MARK).is_file():
         return False
     return (folder / INDEX_NAME).exists() or not any(any(folder.glob(pattern)) for pattern in _HUGGING_FACE)
 
 
 def what_is_kept(save: str | None) -> str:
-    """The last complete checkpoint in `save`, and how to resume."""
+    """Return a text that names the last complete checkpoint in `save`, and says how to resume."""
     if save is None:
         return "nothing was saved (set checkpoint.save to keep the model)"
     try:

@@ -1,5 +1,7 @@
-"""Hugging Face checkpoints: where every tensor lies in their safetensors files. Headers are read and checked whole,
-tensors are not touched, unless there are two of a name."""
+"""Opens Hugging Face checkpoints: finds every tensor in their safetensors files.
+
+Headers are read and checked completely. Tensors are not read, unless two have the same name.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,11 @@ _HEAD, _EMBEDDING = (row.hugging_face[0][0] for row in (OUTPUT_LAYER, EMBEDDING)
 
 
 def open_hf(folder: Path) -> Checkpoint:
-    """A Hugging Face checkpoint, with its configuration and lineage.
+    """Open a Hugging Face checkpoint, with its configuration and lineage.
 
     Raises:
-        CheckpointError: no checkpoint, a missing or truncated shard, a tensor that is missing, unknown, in two shards
-            that differ in it, of the wrong shape or of an unsupported type, a model that is not supported.
+        CheckpointError: there is no checkpoint; a shard is missing or truncated; the model is not supported; or a
+            tensor is missing, unknown, different in two shards, of the wrong shape or of an unsupported type.
     """
     folder = Path(folder)
     _check_format(folder)
@@ -52,7 +54,7 @@ def open_hf(folder: Path) -> Checkpoint:
         Format.HUGGING_FACE,
         config,
         shape,
-        # Where other software trained an export, it may have saved it in another type.
+        # Other software may have trained an export and saved it in another type.
         manifest and manifest.stored_as(types.most),
         types.most,
         {name: _stored(entries[name]) for name in hf_shapes(shape)},
@@ -63,7 +65,7 @@ def open_hf(folder: Path) -> Checkpoint:
 
 
 def _check_format(folder: Path) -> None:
-    """Raise `CheckpointError` for a folder of another format that is known."""
+    """Raise `CheckpointError` if the folder has another known format."""
     if any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
         return
     for pattern, meaning in FOLDERS:
@@ -72,8 +74,8 @@ def _check_format(folder: Path) -> None:
 
 
 def check_stored_head(checkpoint: Checkpoint, files: SourceFiles) -> None:
-    """Raise `CheckpointError` where a tied head is stored, and is not the embedding: transformers 5 takes it then, and
-    older ones the embedding."""
+    """Raise `CheckpointError` if a tied head is stored and differs from the embedding. In that case transformers 5 uses
+    the head, and older versions use the embedding."""
     head = checkpoint.stored_head
     if head is None:
         return
@@ -85,8 +87,8 @@ def check_stored_head(checkpoint: Checkpoint, files: SourceFiles) -> None:
 
 def _another_head(folder: Path) -> CheckpointError:
     return CheckpointError(
-        f"{folder}: {_HEAD} is not {_EMBEDDING}, though tie_word_embeddings in config.json says so: make that false to "
-        "keep it, or remove the tensor"
+        f"{folder}: {_HEAD} differs from {_EMBEDDING}, but config.json ties them: set tie_word_embeddings to false to "
+        "keep both, or remove the tensor"
     )
 
 
@@ -114,7 +116,7 @@ def _read_manifest(folder: Path, config: Mapping, shape: ModelShape) -> Manifest
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint, all of them there."""
+    """Return the weight files of a checkpoint. Raise `CheckpointError` if one is missing."""
     single = file_inside(folder, SINGLE_FILE)
     if single is not None:
         return [single]
@@ -125,14 +127,14 @@ def _shards(folder: Path) -> list[Path]:
     for name in sorted(set(_weight_map(index).values())):
         shard = file_inside(folder, name)
         if shard is None:
-            rest = fetch_rest(folder) or "copy it there"
+            rest = fetch_rest(folder) or "copy it into the folder"
             raise CheckpointError(f"{folder} lacks the shard {name}, which {INDEX_FILE} names: {rest}")
         shards.append(shard)
     return shards
 
 
 def _what_is_there(folder: Path) -> str:
-    """In a folder without safetensors files."""
+    """Return what a folder without safetensors files holds, with advice."""
     if any(folder.glob("pytorch_model*.bin")):
         return "it has only pytorch_model*.bin, which runs code when read: save it as safetensors first"
     if any((folder / name).is_file() for name in (TORCH_DIST_MARK, LATEST)):
@@ -142,7 +144,7 @@ def _what_is_there(folder: Path) -> str:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name → file name, out of the index."""
+    """Return tensor name → file name, read from the index."""
     try:
         weight_map = json.loads(read_small(index).decode("utf-8"))["weight_map"]
         names = {**weight_map}
@@ -155,13 +157,13 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _promised(folder: Path) -> dict[str, str]:
-    """Tensor name → file name, where an index says it."""
+    """Return tensor name → file name if the folder has an index, else nothing."""
     index = folder / INDEX_FILE
     return _weight_map(index) if index.is_file() and not (folder / SINGLE_FILE).is_file() else {}
 
 
 def _read_headers(paths: Iterable[Path], promised: Mapping[str, str]) -> dict[str, HeaderEntry]:
-    """Every tensor of all files; of two that are the same the one that the index names."""
+    """Return every tensor of all files. If two are the same, return the one that the index names."""
     entries: dict[str, HeaderEntry] = {}
     for path in paths:
         for name, entry in _read_header(path).items():
@@ -169,9 +171,9 @@ def _read_headers(paths: Iterable[Path], promised: Mapping[str, str]) -> dict[st
                 raise CheckpointError(f"{path} names a tensor {name[:80]!r}: it is damaged")
             if name in entries and not are_same(entries[name], entry):
                 raise CheckpointError(
-                    f"{path.parent}: the tensor {name[:200]} is in two shards, {entries[name].path.name} and "
-                    f"{path.name}, which differ, and so do programs in which they take: save the model again, or "
-                    "restore its shards"
+                    f"{path.parent}: the tensor {name[:200]} differs between two shards, {entries[name].path.name} and "
+                    f"{path.name}, and programs differ in which one they use: save the model again, or restore its "
+                    "shards"
                 )
             if name not in entries or promised.get(name) == path.name:
                 entries[name] = entry
@@ -179,8 +181,10 @@ def _read_headers(paths: Iterable[Path], promised: Mapping[str, str]) -> dict[st
 
 
 def _read_header(path: Path) -> dict[str, HeaderEntry]:
-    """Every tensor of a file. The library says whether the header is sound (offsets within the file, no overlap, no
-    gap); what it does not tell is where a tensor begins."""
+    """Return every tensor of a file.
+
+    The library checks the header (offsets within the file, no overlap, no gap) but does not say where a tensor starts.
+    """
     try:
         with safe_open(path, framework="np") as checked:
             names = set(checked.keys())
@@ -205,9 +209,9 @@ def _read_header(path: Path) -> dict[str, HeaderEntry]:
 def _check_index(
     folder: Path, entries: Mapping[str, HeaderEntry], shape: ModelShape, promised: Mapping[str, str]
 ) -> None:
-    """Every tensor that the index promises is in the shard it names, but for what can be left out."""
+    """Raise `CheckpointError` if a tensor is not in the shard that the index names, unless it may be left out."""
     for name, shard in promised.items():
         if name not in entries and is_known_extra(name, shape):
             continue
         if name not in entries or entries[name].path.name != shard:
-            raise CheckpointError(f"{folder / shard} lacks the tensor {name}, which {INDEX_FILE} says it holds")
+            raise CheckpointError(f"{folder / shard} lacks the tensor {name}, but {INDEX_FILE} says that it has it")

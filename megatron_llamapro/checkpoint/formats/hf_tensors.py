@@ -1,5 +1,7 @@
-"""The tensors of a Hugging Face checkpoint under the names of the weight map, whichever way transformers would find
-them, and checked against its configuration."""
+"""Renames the tensors of a Hugging Face checkpoint to the weight map's names, and checks them against its config.json.
+
+The other forms of names that transformers reads are accepted.
+"""
 
 from __future__ import annotations
 
@@ -32,22 +34,22 @@ _MODEL = "model."
 
 
 class HeaderEntry(NamedTuple):
-    """Where a tensor lies."""
+    """Where a tensor is stored."""
 
     dtype: str
-    """safetensors' name of it."""
+    """safetensors' name of the type."""
     shape: Shape
     path: Path
     offset: int
-    """Of its bytes in the file."""
+    """Offset of its bytes in the file."""
 
 
 def named(entries: Mapping[str, HeaderEntry], shape: ModelShape) -> dict[str, HeaderEntry]:
-    """The same tensors under the weight map's names, where transformers would read them as these:
+    """Return the same tensors under the weight map's names. Like transformers, accept that:
 
-    1. `model.` is missing before all names but the head's, or is there once too often.
+    1. `model.` is missing before all names except the head's, or occurs twice.
     2. A Mixtral's experts are stacked (`save_original_format=False`).
-    3. Of a tied head and its embedding only the head is stored.
+    3. Embeddings are tied, and only the head is stored.
     """
     found = _split_experts(_with_one_prefix(entries), shape)
     if shape.tie_word_embeddings and _EMBEDDING not in found and _HEAD in found:
@@ -63,12 +65,15 @@ def _with_one_prefix(entries: Mapping[str, HeaderEntry]) -> dict[str, HeaderEntr
         renamed = {name.removeprefix(_MODEL): entry for name, entry in entries.items()}
     elif _NORM.removeprefix(_MODEL) in entries:
         renamed = {name if name == _HEAD else _MODEL + name: entry for name, entry in entries.items()}
-    return renamed if len(renamed) == len(entries) else {**entries}  # else two had become one
+    return renamed if len(renamed) == len(entries) else {**entries}  # else two names would become one
 
 
 def _split_experts(entries: Mapping[str, HeaderEntry], shape: ModelShape) -> dict[str, HeaderEntry]:
-    """Each layer's `mlp.experts.gate_up_proj` [experts, 2 · feed-forward, hidden] holds w1, then w3, expert by expert;
-    `mlp.experts.down_proj` [experts, hidden, feed-forward] every w2. A tensor of another shape stays what it is."""
+    """Return the tensors with each layer's stacked experts split into one tensor per expert.
+
+    `mlp.experts.gate_up_proj` [experts, 2 · feed-forward, hidden] holds w1, then w3, expert by expert.
+    `mlp.experts.down_proj` [experts, hidden, feed-forward] holds every w2. A tensor of another shape is not split.
+    """
     found = {**entries}
     experts, inner, hidden = shape.num_moe_experts or 0, shape.ffn_hidden_size, shape.hidden_size
     for layer in range(shape.num_layers if shape.is_moe else 0):
@@ -88,7 +93,7 @@ def _rename(entries: dict[str, HeaderEntry], name: str, wanted: str) -> None:
 
 
 def _split(entries: dict[str, HeaderEntry], name: str, whole: Shape, parts: list[str], part: Shape) -> None:
-    """Replace a tensor of shape `whole` by the parts of shape `part` that lie in it one behind the other."""
+    """Replace a tensor of shape `whole` by its consecutive parts of shape `part`."""
     held = entries.get(name)
     if held is None or held.shape != whole or held.dtype not in _DTYPES or entries.keys() & {*parts}:
         return
@@ -99,16 +104,16 @@ def _split(entries: dict[str, HeaderEntry], name: str, whole: Shape, parts: list
 
 
 class Types(NamedTuple):
-    """What the weights are stored as."""
+    """The types that the weights are stored in."""
 
     most: str
-    """That of most numbers, e.g. bfloat16."""
+    """The type of most numbers, e.g. bfloat16."""
     others: dict[str, str]
-    """Of the tensors that are stored in another one, by name."""
+    """The types of the tensors that are stored in another one, by name."""
 
 
 def are_same(one: HeaderEntry, other: HeaderEntry) -> bool:
-    """Whether two tensors of a supported type are the same to the last bit. Reads both."""
+    """Return whether two tensors of a supported type are equal bit for bit. Reads both."""
     dtype = _DTYPES.get(one.dtype)
     if dtype is None or one[:2] != other[:2]:  # type and shape
         return False
@@ -121,11 +126,11 @@ def are_same(one: HeaderEntry, other: HeaderEntry) -> bool:
 
 
 def check_tensors(folder: Path, entries: Mapping[str, HeaderEntry], shape: ModelShape, config: Mapping) -> Types:
-    """Check names, shapes and types; return the types.
+    """Check names, shapes and types. Return the types.
 
     Raises:
-        CheckpointError: a tensor that is missing, unknown, of the wrong shape or of an unsupported type; weights that
-            are quantised.
+        CheckpointError: a tensor is missing, unknown, of the wrong shape or of an unsupported type, or the weights are
+            quantised.
     """
     said = quantised(config)
     try:
@@ -137,7 +142,7 @@ def check_tensors(folder: Path, entries: Mapping[str, HeaderEntry], shape: Model
     if said is not None:
         raise CheckpointError(
             f"{folder}: config.json says that the weights are quantised, but they are plain {types.most}: remove "
-            "quantization_config (or quantization) from it, which other software would obey"
+            "quantization_config (or quantization) from it, because other software would obey it"
         )
     return types
 
@@ -154,7 +159,7 @@ def _check(folder: Path, entries: Mapping[str, HeaderEntry], shape: ModelShape) 
     if unknown:
         raise CheckpointError(
             f"{folder} has the tensor {unknown[0][:200]}{_and_more(unknown)}, which this model family does not "
-            "have: it would be lost"
+            "have and a conversion would lose"
         )
     sizes: Counter[str] = Counter()
     for name, size in expected.items():
@@ -162,10 +167,10 @@ def _check(folder: Path, entries: Mapping[str, HeaderEntry], shape: ModelShape) 
         if entry.dtype not in _DTYPES:
             raise CheckpointError(
                 f"{folder}: {name} is stored as {entry.dtype}: only {', '.join(_DTYPES)} are supported, so save "
-                "the model in one of them (quantised weights: take the model that they were made from)"
+                "the model in one of them (quantised weights: use the model that they were made from)"
             )
         if entry.shape != size:
-            raise CheckpointError(f"{folder}: {name} has shape {entry.shape}, config.json makes it {size}")
+            raise CheckpointError(f"{folder}: {name} has shape {entry.shape}, but config.json makes it {size}")
         sizes[_DTYPES[entry.dtype]] += math.prod(size)
     [(most, _)] = sizes.most_common(1)
     dtypes = {name: _DTYPES[entries[name].dtype] for name in expected}

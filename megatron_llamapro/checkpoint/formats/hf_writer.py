@@ -1,6 +1,6 @@
-"""Hugging Face checkpoints to be written: safetensors shards laid out before a tensor is read, and config.json.
+"""Lays out new Hugging Face checkpoints: the safetensors shards, before any tensor is read, and config.json.
 
-A safetensors header is known from the shapes alone; the tensors' bytes follow it in order.
+A safetensors header depends only on the shapes. The tensors' bytes follow it in order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ _Named = tuple[str, Shape]
 def hf_layout(
     folder: Path, shape: ModelShape, dtype: str, *, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
 ) -> TargetLayout:
-    """`model.safetensors`, or shards of at most `max_shard_bytes` with an index. A larger tensor has one of its own."""
+    """Return the layout of `model.safetensors`, or of shards of at most `max_shard_bytes` with an index.
+
+    A larger tensor has a shard of its own.
+    """
     shards = _divide(list(hf_shapes(shape).items()), ITEMSIZES[dtype], max_shard_bytes)
     names = [SINGLE_FILE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     files: list[TargetFile] = []
@@ -88,7 +91,7 @@ def _header(shard: Sequence[_Named], dtype: str) -> bytes:
 
 
 def config_text(config: Mapping, *, dtype: str, manifest: Manifest | None = None) -> bytes:
-    """config.json; an exported one has the manifest under "llamapro"."""
+    """Return config.json. An exported one has the manifest under "llamapro"."""
     content = with_dtype({key: value for key, value in config.items() if key != MANIFEST_KEY}, dtype)
     if manifest is not None:
         content[MANIFEST_KEY] = manifest.to_json()
@@ -96,6 +99,6 @@ def config_text(config: Mapping, *, dtype: str, manifest: Manifest | None = None
 
 
 def with_dtype(config: Mapping, dtype: str) -> dict:
-    """`config` with the type of its weights, under the name it used: "dtype", or the older "torch_dtype"."""
+    """Return `config` with the type of its weights, under the name that it used: "dtype" or the older "torch_dtype"."""
     names = [name for name in ("torch_dtype", "dtype") if name in config] or ["dtype"]
     return {**config, **dict.fromkeys(names, dtype)}

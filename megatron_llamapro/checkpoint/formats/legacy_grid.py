@@ -1,7 +1,7 @@
-"""Which part of which weight lies on which rank of a `legacy` checkpoint, and under which name. Pure.
+"""The parts of weights that each rank of a `legacy` checkpoint holds, and their names. Pure.
 
-A rank's file holds its chunks' tensors under stage-local names (`decoder.layers.0` is the chunk's first layer), each
-tensor the rank's part of the whole: what Megatron-LM's `save_checkpoint` wrote before distributed checkpoints.
+A rank's file holds the tensors of its chunks under stage-local names (`decoder.layers.0` is the chunk's first layer).
+Each tensor is the rank's part of the whole. Megatron-LM's `save_checkpoint` wrote this before distributed checkpoints.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from megatron_llamapro.families.shape import ModelShape
 
 
 class LayerSpec(str, Enum):
-    """Whose layers a file is for: they name their norms differently, and one file cannot serve both."""
+    """Whose layers a file is for. They name their norms differently, so one file cannot serve both."""
 
     LOCAL = "local"
     TRANSFORMER_ENGINE = "transformer_engine"
 
 
-# What Transformer Engine's fused linears call the norms before them -> what megatron.core's own layers do.
+# Names of the norms before fused linears in Transformer Engine -> their names in megatron.core's own layers.
 _LOCAL_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -47,7 +47,7 @@ class Grid:
     stage_layers: tuple[int, ...]
     """Layers of every (virtual) stage: chunk 0 of every stage, then chunk 1, …"""
     virtual_size: int | None = None
-    """Chunks a stage; None: one, without the interleaved schedule."""
+    """Chunks per stage; None: one, without the interleaved schedule."""
 
     def __str__(self) -> str:
         virtual = f" x virtual {self.virtual_size}" if self.virtual_size else ""
@@ -58,7 +58,7 @@ class Grid:
         return len(self.stage_layers) // (self.virtual_size or 1)
 
     def chunk(self, stage: int, number: int) -> range:
-        """Global layers of a stage's chunk."""
+        """Return the global layers of a stage's chunk."""
         place = number * self.pipeline_size + stage
         first = sum(self.stage_layers[:place])
         return range(first, first + self.stage_layers[place])
@@ -66,7 +66,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Rows and columns of megatron.core's whole tensor (as a matrix) that lie together, row-major."""
+    """Rows and columns of megatron.core's whole tensor (as a matrix) that are stored together, row-major."""
 
     rows: Span
     columns: Span
@@ -84,14 +84,14 @@ class RankEntry:
     shape: Shape
     weight: Weight
     rectangles: tuple[Rectangle, ...]
-    """What it holds, in order; a padded vocabulary's last rows are none of them."""
+    """The parts of the weight that it holds, in order. Padding rows of a vocabulary are not among them."""
 
 
 def check_grid(grid: Grid, shape: ModelShape) -> None:
-    """Raise `CheckpointError` where the model cannot be divided so."""
+    """Raise `CheckpointError` if the model cannot be divided like this."""
     if sum(grid.stage_layers) != shape.num_layers or len(grid.stage_layers) % (grid.virtual_size or 1):
         raise CheckpointError(
-            f"stages of {', '.join(map(str, grid.stage_layers))} layers do not make a model of {shape.num_layers}"
+            f"stages of {', '.join(map(str, grid.stage_layers))} layers do not fit a model of {shape.num_layers} layers"
         )
     counts = {"query groups": shape.num_query_groups, "feed-forward columns": shape.ffn_hidden_size}
     for name, count in counts.items():
@@ -104,7 +104,7 @@ def check_grid(grid: Grid, shape: ModelShape) -> None:
 def chunk_entries(
     shape: ModelShape, grid: Grid, *, stage: int, chunk: int, tensor_rank: int, spec: LayerSpec, padded_vocab_size: int
 ) -> Iterator[RankEntry]:
-    """Every tensor of one chunk of one rank."""
+    """Yield every tensor of one chunk of one rank."""
     layers = grid.chunk(stage, chunk)
     is_first = stage == 0 and chunk == 0
     is_last = stage == grid.pipeline_size - 1 and chunk == (grid.virtual_size or 1) - 1
@@ -127,7 +127,7 @@ def _local_name(weight: Weight, first_layer: int, spec: LayerSpec) -> str:
 
 
 def _entries(weight: Weight, grid: Grid, rank: int, name: str, padded_vocab_size: int) -> Iterator[RankEntry]:
-    """One, or of experts one each, which have names of their own here."""
+    """Yield a rank's part of a weight: one tensor, or one per expert, which legacy files store separately."""
     if not weight.row.per_expert:
         all_rows = padded_vocab_size if weight.row.megatron in VOCABULARY_ROWS else matrix(weight.megatron_shape)[0]
         yield _entry(weight, grid, rank, name, 0, weight.hf_shapes, all_rows)
@@ -142,7 +142,7 @@ def _entries(weight: Weight, grid: Grid, rank: int, name: str, padded_vocab_size
 def _entry(
     weight: Weight, grid: Grid, rank: int, name: str, first_row: int, parts: Sequence[Shape], all_rows: int
 ) -> RankEntry:
-    """A rank's part of a matrix whose rows begin at `first_row`; `parts` are the Hugging Face tensors in it."""
+    """Return a rank's part of a matrix that starts at row `first_row`. `parts` are the Hugging Face tensors in it."""
     columns, size = matrix(parts[0])[1], grid.tensor_size
     held = sum(part[0] for part in parts)
     width = columns
@@ -162,6 +162,6 @@ def _entry(
 
 
 def _share(count: int, rank: int, size: int, offset: int) -> Span:
-    """A rank's equal share of `count` rows that begin at `offset`."""
+    """Return a rank's equal share of `count` rows that start at `offset`."""
     each = count // size
     return offset + rank * each, offset + (rank + 1) * each

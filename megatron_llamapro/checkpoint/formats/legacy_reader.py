@@ -1,4 +1,4 @@
-"""Reads `legacy` checkpoints, ours or Megatron-LM's own, of any division, without running what a file asks for."""
+"""Reads `legacy` checkpoints of any division, ours or Megatron-LM's own, without running code that a file names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RankKey = tuple[int, int]
 
 
 def is_legacy(folder: Path) -> bool:
-    """Whether a folder, or the checkpoint that its tracker names, holds `mp_rank_…` folders."""
+    """Return whether a folder, or the checkpoint that its tracker file names, holds `mp_rank_…` folders."""
     return _ranks_folder(Path(folder)) is not None
 
 
@@ -45,16 +45,16 @@ def _ranks_folder(folder: Path) -> Path | None:
 
 
 def open_legacy(folder: Path) -> Checkpoint:
-    """A legacy checkpoint, ours or Megatron-LM's; config.json must lie in `folder`, llamapro.json may.
+    """Open a legacy checkpoint, ours or Megatron-LM's. `folder` must hold config.json, and may hold llamapro.json.
 
     Raises:
-        CheckpointError: no such checkpoint, a rank's file that is missing, damaged or would run code, tensors that do
-            not make the model that config.json describes.
+        CheckpointError: there is no such checkpoint; a rank's file is missing, is damaged or would run code; or the
+            tensors do not fit the model that config.json describes.
     """
     folder = Path(folder)
     ranks = _ranks_folder(folder)
     if ranks is None:
-        raise CheckpointError(f"{folder} has no mp_rank_… folders: it is no legacy checkpoint")
+        raise CheckpointError(f"{folder} has no mp_rank_… folders: it is not a legacy checkpoint")
     model = read_hf_model(folder)
     paths = {_rank(path): _file_of(path) for path in sorted(ranks.glob("mp_rank_*")) if path.is_dir()}
     states = {path: state_of(path) for path in paths.values()}
@@ -68,15 +68,15 @@ def open_legacy(folder: Path) -> Checkpoint:
 
 
 def _rank(path: Path) -> tuple[int, int]:
-    """Tensor rank and stage."""
+    """Return the tensor rank and the stage that a folder's name gives."""
     match = _RANK_FOLDER.fullmatch(path.name)
     if match is None:
-        raise CheckpointError(f"{path} is no rank's folder: they are called mp_rank_TT or mp_rank_TT_PPP")
+        raise CheckpointError(f"{path} is not a rank's folder: its name must be mp_rank_TT or mp_rank_TT_PPP")
     return int(match[1]), int(match[2] or 0)
 
 
 def _file_of(folder: Path) -> Path:
-    """A rank's file."""
+    """Return a rank's file."""
     path = file_inside(folder.parent, f"{folder.name}/{RANK_FILE}")
     if path is None:
         raise CheckpointError(f"{folder} has no {RANK_FILE}: the checkpoint is not complete")
@@ -84,7 +84,7 @@ def _file_of(folder: Path) -> Path:
 
 
 def _state(path: Path) -> dict:
-    """What a rank's file holds."""
+    """Return the content of a rank's file."""
     try:
         with path.open("rb") as file:
             state = read_archive(file, admitted=MEGATRON_GLOBALS)
@@ -94,7 +94,7 @@ def _state(path: Path) -> dict:
 
 
 def _chunks(path: Path, state: Mapping) -> list[dict]:
-    """The state of each chunk in a rank's file."""
+    """Return the state of each chunk in a rank's file."""
     numbered = [key for key in state if isinstance(key, str) and re.fullmatch(r"model\d{1,4}", key)]
     keys = ["model"] if "model" in state else sorted(numbered, key=lambda key: int(key.removeprefix("model")))
     chunks = [state[key] for key in keys]
@@ -108,7 +108,7 @@ def _is_state_dict(value: object) -> bool:
 
 
 class _RankFiles:
-    """The files of all ranks, and the division that they are of."""
+    """The files of all ranks, and how the model is divided over them."""
 
     def __init__(self, folder: Path, files: Mapping[_RankKey, tuple[Path, list[dict]]], shape: ModelShape) -> None:
         self._folder, self._files, self._shape = folder, files, shape
@@ -131,7 +131,7 @@ class _RankFiles:
             self._spec = LayerSpec.TRANSFORMER_ENGINE
 
     def tensors(self) -> dict[str, MegatronTensor]:
-        """megatron.core's whole tensors, of the first copy of each."""
+        """Return megatron.core's whole tensors, taken from the first copy of each."""
         pieces: Copies = {}
         dtypes: dict[str, str] = {}
         for rank, (path, chunks) in self._files.items():

@@ -1,6 +1,6 @@
-"""`legacy` checkpoints: `mp_rank_XX[_YYY]/model_optim_rng.pt`, a file a rank, for one division of the model.
+"""Lays out `legacy` checkpoints for one division of the model: a file `mp_rank_XX[_YYY]/model_optim_rng.pt` per rank.
 
-Laid out so that Megatron-LM's own loader takes them (`megatron/training/checkpointing.py`, core_v0.16.1).
+Megatron-LM's own loader reads them (`megatron/training/checkpointing.py`, core_v0.16.1).
 """
 
 from __future__ import annotations
@@ -26,45 +26,45 @@ RANK_FILE = "model_optim_rng.pt"
 
 @dataclass(frozen=True)
 class LegacyTarget:
-    """How a legacy checkpoint is to be divided."""
+    """How to divide a legacy checkpoint."""
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     pipeline_stage_layers: tuple[int, ...] | None = None
-    """Layers of every (virtual) stage; None: as even as can be."""
+    """Layers of every (virtual) stage; None: as even as possible."""
     layer_spec: LayerSpec = LayerSpec.LOCAL
     make_vocab_size_divisible_by: int = 128
 
     def grid(self, shape: ModelShape) -> Grid:
-        """The division of a model.
+        """Return the division of a model.
 
         Raises:
-            CheckpointError: it cannot be divided so.
+            CheckpointError: the model cannot be divided like this.
         """
         stages, virtual = self.pipeline_model_parallel_size, self.virtual_pipeline_model_parallel_size
         if virtual is not None and min(virtual, stages) < 2:
             raise CheckpointError(
-                f"virtual_pipeline_model_parallel_size is {virtual} with {stages} pipeline stages: the interleaved "
-                "schedule needs at least 2 of each"
+                f"virtual_pipeline_model_parallel_size is {virtual} and pipeline_model_parallel_size is {stages}: the "
+                "interleaved schedule needs at least 2 of each"
             )
         num_stages = stages * (virtual or 1)
         if self.pipeline_stage_layers is None and shape.num_layers < num_stages:
             raise CheckpointError(
-                f"the model has {shape.num_layers} layers, fewer than the {num_stages} (virtual) stages: say with "
-                "pipeline_stage_layers which have none"
+                f"the model has {shape.num_layers} layers, fewer than the {num_stages} (virtual) stages: give "
+                "pipeline_stage_layers, with 0 for stages without layers"
             )
         counts = self.pipeline_stage_layers or even_stage_layers(shape.num_layers, num_stages)
         if len(counts) != num_stages:
             raise CheckpointError(
-                f"{len(counts)} counts of layers for {num_stages} (virtual) stages: give one for each"
+                f"pipeline_stage_layers has {len(counts)} counts for {num_stages} (virtual) stages: give one per stage"
             )
         grid = Grid(self.tensor_model_parallel_size, counts, virtual)
         check_grid(grid, shape)
         return grid
 
     def padded_vocab_size(self, shape: ModelShape) -> int:
-        """Rows of embedding and head over all ranks."""
+        """Return the number of rows of embedding and head over all ranks."""
         return padded_vocab_size(
             shape.vocab_size,
             divisible_by=self.make_vocab_size_divisible_by,
@@ -74,7 +74,7 @@ class LegacyTarget:
 
 @dataclass(frozen=True)
 class _DividedModel:
-    """A model, divided: what all ranks' files have in common."""
+    """A divided model: the part that the files of all ranks have in common."""
 
     shape: ModelShape
     dtype: str
@@ -87,10 +87,10 @@ class _DividedModel:
 
 
 def legacy_layout(folder: Path, shape: ModelShape, dtype: str, *, target: LegacyTarget) -> TargetLayout:
-    """A checkpoint for one division of the model, under `release/`.
+    """Return the layout of a checkpoint for one division of the model, under `release/`.
 
     Raises:
-        CheckpointError: the model cannot be divided so.
+        CheckpointError: the model cannot be divided like this.
     """
     grid = target.grid(shape)
     divided = _DividedModel(shape, dtype, target, grid)
@@ -113,7 +113,7 @@ def _rank_folder(grid: Grid, tensor_rank: int, stage: int) -> str:
 
 
 def _rank_file(path: Path, divided: _DividedModel, stage: int, rank: int, pieces: Copies) -> TargetFile:
-    """A rank's file; where its tensors go is added to `pieces`."""
+    """Return a rank's file. The places of its tensors are added to `pieces`."""
     shape, target, itemsize = divided.shape, divided.target, divided.itemsize
     state: dict[str, object] = {
         "args": _args(shape, target),
@@ -143,8 +143,10 @@ Copies = dict[str, dict[tuple[bool, int], list[Piece]]]
 
 
 def copy_of(entry: RankEntry, rank: int) -> tuple[bool, int]:
-    """Which copy of its weight a tensor is of: tensor-parallel ranks hold a norm each, and the last stage has a tied
-    embedding once more."""
+    """Return which copy of its weight a tensor belongs to.
+
+    Every tensor-parallel rank holds each norm, and the last stage holds a second copy of a tied embedding.
+    """
     is_replicated = entry.weight.row.sharding is Sharding.REPLICATED
     return entry.name == OUTPUT_LAYER.megatron, rank if is_replicated else 0
 
@@ -156,7 +158,7 @@ def pieces_of(entry: RankEntry, path: Path, offset: int, itemsize: int) -> Itera
 
 
 def _args(shape: ModelShape, target: LegacyTarget) -> object:
-    """What Megatron-LM checks and, with --use-checkpoint-args, takes from a checkpoint."""
+    """Return the arguments that Megatron-LM checks and, with --use-checkpoint-args, takes from a checkpoint."""
     return instance(
         "argparse",
         "Namespace",

@@ -1,7 +1,7 @@
-"""What a Megatron-LM checkpoint says of its model in its saved arguments, held against config.json.
+"""Checks config.json against the arguments that a Megatron-LM checkpoint saved.
 
-Its tensors do not say how rows of QKV are divided into heads, nor the base of the rotary embeddings: a config.json that
-was copied from another model of the same sizes would fit, and be another function.
+Its tensors do not show how QKV rows are divided into heads, or the base of the rotary embeddings. A config.json from
+another model of the same sizes would fit the tensors but give another function.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_llamapro.families.shape import ModelShape, RopeScaling
 
 
 class _MegatronGlobals:
-    """What the pickles of Megatron-LM's own checkpoints name besides tensors. Nothing of it is imported or called."""
+    """The names in pickles of Megatron-LM's own checkpoints. Nothing is imported or called."""
 
     _NAMES = frozenset(
         {
@@ -45,7 +45,7 @@ class _MegatronGlobals:
 MEGATRON_GLOBALS = _MegatronGlobals()
 
 # Megatron-LM's defaults (megatron/training/arguments.py, core_v0.16.1). A tool that makes a checkpoint without training
-# may leave them in the arguments though the model has others: they count as not said.
+# may leave them in the arguments even if the model has other values, so they count as not given.
 _DEFAULTS = {
     "kv_channels": None,
     "rotary_base": 10000,
@@ -56,14 +56,14 @@ _DEFAULTS = {
     "use_rope_scaling": False,
 }
 
-# What every model here has, whatever its config.json says, and no tensor shows.
+# Values that every supported model has, whatever its config.json says. No tensor shows them.
 _ALWAYS = {
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "position_embedding_type": "rope",
     "no_rope_freq": None,
     "normalization": "RMSNorm",
-    "apply_layernorm_1p": False,  # weights that mean 1 + weight; megatron.core's name for it is the next
+    "apply_layernorm_1p": False,  # norms scale by 1 + weight; megatron.core calls it by the next name
     "layernorm_zero_centered_gamma": False,
     "apply_residual_connection_post_layernorm": False,
     "qk_l2_norm": False,
@@ -72,47 +72,46 @@ _ALWAYS = {
 }
 _ALWAYS_WITH_EXPERTS = {"moe_router_pre_softmax": False, "moe_router_score_function": "softmax"}
 
-# Megatron-LM has no arguments for them: `RotaryEmbedding._apply_scaling` of megatron.core.
+# Megatron-LM has no arguments for these: see `RotaryEmbedding._apply_scaling` of megatron.core.
 _ROPE_SCALING = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
 
 def check_common_state(content: bytes, shape: ModelShape, *, where: Path) -> None:
-    """Hold the arguments in a torch_dist checkpoint's common state against the model, where it has any.
+    """Check the arguments in a torch_dist checkpoint's common state, if it has any, against the model.
 
     Raises:
-        CheckpointError: they contradict it.
+        CheckpointError: they contradict the model.
     """
     try:
         state = read_archive(io.BytesIO(content), admitted=MEGATRON_GLOBALS)
-    except DamagedArchiveError:  # a conversion needs nothing of it
+    except DamagedArchiveError:  # a conversion does not need the common state
         return
     if isinstance(state, dict):
         check_args(state.get("args"), shape, where=where)
 
 
 def check_args(args: object, shape: ModelShape, *, where: Path) -> None:
-    """Hold a checkpoint's arguments against the model that its config.json describes.
+    """Check a checkpoint's arguments against the model that its config.json describes.
 
     Raises:
-        CheckpointError: they contradict one another, or the arguments say what no model here has.
+        CheckpointError: they contradict each other, or an argument has a value that no supported model has.
     """
     said = _said(args, shape.num_layers)
     for name, expected in (_ALWAYS | _ALWAYS_WITH_EXPERTS if shape.is_moe else _ALWAYS).items():
         if name in said and said[name] != expected:
             raise CheckpointError(
-                f"{where} was saved with {name} {_text(said[name])}, which no model here has: only {expected} is "
-                "supported"
+                f"{where} was saved with {name} {_text(said[name])}, which is not supported: only {expected} is"
             )
     for name, expected in _expected(shape, said):
         if name in said and said[name] != expected:
             raise CheckpointError(
-                f"{where} was saved with {name} {_text(said[name])}, its config.json makes that {_text(expected)}: "
+                f"{where} was saved with {name} {_text(said[name])}, but its config.json gives {_text(expected)}: "
                 "copy the config.json of its own model"
             )
 
 
 def _said(args: object, num_layers: int) -> dict:
-    """The arguments that count as said, windows as `ModelShape` has them."""
+    """Return the arguments that count as given, with windows in the form of `ModelShape`."""
     saved = args.state if isinstance(args, Record) and isinstance(args.state, dict) else {}
     said = {name: value for name, value in saved.items() if value is not None and value != _DEFAULTS.get(name)}
     if said.get("use_rope_scaling") is True:
@@ -125,7 +124,7 @@ def _said(args: object, num_layers: int) -> dict:
 
 
 def _window_flags(skipped: object, num_layers: int) -> tuple[int, ...]:
-    """1 or 0 a layer, whether it has the window; as megatron.core's `is_layer_window_attention` has it."""
+    """Return 1 or 0 per layer: whether it has the window, as megatron.core's `is_layer_window_attention` decides."""
     if isinstance(skipped, list):
         return tuple(int(bool(flag)) for flag in skipped)
     if isinstance(skipped, int) and skipped != 0:
@@ -138,7 +137,7 @@ def _text(value: object) -> str:
 
 
 def _expected(shape: ModelShape, said: dict) -> Iterator[tuple[str, object]]:
-    """What config.json makes of the arguments that depend on it."""
+    """Yield the arguments that depend on config.json, with the values that it gives them."""
     yield "num_attention_heads", shape.num_attention_heads
     if said.get("group_query_attention") is True:
         yield "num_query_groups", shape.num_query_groups

@@ -1,8 +1,8 @@
-"""Tensors of Megatron checkpoints as Hugging Face's, checked against the model. Pure.
+"""Maps tensors of Megatron checkpoints to Hugging Face's, and checks them against the model. Pure.
 
-torch_dist stores a tensor in the parts that ranks saved: of one layer, or of all layers stacked. megatron.core stacks
-layers unless it is told `non_homogeneous_layers`: `decoder.layers.mlp.linear_fc2.weight`, [layers, rows, columns], is
-that weight of every layer, norms are [layers, hidden], experts [layers, experts, rows, columns].
+torch_dist stores a tensor in the parts that ranks saved. It holds one layer, or all layers stacked: megatron.core
+stacks layers unless `non_homogeneous_layers` is set. `decoder.layers.mlp.linear_fc2.weight` [layers, rows, columns] is
+then that weight of every layer. Norms are [layers, hidden], experts [layers, experts, rows, columns].
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _STACKED = re.compile(r"(decoder\.layers\.)(?!\d+\.)(.+)", re.DOTALL)
 
 @dataclass(frozen=True)
 class SavedPart:
-    """A part of a tensor: row-major in `path` from byte `offset` on."""
+    """A part of a tensor, stored row-major in `path` from byte `offset`."""
 
     start: Shape
-    """Where in the tensor it begins."""
+    """Index of its first element in the tensor."""
     shape: Shape
     """No dimension is 0."""
     path: Path
@@ -39,41 +39,41 @@ class SavedPart:
 
 @dataclass(frozen=True)
 class DividedTensor:
-    """A tensor in as many parts as there were ranks that held a part of it."""
+    """A tensor in parts, one for each rank that held a part of it."""
 
     shape: Shape
     dtype: str
-    """Of `ITEMSIZES`."""
+    """A key of `ITEMSIZES`."""
     parts: tuple[SavedPart, ...]
 
     def pieces(self) -> Iterator[Piece]:
-        """Its parts as pieces of the tensor as a matrix, all dimensions but the last its rows."""
+        """Yield its parts as pieces of a matrix. All dimensions but the last are the matrix's rows."""
         for part in self.parts:
             yield from _pieces(self, part)
 
 
 def is_stacked(name: str) -> bool:
-    """Whether a key is a weight of all layers."""
+    """Return whether a key is a weight of all layers, stacked."""
     return _STACKED.fullmatch(name) is not None
 
 
 def unstacked(tensors: Mapping[str, DividedTensor], *, num_layers: int, where: Path) -> dict[str, DividedTensor]:
-    """The tensors by key, a stacked one as one a layer, under the keys of layers that were saved each by itself.
+    """Return the tensors by key, with stacked tensors split into one per layer, under the keys of single layers.
 
     Raises:
-        CheckpointError: a stack of another number of layers than the model has, a layer that is there twice.
+        CheckpointError: a stack has another number of layers than the model, or a layer exists twice.
     """
     found = {name: tensor for name, tensor in tensors.items() if not is_stacked(name)}
     for name in sorted(tensors.keys() - found.keys()):
         tensor = tensors[name]
         if len(tensor.shape) < 2 or tensor.shape[0] != num_layers:
             raise CheckpointError(
-                f"{where}: {name} has shape {tensor.shape}: it does not stack the {num_layers} layers of config.json"
+                f"{where}: {name} has shape {tensor.shape}: it is not a stack of the {num_layers} layers of config.json"
             )
         for layer, one in enumerate(_layers(tensor)):
             key = _STACKED.sub(rf"\g<1>{layer}.\g<2>", name)
             if key in found:
-                raise CheckpointError(f"{where} has {key} twice: by itself, and in {name}")
+                raise CheckpointError(f"{where} has {key} twice: on its own, and in {name}")
             found[key] = one
     return found
 
@@ -90,7 +90,7 @@ def _layers(tensor: DividedTensor) -> list[DividedTensor]:
 
 
 def _pieces(tensor: DividedTensor, part: SavedPart) -> Iterator[Piece]:
-    """One, or of experts one each."""
+    """Yield the pieces of a part: one, or one per expert."""
     leading = [range(start, start + size) for start, size in zip(part.start[:-2], part.shape[:-2], strict=True)]
     start, shape = part.start[-2:], part.shape[-2:]
     num_rows, columns = matrix(shape)
@@ -108,16 +108,16 @@ def _pieces(tensor: DividedTensor, part: SavedPart) -> Iterator[Piece]:
 
 @dataclass(frozen=True)
 class MegatronTensor:
-    """A whole tensor of megatron.core's, as it is stored (a vocabulary may be padded)."""
+    """A whole tensor of megatron.core's, as it is stored: a vocabulary may be padded."""
 
     shape: Shape
     dtype: str
     pieces: tuple[Piece, ...]
-    """Of the tensor as a matrix: all dimensions but the last are rows."""
+    """Pieces of the tensor as a matrix: all dimensions but the last are rows."""
 
 
 def matrix(shape: Shape) -> tuple[int, int]:
-    """Rows and columns of a tensor whose leading dimensions are flattened; a vector's elements are rows."""
+    """Return the rows and columns of a tensor with its leading dimensions flattened. A vector's elements are rows."""
     return (shape[0], 1) if len(shape) == 1 else (math.prod(shape[:-1]), shape[-1])
 
 
@@ -130,12 +130,13 @@ def open_megatron(
     *,
     states: Mapping[Path, FileState],
 ) -> Checkpoint:
-    """A Megatron checkpoint out of its weights, and of its manifest where it is one of ours. `states` are those of
-    their files before it was looked where in them the tensors begin.
+    """Return the Megatron checkpoint with these weights, and with the manifest if it is one of ours.
+
+    `states` are the states of the files, taken before the tensors were located in them.
 
     Raises:
-        CheckpointError: a tensor that is missing, unknown, of the wrong shape or type, or not whole; a manifest that
-            does not fit.
+        CheckpointError: a tensor is missing, unknown, of the wrong shape or type, or not whole; or the manifest does
+            not fit.
     """
     shape = model.shape
     if manifest is not None:
@@ -161,7 +162,7 @@ def open_megatron(
 
 
 def _dtype(folder: Path, tensors: Mapping[str, MegatronTensor], manifest: Manifest | None) -> str:
-    """What weights must be: what the manifest says, or what they all are, where other software wrote them since."""
+    """Return the type of the weights: the manifest's, or the one that all have if other software wrote them since."""
     if manifest is not None and any(tensor.dtype == manifest.dtype for tensor in tensors.values()):
         return manifest.dtype
     found = sorted({tensor.dtype for tensor in tensors.values()})
@@ -177,9 +178,9 @@ def _check(folder: Path, weight: Weight, tensor: MegatronTensor, dtype: str) -> 
     name, wanted = weight.megatron_name, weight.megatron_shape
     padded = weight.row.megatron in VOCABULARY_ROWS and tensor.shape[1:] == wanted[1:] and tensor.shape >= wanted
     if tensor.shape != wanted and not padded:
-        raise CheckpointError(f"{folder}: {name} has shape {tensor.shape}, config.json makes it {wanted}")
+        raise CheckpointError(f"{folder}: {name} has shape {tensor.shape}, but config.json makes it {wanted}")
     if tensor.dtype != dtype:
-        raise CheckpointError(f"{folder}: {name} is {tensor.dtype}, not {dtype} as its manifest or its other weights")
+        raise CheckpointError(f"{folder}: {name} is {tensor.dtype}, but its manifest or its other weights are {dtype}")
 
 
 def _check_whole(folder: Path, name: str, parts: Iterable[StoredTensor]) -> None:

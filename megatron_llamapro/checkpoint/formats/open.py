@@ -1,4 +1,4 @@
-"""Opens a checkpoint of any format, and gives its tensors as torch's, one by one."""
+"""Opens a checkpoint of any format, and reads its tensors one by one as torch tensors."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint of any format; of a training run's folder, its newest.
+    """Open a checkpoint of any format. Of a training run's folder, open the newest one.
 
     Raises:
-        CheckpointError: none of them, or one that is not complete, damaged or hostile.
+        CheckpointError: the folder has no checkpoint, or it is incomplete, damaged or hostile.
     """
     folder = Path(folder)
     is_megatron = is_torch_dist(folder) or (folder / LATEST).is_file() or is_legacy(folder)
@@ -33,14 +33,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def open_megatron_checkpoint(folder: Path) -> Checkpoint:
-    """A Megatron checkpoint of either format; of a training run's folder, its newest. Errors as above."""
+    """Open a Megatron checkpoint of either format, or a run's newest. Raises what `open_checkpoint` raises."""
     if is_legacy(folder):
         return open_legacy(folder)
     return open_torch_dist(resolve_megatron_checkpoint(folder))
 
 
 class TensorSource(Protocol):
-    """A model whose tensors can be had one by one, under Hugging Face's names."""
+    """A model whose tensors can be read one by one, under Hugging Face's names."""
 
     shape: ModelShape
 
@@ -48,14 +48,14 @@ class TensorSource(Protocol):
 
 
 class OpenTensors:
-    """The tensors of an opened checkpoint, read when they are asked for."""
+    """The tensors of an opened checkpoint. Each is read when it is requested."""
 
     def __init__(self, checkpoint: Checkpoint, files: SourceFiles) -> None:
         self.checkpoint, self._files = checkpoint, files
         self.shape = checkpoint.shape
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor, as it is stored; with its adapter, where it has one.
+        """Return the whole tensor in the type that it is stored in, merged with its adapter if it has one.
 
         Raises:
             CheckpointError: its file vanished or changed since it was opened.

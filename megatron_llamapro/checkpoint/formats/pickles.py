@@ -1,8 +1,8 @@
-"""Pickles, read and written without importing anything that they name.
+"""Reads and writes pickles without importing anything that they name.
 
-torch's files are pickles that name classes. Reading one the ordinary way imports those classes and calls them, and a
-hostile one names `os.system`. Here a class becomes an inert `Record` of what it was called with, and one that is not
-on the reader's list is refused. Writing goes the same way back, so neither needs torch.
+torch's files are pickles that name classes. Ordinary unpickling imports those classes and calls them; a hostile pickle
+names `os.system`. Here a class becomes an inert `Record` of its arguments, and a class that is not on the reader's list
+is refused. The writer describes classes by name too, so neither direction needs torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import ClassVar
 
 
 class Record:
-    """Stands for an object that a pickle describes: its class by name, the arguments it was made with, its state."""
+    """Stands for an object that a pickle describes: the name of its class, its arguments and its state."""
 
     path = ""
     """module.name"""
@@ -39,16 +39,16 @@ class Record:
         self.state = state
 
     def __setitem__(self, key: object, value: object) -> None:
-        """Items of a class derived from dict: nothing here needs them."""
+        """Ignore items of a class derived from dict. No reader needs them."""
 
     def append(self, value: object) -> None:
-        """Items of a class derived from list: nothing here needs them."""
+        """Ignore items of a class derived from list. No reader needs them."""
 
     def field(self, name: str) -> object:
-        """A field of an object whose state is its `__dict__`.
+        """Return a field of an object whose state is its `__dict__`.
 
         Raises:
-            KeyError, TypeError: it has none of that name.
+            KeyError, TypeError: there is no field of that name.
         """
         return self.state[name]  # type: ignore[index]
 
@@ -64,14 +64,14 @@ _MEMBER = re.compile(r"[A-Z][A-Z0-9_]*")
 
 
 def _member(of: object, name: object) -> Record:
-    """What stands for `getattr` in a pickle: a member of one of those enumerations, and nothing else."""
+    """Stand in for `getattr` in a pickle: return a member of one of those enumerations, and refuse all else."""
     is_enum = isinstance(of, type) and issubclass(of, Record) and of.path in _ENUMS
     if is_enum and isinstance(name, str) and _MEMBER.fullmatch(name):
         return of(name)
     raise pickle.UnpicklingError(f"it asks for builtins.getattr of {str(name)[:200]}")
 
 
-# What is given as itself: nothing of it does anything but hold values.
+# Names that load as real objects. They can only hold values.
 _PLAIN: dict[str, object] = {
     "builtins.getattr": _member,
     "builtins.set": set,
@@ -81,7 +81,7 @@ _PLAIN: dict[str, object] = {
 
 
 class _InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
-    """The standard library's own, in Python: its C twin gives memory to whatever length a pickle claims."""
+    """The standard library's unpickler in Python. The C version allocates any length that a pickle claims."""
 
     dispatch: ClassVar[dict] = {
         code: method
@@ -109,10 +109,10 @@ class _InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
 
 
 def load(data: bytes, *, admitted: Container[str]) -> object:
-    """The object that a pickle describes, out of plain values and `Record`s of the `admitted` names.
+    """Return the object that a pickle describes, made of plain values and of `Record`s of the `admitted` names.
 
     Raises:
-        pickle.UnpicklingError: it names anything else, or is damaged.
+        pickle.UnpicklingError: the pickle names anything else, or is damaged.
     """
     try:
         return _InertUnpickler(data, admitted).load()
@@ -126,7 +126,7 @@ def load(data: bytes, *, admitted: Container[str]) -> object:
 
 @dataclass(frozen=True)
 class Persistent:
-    """A reference out of the pickle, to a storage of the archive it lies in."""
+    """A reference from the pickle to a storage in the same archive."""
 
     pid: object
 
@@ -141,7 +141,7 @@ class Global:
 
 @dataclass(frozen=True)
 class Call:
-    """What calling `function` with `args` gives; where there is a state, then given that."""
+    """The result of calling `function` with `args`. If there is a `state`, it is then set on the result."""
 
     function: Global
     args: tuple = ()
@@ -150,22 +150,22 @@ class Call:
 
 @dataclass(frozen=True)
 class Pairs:
-    """A dict whose keys are described objects, which cannot be keys here."""
+    """A dict whose keys are described objects. Those cannot be keys of a Python dict."""
 
     items: tuple[tuple[object, object], ...]
 
 
 NEW_OBJECT = Global("copyreg", "__newobj__")
-"""The function of a `Call` that makes an object of the class that is its first argument, without its `__init__`."""
+"""The function of a `Call` that makes an object without `__init__`. Its first argument is the class."""
 
 
 def instance(module: str, name: str, **fields: object) -> Call:
-    """An object whose `__dict__` is `fields`, made without calling its `__init__`."""
+    """Return the call that makes an object with `__dict__` set to `fields`, without calling its `__init__`."""
     return Call(NEW_OBJECT, (Global(module, name),), state=fields)
 
 
 def dumps(value: object) -> bytes:
-    """`value` as a pickle (protocol 2): plain values, `Global`, `Call` and `Persistent` in any nesting."""
+    """Return `value` as a pickle (protocol 2): plain values, `Global`, `Call` and `Persistent` in any nesting."""
     return b"".join((pickle.PROTO, b"\x02", *_opcodes(value), pickle.STOP))
 
 

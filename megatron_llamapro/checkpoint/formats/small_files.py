@@ -1,4 +1,4 @@
-"""What the small files of a torch_dist checkpoint say: read once, by one rank, and passed to all who need it."""
+"""The content of a torch_dist checkpoint's small files. One rank reads them once and passes it to the others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_llamapro.config.files import read_inside
 from megatron_llamapro.expansion.manifest import Manifest
 from megatron_llamapro.families.hf_config import HfModel, read_hf_model
 
-# What a common state may name, since megatron.core loads it as it is. Nothing here does anything but hold values.
+# Names that a common state may use, because megatron.core unpickles it directly. They can only hold values.
 _COMMON_GLOBALS = TORCH_GLOBALS | {
     "argparse.Namespace",
     "types.SimpleNamespace",
@@ -36,10 +36,10 @@ _CONVERT = "convert it with llamapro convert megatron-to-megatron"
 
 @dataclass(frozen=True)
 class SmallFiles:
-    """What the small files of a torch_dist checkpoint say. Each is read when it is first asked for, and only then.
+    """The content of the small files of a torch_dist checkpoint. Each file is read on first use, and only once.
 
-    One rank reads them all and passes what they say to the others, which then read none. Errors are those of the
-    functions that read.
+    One rank reads them all and passes their content to the others, which then read none. Errors are those of the
+    functions that read the files.
     """
 
     folder: Path
@@ -51,41 +51,41 @@ class SmallFiles:
 
     @cached_property
     def index(self) -> dict[str, IndexedTensor]:
-        """Every tensor by its key. Those that are no weights are there by name only: a large job has very many."""
+        """Every tensor by its key. Tensors that are not weights have no sections: a large job has very many."""
         found = read_index(self.folder)
         return {name: replace(held, sections=()) if is_other_state(name) else held for name, held in found.items()}
 
     @cached_property
     def common_state(self) -> bytes | None:
-        """common.pt, None where there is none."""
+        """common.pt, or None if it does not exist."""
         return read_inside(self.folder, COMMON_STATE, largest=LARGEST_INDEX)
 
     @cached_property
     def manifest(self) -> Manifest | None:
-        """llamapro.json, None where there is none."""
+        """llamapro.json, or None if it does not exist."""
         return Manifest.find(self.folder)
 
     @cached_property
     def adapters(self) -> AdapterRecord | None:
-        """None where there are none."""
+        """The record of adapters, or None if there are none."""
         return AdapterRecord.read(self.folder)
 
     @cached_property
     def delta(self) -> Delta | None:
-        """None where the checkpoint has all weights itself."""
+        """The record of a delta checkpoint, or None if the checkpoint holds all weights."""
         return Delta.read(self.folder)
 
     @cached_property
     def base(self) -> SmallFiles | None:
-        """Those of the checkpoint that has a delta's other weights."""
+        """The small files of a delta's base, or None if the checkpoint holds all weights."""
         return SmallFiles(self.delta.base_of(self.folder)) if self.delta else None
 
     def manifest_or_error(self) -> Manifest:
-        """The manifest. Raises `CheckpointError` where there is none."""
+        """Return the manifest, or raise `CheckpointError` if there is none."""
         return self.manifest or Manifest.read(self.folder)
 
     def read_all(self) -> SmallFiles:
-        """These, every one read, the base's too."""
+        """Read every file, also those of the base, and return self."""
         for name, held in vars(SmallFiles).items():
             if isinstance(held, cached_property):
                 getattr(self, name)
@@ -94,30 +94,32 @@ class SmallFiles:
         return self
 
     def check_there(self) -> None:
-        """Raise `CheckpointError` where this rank does not see the checkpoint that another one has read."""
+        """Raise `CheckpointError` if this rank does not see the checkpoint that another one has read."""
         if not is_torch_dist(self.folder):
-            raise CheckpointError(f"{self.folder} is not there: put it where every rank sees it, as the first one does")
+            raise CheckpointError(f"{self.folder} does not exist on this rank: put it where every rank can read it")
         if self.delta:
             self.delta.base_of(self.folder)
 
 
 def check_loadable(small: SmallFiles) -> None:
-    """Raise `CheckpointError` where training cannot load a torch_dist checkpoint: a weight is missing, or lies under a
-    key that training does not ask for; or megatron.core, which unpickles index and common state as they are, would run
-    code."""
+    """Raise `CheckpointError` if training cannot load a torch_dist checkpoint:
+
+    1. A weight is missing, or has a key that training does not ask for.
+    2. megatron.core, which unpickles the index and the common state directly, would run code.
+    """
     folder, index = small.folder, set(small.index)
     if small.base is not None:
         check_loadable(small.base)
         index |= set(small.base.index)
     if any(map(is_stacked, index)):
-        raise CheckpointError(f"{folder} has its layers stacked, and training asks for one key a layer: {_CONVERT}")
+        raise CheckpointError(f"{folder} has its layers stacked, but training asks for one key per layer: {_CONVERT}")
     for weight in weights_of(small.model.shape):
         if weight.megatron_name in index:
             continue
         other = next((name for name in weight.megatron_names if name in index), None)
         if other is None:
-            raise CheckpointError(f"{folder} lacks the tensor {weight.megatron_name}: take a complete checkpoint")
-        raise CheckpointError(f"{folder} has {other} where training asks for {weight.megatron_name}: {_CONVERT}")
+            raise CheckpointError(f"{folder} lacks the tensor {weight.megatron_name}: use a complete checkpoint")
+        raise CheckpointError(f"{folder} has {other}, but training asks for {weight.megatron_name}: {_CONVERT}")
     if small.common_state is None:
         return
     try:

@@ -1,9 +1,8 @@
-"""Files of `torch.save`: where every tensor's bytes lie in one, and how one is laid out, without torch.
+"""Locates tensors in files of `torch.save`, and lays out new files, without torch.
 
 Such a file is an uncompressed zip: `data.pkl` describes an object whose tensors point to records `data/0`, `data/1`, …
-(torch 2.x, `torch/serialization.py`). torch does not check the records' CRC-32 when it loads; it is left 0, as
-`torch.serialization.set_crc32_options(False)` leaves it: the manifest's content hashes do its work at a tenth of its
-cost.
+(torch 2.x, `torch/serialization.py`). torch does not check the records' CRC-32 when it loads, so it is left 0, as after
+`torch.serialization.set_crc32_options(False)`. The manifest's content hashes do the same work at a tenth of the cost.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ TORCH_GLOBALS = frozenset(
         *(f"torch.{name}Storage" for name in (*_OTHER_STORAGES, "Untyped")),
     }
 )
-"""What the tensors of a `torch.save` file are described with."""
+"""The names that describe tensors in a `torch.save` file."""
 
 _ROOT = "archive"
 _ALIGNMENT = 64
@@ -50,18 +49,18 @@ _LIMIT32 = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class ArchivedTensor:
-    """A tensor of a file: its bytes, row-major, from `offset` on."""
+    """A tensor of a file, stored row-major from byte `offset`."""
 
     dtype: str
-    """Of `ITEMSIZES`, or "other"."""
+    """A key of `ITEMSIZES`, or "other"."""
     shape: Shape
     offset: int
-    """Bytes into the file (or section) that was read."""
+    """Offset in bytes in the file (or section) that was read."""
 
 
 @dataclass(frozen=True)
 class ArchiveLayout:
-    """A file to be written: what is known beforehand, and where the tensors' bytes go."""
+    """A file to write: the bytes that are known in advance, and where the tensors' bytes go."""
 
     fixed: tuple[tuple[int, bytes], ...]
     """(offset, bytes)"""
@@ -70,7 +69,7 @@ class ArchiveLayout:
 
 
 def tensor_call(key: str, dtype: str, shape: Shape) -> Call:
-    """What `data.pkl` says of a contiguous tensor alone in storage `key`."""
+    """Return the description, in `data.pkl`, of a contiguous tensor that is alone in storage `key`."""
     numel = math.prod(shape)
     strides = tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
     storage = Persistent(("storage", Global("torch", _STORAGES[dtype]), key, "cpu", numel))
@@ -79,7 +78,10 @@ def tensor_call(key: str, dtype: str, shape: Shape) -> Call:
 
 
 def archive_layout(value: object, storages: Sequence[int]) -> ArchiveLayout:
-    """A file that holds `value`, whose tensors (`tensor_call`) are in storages "0", "1", … of so many bytes."""
+    """Return the layout of a file with `value`. Its tensors (`tensor_call`) are in storages "0", "1", …
+
+    `storages` are the sizes of the storages in bytes.
+    """
     layout = _ZipLayout()
     layout.add("data.pkl", dumps(value))
     layout.add("byteorder", b"little")
@@ -89,7 +91,7 @@ def archive_layout(value: object, storages: Sequence[int]) -> ArchiveLayout:
 
 
 class _ZipLayout:
-    """Places records one behind the other, their data at multiples of 64 bytes, as torch does."""
+    """Places records one after the other, with their data at multiples of 64 bytes, as torch does."""
 
     def __init__(self) -> None:
         self._fixed: list[tuple[int, bytes]] = []
@@ -97,11 +99,11 @@ class _ZipLayout:
         self._position = 0
 
     def add(self, name: str, data: bytes) -> None:
-        """A record whose data is known."""
+        """Add a record whose data is known."""
         self._fixed.append((self.reserve(name, len(data), zlib.crc32(data)), data))
 
     def reserve(self, name: str, size: int, crc: int = 0) -> int:
-        """A record whose data comes later; returns where it goes."""
+        """Add a record whose data is written later. Return the offset of the data."""
         path, start = f"{_ROOT}/{name}".encode(), self._position
         large = size >= _LIMIT32
         shown = _LIMIT32 if large else size
@@ -115,7 +117,7 @@ class _ZipLayout:
         return data
 
     def finished(self, tensor_offsets: tuple[int, ...]) -> ArchiveLayout:
-        """The whole file, with its directory at the end."""
+        """Return the layout of the whole file, with its directory at the end."""
         start, count, body = self._position, len(self._directory), b"".join(self._directory)
         after = start + len(body)
         tail = body
@@ -127,7 +129,7 @@ class _ZipLayout:
 
 
 def _padding(position: int) -> bytes:
-    """An extra field that brings the data behind it to a multiple of 64."""
+    """Return an extra field that aligns the data after it to a multiple of 64."""
     size = -(position + 4) % _ALIGNMENT
     return struct.pack("<2s H", b"FB", size) + b"Z" * size
 
@@ -141,14 +143,14 @@ def _directory_entry(path: bytes, start: int, size: int, crc: int) -> bytes:
 
 
 class DamagedArchiveError(Exception):
-    """A file that is no torch archive, or asks for what it may not."""
+    """A file that is not a torch archive, or names a class that it may not."""
 
 
 def read_archive(file: BinaryIO, *, admitted: Container[str] = TORCH_GLOBALS) -> object:
-    """The object in a `torch.save` file, its tensors as `ArchivedTensor`s; no tensor data is read.
+    """Return the object in a `torch.save` file, with tensors as `ArchivedTensor`s. No tensor data is read.
 
     Raises:
-        DamagedArchiveError: it is none, is damaged, or names a class that is not `admitted`.
+        DamagedArchiveError: the file is not such a file, is damaged, or names a class that is not `admitted`.
     """
     try:
         records = _records(file)
@@ -168,12 +170,12 @@ def read_archive(file: BinaryIO, *, admitted: Container[str] = TORCH_GLOBALS) ->
 
 
 def _records(file: BinaryIO) -> dict[str, tuple[int, int]]:
-    """Name → (offset, bytes) of every record, in the order of the file; what torch finds, and nothing else."""
+    """Return name → (offset, bytes) of every record that torch would find, in the order of the file."""
     places: dict[str, tuple[int, int]] = {}
     length = file.seek(0, 2)
     file.seek(0)
-    if file.read(4) != b"PK\3\4":  # zipfile would take what comes before an archive, which torch reads as another file
-        raise ValueError("no torch archive")
+    if file.read(4) != b"PK\3\4":  # zipfile skips bytes before an archive, but torch then reads another file
+        raise ValueError("not a torch archive")
     with zipfile.ZipFile(_Cautious(file)) as directory:
         entries = directory.infolist()
     for entry in entries:
@@ -187,7 +189,7 @@ def _records(file: BinaryIO) -> dict[str, tuple[int, int]]:
 
 
 class _Cautious:
-    """A file for `zipfile`, which gives memory to a directory of whatever size the file's end claims."""
+    """A file for `zipfile` that refuses huge reads. `zipfile` allocates any directory size that the file claims."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -204,14 +206,14 @@ class _Cautious:
 
 
 class _Tensors:
-    """Puts tensors where a pickle describes them. Containers are walked, each once; nothing else is."""
+    """Replaces descriptions of tensors by tensors. Only containers are walked, each of them once."""
 
     def __init__(self, places: Mapping[str, tuple[int, int]]) -> None:
         self._places = places
-        self._done: dict[int, tuple[object, object]] = {}  # by id; the original is held, so that no id comes again
+        self._done: dict[int, tuple[object, object]] = {}  # by id; holding the original keeps its id unique
 
     def put_into(self, value: object) -> object:
-        """`value` with the records that describe tensors replaced by them."""
+        """Return `value` with the records that describe tensors replaced by the tensors."""
         if id(value) not in self._done:
             self._done[id(value)] = (value, self._replaced(value))
         return self._done[id(value)][1]
@@ -235,7 +237,7 @@ def _tensor(args: tuple, places: Mapping[str, tuple[int, int]]) -> ArchivedTenso
     kind, storage, key, _, _ = reference.pid
     numbers = [first, *shape, *strides]
     if kind != "storage" or not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError("a tensor that is none")
+        raise ValueError("a damaged tensor")
     dtype = _DTYPES.get(storage.path, "other")
     start, size = places[key]
     if dtype == "other":

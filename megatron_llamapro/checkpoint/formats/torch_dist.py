@@ -1,8 +1,8 @@
-"""`torch_dist` checkpoints, as megatron.core's `dist_checkpointing` writes and reads them: read, and laid out anew.
+"""Reads and lays out `torch_dist` checkpoints, the format of megatron.core's `dist_checkpointing`.
 
-The format is torch's distributed checkpoint: `.metadata`, which is an index, and `*.distcp` files in which every
-tensor is a `torch.save` file of its own; `common.pt` and `metadata.json` lie beside them. Neither torch nor
-megatron.core is needed for it.
+The format is torch's distributed checkpoint. `.metadata` is an index. In `*.distcp` files, every tensor is a
+`torch.save` file of its own. `common.pt` and `metadata.json` lie beside them. Neither torch nor megatron.core is
+needed.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ from megatron_llamapro.families.shape import ModelShape
 
 DEFAULT_MAX_FILE_BYTES = 2 * 10**9
 
-# What Megatron-LM asks of a checkpoint's common state: that layers have a key each, and how QKV rows lie (since 3.0 by
-# query group; megatron/training/checkpointing.py, core_v0.16.1).
+# Values that Megatron-LM reads from a checkpoint's common state: each layer has its own keys, and QKV rows are stored
+# by query group (version 3.0 and later; megatron/training/checkpointing.py, core_v0.16.1).
 _COMMON_STATE = {
     "content_metadata": {"non_homogeneous_layers": True},
     "checkpoint_version": 3.0,
@@ -71,18 +71,19 @@ _BACKENDS = {
 
 
 def open_torch_dist(folder: Path) -> Checkpoint:
-    """A checkpoint in torch_dist format, saved by whatever layout of ranks, its layers stacked or each by itself. A
-    delta checkpoint is opened with its base, as the whole model; adapters are noted beside their weights.
+    """Open a checkpoint in torch_dist format, saved by any layout of ranks, with layers stacked or separate.
+
+    A delta checkpoint is opened with its base, as the whole model. Adapters are noted beside their weights.
 
     Raises:
-        CheckpointError: no such checkpoint, damaged, not whole, not of the model that its config.json describes, or
-            one whose pickles would run code; a delta whose base is not there.
+        CheckpointError: there is no such checkpoint; it is damaged or incomplete; it does not fit its config.json; its
+            pickles would run code; or the base of a delta does not exist.
     """
     return locate_tensors(SmallFiles(Path(folder)))
 
 
 def locate_tensors(small: SmallFiles) -> Checkpoint:
-    """The checkpoint whose small files these are. Errors as above."""
+    """Open the checkpoint with these small files. Raises what `open_torch_dist` raises."""
     folder, model = small.folder, small.model
     if small.common_state is not None:
         check_common_state(small.common_state, model.shape, where=folder)
@@ -108,7 +109,8 @@ def _indexed_weights(small: SmallFiles) -> dict[str, IndexedTensor]:
 
 
 def _held_by(folder: Path, indexed: dict[str, IndexedTensor], delta: Delta) -> dict[str, IndexedTensor]:
-    """A delta's own weights: exactly those that it names, or one that it lost would be taken from the base unseen."""
+    """Return a delta's own weights. They must be exactly those that it names: otherwise a lost weight would silently be
+    taken from the base."""
     differing = sorted(indexed.keys() ^ set(delta.trained))
     if differing:
         raise CheckpointError(f"{folder}: {differing[0][:200]} is in its index or in {DELTA_NAME}, but not in both")
@@ -116,7 +118,8 @@ def _held_by(folder: Path, indexed: dict[str, IndexedTensor], delta: Delta) -> d
 
 
 def _taken_from(base: SmallFiles, delta: Delta, shape: ModelShape) -> dict[str, IndexedTensor]:
-    """A base may have a weight under two keys: if it trained under one, neither is taken."""
+    """Return the weights that a delta takes from its base. If a weight has two keys in the base and trained under one,
+    neither is taken."""
     trained = set(delta.trained)
     names = {
         name for weight in weights_of(shape) for name in weight.megatron_names if trained & {*weight.megatron_names}
@@ -135,7 +138,7 @@ def _base_part(checkpoint: Checkpoint, base: Path, delta: Delta) -> BasePart:
 def _check_types(tensors: Mapping[str, IndexedTensor], *, where: Path) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in ITEMSIZES:
-            raise CheckpointError(f"{where}: {name} is {tensor.dtype}; weights are one of {', '.join(ITEMSIZES)}")
+            raise CheckpointError(f"{where}: {name} is {tensor.dtype}: weights must be {', '.join(ITEMSIZES)}")
 
 
 def _located(name: str, tensor: IndexedTensor, files: _SectionFiles) -> DividedTensor:
@@ -165,7 +168,7 @@ class _SectionFiles:
             file.close()
 
     def tensor(self, name: str, section: Section) -> ArchivedTensor:
-        """Where in its file the section's tensor begins, and what it is."""
+        """Return the section's tensor, with its offset in the file."""
         try:
             if section.path not in self._open:
                 self._open[section.path] = section.path.open("rb")
@@ -173,7 +176,7 @@ class _SectionFiles:
         except (OSError, DamagedArchiveError) as error:
             raise CheckpointError(f"{section.path}: cannot read {name}: {error}") from None
         if not isinstance(value, ArchivedTensor):
-            raise CheckpointError(f"{section.path}: {name} is no tensor")
+            raise CheckpointError(f"{section.path}: {name} is not a tensor")
         return replace(value, offset=section.offset + value.offset)
 
 
@@ -207,9 +210,9 @@ class _Window(io.RawIOBase):
 def torch_dist_layout(
     folder: Path, shape: ModelShape, dtype: str, *, max_file_bytes: int = DEFAULT_MAX_FILE_BYTES
 ) -> TargetLayout:
-    """A checkpoint of whole tensors (any layout of ranks loads it), in files of about `max_file_bytes`.
+    """Return the layout of a checkpoint of whole tensors, in files of about `max_file_bytes`.
 
-    The same model gives the same bytes.
+    Any layout of ranks can load it. The same model gives the same bytes.
     """
     files = _NewFiles(folder, max_file_bytes)
     tensors: dict[str, tuple[StoredTensor, ...]] = {}
@@ -235,8 +238,8 @@ def torch_dist_layout(
 
 
 def _extra_states_of(weight: Weight) -> list[str]:
-    """The keys under which a linear of megatron.core, or each expert's, asks for a state besides its weight
-    (Transformer Engine's FP8 scales): None is what one has that was never trained in FP8."""
+    """Return the keys of the extra state (Transformer Engine's FP8 scales) that a linear, or each expert's linear, asks
+    for besides its weight. The state is None if it was never trained in FP8."""
     module, _, kind = weight.megatron_name.rpartition(".")
     if kind != "weight" or not module.rpartition(".")[2].startswith("linear_"):
         return []
@@ -252,7 +255,7 @@ def _whole_file(archive: ArchiveLayout) -> bytes:
 
 
 class _NewFiles:
-    """Sections, one behind the other, a new file begun where one is full."""
+    """Places sections one after the other, and starts a new file when one is full."""
 
     def __init__(self, folder: Path, max_file_bytes: int) -> None:
         self._folder, self._max_bytes = folder, max_file_bytes
@@ -265,7 +268,7 @@ class _NewFiles:
         self._position = 0
 
     def add(self, archive: ArchiveLayout, shape: tuple[int, ...]) -> tuple[Section, int]:
-        """The section of a tensor, and where in its file the tensor's bytes go."""
+        """Add a tensor. Return its section, and the offset of the tensor's bytes in the file."""
         if self._position and self._position + archive.num_bytes > self._max_bytes:
             self._end()
         start = self._position

@@ -1,7 +1,7 @@
-"""The index (`.metadata`) of a torch_dist checkpoint, read without running anything that a hostile one asks for.
+"""Reads and writes the index (`.metadata`) of a torch_dist checkpoint, without running code that a hostile index names.
 
-It is a pickle. It is read as inert records (`pickles.py`); what it then claims is held against the files before any
-memory is given to it.
+The index is a pickle. It is read as inert records (`pickles.py`). Its claims are checked against the files before any
+memory is allocated for them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DTYPES = ("float64", "int64", "int32", "int16", "int8", "uint8", "bool", "float
 LARGEST_INDEX = 2 * 2**30  # bytes; thousands of ranks with optimizer states write hundreds of megabytes
 _LONGEST_KEY = 1000  # characters; keys are shown in errors
 
-# What an index is made of.
+# The names that an index may use.
 _ADMITTED = frozenset(
     {
         "pathlib.Path",
@@ -58,44 +58,44 @@ class Section:
     """A part of a file that holds a part of a tensor, as a `torch.save` file of its own."""
 
     start: Shape
-    """Where in the tensor its part begins."""
+    """Index, in the tensor, of the part's first element."""
     shape: Shape
     path: Path
     offset: int
-    """Bytes into the file."""
+    """Offset in bytes in the file."""
     num_bytes: int
 
 
 @dataclass(frozen=True)
 class IndexedTensor:
-    """A tensor of the checkpoint, in as many sections as there were ranks that held a part of it."""
+    """A tensor of the checkpoint, in sections: one for each rank that held a part of it."""
 
     shape: Shape
     dtype: str
     sections: tuple[Section, ...]
 
 
-# Parts of a training checkpoint that are no weights: their keys start so, or contain it.
+# Parts of a training checkpoint that are not weights: their keys start with one of these, or contain EXTRA_STATE.
 _OTHER_STATE = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
 EXTRA_STATE = "_extra_state"
 
 
 def is_other_state(name: str) -> bool:
-    """Whether a key of a training checkpoint is no weight of the model: optimizer, random states, extra state."""
+    """Return whether a training checkpoint's key is not a weight, but optimizer, random or extra state."""
     return name.startswith(_OTHER_STATE) or EXTRA_STATE in name
 
 
 def is_training_state(name: str) -> bool:
-    """Whether a key is of an optimizer or a random state."""
+    """Return whether a key belongs to optimizer state or random state."""
     return name.startswith(_OTHER_STATE)
 
 
 def read_index(folder: Path) -> dict[str, IndexedTensor]:
-    """Every tensor of a torch_dist checkpoint by its key; objects that are no tensors are left out.
+    """Return every tensor of a torch_dist checkpoint by its key. Objects that are not tensors are left out.
 
     Raises:
-        CheckpointError: there is no index, it is damaged or asks for anything but an index's own classes, or it
-            promises what its files do not have.
+        CheckpointError: there is no index; it is damaged; it names a class that no index has; or the files do not have
+            the data that it promises.
     """
     folder = Path(folder)
     metadata = _unpickle(folder)
@@ -103,7 +103,7 @@ def read_index(folder: Path) -> dict[str, IndexedTensor]:
         places = {
             (index.field("fqn"), _shape(index.field("offset"))): stored
             for index, stored in metadata.field("storage_data").items()  # type: ignore[attr-defined]
-            if index.state.get("offset") is not None  # objects that are no tensors have none
+            if index.state.get("offset") is not None  # objects that are not tensors have none
         }
         files = _FolderFiles(folder)
         return {
@@ -124,14 +124,14 @@ def _unpickle(folder: Path) -> Record:
     try:
         index = load(content, admitted=_ADMITTED)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is not the index of a checkpoint, and was not loaded: {error}") from None
+        raise CheckpointError(f"{path} is not the index of a checkpoint and was not loaded: {error}") from None
     if not isinstance(index, Record) or not index.path.endswith("Metadata"):
         raise CheckpointError(f"{path} is not the index of a checkpoint")
     return index
 
 
 class _FolderFiles:
-    """The folder's files, each looked at once."""
+    """The sizes of a folder's files. Each file is looked up once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -157,7 +157,7 @@ def _tensor(name: str, entry: Record, places: dict[tuple[str, Shape], Record], f
         raise ValueError(f"{name} has no type")
     shape = _shape(entry.field("size"))
     if not shape:
-        return IndexedTensor(shape, dtype, ())  # a number: no weight is one
+        return IndexedTensor(shape, dtype, ())  # a number, so not a weight
     sections = tuple(_section(name, chunk, places, files) for chunk in entry.field("chunks"))  # type: ignore[attr-defined]
     for section in sections:
         ends = [start + size for start, size in zip(section.start, section.shape, strict=True)]
@@ -176,35 +176,35 @@ def _section(name: str, chunk: Record, places: dict[tuple[str, Shape], Record], 
     if type(offset) is not int or type(num_bytes) is not int:
         raise ValueError(f"{name} holds {str(num_bytes)[:40]} bytes at {str(offset)[:40]}")
     if offset < 0 or num_bytes < 0 or offset + num_bytes > files.size(file):
-        raise CheckpointError(f"{files.folder / file} is truncated: its index says it holds more")
+        raise CheckpointError(f"{files.folder / file} is truncated: the index says that it holds more")
     return Section(start, shape, files.folder / file, offset, num_bytes)
 
 
 def _is_text(name: object) -> bool:
     if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_KEY:
-        raise ValueError("a key that is no text")
+        raise ValueError("a key that is not text")
     return True
 
 
 def _file_name(value: object) -> str:
-    """Text, or a pathlib object, whose arguments are its parts."""
+    """Return a file's name, given as text or as a pathlib object whose arguments are its parts."""
     if isinstance(value, Record) and value.path.startswith("pathlib."):
         return str(Path(*value.args))  # type: ignore[arg-type]
     if not isinstance(value, str):
-        raise ValueError("a file whose name is no text")
+        raise ValueError("a file whose name is not text")
     return value
 
 
 def _shape(value: object) -> Shape:
-    """torch.Size, which becomes a tuple around its numbers, or the numbers."""
+    """Return a shape, given as a torch.Size (loaded as a tuple) or as its numbers."""
     sizes = tuple(value)  # type: ignore[arg-type]
     if not all(type(size) is int and size >= 0 for size in sizes):
-        raise ValueError("a shape that is none")
+        raise ValueError("a damaged shape")
     return sizes
 
 
 def index_bytes(tensors: Mapping[str, IndexedTensor], objects: Mapping[str, Section], dtype: str) -> bytes:
-    """The index of a checkpoint of tensors and of `objects` that are none, as torch writes it."""
+    """Return the index of a checkpoint, as torch writes it. `objects` are the entries that are not tensors."""
     entries = {name: _entry(tensor, dtype) for name, tensor in tensors.items()}
     entries |= dict.fromkeys(objects, Call(NEW_OBJECT, (Global(_METADATA, "BytesStorageMetadata"),)))
     sections = [(name, section) for name, tensor in tensors.items() for section in tensor.sections]

@@ -1,6 +1,6 @@
-"""What has become of the blocks that an expansion added: identities still, trained, or neither, which is a fault.
+"""Judges the blocks that an expansion added: still an identity, trained, or wrong.
 
-How a block began is computed by what the conversion takes its rows from (`Origins`), a few megabytes at a time.
+The initial values of a block are computed again as the conversion computes them (`Origins`), a few megabytes at a time.
 """
 
 from __future__ import annotations
@@ -22,71 +22,71 @@ from megatron_llamapro.expansion.round import Init
 
 
 class BlockState(Enum):
-    """What has become of an added block."""
+    """The state of an added block."""
 
     IDENTITY = "identity, as when added"
-    RANDOM = "identity by its zeros; of its other values only norms and shapes are proven: no seed of them was noted"
+    RANDOM = "identity by its zeros; of its other values only norms and shapes are proven: their seed was not recorded"
     TRAINED = "trained"
     WRONG = "wrong"
 
 
 @dataclass(frozen=True)
 class BlockReport:
-    """An added block, judged."""
+    """The verdict on an added block."""
 
     layer: int
     state: BlockState
     text: str = ""
-    """What is wrong, or tells that it was trained."""
+    """The fault, or the evidence that it was trained."""
 
 
 @dataclass(frozen=True)
-class _Beginning:
-    """How a tensor of an added block began."""
+class _InitialTensor:
+    """The initial values of a tensor of an added block."""
 
     name: str
     is_zeroed: bool
     rows: tuple[Rows, ...]
-    """What it may have been, by which casts came before and after; empty: drawn with a seed that nobody noted."""
+    """The possible values, for different casts before and after. Empty if drawn with a seed that was not recorded."""
 
 
 @dataclass(frozen=True)
 class AddedBlocks:
-    """The blocks that `expanded` has and `original` has not; the lineage of both is known to agree."""
+    """The blocks of `expanded` that `original` does not have. The lineage of both must agree."""
 
     original: Checkpoint
     expanded: Checkpoint
     files: SourceFiles
     hashes: Mapping[str, str]
-    """Of every tensor of `expanded`."""
+    """Hash of every tensor of `expanded`."""
     progress: Progress = nothing
 
     @property
     def layers(self) -> list[int]:
-        """Where they are. (Blocks that `original` has already may have been trained in it.)"""
+        """Indices of the blocks in `expanded`. (Added blocks that `original` already has may be trained in it.)"""
         known = self.original.plan.num_rounds
         return [i for i, layer in enumerate(self.expanded.plan.layers) if layer.added_in_round > known]
 
     def judge(self, layer: int) -> BlockReport:
-        """Judge one of them.
+        """Judge one block.
 
-        Training moves what was zeroed first (its gradient is the only one that is not zero at step 0), so zeros there
-        mean an untrained block, which must then have every bit that it began with. What a block of a later round than
-        the first began with is computed from blocks as `expanded` has them.
+        Training first moves the zeroed weights: at step 0 only their gradients are not zero. If they are still zero,
+        the block is untrained and must have all of its initial bits. If more than one round was added to `original`,
+        the initial values of the later rounds are computed from the blocks that `expanded` has now.
         """
-        parent, beginnings = self._parent(layer), list(self._beginnings(layer))
-        moved = [beginning.name for beginning in beginnings if beginning.is_zeroed and not self._holds(beginning)]
+        parent, initials = self._parent(layer), list(self._initial_tensors(layer))
+        moved = [initial.name for initial in initials if initial.is_zeroed and not self._holds(initial)]
         for name in moved:
             if not self._has_values(name):
-                return BlockReport(layer, BlockState.WRONG, f"{name} holds -0.0, which is not the +0.0 it was given")
+                return BlockReport(layer, BlockState.WRONG, f"{name} holds -0.0, but was initialised to +0.0")
             if self.hashes[name] == self.hashes[hf_name_in_layer(name, parent)]:
                 return BlockReport(layer, BlockState.WRONG, f"{name} is block {parent}'s, not zero")
         if moved:
             return BlockReport(layer, BlockState.TRAINED, f"{moved[0]} is not zero")
-        for beginning in beginnings:
-            if not self._holds(beginning):
-                return BlockReport(layer, BlockState.WRONG, self._problem(layer, beginning.name, parent))
-        is_random = any(not beginning.rows for beginning in beginnings)
+        for initial in initials:
+            if not self._holds(initial):
+                return BlockReport(layer, BlockState.WRONG, self._problem(layer, initial.name, parent))
+        is_random = any(not initial.rows for initial in initials)
         return BlockReport(layer, BlockState.RANDOM if is_random else BlockState.IDENTITY)
 
     def _problem(self, layer: int, name: str, parent: int) -> str:
@@ -110,12 +110,12 @@ class AddedBlocks:
         return self.expanded.manifest.init_seeds[self._round(layer) - 1]
 
     def _parent(self, layer: int) -> int:
-        """Where the block that it was made of stands now."""
+        """Return the current index of the block that it was made of."""
         plan, number = self.expanded.plan, self._round(layer)
         then = plan.after(number).layers[plan.layers_after(number).index(layer)]
         return plan.layers_after(number - 1)[then.parent_layer]
 
-    def _beginnings(self, layer: int) -> Iterator[_Beginning]:
+    def _initial_tensors(self, layer: int) -> Iterator[_InitialTensor]:
         plan, number, init, seed = self.expanded.plan, self._round(layer), self._init(layer), self._seed(layer)
         before = self.original if self._is_next_round(layer) else after_rounds(self.expanded, number - 1)
         there = plan.layers_after(number)
@@ -126,7 +126,7 @@ class AddedBlocks:
         }
         for weight, name, _ in iter_hf([weight for weight in weights if weight.layer == there.index(layer)]):
             rows = {types: origin.rows(weight, name) for types, origin in origins.items()}
-            yield _Beginning(
+            yield _InitialTensor(
                 hf_name_in_layer(name, layer),
                 is_zeroed(weight, name, init),
                 tuple(
@@ -137,23 +137,25 @@ class AddedBlocks:
             )
 
     def _ways(self, before: str) -> list[tuple[str, ...]]:
-        """The type that a block of a model of type `before` may have been made in, and those it was cast to since: the
-        manifest's type is one that the model once had."""
+        """Return the sequences of types that a block may have had since it was added to a model of type `before`.
+
+        The manifest's type is one that the model once had.
+        """
         assert self.expanded.manifest is not None
         now, noted_in = self.expanded.dtype, self.expanded.manifest.hash_dtype
         ways = [(now,), (before, now), (noted_in, now), (before, noted_in, now)]
         return [tuple(dtype for dtype, _ in groupby(way)) for way in ways]
 
-    def _holds(self, beginning: _Beginning) -> bool:
-        """Whether a tensor is what it began as, as far as that is known."""
-        if not beginning.rows:
+    def _holds(self, initial: _InitialTensor) -> bool:
+        """Return whether a tensor has its initial values, or whether those are unknown."""
+        if not initial.rows:
             return True
-        tensor, itemsize = self.expanded.tensors[beginning.name], self.expanded.itemsize
-        hashes = (hash_rows(rows, tensor, itemsize, progress=self.progress) for rows in beginning.rows)
-        return self.hashes[beginning.name] in hashes
+        tensor, itemsize = self.expanded.tensors[initial.name], self.expanded.itemsize
+        hashes = (hash_rows(rows, tensor, itemsize, progress=self.progress) for rows in initial.rows)
+        return self.hashes[initial.name] in hashes
 
     def _has_values(self, name: str) -> bool:
-        """Whether a tensor holds anything but +0.0 and -0.0, by its bits."""
+        """Return whether a tensor has any bits other than those of +0.0 and -0.0."""
         tensor, itemsize = self.expanded.tensors[name], self.expanded.itemsize
         unsigned = numpy.dtype(f"u{itemsize}")
         magnitude = numpy.array((1 << (8 * itemsize - 1)) - 1, unsigned)

@@ -1,7 +1,7 @@
-"""The forward pass of every family in plain torch, one block at a time, its weights read as they are needed.
+"""The forward pass of every family in plain torch, one block at a time. Weights are read when they are needed.
 
-For proofs: it needs neither transformers nor megatron.core, and no more memory than one block. Everything is
-computed in float32, whatever the weights are stored in.
+For proofs. It needs neither transformers nor megatron.core, and memory for one block only. Everything is computed in
+float32, whatever the type of the stored weights.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from megatron_llamapro.families.rotary import inverse_frequencies
 from megatron_llamapro.families.shape import ModelShape
 
 ReadWeight = Callable[[str], torch.Tensor]
-"""A block's weight by its name in the block."""
+"""Returns a block's weight, given its name in the block."""
 
 ApplyLinear = Callable[[torch.Tensor, str], torch.Tensor]
-"""A block's linear, with its bias if it has one, by its name in the block."""
+"""Applies a block's linear (and its bias, if it has one), given its input and its name in the block."""
 
-_HEAD_ROWS = 8192  # entries of the vocabulary that are turned to float32 at once
+_HEAD_ROWS = 8192  # vocabulary rows that are converted to float32 at once
 
 
 @torch.no_grad()
 def logits(model: TensorSource, tokens: torch.Tensor) -> torch.Tensor:
-    """tokens [b, s] → logits [b, s, vocabulary], float32."""
+    """Return the model's logits: tokens [b, s] → [b, s, vocabulary], float32."""
     shape = model.shape
     angles = torch.outer(torch.arange(tokens.shape[1]), inverse_frequencies(shape))  # [s, d / 2]
     rotation = (angles.cos().repeat(1, 2), angles.sin().repeat(1, 2))
@@ -38,12 +38,15 @@ def logits(model: TensorSource, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def embedded(model: TensorSource, tokens: torch.Tensor) -> torch.Tensor:
-    """tokens [b, s] → [b, s, h], float32."""
+    """Return the embedded tokens: [b, s] → [b, s, h], float32."""
     return model.tensor("model.embed_tokens.weight")[tokens].float()
 
 
 def projected(model: TensorSource, hidden: torch.Tensor, *, is_tied: bool) -> torch.Tensor:
-    """hidden [b, s, h], behind the last norm → logits [b, s, vocabulary]; `is_tied`: by the embedding."""
+    """Return the logits: hidden [b, s, h] after the final norm → [b, s, vocabulary].
+
+    If `is_tied`, the head is the embedding.
+    """
     head = model.tensor("model.embed_tokens.weight" if is_tied else "lm_head.weight")
     return torch.cat([functional.linear(hidden, rows.float()) for rows in head.split(_HEAD_ROWS)], dim=-1)
 
@@ -51,7 +54,7 @@ def projected(model: TensorSource, hidden: torch.Tensor, *, is_tied: bool) -> to
 def _block(
     model: TensorSource, layer: int, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
-    """hidden [b, s, h] → [b, s, h]: x + Attention(Norm(x)), then x + FeedForward(Norm(x))."""
+    """Apply a block, [b, s, h] → [b, s, h]: x + Attention(Norm(x)), then x + FeedForward(Norm(x))."""
 
     def weight(name: str) -> torch.Tensor:
         return model.tensor(f"model.layers.{layer}.{name}.weight")
@@ -71,7 +74,7 @@ def _block(
 def _attention(
     model: TensorSource, layer: int, normed: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
-    """normed [b, s, h] → [b, s, heads · d], before the output projection"""
+    """Apply attention without the output projection: normed [b, s, h] → [b, s, heads · d]."""
     shape, block = model.shape, f"model.layers.{layer}.self_attn."
     heads = {}
     for part in ("q", "k", "v"):
@@ -97,7 +100,7 @@ def _feed_forward(normed: torch.Tensor, linear: ApplyLinear) -> torch.Tensor:
 
 
 def _mixture(normed: torch.Tensor, weight: ReadWeight, shape: ModelShape) -> torch.Tensor:
-    """normed [b, s, h] → [b, s, h]: of each token its best experts, weighted by the softmax over their logits"""
+    """Apply each token's best experts, weighted by the softmax over their logits: [b, s, h] → [b, s, h]."""
     scores = functional.linear(normed, weight("block_sparse_moe.gate").float())  # [b, s, experts]
     chosen, experts = scores.topk(shape.moe_router_topk or 1, dim=-1)
     shares = torch.zeros_like(scores).scatter(-1, experts, chosen.softmax(-1))
@@ -105,7 +108,7 @@ def _mixture(normed: torch.Tensor, weight: ReadWeight, shape: ModelShape) -> tor
     for expert in range(scores.shape[-1]):
         gate, up = (weight(f"block_sparse_moe.experts.{expert}.{part}") for part in ("w1", "w3"))
         inner.append(_gated(normed[shares[..., expert] > 0], gate, up))
-    # Not in the same loop: w1 and w3 of all experts are one tensor of a Megatron checkpoint, w2 of all another.
+    # A second loop, because a Megatron checkpoint stores w1 and w3 of all experts in one tensor, and all w2 in another.
     result = torch.zeros_like(normed)
     for expert, values in enumerate(inner):
         tokens = shares[..., expert] > 0
@@ -123,7 +126,7 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, shape: ModelShape) -> torch.Ten
 
 
 def _rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary embedding of x [b, heads, s, d], halves paired as Hugging Face pairs them."""
+    """Apply the rotary embedding to x [b, heads, s, d], with halves paired as in Hugging Face."""
     cosine, sine = rotation
     first, second = x.chunk(2, dim=-1)
     return x * cosine + torch.cat([-second, first], dim=-1) * sine

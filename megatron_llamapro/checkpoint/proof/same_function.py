@@ -1,6 +1,6 @@
-"""Whether two checkpoints are the same function: by our own forward pass, and by transformers' where it is installed.
+"""Checks that two checkpoints are the same function, with our forward pass and, if installed, with transformers'.
 
-Ours reads config.json by our rules, on both sides alike; that the reading is right is what transformers' pass shows.
+Our pass reads config.json by our rules for both models. The pass of transformers shows that this reading is right.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ from megatron_llamapro.families.hf_config import MANIFEST_KEY, family_of, model_
 if TYPE_CHECKING:
     import torch
 
-_NUM_TOKENS = 32  # the sequence that the function is compared on
-_LONGEST_WINDOW = 8  # with a longer one, layers with and without it would compute the same on so few tokens
+_NUM_TOKENS = 32  # length of the sequence that the function is compared on
+_LONGEST_WINDOW = 8  # with a longer window, layers with and without it could compute the same on so few tokens
 _TOLERANCE = 1e-2
-"""Of the logits' standard deviation. Both are float32, by other kernels; a misread field moves them by far more."""
+"""As a share of the logits' standard deviation. Both use float32 and other kernels; a misread field moves them far
+more."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One claim, and whether it holds."""
+    """A claim, and whether it holds."""
 
     name: str
     ok: bool
     text: str
-    """What was found, with numbers and names."""
+    """The finding, with numbers and names."""
 
     def __str__(self) -> str:
         return f"{'ok  ' if self.ok else 'FAIL'} {self.name}: {self.text}"
 
 
 class CastTensors(OpenTensors):
-    """Tensors of a model, cast to each of `types` in turn, that report every byte that is read of them."""
+    """Tensors of a model, cast to each of `types` in turn. `progress` is called with the bytes that are read."""
 
     def __init__(self, checkpoint: Checkpoint, files: SourceFiles, types: Sequence[str], progress: Progress) -> None:
         super().__init__(checkpoint, files)
@@ -57,7 +58,7 @@ class CastTensors(OpenTensors):
 
 
 def _with_short_window(config: Mapping) -> dict:
-    # A window that config.json names is shortened also where we see none, so that transformers shows a misreading.
+    # A window in config.json is shortened even if we read it as none, so that transformers would reveal a misreading.
     window = {**family_of(config).defaults, **config}.get("sliding_window")
     is_longer = isinstance(window, int) and window > _LONGEST_WINDOW
     shorter = {"sliding_window": _LONGEST_WINDOW} if is_longer else {}
@@ -65,7 +66,7 @@ def _with_short_window(config: Mapping) -> dict:
 
 
 def check_function(source: CastTensors, result: CastTensors) -> Check:
-    """Logits of both models on the same random tokens, each computed from its own weights, block by block."""
+    """Compare the logits of both models on the same random tokens. Each is computed block by block from its weights."""
     import torch
 
     from megatron_llamapro.checkpoint.proof.reference import logits
@@ -80,7 +81,7 @@ def check_function(source: CastTensors, result: CastTensors) -> Check:
         return Check("function", ok=False, text=f"logits differ by up to {_largest(before - after):.3g} {where}")
     equal = f"logits are equal, bit for bit, {where}"
     if version() is None:
-        unproven = "not that config.json is read as it should be: that takes transformers, 4.56 or newer"
+        unproven = "not that config.json is read correctly: install transformers 4.56 or newer to check that"
         return Check("function", ok=True, text=f"{equal}; this shows what the blocks do, {unproven}")
     try:
         problem = _against_transformers(source, result, tokens, after)
@@ -88,14 +89,15 @@ def check_function(source: CastTensors, result: CastTensors) -> Check:
         problem = str(error)
     if problem:
         return Check("function", ok=False, text=f"by this program's reading {equal}, but {problem}")
-    # What 4 reads nothing of, it is told in the spelling that it reads: of that, this program's reading is not proven.
-    told = ", told what rope_parameters say" if _told(source.config) != source.config else ""
+    # Version 4 does not read newer spellings, so it gets them in the older one. This program's reading of these fields
+    # is then not proven.
+    told = ", given rope_parameters in its spelling" if _told(source.config) != source.config else ""
     agree = f"by this program and by transformers {version()}{told}, which agree"
     return Check("function", ok=True, text=f"{equal}, {agree}")
 
 
 def _told(config: Mapping) -> Mapping:
-    """`config` for transformers: as it is, unless that is version 4."""
+    """Return `config` for transformers: unchanged, unless the version is 4."""
     from megatron_llamapro.checkpoint.proof.transformers_model import version
 
     return spelled_for_all(config) if (version() or "").startswith("4.") else config
@@ -104,7 +106,7 @@ def _told(config: Mapping) -> Mapping:
 def _against_transformers(
     source: CastTensors, result: CastTensors, tokens: torch.Tensor, ours: torch.Tensor
 ) -> str | None:
-    """What transformers computes otherwise; None where nothing. Errors as `their_model`."""
+    """Return what transformers computes differently, or None. Raises what `their_model` raises."""
     import torch
 
     from megatron_llamapro.checkpoint.proof.transformers_model import their_model, version
@@ -119,7 +121,8 @@ def _against_transformers(
     distance = _largest(ours - after.logits)
     if not distance <= _TOLERANCE * after.logits.std():
         return (
-            f"those of transformers {version()} are other ones, by up to {distance:.3g}: it reads config.json otherwise"
+            f"those of transformers {version()} differ from them by up to {distance:.3g}: it reads config.json "
+            "differently"
         )
     return None
 

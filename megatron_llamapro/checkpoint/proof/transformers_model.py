@@ -1,8 +1,8 @@
-"""The forward pass of a checkpoint by transformers: its own reading of config.json, its own modules, our bytes.
+"""The forward pass of a checkpoint in transformers, with its reading of config.json, its modules and our bytes.
 
-Whatever else computes in this package stands on our reading of config.json; this does not. The model is built without
-memory. A module has its weights, in float32, only while it computes: no more is held than the largest linear, or the
-experts of one block of a Mixtral.
+Everything else in this package depends on our reading of config.json; this does not. The model is built on the meta
+device. A module holds its float32 weights only while it computes. The largest ones are a linear, or the experts of one
+Mixtral block.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from megatron_llamapro.checkpoint.proof.reference import embedded, projected
 from megatron_llamapro.config.errors import CheckpointError
 
 _OLDEST = (4, 56)
-"""Versions before do not have the classes that are used here, or read newer fields by other rules."""
+"""Older versions lack the classes that this module uses, or read newer fields by other rules."""
 
-# Fields that name code, some of which transformers would fetch and run.
+# Fields that name code. transformers would fetch and run some of it.
 _CODE = re.compile(r"auto_map|_?(attn|experts)_implementation(_internal)?|quantization_config")
 
-# transformers 5 computes a Mixtral with other modules than its files have: theirs, what of the file's they are made of.
+# Modules of a Mixtral in transformers 5 have other parameters than its files. These map them to the files' tensors.
 _ROUTER = re.compile(r"(model\.layers\.\d+)\.mlp\.gate\.weight")
 _EXPERTS = re.compile(r"(model\.layers\.\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
 _EXPERT_PARTS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
@@ -35,16 +35,16 @@ _EXPERT_PARTS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 
 @dataclass(frozen=True)
 class TheirModel:
-    """What transformers makes of a checkpoint."""
+    """The results of transformers for a checkpoint."""
 
     logits: torch.Tensor
     """[b, s, vocabulary], float32."""
     frequencies: torch.Tensor
-    """Of the rotary embeddings, float32, [head / 2]."""
+    """Frequencies of the rotary embeddings, [head / 2], float32."""
 
 
 def version() -> str | None:
-    """Of the transformers that is installed; None where none is, or one that is too old."""
+    """Return the version of transformers, or None if it is not installed or too old."""
     try:
         from transformers import __version__
     except ImportError:
@@ -53,16 +53,16 @@ def version() -> str | None:
 
 
 def their_model(config: Mapping, model: TensorSource, tokens: torch.Tensor) -> TheirModel:
-    """The model of `config`, with the tensors of `model`, on `tokens` [b, s].
+    """Run the model of `config`, with the tensors of `model`, on `tokens` [b, s].
 
     Raises:
-        CheckpointError: transformers fails on the configuration, or wants other tensors than the checkpoint has.
+        CheckpointError: transformers fails on the configuration, or needs other tensors than the checkpoint has.
     """
     try:
         return _computed(config, model, tokens)
     except CheckpointError:
         raise
-    except Exception as error:  # whatever a version may raise is its refusal
+    except Exception as error:  # a version of transformers may raise anything
         first_line = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         raise CheckpointError(f"transformers {version()} fails on config.json: {first_line}") from error
 
@@ -72,7 +72,7 @@ def _computed(config: Mapping, model: TensorSource, tokens: torch.Tensor) -> The
     causal = _without_memory(config)
     base = causal.model
     base.rotary_emb = type(base.rotary_emb)(config=causal.config)
-    base.embed_tokens = torch.nn.Identity()  # a table, looked up here
+    base.embed_tokens = torch.nn.Identity()  # the table is looked up below, in `embedded`
     for name, module in base.named_modules():
         _stream(module, f"model.{name}", model)
     hidden = base(inputs_embeds=embedded(model, tokens), use_cache=False, return_dict=True).last_hidden_state
@@ -83,7 +83,7 @@ def _computed(config: Mapping, model: TensorSource, tokens: torch.Tensor) -> The
 def _without_memory(config: Mapping) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    # As a file, since some decisions are made of that.
+    # As a file, because transformers decides some things when it reads one.
     fields = {name: value for name, value in config.items() if not _CODE.fullmatch(name)}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(fields))
@@ -93,7 +93,7 @@ def _without_memory(config: Mapping) -> Any:
 
 
 def _stream(module: torch.nn.Module, name: str, model: TensorSource) -> None:
-    """Have a module read its own weights before it computes, and forget them afterwards."""
+    """Make a module read its own weights before it computes, and drop them afterwards."""
     empty = dict(module.named_parameters(recurse=False))
     if not empty:
         return
@@ -103,7 +103,7 @@ def _stream(module: torch.nn.Module, name: str, model: TensorSource) -> None:
             values = _weight(model, f"{name}.{part}")
             if values.shape != parameter.shape:
                 wanted = list(parameter.shape)
-                raise CheckpointError(f"transformers wants {name}.{part} of shape {wanted}, not {list(values.shape)}")
+                raise CheckpointError(f"transformers needs {name}.{part} of shape {wanted}, not {list(values.shape)}")
             setattr(module, part, torch.nn.Parameter(values, requires_grad=False))
 
     def forget(module: torch.nn.Module, args: object, output: object) -> None:
@@ -122,11 +122,11 @@ def _weight(model: TensorSource, name: str) -> torch.Tensor:
     try:
         return model.tensor(name).float()
     except KeyError:
-        raise CheckpointError(f"transformers wants the tensor {name}, which the checkpoint does not have") from None
+        raise CheckpointError(f"transformers needs the tensor {name}, which the checkpoint does not have") from None
 
 
 def _experts(model: TensorSource, prefix: str, parts: tuple[str, ...]) -> torch.Tensor:
-    """[experts, rows of all parts, columns]"""
+    """Return the stacked experts, [experts, rows of all parts, columns]."""
     experts = range(model.shape.num_moe_experts or 0)
     rows = [
         torch.cat([model.tensor(f"{prefix}.{expert}.{part}.weight").float() for part in parts]) for expert in experts

@@ -1,7 +1,7 @@
-"""Proof that an expanded model is what it should be: identical in function before training, untouched originals after.
+"""Proves that an expanded model is correct: the same function before training, unchanged original tensors after.
 
-Every claim is a `Check`. Both checkpoints are read a few megabytes at a time; what a manifest says of the lineage is
-held against the tensors: every added block is computed again from what the manifest says it was made of.
+Every claim is a `Check`. Both checkpoints are read a few megabytes at a time. The manifest's lineage is checked against
+the tensors: every added block is computed again from the blocks that the manifest names as its source.
 """
 
 from __future__ import annotations
@@ -38,18 +38,25 @@ def verify(
     num_workers: int = 0,
     progress: Progress = nothing,
 ) -> Iterator[Check]:
-    """Compare `expanded` (any format, trained or not) with the checkpoint it was made from.
+    """Compare `expanded` (any format, trained or not) with the checkpoint that it was made from. Yield:
 
-    Lineage, original tensors, their hashes in the manifest, blocks that earlier rounds had added, blocks added since;
-    and, where no block was trained yet and not `quick`, the function. `trained` says which blocks may have moved.
-    `progress` is called with the bytes that were read. Nothing is compared until the caller iterates.
+    1. the lineage,
+    2. the original tensors,
+    3. their hashes in the manifest,
+    4. the base, if `expanded` is a delta checkpoint,
+    5. blocks that earlier rounds had added,
+    6. blocks added since,
+    7. the function, if no block is trained yet and not `quick`.
+
+    `trained` says which blocks may have moved. `progress` is called with the number of bytes that were read. Nothing is
+    compared until the caller iterates.
 
     Raises:
         CheckpointError: one of the two cannot be read, or `expanded` does not say which blocks were added.
     """
     source, result = open_checkpoint(Path(original)), open_checkpoint(Path(expanded))
     if result.manifest is None:
-        raise CheckpointError(f"{expanded} has no manifest, so nothing says which of its blocks were added")
+        raise CheckpointError(f"{expanded} has no manifest to say which blocks were added: convert the model again")
     if result.other_dtypes:
         other = next(iter(result.other_dtypes.values()))
         raise CheckpointError(f"{expanded} mixes {result.dtype} and {other}: convert it with --dtype, then verify")
@@ -85,7 +92,7 @@ def verify(
 def _hashes(
     checkpoint: Checkpoint, types: Sequence[str], files: SourceFiles, pool: ThreadPoolExecutor, progress: Progress
 ) -> dict[str, str]:
-    """The hash of every tensor, cast to each of `types` in turn."""
+    """Return the hash of every tensor, cast to each of `types` in turn."""
 
     def hash_of(name: str) -> str:
         tensor = checkpoint.tensors[name]
@@ -96,12 +103,12 @@ def _hashes(
 
 
 def _check_lineage(source: Checkpoint, result: Checkpoint) -> Check:
-    """The blocks of the original, in order, are those that the expanded model's plan says it had."""
+    """Check that the original has the blocks, in order, that the expanded model's plan names as the original's."""
     before, after = source.plan, result.plan
     if after.after(after.num_rounds) != after:
-        return Check("lineage", ok=False, text="its plan is not what its rounds make")
+        return Check("lineage", ok=False, text="its plan does not follow from its rounds")
     if after.num_rounds < before.num_rounds or after.after(before.num_rounds) != before:
-        problem = f"its plan starts from other blocks than the original's {before.num_layers}"
+        problem = f"its plan does not start from the original's {before.num_layers} blocks"
         return Check("lineage", ok=False, text=problem)
     differing = _differing_fields(source.shape, result.shape.with_layers(after.layers_after(before.num_rounds)))
     if differing:
@@ -117,33 +124,33 @@ def _differing_fields(before: ModelShape, after: ModelShape) -> list[str]:
 
 @dataclass(frozen=True)
 class _SharedTensors:
-    """Tensors that `source` and `result` both have."""
+    """The tensors that `source` and `result` both have."""
 
     source: Checkpoint
     result: Checkpoint
     types: tuple[str, ...]
-    """The types that the source's are cast to, one after the other; the last is the result's."""
+    """The types that the source's tensors are cast to, in turn. The last is the result's."""
     expected: Mapping[str, str]
-    """Hashes of the source's after these casts, by their names there."""
+    """Hashes of the source's tensors after these casts, by their names in `source`."""
     actual: Mapping[str, str]
-    """Hashes of the result's."""
+    """Hashes of the result's tensors, by their names in `result`."""
 
     @cached_property
     def earlier(self) -> list[str]:
-        """Those of blocks that were added before `source` was expanded, by their names in it."""
+        """Tensors of added blocks that `source` already had, by their names in `source`."""
         return [name for name in self.expected if original_name(name, self.source.plan) is None]
 
     @cached_property
     def originals(self) -> list[str]:
-        """Those of the first source model, by their names in `source`."""
+        """Tensors of the first source model, by their names in `source`."""
         return [name for name in self.expected if original_name(name, self.source.plan) is not None]
 
     def now(self, name: str) -> str:
-        """Its name in `result`."""
+        """Return a tensor's name in `result`, given its name in `source`."""
         return name_now(name, self.result.plan, self.source.plan.num_rounds)
 
     def moved(self, names: Iterable[str]) -> list[str]:
-        """Those of them that differ, by their names in `result`."""
+        """Return those of `names` whose tensors differ, by their names in `result`."""
         return [self.now(name) for name in names if self.actual[self.now(name)] != self.expected[name]]
 
 
@@ -155,10 +162,10 @@ def _kept(
     pool: ThreadPoolExecutor,
     progress: Progress,
 ) -> _SharedTensors:
-    """What of `source` is in `result`, whose hashes are `actual`.
+    """Return the tensors of `source` that are in `result`, whose hashes are `actual`.
 
-    Where the manifest tells of a cast to a narrower type, the source may be from before it, or from after it (trained
-    since, in a wider type, and expanded again). The way that leaves fewer tensors that differ is taken.
+    If the manifest records a cast to a narrower type, the source may be from before the cast. It may also be from after
+    it: trained since, in a wider type, and expanded again. The assumption under which fewer tensors differ is used.
     """
 
     def after(*types: str) -> _SharedTensors:
@@ -179,7 +186,7 @@ def _types(checkpoint: Checkpoint) -> list[str]:
 
 
 def _check_originals(kept: _SharedTensors) -> Check:
-    """Tensors of the first source model are the original's, bit for bit."""
+    """Check that tensors of the first source model equal the original's, bit for bit."""
     types, number = _types(kept.source), len(kept.originals)
     casts = f", after the cast from {' and '.join(types)} to {', then to '.join(kept.types)}"
     how = casts if types != [*kept.types] else ""
@@ -190,8 +197,11 @@ def _check_originals(kept: _SharedTensors) -> Check:
 def _hashes_as_noted(
     kept: _SharedTensors, files: SourceFiles, pool: ThreadPoolExecutor, progress: Progress
 ) -> Mapping[str, str] | None:
-    """Hashes of the original tensors, by their names in `source`, in the type that the manifest noted them in: those
-    of `result`, or of `source` where `result` was cast since; None where that has other values in that type."""
+    """Return hashes of the original tensors, by their names in `source`, in the type of the manifest's hashes.
+
+    They are those of `result`, or those of `source` if `result` was cast since. None if `source` has other values in
+    that type.
+    """
     source, result = kept.source, kept.result
     assert result.manifest is not None
     noted_in = result.manifest.hash_dtype
@@ -203,40 +213,40 @@ def _hashes_as_noted(
 
 
 def _check_manifest(kept: _SharedTensors, hashes: Mapping[str, str] | None) -> Check:
-    """Tensors of the first source model have the hashes that the manifest noted when they were first converted."""
+    """Check that tensors of the first source model have the hashes that the first conversion wrote to the manifest."""
     source, manifest, number = kept.source, kept.result.manifest, len(kept.originals)
     assert manifest is not None
     if hashes is None:
         text = (
-            f"nothing is proven: its hashes are of {manifest.hash_dtype} tensors, and both models are of another type; "
+            f"nothing is proven: its hashes are of {manifest.hash_dtype} tensors, but both models have another type; "
             f"compare with the {manifest.hash_dtype} original"
         )
         return Check("manifest", ok=True, text=text)
     noted = {name: manifest.original_hashes.get(str(original_name(name, source.plan))) for name in kept.originals}
     differing = [name for name in kept.originals if hashes[name] != noted[name]]
     if differing and source.plan.num_rounds and not kept.moved(differing):
-        text = f"{_some(differing)} of {number} do not have their hash, nor have they in the original: trained before"
+        text = f"{_some(differing)} of {number} differ from their hash, as they do in the original: trained before"
         return Check("manifest", ok=True, text=text)
-    problem = f"of {number} original tensors do not have their hash"
-    return _check_none([*map(kept.now, differing)], "manifest", problem, f"{number} original tensors have their hash")
+    problem = f"of {number} original tensors do not match their hash"
+    return _check_none([*map(kept.now, differing)], "manifest", problem, f"{number} original tensors match their hash")
 
 
 def _check_base(result: Checkpoint, hashes: Mapping[str, str], files: SourceFiles) -> Check:
-    """What a delta checkpoint takes from its base is what it was trained with."""
+    """Check that a delta checkpoint's tensors in its base are those that the run trained with."""
     assert result.base is not None
     expected = result.base.delta.base_hashes
     differing = [name for name, value in expected.items() if unmerged_hash(result, name, hashes, files) != value]
     where = f"tensors of {result.base.folder}"
-    problem = f"of {len(expected)} {where} are not those that were trained with"
-    return _check_none(differing, "base", problem, f"{len(expected)} {where} are those that were trained with")
+    problem = f"of {len(expected)} {where} are not those that the run trained with"
+    return _check_none(differing, "base", problem, f"{len(expected)} {where} are those that the run trained with")
 
 
 def _check_earlier(kept: _SharedTensors, trained: Trained) -> Check:
-    """Blocks that the original already had from rounds before are its own, unless they may have been trained since."""
+    """Check that blocks of earlier rounds equal the original's, unless they may have been trained since."""
     moved, number = kept.moved(kept.earlier), len(kept.earlier)
     if moved and trained is Trained.ADDED_BLOCKS:
         return Check("earlier rounds", ok=True, text=f"{len(moved)} of {number} tensors trained since")
-    problem = f"of {number} moved (if this round trained them too, say --trained {Trained.ADDED_BLOCKS.value})"
+    problem = f"of {number} moved (if this round trained them too, give --trained {Trained.ADDED_BLOCKS.value})"
     return _check_none(moved, "earlier rounds", problem, f"{number} tensors of their blocks bit-identical")
 
 

@@ -1,4 +1,4 @@
-"""Rows whose values are computed on the way: casts, means, random numbers. The only rows that need torch."""
+"""Rows that are computed when they are read: casts, means, random numbers. Only these rows need torch."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 
 def cast(rows: Rows, *, source: str, target: str, name: str) -> Rows:
-    """Rows in `target`, themselves if that is their type. Errors of `CastRows`."""
+    """Return `rows` cast to `target`, or `rows` itself if the types are equal. Raises what `CastRows` raises."""
     return rows if source == target else CastRows(rows, source=source, target=target, name=name)
 
 
 def cast_along(rows: Rows, *, types: Sequence[str], name: str) -> Rows:
-    """Rows of the first of `types`, cast to each of the others in turn. Errors of `CastRows`."""
+    """Return `rows`, of type `types[0]`, cast to each later type in turn. Raises what `CastRows` raises."""
     for source, target in pairwise(types):
         rows = cast(rows, source=source, target=target, name=name)
     return rows
 
 
 class CastRows:
-    """Rows in another type.
+    """Rows cast to another type.
 
     Raises (from `fill`):
-        CheckpointError: a finite value becomes infinite (bfloat16 7e4 has no float16).
+        CheckpointError: a finite value becomes infinite (7e4 fits bfloat16 but not float16).
     """
 
     is_zero = False
@@ -67,15 +67,15 @@ class MeanRows:
 
 
 class MergedRows:
-    """Rows of W + scaling * B A, computed in float32; W's own, bit for bit, where the adapter adds nothing."""
+    """Rows of W + scaling * B A, computed in float32. Where the adapter adds 0, W keeps its exact bits."""
 
     is_zero = False
 
     def __init__(
         self, weight: Rows, *, read_a: Callable[[], numpy.ndarray], b: Rows, scaling: float, dtype: str
     ) -> None:
-        """`read_a` gives all of A [rank, columns of W] as uint8; `b` are the rows of B [rows of W, rank]. All are of
-        type `dtype`."""
+        """`read_a` returns all of A [rank, columns of W] as uint8. `b` holds the rows of B [rows of W, rank]. All
+        three tensors have type `dtype`."""
         self._weight, self._read_a, self._b = weight, read_a, b
         self._scaling, self._dtype = scaling, dtype
 
@@ -93,7 +93,7 @@ class MergedRows:
 
 
 class NormalRows:
-    """Normally distributed rows, the same for the same seed. Portions must be asked for in order."""
+    """Normally distributed rows. The same seed gives the same rows. Portions must be read in order."""
 
     is_zero = False
 
@@ -115,7 +115,7 @@ class NormalRows:
 
 
 class OneRows:
-    """Ones."""
+    """Rows of ones."""
 
     is_zero = False
 
@@ -128,7 +128,7 @@ class OneRows:
 
 
 class ZeroRows:
-    """True zeros: never 0 times a weight, which can be -0.0 or NaN."""
+    """Rows of +0.0. They are not computed as 0 times a weight, because that can give -0.0 or NaN."""
 
     is_zero = True
 
@@ -148,7 +148,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _values(rows: Rows, start: int, out: numpy.ndarray, dtype: str, out_itemsize: int) -> torch.Tensor:
-    """The rows that `out` is to hold, [rows, columns] in `dtype`."""
+    """Return the values for the rows of `out`, [rows, columns] in `dtype`."""
     width = out.shape[1] // out_itemsize * ITEMSIZES[dtype]
     raw = numpy.empty((len(out), width), numpy.uint8)
     rows.fill(start, raw)

@@ -1,7 +1,8 @@
-"""Where every byte of a model's weights lies, in any format: pieces of Hugging Face's tensors at places in files.
+"""The layout of a model's weights in any format: which bytes of which file hold which piece of each tensor.
 
-A format's reader makes such a map of files that are there, its writer of files to come; converting is copying from one
-map to the other. Pure. Every tensor is seen as a matrix: its first dimension are the rows, the others the columns.
+A format's reader makes such a layout of existing files, and its writer makes one of new files. A conversion copies from
+one layout to the other. Tensors have Hugging Face's names. Each is treated as a matrix: the first dimension is its
+rows, the others are its columns. Pure.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from megatron_llamapro.checkpoint.tensors.weight_map import Shape, Weight, row_b
 from megatron_llamapro.families.shape import ModelShape
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
-"""Of a safetensors file."""
+"""Largest safetensors file, unless it holds a single larger tensor."""
 
 Span = tuple[int, int]
-"""From the first to the one behind the last."""
+"""(start, stop), as in `range`: stop is not included."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows, and of them some columns, of a tensor: row-major in `file` from byte `offset` on."""
+    """Some columns of some rows of a tensor, stored row-major in `file` from byte `offset`."""
 
     rows: Span
     columns: Span
@@ -41,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor, in as many pieces as it is divided into."""
+    """A tensor and the pieces that it is stored in."""
 
     shape: Shape
     pieces: tuple[Piece, ...]
@@ -57,7 +58,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class TargetFile:
-    """A file to be written: what of it is known beforehand. The rest is tensors' bytes, or zeros."""
+    """A file to write, with the bytes that are known in advance. The rest holds tensors, or zeros."""
 
     path: Path
     num_bytes: int
@@ -67,29 +68,29 @@ class TargetFile:
 
 @dataclass(frozen=True)
 class TargetLayout:
-    """A checkpoint to be written."""
+    """A checkpoint to write."""
 
     tensors: Mapping[str, tuple[StoredTensor, ...]]
-    """Where each goes, by Hugging Face name, in the order in which they are best written; some formats hold copies."""
+    """Where each tensor goes, by Hugging Face name, in the best order to write. Some formats store copies."""
     files: tuple[TargetFile, ...]
     small_files: Mapping[str, bytes]
-    """Whole contents by name: indices and the like."""
+    """The contents of other files by name, for example an index."""
 
 
 def num_columns(shape: Shape) -> int:
-    """Elements of a row."""
+    """Return the number of elements in a row."""
     return math.prod(shape[1:])
 
 
 def whole(shape: Shape, file: Path, offset: int) -> StoredTensor:
-    """A tensor in one piece."""
+    """Return a tensor that is stored in one piece."""
     return StoredTensor(shape, (Piece((0, shape[0]), (0, num_columns(shape)), file, offset),))
 
 
 def parts_of(weight: Weight, pieces: Iterable[Piece], *, shape: ModelShape, itemsize: int) -> dict[str, StoredTensor]:
-    """Hugging Face's tensors of a weight, from the pieces of megatron.core's one tensor (seen as a matrix).
+    """Return the Hugging Face tensors of a weight, given the pieces of megatron.core's one tensor (as a matrix).
 
-    Rows beyond the tensor's own (a padded vocabulary) are left out.
+    Rows that pad a vocabulary are left out.
     """
     found: dict[str, list[Piece]] = {name: [] for name in weight.hf_names}
     by_row = sorted(pieces, key=lambda piece: piece.rows)
@@ -107,7 +108,7 @@ def parts_of(weight: Weight, pieces: Iterable[Piece], *, shape: ModelShape, item
 
 
 def is_whole(tensor: StoredTensor) -> bool:
-    """Whether a tensor's pieces are exactly the whole, in bands of rows or of columns: no gap, no overlap."""
+    """Return whether a tensor's pieces cover it without gap or overlap, in bands of rows or of columns."""
     spans = [(piece.rows, piece.columns) for piece in tensor.pieces]
     turned = [(columns, rows) for rows, columns in spans]
     return _tile(spans, tensor.num_rows, tensor.num_columns) or _tile(turned, tensor.num_columns, tensor.num_rows)

@@ -1,6 +1,6 @@
-"""Tensors' rows out of files: any portion of them, a few megabytes at a time, and the hash of all.
+"""Reads and hashes tensors in files, a few megabytes of rows at a time.
 
-Nothing here needs torch or as much memory as a tensor. Reading and hashing leave Python's lock.
+Nothing needs torch, and only `read_whole` holds a whole tensor. Reading and hashing release Python's global lock.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from blake3 import blake3
 from megatron_llamapro.checkpoint.tensors.layout import Piece, StoredTensor
 from megatron_llamapro.config.errors import CheckpointError
 
-CHUNK_BYTES = 2**20  # fits a core's cache: read, hashed and written while it is there
+CHUNK_BYTES = 2**20  # fits a core's cache, so that a chunk is read, hashed and written from there
 
 Progress = Callable[[int], object]
-"""Called with the number of bytes that were just done."""
+"""Called with the number of bytes that were just processed."""
 
 
 def nothing(num_bytes: int) -> None:
-    """The progress that nobody watches."""
+    """Ignore progress."""
 
 
 class Rows(Protocol):
-    """A tensor whose rows can be had in any portion."""
+    """A tensor whose rows can be read in any portion."""
 
     is_zero: bool
-    """Whether every byte is 0: then none needs to be read or written."""
+    """Whether every byte is 0, so that none needs to be read or written."""
 
     def fill(self, start: int, out: numpy.ndarray) -> None:
-        """Rows from `start` on into `out`, uint8 [rows, bytes a row]."""
+        """Copy the rows from `start` into `out`, uint8 [rows, bytes per row]."""
         ...
 
 
 FileState = tuple[int, int, int]
-"""Which file a path names, its size and when it was last written."""
+"""A file's inode number, its size in bytes and the time of its last write in nanoseconds."""
 
 
 def state_of(path: Path) -> FileState:
-    """The state of a file now.
+    """Return the current state of a file.
 
     Raises:
-        CheckpointError: it is not there.
+        CheckpointError: the file does not exist.
     """
     try:
         return _state(path.stat())
@@ -61,13 +61,13 @@ def _state(status: os.stat_result) -> FileState:
 
 
 def allow_many_open_files() -> None:
-    """As many as the system lets this process have: the largest models have more files than the usual limit."""
+    """Raise this process's limit of open files to its maximum. The largest models exceed the usual limit."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class SourceFiles:
-    """Files that are read, opened once, and held against what they were when their headers were read."""
+    """Files to read. Each is opened once, and must not have changed since its header was read."""
 
     def __init__(self, states: Mapping[Path, FileState] | None = None) -> None:
         allow_many_open_files()
@@ -84,15 +84,15 @@ class SourceFiles:
         self._open.clear()
 
     def read(self, path: Path, offset: int, out: memoryview) -> None:
-        """Fill `out` from byte `offset` on.
+        """Fill `out` with the file's bytes from `offset`.
 
         Raises:
-            CheckpointError: the file is gone, shorter than it was, or another one.
+            CheckpointError: the file is gone, shorter than before, or another file.
         """
         read_exactly(self._descriptor(path), path, offset, out)
 
     def check_unchanged(self) -> None:
-        """Raise `CheckpointError` where a file is not what it was when its header was read."""
+        """Raise `CheckpointError` if a file has changed since its header was read."""
         for path, before in self._expected.items():
             if state_of(path) != before:
                 raise _changed(path)
@@ -120,7 +120,7 @@ def _changed(path: Path) -> CheckpointError:
 
 
 def read_exactly(descriptor: int, path: Path, offset: int, out: memoryview) -> None:
-    """Fill `out` from byte `offset` of an open file on, or raise `CheckpointError`."""
+    """Fill `out` with an open file's bytes from `offset`, or raise `CheckpointError`."""
     done = 0
     while done < len(out):
         try:
@@ -133,13 +133,13 @@ def read_exactly(descriptor: int, path: Path, offset: int, out: memoryview) -> N
 
 
 class Readable(Protocol):
-    """Files whose bytes can be read by place."""
+    """Files whose bytes can be read at any offset."""
 
     def read(self, path: Path, offset: int, out: memoryview) -> None: ...
 
 
 class StoredRows:
-    """Rows of a tensor that lies in files."""
+    """Rows of a tensor that is stored in files."""
 
     is_zero = False
 
@@ -160,7 +160,13 @@ class StoredRows:
 def overlaps(
     tensor: StoredTensor, start: int, num_rows: int, itemsize: int
 ) -> Iterator[tuple[Piece, slice, slice, int]]:
-    """Pieces that hold some of `num_rows` rows from `start`: where in a buffer of those rows, and at which byte."""
+    """Yield the pieces that hold any of the `num_rows` rows from `start`, each as a tuple of:
+
+    1. the piece,
+    2. its rows in a buffer of just these rows, uint8 [rows, bytes per row],
+    3. its byte columns in that buffer,
+    4. the byte in its file where its first such row starts.
+    """
     for piece in tensor.pieces:
         first, last = max(start, piece.rows[0]), min(start + num_rows, piece.rows[1])
         if first < last:
@@ -170,7 +176,7 @@ def overlaps(
 
 
 def read_whole(tensor: StoredTensor, files: Readable, itemsize: int) -> numpy.ndarray:
-    """All of a tensor, uint8 [rows, bytes a row]."""
+    """Return a whole tensor, uint8 [rows, bytes per row]."""
     values = numpy.empty((tensor.num_rows, tensor.num_columns * itemsize), numpy.uint8)
     StoredRows(tensor, files, itemsize).fill(0, values)
     return values
@@ -184,8 +190,10 @@ def hash_rows(
     each: Callable[[int, numpy.ndarray], object] | None = None,
     progress: Progress = nothing,
 ) -> str:
-    """Content hash (BLAKE3) of a tensor's bytes, row-major; not of its shape or type. `each` is given every portion of
-    the rows on the way, with the number of its first row."""
+    """Return the content hash (BLAKE3) of a tensor's row-major bytes. Shape and type are not part of it.
+
+    `each` is called with every portion of rows: the index of the first row, then the rows.
+    """
     hasher = blake3()
     row_bytes = tensor.num_columns * itemsize
     portion = max(1, min(tensor.num_rows, CHUNK_BYTES // max(row_bytes, 1)))
@@ -202,5 +210,5 @@ def hash_rows(
 
 
 def stored_hash(tensor: StoredTensor, files: Readable, itemsize: int, *, progress: Progress = nothing) -> str:
-    """Content hash of a tensor that lies in files."""
+    """Return the content hash of a tensor that is stored in files."""
     return hash_rows(StoredRows(tensor, files, itemsize), tensor, itemsize, progress=progress)

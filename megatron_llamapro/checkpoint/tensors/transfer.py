@@ -1,9 +1,9 @@
-"""Writes a checkpoint's tensors from where they come from, on several threads, so that a run that is cut can go on.
+"""Writes a checkpoint's tensors on several threads. An interrupted conversion can resume.
 
-Tensors go in batches. A batch is written, read back from where its tensors should be, compared by its hashes and noted
-in a journal. A run that goes on compares once more what the journal names, and does again what a power cut took back.
-What is read back comes out of the page cache, so that the disk moves each byte once; that it kept them is for
-`llamapro verify` to prove. (Reading, writing and hashing leave Python's lock, so threads use all cores.)
+Tensors are written in batches. Each batch is written, read back, compared by its hashes and noted in a journal. A
+resumed run compares the noted tensors again, and rewrites those that a power cut has undone. Tensors are read back from
+the page cache, so the disk moves each byte only once; `llamapro verify` proves that the disk kept them. (Reading,
+writing and hashing release Python's global lock, so threads use all cores.)
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ class TensorJob:
     name: str
     rows: Rows
     copies: tuple[StoredTensor, ...]
-    """Where it goes: a format may hold it more than once. Paths are the target's."""
+    """Where it goes in the target's files. A format may store more than one copy."""
     num_bytes: int
 
 
 class Journal:
-    """What of a target is done: `{"plan": …}`, then a line a batch, `{"hashes": {tensor: hash}}`."""
+    """The tensors that a target already has: a line `{"plan": …}`, then per batch `{"hashes": {tensor: hash}}`."""
 
     def __init__(self, path: Path, plan: str) -> None:
-        """`plan` names what is being made: a journal of anything else is begun anew."""
+        """`plan` identifies the conversion. A journal of another conversion is replaced by an empty one."""
         self._path, self._lock = path, threading.Lock()
         self.hashes: dict[str, str] = {}
         lines = self._whole_lines()
@@ -65,11 +65,11 @@ class Journal:
 
     @property
     def is_new(self) -> bool:
-        """Whether nothing is done yet."""
+        """Whether no tensor is noted yet."""
         return not self.hashes
 
     def note(self, hashes: Mapping[str, str]) -> None:
-        """These tensors are written."""
+        """Note that these tensors are written."""
         if not hashes:
             return
         with self._lock, self._path.open("a", encoding="utf-8") as file:
@@ -77,7 +77,7 @@ class Journal:
             self.hashes.update(hashes)
 
     def _whole_lines(self) -> list[dict[str, object]]:
-        """All before the first that a kill or a power cut has damaged."""
+        """Return the lines before the first one that a kill or a power cut damaged."""
         try:
             text = self._path.read_text(encoding="utf-8", errors="replace")
         except OSError:
@@ -95,7 +95,7 @@ class Journal:
 
 
 class TargetFiles:
-    """The files of a target, made in their full size (of zeros), filled from all sides and read back."""
+    """The files of a target. They are created in full size (zeros), filled by all threads and read back."""
 
     def __init__(self, files: Iterable[TargetFile]) -> None:
         self._open: dict[Path, int] = {}
@@ -117,17 +117,17 @@ class TargetFiles:
             os.close(descriptor)
 
     def put(self, tensor: StoredTensor, start: int, rows: numpy.ndarray, itemsize: int) -> None:
-        """Write a tensor's rows from `start` on, uint8 [rows, bytes a row], wherever its pieces are."""
+        """Write a tensor's rows from `start`, uint8 [rows, bytes per row], into its pieces."""
         for piece, span, columns, offset in overlaps(tensor, start, len(rows), itemsize):
             part = numpy.ascontiguousarray(rows[span, columns])
             self._write(self._open[piece.file], piece.file, part.reshape(-1).data, offset)
 
     def read(self, path: Path, offset: int, out: memoryview) -> None:
-        """Fill `out` from byte `offset` of a file on."""
+        """Fill `out` with a file's bytes from `offset`."""
         read_exactly(self._open[path], path, offset, out)
 
     def flush(self, tensor: StoredTensor, itemsize: int) -> None:
-        """Have the kernel begin to move a tensor to the disk, so that little is left to sync in the end."""
+        """Ask the kernel to start writing a tensor to disk, so that little is left to sync at the end."""
         for piece in tensor.pieces:
             num_bytes = piece.num_elements * itemsize
             os.posix_fadvise(self._open[piece.file], piece.offset, num_bytes, os.POSIX_FADV_DONTNEED)
@@ -141,7 +141,7 @@ class TargetFiles:
 
 
 def are_complete(files: Iterable[TargetFile]) -> bool:
-    """Whether every file is there in its full size."""
+    """Return whether every file exists in its full size."""
     return all(file.path.is_file() and file.path.stat().st_size == file.num_bytes for file in files)
 
 
@@ -154,11 +154,12 @@ def transfer(
     num_workers: int,
     progress: Progress = nothing,
 ) -> int:
-    """Write every tensor that is not there yet as the journal says; returns how many bytes were. The journal has the
-    hash of each tensor then.
+    """Write every tensor that the journal does not note, or that no longer has the noted hash.
+
+    Afterwards the journal has the hash of every tensor. Returns the number of bytes that were already written.
 
     Raises:
-        CheckpointError: a source changed while it was read, or the disk gave back other bytes than were written.
+        CheckpointError: a source changed while it was read, or a tensor was read back with other bytes.
         OSError: the disk is full, or fails.
     """
     with TargetFiles(files) as target:
@@ -167,7 +168,7 @@ def transfer(
 
 
 def _batches(jobs: Iterable[TensorJob]) -> Iterator[list[TensorJob]]:
-    """Neighbours, about `BATCH_BYTES` together."""
+    """Yield consecutive jobs in batches of about `BATCH_BYTES`."""
     batch: list[TensorJob] = []
     held = 0
     for job in jobs:
@@ -181,14 +182,14 @@ def _batches(jobs: Iterable[TensorJob]) -> Iterator[list[TensorJob]]:
 
 
 class _Worker:
-    """What a thread does with a batch."""
+    """Writes batches of tensors. All threads share one worker."""
 
     def __init__(self, target: TargetFiles, journal: Journal, itemsize: int, progress: Progress) -> None:
         self._target, self._journal = target, journal
         self._itemsize, self._progress = itemsize, progress
 
     def write(self, batch: Sequence[TensorJob]) -> int:
-        """Returns how many bytes were there already."""
+        """Write a batch. Return the number of its bytes that were already written."""
         todo = [job for job in batch if not self._is_done(job)]
         hashes = {job.name: self._write(job) for job in todo}
         for job in todo:
@@ -216,12 +217,12 @@ class _Worker:
     def _compare(self, name: str, copy: StoredTensor, expected: str) -> None:
         if stored_hash(copy, self._target, self._itemsize) != expected:
             raise CheckpointError(
-                f"{copy.pieces[0].file}: {name} reads back other than it was written: check the machine, try again"
+                f"{copy.pieces[0].file}: {name} was read back with other bytes: check the machine, then try again"
             )
 
 
 def _run_all(calls: Sequence[Callable[[], int]], num_workers: int) -> list[int]:
-    """What every call returns, on so many threads; the first error stops what has not begun, and is raised."""
+    """Run the calls on `num_workers` threads. The first error cancels calls that have not started, and is raised."""
     pool = ThreadPoolExecutor(max_workers=max(1, num_workers), thread_name_prefix="transfer")
     try:
         futures = [pool.submit(call) for call in calls]
@@ -232,5 +233,5 @@ def _run_all(calls: Sequence[Callable[[], int]], num_workers: int) -> list[int]:
 
 
 def default_workers() -> int:
-    """Two threads a core, so that one works while the other waits for the disk; eight at the most."""
+    """Return two threads per core, so that one works while the other waits for the disk; at most eight."""
     return min(8, 2 * len(os.sched_getaffinity(0)))

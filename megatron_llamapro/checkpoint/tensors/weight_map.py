@@ -1,6 +1,6 @@
-"""The weight map: one row a weight, read in both directions between Hugging Face's names and megatron.core's.
+"""The weight map: one row per weight, read in both directions between Hugging Face's names and megatron.core's.
 
-`{layer}` is the global 0-based layer index in both. Shapes are products of named dimensions of the model's shape.
+`{layer}` is the global 0-based layer index in both. A shape is a tuple of named dimensions of the model.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ Shape = tuple[int, ...]
 
 
 class Merge(Enum):
-    """How Hugging Face's tensors become megatron.core's one. Either way its bytes are ranges of their rows."""
+    """How several Hugging Face tensors form one tensor of megatron.core. Either way, it consists of their rows."""
 
     CONCAT = "concat"
     """All rows of the first, then all rows of the next, …"""
     QKV = "qkv"
-    """Rows by query group: its query heads, its key head, its value head."""
+    """For each query group in turn: its query heads, its key head, its value head."""
 
 
 class Sharding(Enum):
-    """How megatron.core divides a weight over tensor-parallel ranks; of experts, each one's matrix."""
+    """How megatron.core divides a weight, or each expert's matrix, over tensor-parallel ranks."""
 
     REPLICATED = "replicated"
     ROWS = "rows"
-    """Every rank has the next rows (whole query groups of QKV)."""
+    """Each rank has contiguous rows (of QKV, whole query groups)."""
     ROWS_BY_PART = "rows by part"
-    """Every rank has the next rows of each Hugging Face tensor: its gate rows, then its up rows."""
+    """Each rank has contiguous rows of each Hugging Face tensor: its gate rows, then its up rows."""
     COLUMNS = "columns"
 
 
@@ -42,15 +42,15 @@ class Row:
 
     megatron: str
     hugging_face: tuple[tuple[str, tuple[str, ...]], ...]
-    """Names there, each with its dimensions. With `{expert}` in them they come once an expert, expert by expert."""
+    """Hugging Face names, each with its dimensions. Names with `{expert}` repeat for each expert, expert by expert."""
     merge: Merge = Merge.CONCAT
     sharding: Sharding = Sharding.REPLICATED
     zero_in_added: bool = False
-    """Whether an added block starts with zeros here, which makes it an identity (paper, section 3.2)."""
+    """Whether an added block starts with zeros here. The zeros make it an identity (paper, section 3.2)."""
     needs: str | None = None
-    """The field (or property) of ModelShape without which there is no such weight."""
+    """A field or property of ModelShape. The weight exists only if it is true."""
     local_key: str | None = None
-    """Its key in `torch_dist` checkpoints of megatron.core's local layers, where that is not Transformer Engine's."""
+    """Its key in `torch_dist` checkpoints of megatron.core's local layers, if it differs from Transformer Engine's."""
 
     @property
     def per_expert(self) -> bool:
@@ -146,7 +146,7 @@ BLOCK_ROWS = (
         zero_in_added=True,
         needs="add_bias_linear",
     ),
-    # A mixture of experts. With every expert's output projection zeroed, their sum is zero however tokens are routed.
+    # A mixture of experts. Every expert's output projection is zeroed, so their sum is zero for any routing.
     Row(
         _LAYER + "pre_mlp_layernorm.weight",
         ((_HF_LAYER + "post_attention_layernorm.weight", ("hidden",)),),
@@ -188,14 +188,14 @@ OUTPUT_LAYER = Row(
 )
 
 VOCABULARY_ROWS = frozenset({EMBEDDING.megatron, OUTPUT_LAYER.megatron})
-"""megatron.core pads these to more rows than the vocabulary has."""
+"""Weights that megatron.core pads to more rows than the vocabulary has."""
 
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A row for one layer of one model: a tensor of the Megatron checkpoint."""
+    """A row applied to one layer of one model: a tensor of a Megatron checkpoint."""
 
     row: Row
     layer: int | None
@@ -214,18 +214,18 @@ class Weight:
 
     @property
     def megatron_shape(self) -> Shape:
-        """Without padding of the vocabulary."""
+        """Its shape, without padding of the vocabulary."""
         rows, columns = sum(shape[0] for shape in self.hf_shapes), self.hf_shapes[0][1:]
         return (self.num_experts, rows // self.num_experts, *columns) if self.row.per_expert else (rows, *columns)
 
     @property
     def num_experts(self) -> int:
-        """Experts that the tensor holds; 1 where it holds none."""
+        """The number of experts in the tensor; 1 if it is not per expert."""
         return len(self.hf_names) // len(self.row.hugging_face)
 
 
 def weights_of(shape: ModelShape) -> list[Weight]:
-    """Every weight of a model of this shape, in the order of the forward pass."""
+    """Return every weight of a model of this shape, in the order of the forward pass."""
     rows = [row for row in BLOCK_ROWS if row.needs is None or getattr(shape, row.needs)]
     blocks = [_resolve(row, shape, layer) for layer in range(shape.num_layers) for row in rows]
     weights = [_resolve(EMBEDDING, shape), *blocks, _resolve(FINAL_NORM, shape)]
@@ -233,14 +233,14 @@ def weights_of(shape: ModelShape) -> list[Weight]:
 
 
 def hf_shapes(shape: ModelShape) -> dict[str, Shape]:
-    """Name and shape of every tensor that a Hugging Face checkpoint of this shape must have."""
+    """Return the name and shape of every tensor that a Hugging Face checkpoint of this shape must have."""
     return {
         name: size for weight in weights_of(shape) for name, size in zip(weight.hf_names, weight.hf_shapes, strict=True)
     }
 
 
 def is_known_extra(name: str, shape: ModelShape) -> bool:
-    """Whether a Hugging Face tensor may be left out: a rotary buffer, which is computed, or the stored copy of a tied
+    """Return whether a Hugging Face tensor may be left out: a rotary buffer (always computed), or the copy of a tied
     head."""
     if name == OUTPUT_LAYER.hugging_face[0][0]:
         return shape.tie_word_embeddings
@@ -248,23 +248,23 @@ def is_known_extra(name: str, shape: ModelShape) -> bool:
 
 
 def is_norm(name: str) -> bool:
-    """Whether a Hugging Face tensor is a norm's scale."""
+    """Return whether a Hugging Face tensor is a norm's scale."""
     return name.endswith("norm.weight")
 
 
 def is_block_norm(name: str) -> bool:
-    """Whether a Hugging Face tensor is the scale of a norm before attention or feed-forward."""
+    """Return whether a Hugging Face tensor is the scale of a norm before attention or feed-forward."""
     return name.endswith("layernorm.weight")
 
 
 def layer_of(name: str) -> int | None:
-    """The layer of a Hugging Face tensor; None for one outside the blocks."""
+    """Return the layer of a Hugging Face tensor, or None if it is outside the blocks."""
     found = _HF_LAYER_NAME.match(name)
     return int(found[2]) if found else None
 
 
 def hf_name_in_layer(name: str, layer: int) -> str:
-    """The same tensor of another layer: model.layers.3.mlp.up_proj.weight, 7 → model.layers.7.mlp.up_proj.weight."""
+    """Return the name in another layer: model.layers.3.mlp.up_proj.weight, 7 → model.layers.7.mlp.up_proj.weight."""
     return _HF_LAYER_NAME.sub(rf"\g<1>{layer}.", name, count=1)
 
 
@@ -296,33 +296,33 @@ def _resolve(row: Row, shape: ModelShape, layer: int | None = None) -> Weight:
 
 
 def iter_hf(weights: list[Weight]) -> Iterator[tuple[Weight, str, Shape]]:
-    """Every Hugging Face tensor with the weight that it belongs to, in order."""
+    """Yield every Hugging Face tensor with the weight that it belongs to, in order."""
     for weight in weights:
         for name, size in zip(weight.hf_names, weight.hf_shapes, strict=True):
             yield weight, name, size
 
 
 def frozen_names(shape: ModelShape, trained: Collection[str]) -> list[str]:
-    """Hugging Face names of the weights that are not among `trained`, which are megatron.core's keys."""
+    """Return the Hugging Face names of the weights whose megatron.core keys are not in `trained`."""
     frozen = (weight for weight in weights_of(shape) if not {*weight.megatron_names} & {*trained})
     return [name for weight in frozen for name in weight.hf_names]
 
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Rows that stay together."""
+    """Rows that are contiguous both in a Hugging Face tensor and in megatron.core's."""
 
     part: str
-    """Name of Hugging Face's tensor."""
+    """Name of the Hugging Face tensor."""
     part_start: int
-    """Their first row there."""
+    """First row in the Hugging Face tensor."""
     merged_start: int
-    """Their first row in megatron.core's tensor, whose leading dimensions are flattened into rows."""
+    """First row in megatron.core's tensor, whose leading dimensions are flattened into rows."""
     num_rows: int
 
 
 def row_blocks(weight: Weight, shape: ModelShape) -> Iterator[RowBlock]:
-    """The rows of megatron.core's tensor, in order, and whose they are."""
+    """Yield the rows of megatron.core's tensor, in order, with the Hugging Face tensor that each belongs to."""
     runs = 1 if weight.row.merge is Merge.CONCAT else shape.num_query_groups
     position = 0
     for run in range(runs):

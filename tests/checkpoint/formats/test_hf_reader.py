@@ -64,7 +64,7 @@ ONE_FILE = {
     "a missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(UP)), f"lacks the tensor {UP}"),
     "a tensor of the wrong shape": (
         lambda f: edit_tensors(f, lambda t: t.update({UP: torch.zeros(3, 64)})),
-        rf"{UP} has shape \(3, 64\), config.json makes it \(96, 64\)",
+        rf"{UP} has shape \(3, 64\), but config.json makes it \(96, 64\)",
     ),
     "a tensor that no row reads": (
         lambda f: edit_tensors(f, lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.zeros(96)})),
@@ -170,5 +170,5 @@ def test_a_manifest_that_does_not_fit(damaged: Callable[..., Path], tmp_path: Pa
     manifest = json.loads((tmp_path / "megatron" / "llamapro.json").read_text())
     manifest["plan"]["layers"].pop()
     (tmp_path / "damaged" / "llamapro.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"manifest is for 3 layers, its config\.json for 4"):
+    with pytest.raises(CheckpointError, match=r"manifest has 3 layers, but its config\.json has 4"):
         open_hf(tmp_path / "damaged")

@@ -130,10 +130,10 @@ def test_mixed_types_become_the_one_that_is_asked_for(dtype: str, damaged: Tiny,
 def test_mixed_types_without_dtype(damaged: Tiny, tmp_path: Path) -> None:
     source = rewrite(damaged(dtype="bfloat16"), norms_in_float32)
     with pytest.raises(
-        CheckpointError, match=r"mixes types: .*norm\.weight is float32, most are bfloat16: say --dtype bf"
+        CheckpointError, match=r"mixes types: .*norm\.weight is float32, most are bfloat16: give --dtype bf"
     ):
         hf_to_megatron(source, tmp_path / "megatron")
-    assert "bfloat16, but 9 tensors of float32 (to convert it needs --dtype)" in str(inspect(source))
+    assert "bfloat16, but 9 tensors of float32 (give --dtype to convert it)" in str(inspect(source))
     sizes = [tensor.nbytes for tensor in load_file(source / SINGLE).values()]
     assert open_hf(source).weight_bytes == sum(part.num_bytes for part in inspect(source).parts) == sum(sizes)
 
@@ -166,15 +166,15 @@ FOREIGN = {
     "PEFT": (prefixed("base_model.model."), r"base_model\.model\.\S+ and 38 more: PEFT's: merge_and_unload\(\) first"),
     "PEFT's adapters": (renamed("up_proj.weight", "up_proj.base_layer.weight"), "PEFT's"),
     "FSDP": (inside("_fsdp_wrapped_module"), "FSDP's"),
-    "recomputation": (inside("_checkpoint_wrapped_module"), "recomputation's: take _checkpoint_wrapped_module. out"),
-    "a prefix that nobody knows": (prefixed("policy.net."), r"take policy\.net\. off the names of all tensors"),
-    "a model of images and text": (prefixed("language_model."), "reads more than text: .*save its language model"),
+    "recomputation": (inside("_checkpoint_wrapped_module"), "activation checkpointing's: remove _checkpoint_wrapped"),
+    "a prefix that nobody knows": (prefixed("policy.net."), r"remove policy\.net\. from the names of all tensors"),
+    "a model of images and text": (prefixed("language_model."), "reads more than text, .*save its language model"),
     "eyes": (lambda t: {**t, "vision_tower.conv.weight": torch.ones(3)}, "reads more than text"),
     "Megatron's names": (renamed("model.layers.", "decoder.layers."), "Megatron's names: megatron-to-hf converts"),
     "Meta's names": (renamed("model.embed_tokens", "tok_embeddings"), "Meta's or Mistral's own format"),
     "the first Yi": (renamed("input_layernorm", "ln1"), "newer files of that model, whose model_type is llama"),
     "fused projections": (renamed("self_attn.q_proj", "self_attn.qkv_proj"), "stored fused"),
-    "experts of another family": (renamed("mlp.up_proj", "mlp.experts.0.up_proj"), "otherwise than Mixtral's"),
+    "experts of another family": (renamed("mlp.up_proj", "mlp.experts.0.up_proj"), "in another layout than Mixtral's"),
     "a reward model": (renamed("lm_head", "score"), r"it has score\.weight: a classifier's, e\.g\. a reward model's"),
     "no head": (lambda t: {k: v for k, v in t.items() if k != HEAD}, "saved without its head, as embedding models are"),
     "quantised, and config.json is silent": (renamed("up_proj.weight", "up_proj.qweight"), "quantised weights cannot"),
@@ -195,7 +195,7 @@ TWICE = {
     "stacked experts and single ones": (
         TINY_FAMILIES["mixtral"],
         lambda tensors: {**tensors, "model.layers.0.mlp.experts.down_proj": torch.ones(4, 64, 96)},
-        "otherwise than Mixtral's",
+        "in another layout than Mixtral's",
     ),
     "a router under both names": (
         TINY_FAMILIES["mixtral"],
@@ -205,7 +205,7 @@ TWICE = {
     "`model.` twice, and once": (
         {},
         lambda tensors: {**{f"model.{name}": v for name, v in tensors.items()}, HEAD: tensors[HEAD] + 1},
-        "take model. off the names of all",
+        "remove model. from the names of all",
     ),
 }
 
@@ -257,7 +257,7 @@ def test_a_tensor_in_two_shards_is_named_with_both(damaged: Tiny, tmp_path: Path
     holder = next(shard for shard in shards if UP in load_file(shard))
     other = shards[0] if holder != shards[0] else shards[1]
     save_file({**load_file(other), UP: load_file(holder)[UP] + 1}, other, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=f"{UP} is in two shards, model-.* and model-") as refusal:
+    with pytest.raises(CheckpointError, match=f"{UP} differs between two shards, model-.* and model-") as refusal:
         hf_to_megatron(source, tmp_path / "megatron")
     assert all(shard.name in str(refusal.value) for shard in (holder, other))
 
@@ -281,7 +281,7 @@ def test_a_tensor_that_is_the_same_in_two_shards(named: int, damaged: Tiny, tmp_
     assert ours == expected
     for changed in (held.half(), held[:-1], held.nextafter(torch.tensor(9.0))):
         save_file({**load_file(other), UP: changed.contiguous()}, other, metadata={"format": "pt"})
-        with pytest.raises(CheckpointError, match=f"{UP} is in two shards, model-.* and model-.*, which differ"):
+        with pytest.raises(CheckpointError, match=f"{UP} differs between two shards, model-.* and model-"):
             hf_to_megatron(source, tmp_path / "differs")
 
 
@@ -314,7 +314,7 @@ QUANTISED: Mapping[str, tuple[dict, Callable[[Tensors], Tensors], str]] = {
     "GPTQ": (
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
         PACKED,
-        "quant_method 'gptq': quantised weights cannot be expanded: take the model that they were made from$",
+        "quant_method 'gptq': quantised weights cannot be expanded: use the model that they were made from$",
     ),
     "AWQ": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, PACKED, "quant_method 'awq'"),
     "fp8": ({"quantization_config": FP8}, to_fp8, r"FineGrainedFP8Config\(dequantize=True\).*save_original_format"),

@@ -147,11 +147,11 @@ def test_arguments_say_what_blocks_have(model: str, expected: dict, tiny_model: 
 REFUSED = {
     "stages that do not make the model": (
         {"pipeline_model_parallel_size": 2, "pipeline_stage_layers": (4, 3)},
-        "stages of 4, 3 layers do not make a model of 6",
+        "stages of 4, 3 layers do not fit a model of 6 layers",
     ),
     "counts that are too few": (
         {"pipeline_model_parallel_size": 3, "pipeline_stage_layers": (4, 2)},
-        "2 counts of layers for 3",
+        "has 2 counts for 3",
     ),
     "more stages than layers": ({"pipeline_model_parallel_size": 7}, "6 layers, fewer than the 7"),
     "chunks of one stage": ({"virtual_pipeline_model_parallel_size": 2}, "interleaved schedule needs at least 2"),
@@ -209,7 +209,7 @@ DAMAGED = {
     "no model": (lambda f: resave(f, lambda s: s.pop("model")), "holds no model"),
     "a folder of another name": (
         lambda f: rank_file(f).parent.rename(rank_file(f).parent.with_name("mp_rank_x")),
-        "is no rank's folder",
+        "is not a rank's folder",
     ),
 }
 

@@ -21,13 +21,13 @@ Tiny = Callable[..., Path]
 COPIED = {
     "heads": (
         {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
-        "num_attention_heads 4, its config.json makes that 2",
+        "num_attention_heads 4, but its config.json gives 2",
     ),
     "rotary base": (
         {"rope_theta": 1e6, "rope_parameters": None},
-        "rotary_base 500000, its config.json makes that 1000000",
+        "rotary_base 500000, but its config.json gives 1000000",
     ),
-    "epsilon": ({"rms_norm_eps": 1e-5}, "norm_epsilon 1e-06, its config.json makes that 1e-05"),
+    "epsilon": ({"rms_norm_eps": 1e-5}, "norm_epsilon 1e-06, but its config.json gives 1e-05"),
 }
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
 
@@ -89,27 +89,27 @@ SAVED = {
     "llama3 unsaid": (
         {"use_rope_scaling": True, "rope_scaling_factor": 8.0},
         PLAIN,
-        "use_rope_scaling True, its config.json makes that False",
+        "use_rope_scaling True, but its config.json gives False",
     ),
     "factor": (
         {"use_rope_scaling": True, "rope_scaling_factor": 8.0},
         {**LLAMA3, "factor": 32.0},
-        "rope_scaling_factor 8, its config.json makes that 32",
+        "rope_scaling_factor 8, but its config.json gives 32",
     ),
-    "low frequencies": ({"use_rope_scaling": True}, {**LLAMA3, "low_freq_factor": 2.0}, "low_freq_factor 1, its"),
+    "low frequencies": ({"use_rope_scaling": True}, {**LLAMA3, "low_freq_factor": 2.0}, "low_freq_factor 1, but its"),
     "original length": (
         {"use_rope_scaling": True},
         {**LLAMA3, "original_max_position_embeddings": 4096},
-        "original_max_position_embeddings 8192, its config.json makes that 4096",
+        "original_max_position_embeddings 8192, but its config.json gives 4096",
     ),
     "linear": ({"rotary_seq_len_interpolation_factor": 4}, LINEAR, None),
     "linear unsaid": (
         {"rotary_seq_len_interpolation_factor": 4},
         PLAIN,
-        "rotary_seq_len_interpolation_factor 4, its config.json makes that 1",
+        "rotary_seq_len_interpolation_factor 4, but its config.json gives 1",
     ),
     "by one": ({"rotary_seq_len_interpolation_factor": 1}, PLAIN, None),
-    "two kinds": ({"use_rope_scaling": True}, LINEAR, "use_rope_scaling True, its config.json makes that False"),
+    "two kinds": ({"use_rope_scaling": True}, LINEAR, "use_rope_scaling True, but its config.json gives False"),
 }
 ALWAYS = {
     "apply_layernorm_1p": (False, True),
@@ -133,20 +133,20 @@ WINDOWS = {
     "where there are none": (
         {"window_size": (4095, 0)},
         {},
-        r"window_size \(4095, 0\), its config.json makes that None",
+        r"window_size \(4095, 0\), but its config.json gives None",
     ),
-    "another": ({"window_size": (31, 0)}, MISTRAL, r"window_size \(31, 0\), its config.json makes that \(15, 0\)"),
+    "another": ({"window_size": (31, 0)}, MISTRAL, r"window_size \(31, 0\), but its config.json gives \(15, 0\)"),
     "some": ({"window_size": (15, 0), "window_attn_skip_freq": [0, 0, 1, 1]}, QWEN, None),
     "others": (
         {"window_size": (15, 0), "window_attn_skip_freq": 2},
         QWEN,
-        r"window_attn_skip_freq \(1, 0, 1, 0\), its config.json makes that \(0, 0, 1, 1\)",
+        r"window_attn_skip_freq \(1, 0, 1, 0\), but its config.json gives \(0, 0, 1, 1\)",
     ),
 }
 MADE = {
     "a router of a dense model": (ROUTER, {}, None),
     **{
-        name: ({name: value}, {"model_type": "mixtral"}, f"was saved with {name} {value}, which no model here has")
+        name: ({name: value}, {"model_type": "mixtral"}, f"was saved with {name} {value}, which is not supported")
         for name, value in ROUTER.items()
     },
     **{
@@ -156,7 +156,7 @@ MADE = {
     **{f"windows: {name}": row for name, row in WINDOWS.items()},
     **{f"{name} unset": ({name: default}, {}, None) for name, (default, _) in ALWAYS.items()},
     **{
-        name: ({name: value}, {}, f"was saved with {name} {value}, which no model here has")
+        name: ({name: value}, {}, f"was saved with {name} {value}, which is not supported")
         for name, (_, value) in ALWAYS.items()
     },
 }

@@ -195,7 +195,7 @@ DAMAGED = {
     "a layer is missing": (lose_a_layer, f"{NORM} is not complete"),
     "a layer in another's place": (have_a_layer_twice, "layers.1.mlp.linear_fc1.layer_norm_weight overlap or leave"),
     "a layer by itself too": (save_a_layer_by_itself_too, "layers.0.mlp.linear_fc1.layer_norm_weight twice"),
-    "another number of layers": (stack_another_number, r"\(3, 64\): it does not stack the 4 layers of config.json"),
+    "another number of layers": (stack_another_number, r"\(3, 64\): it is not a stack of the 4 layers of config.json"),
     "a weight is missing": (lambda index: index.state_dict_metadata.pop(NORM) and None, "lacks the tensor decoder"),
     "a place is missing": (lambda index: index.storage_data.pop(of_layer(1)) and None, "metadata is damaged"),
 }
@@ -216,7 +216,7 @@ def test_a_configuration_of_another_number_of_layers(num_layers: int, stacked: C
     folder = shutil.copytree(stacked("llama", "one rank"), tmp_path / "damaged")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": num_layers}))
-    with pytest.raises(CheckpointError, match=f"it does not stack the {num_layers} layers of config.json"):
+    with pytest.raises(CheckpointError, match=f"it is not a stack of the {num_layers} layers of config.json"):
         megatron_to_hf(folder, tmp_path / "hf")
 
 

@@ -239,7 +239,7 @@ DAMAGED_INDEX = {
     "a file in another folder": (set_path("../config.json"), r"names the file '\.\./config\.json'"),
     "a file at an absolute path": (set_path("/etc/passwd"), "names the file '/etc/passwd'"),
     "a file that is not there": (set_path("__9_0.distcp"), "lacks the file __9_0.distcp"),
-    "a file that is another": (set_path("config.json"), "truncated: its index says it holds more"),
+    "a file that is another": (set_path("config.json"), "truncated: the index says that it holds more"),
     "an offset behind the end": (lambda index: setattr(entry(index), "offset", 10**15), "is truncated"),
     "a negative offset": (lambda index: setattr(entry(index), "offset", -5), "is truncated"),
     "an offset that is infinite": (lambda index: setattr(entry(index), "offset", float("inf")), "is damaged"),
@@ -263,7 +263,7 @@ DAMAGED_INDEX = {
     ),
     "a key of two lines": (
         lambda index: index.state_dict_metadata.update({"decoder.layers.a\nb": index.state_dict_metadata[NORM]}),
-        "is damaged: a key that is no text",
+        "is damaged: a key that is not text",
     ),
     "a size that is no number": (
         lambda index: setattr(index.state_dict_metadata[NORM], "size", ("many",)),
@@ -271,7 +271,7 @@ DAMAGED_INDEX = {
     ),
     "a type that no weight has": (
         lambda index: setattr(index.state_dict_metadata[NORM].properties, "dtype", torch.int8),
-        f"{NORM} is int8; weights are one of float32, bfloat16, float16",
+        f"{NORM} is int8: weights must be float32, bfloat16, float16",
     ),
     "an unlisted harmless class": (lambda index: OrderedDict(a=complex(1, 2)), "it asks for builtins.complex"),
 }

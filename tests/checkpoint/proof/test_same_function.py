@@ -118,13 +118,13 @@ MISREAD: dict[str, tuple[str, Callable, dict, str]] = {
         "_windows",
         lambda *args, **settings: {},
         {"model_type": "mistral", "sliding_window": 4096},
-        "are other ones, by up to [0-9.]+: it reads config.json otherwise",
+        "differ from them by up to [0-9.]+: it reads config.json differently",
     ),
     "an epsilon that is not seen": (
         "number",
         lambda config, name, default=None, **settings: 1e-6,
         {"rms_norm_eps": 0.1},
-        "are other ones, by up to",
+        "differ from them by up to",
     ),
 }
 
@@ -175,7 +175,7 @@ def test_without_transformers_it_says_what_is_not_shown(
     monkeypatch.setitem(sys.modules, "transformers", None)
     line = function_line(with_fields(tiny_model(), tmp_path / "source", {}))
     assert line.ok
-    assert "not that config.json is read as it should be: that takes transformers, 4.56 or newer" in line.text
+    assert "not that config.json is read correctly: install transformers 4.56 or newer" in line.text
 
 
 def test_code_that_a_configuration_names_is_not_looked_for(tiny_model: Tiny) -> None:
@@ -200,7 +200,7 @@ def test_what_transformers_fails_on_is_one_line(tiny_model: Tiny, tmp_path: Path
             their_model({**config, "hidden_act": "nonsense"}, model, TOKENS)
         assert "\n" not in str(failure.value)
         with pytest.raises(
-            CheckpointError, match=r"wants the tensor .*q_proj.bias, which the checkpoint does not have"
+            CheckpointError, match=r"needs the tensor .*q_proj.bias, which the checkpoint does not have"
         ):
             their_model({**config, "attention_bias": True}, model, TOKENS)
         with pytest.raises(CheckpointError, match=r"q_proj.weight of shape \[128, 64\], not \[64, 64\]"):

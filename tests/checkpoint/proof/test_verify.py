@@ -166,7 +166,7 @@ def test_hashes_are_held_against_the_manifest(expanded: Path, tiny_llama: Tiny) 
 
     edit_manifest(expanded, change)
     assert failures(tiny_llama(), expanded) == {
-        "manifest": "model.norm.weight, lm_head.weight of 39 original tensors do not have their hash"
+        "manifest": "model.norm.weight, lm_head.weight of 39 original tensors do not match their hash"
     }
 
 
@@ -232,7 +232,7 @@ def test_of_random_blocks_without_a_seed_zeros_norms_and_shapes_are_proven(tiny_
     found = checked(tiny_llama(), tmp_path / "it", trained=Trained.NOTHING)
     assert all(check.ok for check in found.values()), found
     assert found["added blocks"].text == (
-        "2, 5: identity by its zeros; of its other values only norms and shapes are proven: no seed of them was noted"
+        "2, 5: identity by its zeros; of its other values only norms and shapes are proven: their seed was not recorded"
     )
 
 
@@ -240,7 +240,7 @@ FLIPS = {
     "a projection of a mean": (Init.MEAN, "2.mlp.up_proj", 1, "is not what init mean makes of block 1"),
     "a norm of a mean": (Init.MEAN, "5.input_layernorm", 1, "is not what init mean makes of block 4"),
     "a zero of a mean": (Init.MEAN, "2.mlp.down_proj", 1, "is not zero"),
-    "a zero's sign": (Init.MEAN, "5.self_attn.o_proj", 0x80, "holds -0.0, which is not the +0.0 it was given"),
+    "a zero's sign": (Init.MEAN, "5.self_attn.o_proj", 0x80, "holds -0.0, but was initialised to +0.0"),
     "a norm of a random block": (Init.RANDOM, "2.input_layernorm", 1, "is not what init random makes of block 1"),
     "a value of a random block": (Init.RANDOM, "5.mlp.up_proj", 1, "is not what init random makes of block 4"),
     "a zero of a random block": (Init.RANDOM, "5.mlp.down_proj", 1, "is not zero"),
@@ -291,7 +291,7 @@ def test_a_flipped_bit_of_an_earlier_rounds_block_is_named(name: str, second: Pa
     found = failures(expanded, second, quick=True)
     assert found == {
         "earlier rounds": f"model.layers.{name}.weight of 18 moved "
-        "(if this round trained them too, say --trained added_blocks)"
+        "(if this round trained them too, give --trained added_blocks)"
     }
 
 
@@ -317,15 +317,15 @@ def test_an_earlier_round_that_was_trained_alone(second: Path, expanded: Path, t
 
 def test_a_plan_that_no_rounds_make(second: Path, tiny_llama: Tiny) -> None:
     edit_manifest(second, lambda manifest: manifest["plan"]["layers"][7].update(parent_layer=3))
-    assert failures(tiny_llama(), second) == {"lineage": "its plan is not what its rounds make"}
+    assert failures(tiny_llama(), second) == {"lineage": "its plan does not follow from its rounds"}
 
 
 def test_an_original_of_more_rounds(second: Path, expanded: Path) -> None:
-    assert failures(second, expanded) == {"lineage": "its plan starts from other blocks than the original's 8"}
+    assert failures(second, expanded) == {"lineage": "its plan does not start from the original's 8 blocks"}
 
 
 def test_a_folder_without_a_manifest(tiny_llama: Tiny) -> None:
-    with pytest.raises(CheckpointError, match="has no manifest, so nothing says which of its blocks were added"):
+    with pytest.raises(CheckpointError, match="has no manifest to say which blocks were added"):
         checked(tiny_llama(), tiny_llama())
 
 

@@ -69,7 +69,7 @@ def test_a_disk_that_gives_back_something_else(
             out[0] ^= 1
 
     monkeypatch.setattr(TargetFiles, "read", read)
-    with pytest.raises(CheckpointError, match="reads back other than it was written: check the machine"):
+    with pytest.raises(CheckpointError, match="was read back with other bytes: check the machine"):
         hf_to_megatron(tiny_llama(), tmp_path / "it")
     assert list(tmp_path.iterdir()) == []
 
@@ -79,7 +79,7 @@ def test_a_disk_that_is_too_small_is_noticed_first(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("megatron_llamapro.checkpoint.convert.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match=r"needs 561 kB, its disk has 1 kB free: make room"):
+    with pytest.raises(CheckpointError, match=r"needs 561 kB, but its disk has 1 kB free: make room"):
         hf_to_megatron(tiny_llama(), tmp_path / "it")
     assert list(tmp_path.iterdir()) == []
 

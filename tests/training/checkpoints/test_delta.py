@@ -229,7 +229,7 @@ def test_a_lost_base(trained: Callable, tmp_path: Path) -> None:
     base.rename(tmp_path / "elsewhere")
     answers = run_distributed(workers.set_up_errors, 2, [config])
     for message in (*(answer[0] for answer in answers), _error(lambda: megatron_to_hf(folder, tmp_path / "hf"))):
-        assert f"is looked for in {base}, which is not there" in message
+        assert f"{base} must hold the others, but does not exist" in message
         assert f"({config.model.checkpoint})" in message and "\n" not in message
     assert not (tmp_path / "hf").exists()
     shutil.copytree(config.model.checkpoint, base)
@@ -245,7 +245,7 @@ def test_another_base(trained: Callable, models: Callable, tmp_path: Path) -> No
     flip(base, "decoder.layers.2.mlp.linear_fc2.weight")
     megatron_to_hf(folder, tmp_path / "hf")
     flip(base, "decoder.layers.3.mlp.linear_fc2.weight")
-    wrong = "model.layers.3.mlp.down_proj.weight is not the tensor that was trained with"
+    wrong = "model.layers.3.mlp.down_proj.weight is not the tensor that the run trained with"
     errors = [_error(lambda: megatron_to_hf(folder, tmp_path / "wrong"))]
     errors.append(_error(lambda: megatron_to_megatron(folder, tmp_path / "wrong", dtype="bfloat16")))
     errors += [answer[0] for answer in run_distributed(workers.set_up_errors, 2, [config])]
