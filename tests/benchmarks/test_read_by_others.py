@@ -44,7 +44,7 @@ def test_the_page_names_the_pinned_versions() -> None:
         assert f"{package} {version}" in page
 
 
-def test_a_folder_that_is_no_clone_is_a_usage_error(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_clone_is_a_usage_error(tmp_path: Path) -> None:
     ended = run("--tools", "megatron-lm", "--megatron_lm", tmp_path)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert "is not a clone of Megatron-LM" in ended.stderr and ended.stderr.count("\n") == 1

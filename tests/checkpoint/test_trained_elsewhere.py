@@ -187,7 +187,7 @@ def test_mean_blocks_made_in_a_wider_type_than_the_source_verify(tiny_llama: Tin
 
 
 def test_changes_in_a_wider_type_are_named(widened: Path, tiny_llama: Tiny) -> None:
-    """Changes too small for the narrower type, blocks that are no copies, and other hashes are all named."""
+    """Changes too small for the narrower type, blocks that are not copies, and other hashes are all named."""
     path, norm, copy = widened / "model.safetensors", "model.norm.weight", "model.layers.5.mlp.up_proj.weight"
     tensors = load_file(path)
     for name in (norm, copy):

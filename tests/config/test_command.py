@@ -52,7 +52,7 @@ def test_results_become_exit_codes() -> None:
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])
-def test_output_that_nobody_reads_is_no_error(lines: int) -> None:
+def test_output_that_nobody_reads_is_not_an_error(lines: int) -> None:
     """For example `| head`. The broken pipe may also surface only at the end."""
     program = (
         "from megatron_llamapro.config.command import run_command\n"

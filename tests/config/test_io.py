@@ -139,7 +139,7 @@ def test_wrong_yaml_is_one_line(case: str, tmp_path: Path) -> None:
         (b"#" * (2**24 + 1), "run.yaml has more than 16 MiB"),
     ],
 )
-def test_a_file_that_is_no_text_is_refused(content: bytes, message: str, run_yaml: Path) -> None:
+def test_a_file_that_is_not_text_is_refused(content: bytes, message: str, run_yaml: Path) -> None:
     run_yaml.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         parse(run_yaml)

@@ -114,7 +114,7 @@ def test_the_default_of_several_templates_is_used(tokenizer_folder: Path, tmp_pa
     assert EncoderOptions(tmp_path, chat=True).make().template.text == EXAMPLE.read_text()
 
 
-def test_greetings_and_messages_of_weight_0_are_no_answers(encoder: Callable) -> None:
+def test_greetings_and_messages_of_weight_0_are_not_answers(encoder: Callable) -> None:
     """A greeting has no message before it; weight 0 is OpenAI's mark for "do not learn"."""
     made = encoder(EXAMPLE.read_text())
     greeting = {"role": "assistant", "content": "Hello."}

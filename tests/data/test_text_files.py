@@ -1,4 +1,4 @@
-"""A file that is no jsonl is identified, and the suggested command converts it to jsonl."""
+"""A file that is not jsonl is identified, and the suggested command converts it to jsonl."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ NAMED: dict[str, tuple[str, bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", [*FILES, *NAMED])
-def test_a_file_that_is_no_jsonl_is_identified(kind: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_jsonl_is_identified(kind: str, tmp_path: Path) -> None:
     name, content, what = {**FILES, **NAMED}[kind]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"^{re.escape(str(tmp_path / name))} .*{what}") as error:
@@ -123,7 +123,7 @@ def test_plain_text_may_start_with_any_characters(tmp_path: Path) -> None:
     check_text_files([tmp_path / "a.txt"])
 
 
-def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_file_is_refused(tmp_path: Path) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
 

@@ -147,7 +147,7 @@ def test_the_end_of_sequence_token_is_that_of_transformers(
     assert load_tokenizer(tmp_path).eod == AutoTokenizer.from_pretrained(tmp_path).eos_token_id
 
 
-def test_a_file_that_is_no_tokenizer_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tokenizer_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
     shutil.copy(tokenizer_folder / "tokenizer.json", tmp_path)
     (tmp_path / "other.model").write_bytes(b"no model")
     (tmp_path / "broken.json").write_text("{}")

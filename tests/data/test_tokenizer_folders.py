@@ -81,7 +81,7 @@ def test_the_folders_code_is_neither_run_nor_asked_about(
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_file_that_is_no_tokenizer_names_the_one_beside_it(folder: Path) -> None:
+def test_a_file_that_is_not_a_tokenizer_names_the_one_beside_it(folder: Path) -> None:
     with pytest.raises(DataError, match=rf"is not a tokenizer: .*: give {folder}/tokenizer\.json"):
         load_tokenizer(folder / "tokenizer_config.json")
 

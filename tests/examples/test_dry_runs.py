@@ -65,7 +65,7 @@ EXAMPLES = {
 
 
 def test_every_example_is_covered() -> None:
-    """Tests of benchmarks/baselines.py and recipes.py run the others; those of slurm/ are no runs."""
+    """Tests of benchmarks/baselines.py and recipes.py run the others; the files of slurm/ are not runs."""
     named = {make(Path()) for name, (make, *_) in EXAMPLES.items() if name != "the README's"}
     elsewhere = {
         path for glob in ("baselines/*", "*_pro*/run", "slurm/*") for path in ROOT.glob(f"examples/{glob}.yaml")

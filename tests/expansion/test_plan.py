@@ -191,6 +191,6 @@ BAD_JSON = {
 
 
 @pytest.mark.parametrize("data", BAD_JSON.values(), ids=BAD_JSON.keys())
-def test_json_that_is_no_plan_is_refused(data: dict) -> None:
+def test_json_that_is_not_a_plan_is_refused(data: dict) -> None:
     with pytest.raises(ExpansionError, match="not an expansion plan"):
         ExpansionPlan.from_json(data)

@@ -144,7 +144,7 @@ def name_of(path: Path) -> str:
 
 @pytest.mark.parametrize("module", [cpu, fake_world])
 def test_substitutions_in_upstream_are_listed(module) -> None:
-    """Rows about torch are no changes to megatron.core."""
+    """Rows about torch are not changes to megatron.core."""
     made = {(row.owner, row.name) for row in module.table() if not is_torchs(row.owner)}
     place = module.__name__.removeprefix("megatron_llamapro.")
     rows = [row for row in CHANGES if row.ours == f"{place}._megatron_rows"]

@@ -70,7 +70,7 @@ def test_a_resumed_run_keeps_another_runs_record(path: Path) -> None:
     assert steps(path) == [2] and steps(path.with_name("metrics.1.jsonl")) == [1, 2, 3, 4, 5]
 
 
-def test_a_file_that_is_no_record_is_kept(path: Path) -> None:
+def test_a_file_that_is_not_a_record_is_kept(path: Path) -> None:
     path.parent.mkdir()
     path.write_text("my notes")
     start(path, resumed_at=2, until=3)
@@ -140,7 +140,7 @@ def test_a_full_disk_stops_neither_training_nor_the_record(path: Path) -> None:
     ("content", "line"),
     [("x", 1), ("[]\n", 1), ('{"kind": "run"}\nx\n', 2), ('{"kind": "run"}\nx\n{"kind": "run"}\n', 2)],
 )
-def test_a_file_that_is_no_record_is_named(content: str, line: int, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_record_is_named(content: str, line: int, tmp_path: Path) -> None:
     (tmp_path / "m").write_text(content)
     with pytest.raises(DataError, match=f"m, line {line}: not a metrics record"):
         read_records(tmp_path / "m")

@@ -114,7 +114,7 @@ def test_a_killed_runs_lock_is_taken_over(run_config: Callable, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["/dev/null", "."])
-def test_a_metrics_path_that_is_no_file_is_refused(name: str, run_config: Callable, tmp_path: Path) -> None:
+def test_a_metrics_path_that_is_not_a_file_is_refused(name: str, run_config: Callable, tmp_path: Path) -> None:
     [(error, _)] = front_door(with_logging(run_config(), metrics_file=name), tmp_path)
     assert error == f"ConfigError: logging.metrics_file ({name}) is not a file: name one"
     assert Path("/dev/null").is_char_device()

@@ -288,7 +288,11 @@ def test_a_stop_in_an_evaluation_or_a_save_needs_no_further_step(asynchronous: b
     start = [("eval", 0), ("train", 1)]
     config = run_config(train_iters=6, eval_interval=2)
     for name, told, rest in (
-        ("step", ("train", 1), [("train", 2), ("save", 2), ("eval", 2)]),  # the requested save comes before the evaluation
+        (
+            "step",
+            ("train", 1),
+            [("train", 2), ("save", 2), ("eval", 2)],
+        ),  # the requested save comes before the evaluation
         ("eval", ("eval", 2), [("train", 2), ("eval", 2), ("save", 2)]),
     ):
         kept = dataclasses.replace(config.checkpoint, save=f"{config.checkpoint.save}-{name}", async_save=asynchronous)

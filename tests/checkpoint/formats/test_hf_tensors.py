@@ -1,5 +1,5 @@
 """Tensors under other names, in other layouts or other types are read as transformers reads them. Anything that
-transformers does not read, or that is no plain weight, is refused with advice."""
+transformers does not read, or that is not a plain weight, is refused with advice."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def test_the_store_is_trusted_only_for_folders_of_the_cache(tiny_llama: Tiny, tm
 
 
 def opened(path: Path) -> dict[str, str]:
-    """Return each reader's error for a path that is no model folder."""
+    """Return each reader's error for a path that is not a model folder."""
     readers: dict[str, Callable[[Path], object]] = {
         "convert": lambda path: hf_to_megatron(path, path.parent / "target"),
         "expand": lambda path: expand_hf(path, path.parent / "target", expansion=Expansion.at(1)),

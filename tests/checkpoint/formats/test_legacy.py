@@ -256,7 +256,7 @@ def test_other_state_of_megatron_lm_is_left_out(divided: Path, tiny_llama: Tiny,
 
 
 def test_a_checkpoint_without_a_manifest_was_never_expanded(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """Megatron-LM's own checkpoints are read so once a config.json lies beside them."""
+    """Megatron-LM's own checkpoints are read this way once a config.json lies beside them."""
     hf_to_megatron(tiny_llama(), tmp_path / "it", kind=legacy(tensor_model_parallel_size=2))
     (tmp_path / "it" / "llamapro.json").unlink()
     megatron_to_hf(tmp_path / "it", tmp_path / "hf")

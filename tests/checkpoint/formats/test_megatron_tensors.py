@@ -149,7 +149,7 @@ def test_expanding_a_stacked_checkpoint_writes_one_key_per_layer(
 
 
 def test_stacks_stored_in_one_piece_are_read(tiny_model: Tiny, tmp_path: Path) -> None:
-    """Other programs may save them so."""
+    """Other programs may save them this way."""
     source = tiny_model(**MODELS["mixtral"])
     hf_to_megatron(source, tmp_path / "megatron")
     stack_layers(tmp_path / "megatron", tmp_path / "stacked")

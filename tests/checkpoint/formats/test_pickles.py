@@ -52,7 +52,7 @@ ENUM = "torch.distributed.checkpoint.planner.WriteItemType"
 
 
 def test_an_enumeration_member_is_read_by_name() -> None:
-    """Python 3.11.0 to 3.11.3 pickle it so; Debian 12 has 3.11.2."""
+    """Python 3.11.0 to 3.11.3 pickle it this way; Debian 12 has 3.11.2."""
     described = Call(Global("builtins", "getattr"), (Global(*ENUM.rsplit(".", 1)), "SHARD"))
     member = load(dumps(described), admitted={ENUM})
     assert isinstance(member, Record) and (member.path, member.args) == (ENUM, ("SHARD",))

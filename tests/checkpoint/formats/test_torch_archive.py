@@ -115,7 +115,7 @@ def test_a_hostile_file_runs_no_code(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_is_no_archive_is_refused() -> None:
+def test_a_file_that_is_not_an_archive_is_refused() -> None:
     for data in (b"", b"PK", b"x" * 1000):
         with pytest.raises(DamagedArchiveError):
             read_archive(io.BytesIO(data))

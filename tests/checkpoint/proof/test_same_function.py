@@ -151,7 +151,7 @@ def test_a_misread_configuration_fails_the_function_line(
 
 @pytest.mark.parametrize("model_type", families.FAMILIES)
 def test_a_default_window_is_shortened_for_the_proof(model_type: str, tiny_model: Tiny, tmp_path: Path) -> None:
-    """The family's default is transformers' default. If that is no window, every token stays in view."""
+    """The family's default is transformers' default. Without a default window, every token stays in view."""
     switch = {"use_sliding_window": True} if "qwen" in model_type else {}
     source = with_fields(tiny_model(model_type=model_type), tmp_path / "source", {})
     path = source / "config.json"

@@ -152,7 +152,7 @@ def test_an_added_block_that_is_not_zeroed_is_found(expanded: Path, tiny_llama: 
     assert found["function"].startswith("logits differ by up to ")
 
 
-def test_an_identity_block_that_is_no_copy_is_found(expanded: Path, tiny_llama: Tiny) -> None:
+def test_an_identity_block_that_is_not_a_copy_is_found(expanded: Path, tiny_llama: Tiny) -> None:
     edit(expanded, lambda tensors: tensors["model.layers.5.self_attn.k_proj.weight"].add_(1))
     assert failures(tiny_llama(), expanded) == {
         "added blocks": "block 5: model.layers.5.self_attn.k_proj.weight is not what init copy makes of block 4"
