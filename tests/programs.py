@@ -1,6 +1,12 @@
-"""Programs of this repository in processes of their own, forked from a server that has torch and megatron.core loaded:
-a start costs a tenth of a second, not five. They have what a shell's have: arguments, environment, folder, output,
-signals, exit code, a process group. What is about the start itself takes `subprocess`."""
+"""Runs programs of this repository as real processes that start in a tenth of a second instead of five.
+
+    done = programs.run("-m", "megatron_llamapro", "inspect", "--checkpoint", folder)
+    assert done.returncode == 0, done.stderr
+
+They are forked from a server that has torch and megatron.core loaded. Otherwise they are like programs of a shell,
+with their own arguments, environment, folder, output, signals, exit code and process group. Use `run` for a program
+that ends by itself, and `Program` to signal or watch one. Tests of the start itself, such as imports, use `subprocess`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +25,7 @@ from megatron_llamapro.testing.distributed import fork_server
 
 
 class Program:
-    """`python *arguments`, running: a file's name, or -m and a module's. Output goes to files."""
+    """A running `python *arguments`: a file name, or -m and a module name. Its output goes to the files given."""
 
     def __init__(
         self,
@@ -35,24 +41,33 @@ class Program:
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
-        """Exit code; of a program that was killed, minus the signal; None while it runs."""
+        """Return the exit code, minus the signal's number if one killed the program, or None while it runs."""
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Exit code, once it ends."""
+        """Wait for the end and return the exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: if it still runs after `timeout` seconds.
+        """
         self._process.join(timeout)
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
         return self._process.exitcode
 
     def kill(self) -> None:
+        """Send SIGKILL, if it still runs."""
         self._process.kill()
 
 
 def run(
     *arguments: object, timeout: float = 200, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """What `subprocess.run([sys.executable, *arguments], capture_output=True, text=True)` returns."""
+    """Return the same as `subprocess.run([sys.executable, *arguments], capture_output=True, text=True)`.
+
+    Raises:
+        subprocess.TimeoutExpired: if it still runs after `timeout` seconds; it is killed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder, "output"), Path(folder, "errors")
         program = Program(*arguments, output=output, errors=errors, cwd=cwd, env=env)
@@ -64,7 +79,7 @@ def run(
 
 
 def _run(arguments: list[str], cwd: Path, env: dict[str, str], output: Path, errors: Path) -> None:
-    """In the fork: become the program."""
+    """Turn the forked process into the program."""
     import torch
 
     os.setsid()
@@ -72,7 +87,7 @@ def _run(arguments: list[str], cwd: Path, env: dict[str, str], output: Path, err
     os.environ.clear()
     os.environ.update(env)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method(None, force=True)  # it is "forkserver" here, and the program's own elsewhere
+    multiprocessing.set_start_method(None, force=True)  # undo "forkserver": the program chooses its own
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _redirect(output, errors)
     is_module = arguments[0] == "-m"

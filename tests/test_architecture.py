@@ -1,4 +1,4 @@
-"""Imports point one way, every room has one row, and what must start fast starts without torch."""
+"""Imports point one way, every room has one row, and fast commands start without torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path("megatron_llamapro")
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
 
-# Which rooms a room may import, from the ground up.
+# The rooms that each room may import, from the ground up.
 ROOMS = {
     "config": "",
     "runtime": "config",
@@ -31,14 +31,14 @@ ROOMS = {
     "pretrain": "config runtime checkpoint training",
     "commands": "config runtime launch families expansion checkpoint planning data training dry_run",
     "testing": "config runtime families checkpoint training",
-    "__main__": "config",  # and, by its table of names, the command that is typed
+    "__main__": "config",  # and, by its table of names, the chosen command
 }
-# Rooms that know no ranks: all that they may import of runtime/.
+# Rooms that know no ranks, and the only parts of runtime/ that they may import.
 OF_RUNTIME = {"model": "upstream", "optimizer": "upstream"}
-# Which folders of checkpoint/ a folder of it may import; "" is checkpoint/ itself.
+# The folders of checkpoint/ that each of its folders may import; "" is checkpoint/ itself.
 CHECKPOINT_FOLDERS = {"tensors": "", "formats": "tensors", "": "tensors formats", "proof": "tensors formats "}
 
-# What commands import before they do anything, and what says what is wrong before it takes seconds.
+# Modules that commands import first, and modules that report errors before the slow imports.
 WITHOUT_TORCH = (
     "config",
     "families",
@@ -99,13 +99,13 @@ def test_folders_of_checkpoint_import_one_way(path: Path) -> None:
     assert folders - {folder} <= set(CHECKPOINT_FOLDERS[folder].split(" "))
 
 
-def test_no_files_import_one_another_in_a_circle() -> None:
+def test_no_files_import_each_other_in_a_circle() -> None:
     names = {f"megatron_llamapro.{name_of(path)}": path for path in MODULES}
     graph = {name: names.keys() & set(imports_of(path)) - {name} for name, path in names.items()}
     TopologicalSorter(graph).prepare()  # CycleError names them
 
 
-def test_a_class_name_means_one_thing() -> None:
+def test_a_class_name_is_used_once() -> None:
     files: dict[str, list[str]] = {}
     for path in MODULES:
         for node in ast.parse(path.read_text()).body:
@@ -114,7 +114,7 @@ def test_a_class_name_means_one_thing() -> None:
     assert {name: paths for name, paths in files.items() if len(paths) > 1} == {}
 
 
-def test_what_starts_fast_imports_no_torch() -> None:
+def test_fast_modules_import_no_torch() -> None:
     names = [name for name in map(name_of, MODULES) if name.split(".")[0] in WITHOUT_TORCH]
     names = [name for name in (*names, *WITHOUT_TORCH_TOO) if not name.startswith(WITH_TORCH)]
     script = (

@@ -1,4 +1,5 @@
-"""The public API: its names and signatures as text, so that a review sees every change, and what importing costs."""
+"""The public API: its names and signatures as text, so that a review sees every change, and the cost of importing
+it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import pytest
 
 import megatron_llamapro
 
-# A class by what a user calls of it.
+# A class is listed with the methods that a user calls.
 SIGNATURES = """
 hf_to_megatron(source, target, *, expansion=None, dtype=None, kind=TargetKind(), options=Options())
 megatron_to_hf(source, target, *, max_shard_bytes=5000000000, options=Options())
@@ -42,7 +43,7 @@ allow_cpu()
 
 
 class Shown:
-    """A default as the text above shows it."""
+    """Shows a default as the text above does."""
 
     def __init__(self, value: object) -> None:
         self.value = value
@@ -56,7 +57,7 @@ class Shown:
 
 
 def signature_of(function: Callable) -> str:
-    """Names, kinds and defaults of the parameters."""
+    """Return names, kinds and defaults of the parameters."""
     signature = inspect.signature(function)
     parameters = [
         parameter.replace(
@@ -75,15 +76,15 @@ def test_signatures_are_as_written(line: str) -> None:
     assert line == line.partition("(")[0] + signature_of(getattr(value, method) if method else value)
 
 
-def test_the_names_are_those_with_a_signature() -> None:
+def test_every_public_name_has_a_signature() -> None:
     names = {line.partition("(")[0].partition(".")[0] for line in SIGNATURES.strip().splitlines()}
-    names.add("LlamaProError")  # is caught, not called
+    names.add("LlamaProError")  # caught by users, never called
     assert set(megatron_llamapro.__all__) == set(megatron_llamapro._PUBLIC) == names
     assert names < set(dir(megatron_llamapro))
 
 
-def test_type_checkers_see_what_is_imported() -> None:
-    """The block for type checkers imports every name, from where the table has it."""
+def test_type_checkers_see_the_imported_names() -> None:
+    """The block for type checkers imports every name from the module that the table names."""
     source = ast.parse(Path(megatron_llamapro.__file__).read_text())
     [block] = [node for node in source.body if isinstance(node, ast.If)]
     seen = {
@@ -97,7 +98,7 @@ def test_type_checkers_see_what_is_imported() -> None:
         assert getattr(import_module(module), attribute) is getattr(megatron_llamapro, name)
 
 
-def test_a_name_that_does_not_exist() -> None:
+def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(AttributeError, match="module 'megatron_llamapro' has no attribute 'freze'"):
         megatron_llamapro.freze  # noqa: B018
 

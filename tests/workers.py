@@ -1,4 +1,11 @@
-"""What the ranks of a training test run: the program's own set-up and loop."""
+"""Functions for the ranks of a training test. They run the program's own set-up and loop, without its command line.
+
+    first, *others = run_distributed(workers.train, 2, run_config(train_iters=4))
+    assert first.figures == others[0].figures
+
+`run_distributed` (megatron_llamapro/testing/distributed.py) calls the function on every rank and returns one result per
+rank, in rank order. `run_config` is a fixture of tests/conftest.py.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Records:
-    """A metrics writer that keeps what it is given."""
+    """A metrics writer that keeps its records in memory, and calls `on_step` after each training step."""
 
     records: list[dict] = field(default_factory=list)
     on_step: Callable[[int], None] = lambda step: None
@@ -32,24 +39,28 @@ class Records:
             self.on_step(record["iteration"])
 
     def figures(self) -> list[tuple[int, float, float, float]]:
-        """Step, loss, gradient norm and learning rate of every step."""
+        """Return step, loss, gradient norm and learning rate of every step."""
         names = ("iteration", "loss", "grad_norm", "learning_rate")
         return [tuple(r[name] for name in names) for r in self.records if r["kind"] == "train"]
 
     def skips(self) -> list[tuple[int, str, int, int]]:
-        """Step, outcome, and the numbers of skipped ones, of every step without an update."""
+        """Return (step, outcome, skipped steps so far, skipped steps in a row) for every step without an update."""
         names = ("iteration", "outcome", "skipped_steps", "skipped_in_a_row")
         return [tuple(r[name] for name in names) for r in self.records if r["kind"] == "skip"]
 
     def saves(self) -> list[dict]:
+        """Return the record of every save."""
         return [record for record in self.records if record["kind"] == "save"]
 
     def held_out(self) -> list[tuple[int, str, float]]:
+        """Return (step, name of the held-out set, loss) of every evaluation."""
         return [(r["iteration"], r["name"], r["loss"]) for r in self.records if r["kind"] == "eval"]
 
 
 @dataclass(frozen=True)
 class Result:
+    """The results of one rank; the lists are those of `Records`."""
+
     figures: list
     held_out: list
     blocks: list
@@ -60,7 +71,7 @@ class Result:
 
 
 def train(config: RunConfig, sigterm_at: int | None = None) -> Result:
-    """Set up, train, and tell what happened. At step `sigterm_at` the first rank is sent SIGTERM."""
+    """Set up, train and return this rank's result. At step `sigterm_at` rank 0 sends itself SIGTERM."""
     from megatron_llamapro.runtime.stop import StopRequest
     from megatron_llamapro.training.loop import train
     from megatron_llamapro.training.setup import set_up
@@ -91,8 +102,10 @@ def train(config: RunConfig, sigterm_at: int | None = None) -> Result:
 
 
 def train_on_a_full_disk(config: RunConfig, full_after: int) -> str:
-    """Train; after step `full_after` the last rank can write no file above 20 kB. The message of the error that ends
-    the run on this rank; it must be one of ours."""
+    """Train while the last rank cannot write files above 20 kB after step `full_after`, as on a full disk.
+
+    Return the message of the `RunError` that ends the run on this rank, or "no error". Other errors are raised.
+    """
     from megatron_llamapro.config.errors import RunError
     from megatron_llamapro.runtime.stop import StopRequest
     from megatron_llamapro.training import loop
@@ -118,14 +131,14 @@ def train_on_a_full_disk(config: RunConfig, full_after: int) -> str:
 
 
 def printed(config: RunConfig) -> str:
-    """What a run prints on this rank."""
+    """Train and return the text that this rank prints."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
         train(config)
     return output.getvalue()
 
 
 def set_up_errors(configs: list[RunConfig]) -> list[str]:
-    """For each configuration, the message of the error that set-up raises on this rank; it must be one of ours."""
+    """Set up each configuration. Return "Class: message" of this rank's `LlamaProError`, or "no error", for each."""
     from megatron_llamapro.config.errors import LlamaProError
     from megatron_llamapro.training.setup import set_up
 
@@ -140,7 +153,7 @@ def set_up_errors(configs: list[RunConfig]) -> list[str]:
 
 
 def training_error(config: RunConfig) -> str:
-    """The message of the error that ends a run on this rank; it must be one of ours."""
+    """Train and return the message of the `LlamaProError` that ends the run on this rank, or "no error"."""
     from megatron_llamapro.config.errors import LlamaProError
 
     try:
@@ -151,8 +164,10 @@ def training_error(config: RunConfig) -> str:
 
 
 def front_door(config: RunConfig, folder: Path, environment: dict[str, str]) -> tuple[str, str]:
-    """What pretrain does once the world is there, in `folder`: the message of the error that ends it, and what it
-    prints."""
+    """Run pretrain in `folder`, from the point where the process group exists.
+
+    Return "Class: message" of the `LlamaProError` that ends it, or "no error", and the printed text.
+    """
     import contextlib
     import io
 
@@ -171,7 +186,7 @@ def front_door(config: RunConfig, folder: Path, environment: dict[str, str]) -> 
 
 
 def batches(config: RunConfig) -> list[tuple]:
-    """Tokens and labels, [samples, tokens], of each step of a run on one rank."""
+    """Return tokens and labels, [samples, tokens], of each step of a run on one rank."""
     from megatron_llamapro.data.sampling import train_batches
     from megatron_llamapro.training.setup import set_up
 

@@ -1,4 +1,4 @@
-"""Make what the smoke test starts from: DIR/text.jsonl out of Python's documentation, DIR/llama, a tiny random LLaMA.
+"""Make the inputs of the smoke test: DIR/text.jsonl from Python's documentation, and DIR/llama, a tiny random LLaMA.
 
 python examples/smoke/make_inputs.py --output_dir DIR
 """

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole way with a tiny random LLaMA, in a minute: tokenizer, data, training at TP 2, export, expansion,
-# training at TP 2 x PP 2, export, proof. Every line that is printed with a $ is a command you could type.
+# Every step with a tiny random LLaMA, in a minute: tokenizer, data, training at TP 2, export, expansion,
+# training at TP 2 x PP 2, export, verification. Every printed line that starts with $ is a command that you can type.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -1,9 +1,9 @@
-"""Gather text that every installation has: English and Python, which the model knows, and C++, the new domain.
+"""Collect text that every installation has: English and Python, known to the model, and C++, the new domain.
 
 python examples/smollm2_pro/build_text.py --output_dir DIR      writes DIR/{english,python,cpp}.{train,held_out}.jsonl
 
-English is Python's own documentation, Python its standard library, C++ the headers that come with torch. A document
-is held out or not by a hash of its name, so the division is the same everywhere.
+English is Python's own documentation, Python its standard library, C++ the headers of torch. A hash of its name
+decides whether a document is held out, so the split is the same everywhere.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Document = tuple[str, str]
 
 
 def english() -> Iterator[Document]:
-    """Topics of the language reference."""
+    """Yield the topics of the language reference."""
     yield from sorted(topics.items())
 
 
 def python() -> Iterator[Document]:
-    """Modules of the standard library."""
+    """Yield the modules of the standard library."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         if not {"site-packages", "test", "tests", "pydoc_data", "encodings"} & set(path.parts):
@@ -37,7 +37,7 @@ def python() -> Iterator[Document]:
 
 
 def cpp() -> Iterator[Document]:
-    """Headers of torch."""
+    """Yield the headers of torch."""
     import torch
 
     headers = Path(torch.__file__).parent / "include"
@@ -46,29 +46,29 @@ def cpp() -> Iterator[Document]:
 
 
 def document(path: Path, root: Path) -> Iterator[Document]:
-    """One file, unless it is not text."""
+    """Yield one file if it is text."""
     try:
         yield str(path.relative_to(root)), path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         return
 
 
-# Where a domain's documents come from, and what part of them is held out: there is little English.
+# Source of each domain's documents, and the percentage held out. It is high for English, of which there is little.
 DOMAINS = {"english": (english, 50), "python": (python, 10), "cpp": (cpp, 10)}
 
 
 def is_held_out(name: str, percent: int) -> bool:
-    """Whether a document is in the held-out part."""
+    """Return whether a document is held out."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 < percent
 
 
 def by_hash(documents: Iterator[Document]) -> list[Document]:
-    """In an order that has nothing to do with their names, so that a cut at a size is a fair sample."""
+    """Sort by a hash of the names, so that the first megabytes are a fair sample."""
     return sorted(documents, key=lambda item: hashlib.sha256(b"order " + item[0].encode()).digest())
 
 
 def main() -> int:
-    """Write the files and say what is in them."""
+    """Write the files and print their numbers of documents."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="folder to write into")
     args = parser.parse_args()

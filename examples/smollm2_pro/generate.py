@@ -18,7 +18,7 @@ NEW_TOKENS = 64
 
 
 def main() -> int:
-    """Write prompt and continuation of each."""
+    """Write each prompt with its continuation."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="checkpoint to load")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="file to write")

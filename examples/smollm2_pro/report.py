@@ -1,4 +1,4 @@
-"""What the demo measured: report.json, report.png and a table.
+"""Report the demo's measurements: report.json, report.png and tables.
 
 python examples/smollm2_pro/report.py --run_dir runs/smollm2_pro --steps 30
 """
@@ -18,14 +18,14 @@ DOMAINS = {"cpp": "C++ (new)", "english": "English (known)", "python": "Python (
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a run."""
+    """Return the records of a run."""
     if not path.is_file():
-        raise DataError(f"{path} is not there: run examples/smollm2_pro/run.sh first")
+        raise DataError(f"{path} does not exist: run examples/smollm2_pro/run.sh first")
     return read_records(path)
 
 
 def curves(records: list[dict]) -> dict[str, list[tuple[int, float]]]:
-    """Held-out loss of each domain over steps."""
+    """Return (step, held-out loss) of each domain."""
     found: dict[str, list[tuple[int, float]]] = {domain: [] for domain in DOMAINS}
     for record in records:
         if record["kind"] == "eval":
@@ -34,7 +34,7 @@ def curves(records: list[dict]) -> dict[str, list[tuple[int, float]]]:
 
 
 def figures(records: list[dict]) -> dict[str, object]:
-    """One method's results."""
+    """Return the results of one method."""
     run = next(record for record in records if record["kind"] == "run")
     speeds = [record["tokens_per_second"] for record in records if record["kind"] == "train"]
     lines = curves(records)
@@ -49,7 +49,7 @@ def figures(records: list[dict]) -> dict[str, object]:
 
 
 def identity_error(run_dir: Path) -> float:
-    """Largest difference of a logit between the original and the expanded model before training, in transformers."""
+    """Return the largest logit difference between the original and the untrained expanded model, by transformers."""
     import tempfile
 
     import torch
@@ -70,13 +70,13 @@ def identity_error(run_dir: Path) -> float:
 
 
 def draw(results: dict[str, dict], path: Path, *, steps: int) -> None:
-    """Three panels, one a domain: held-out loss over steps for both methods."""
+    """Draw one panel per domain: held-out loss over steps for both methods."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = {"llamapro": "#0072B2", "all_weights": "#D55E00"}  # told apart by colour-blind readers
+    colours = {"llamapro": "#0072B2", "all_weights": "#D55E00"}  # distinct for colour-blind readers
     marks = {"llamapro": "o-", "all_weights": "s--"}
     figure, axes = pyplot.subplots(1, len(DOMAINS), figsize=(11, 3.6), layout="constrained")
     for axis, (domain, title) in zip(axes, DOMAINS.items(), strict=True):
@@ -94,7 +94,7 @@ def draw(results: dict[str, dict], path: Path, *, steps: int) -> None:
 
 
 def show(report: dict) -> None:
-    """The same as tables."""
+    """Print the report as tables."""
     from rich.console import Console
     from rich.table import Table
 
@@ -126,7 +126,7 @@ def show(report: dict) -> None:
 
 
 def main() -> int:
-    """Read what the run left, measure the identity, write and show the report."""
+    """Read the run's results, measure the identity error, then write and print the report."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--run_dir", type=Path, required=True, metavar="DIR", help="the demo's folder")
     parser.add_argument("--steps", type=int, required=True, metavar="N", help="length of the run to report")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# LLaMA Pro on a real LLaMA, start to finish. Every line that is printed with a $ is a command you could type.
-# STEPS=30 sets the length. A step whose result is there already is not done again; remove runs/smollm2_pro to begin anew.
+# LLaMA Pro on a real LLaMA, start to finish. Every printed line that starts with $ is a command that you can type.
+# STEPS=30 sets the length. A step whose result exists is skipped; remove runs/smollm2_pro to start over.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -11,12 +11,12 @@ OUT=$RUN/$STEPS-steps
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 mkdir -p "$OUT"
 
-# step RESULT COMMAND...: run the command unless its result is there.
+# step RESULT COMMAND...: run the command unless its result exists.
 step() {
   local result=$1
   shift
   if [ -e "$result" ]; then
-    echo "# $result is there already"
+    echo "# $result exists"
   else
     local shown="$*"
     echo "\$ ${shown#tee_to "$result" }"
@@ -24,7 +24,7 @@ step() {
   fi
 }
 
-# tee_to FILE COMMAND...: show what the command prints and keep it; the file appears only if the command succeeds.
+# tee_to FILE COMMAND...: print the output and keep it in FILE, which appears only if the command succeeds.
 tee_to() {
   local file=$1
   shift
@@ -35,14 +35,14 @@ tee_to() {
 echo "# 1. A pretrained LLaMA"
 step $RUN/smollm2 python $HERE/extract_model.py --target $RUN/smollm2
 
-echo "# 2. Text: English and Python, which it knows, and C++, the new domain"
+echo "# 2. Text: English and Python, known to the model, and C++, the new domain"
 step $RUN/text/cpp.train.jsonl python $HERE/build_text.py --output_dir $RUN/text
 for part in cpp.train english.held_out python.held_out cpp.held_out; do
   step $RUN/data/$part.idx llamapro preprocess --input $RUN/text/$part.jsonl \
     --tokenizer $RUN/smollm2 --output_prefix $RUN/data/$part --num_workers 2
 done
 
-echo "# 3. Convert to Megatron: 30 blocks and 6 identity blocks; and, for the control, as it is"
+echo "# 3. Convert to Megatron: 30 blocks with 6 identity blocks added; for the control, without them"
 step $RUN/megatron-36 llamapro convert hf-to-megatron \
   --source $RUN/smollm2 --target $RUN/megatron-36 --num_added_blocks 6
 step $RUN/verify-before.txt tee_to $RUN/verify-before.txt llamapro verify \
@@ -50,23 +50,24 @@ step $RUN/verify-before.txt tee_to $RUN/verify-before.txt llamapro verify \
 step $RUN/megatron-30 llamapro convert hf-to-megatron \
   --source $RUN/smollm2 --target $RUN/megatron-30
 
-echo "# 4. Post-pretrain on C++, $STEPS steps: the added blocks alone; then, as control, all weights of the original"
+echo "# 4. Post-pretrain on C++, $STEPS steps: only the added blocks; then, as a control, all weights of the original"
 for method in llamapro all_weights; do
-  step $OUT/$method-hf/config.json torchrun --nproc-per-node 2 -m megatron_llamapro.pretrain \
-    --config $HERE/$method.yaml --training.train_iters "$STEPS" --checkpoint.save $OUT/$method
+  step "$OUT/$method-hf/config.json" torchrun --nproc-per-node 2 -m megatron_llamapro.pretrain \
+    --config "$HERE/$method.yaml" --training.train_iters "$STEPS" --checkpoint.save "$OUT/$method"
 done
 
-echo "# 5. Back to Hugging Face; did any original weight move?"
+echo "# 5. Export to Hugging Face, and verify that no original weight moved"
 for method in llamapro all_weights; do
-  step $OUT/$method-hf llamapro convert megatron-to-hf \
-    --source $OUT/$method --target $OUT/$method-hf
+  step "$OUT/$method-hf" llamapro convert megatron-to-hf \
+    --source "$OUT/$method" --target "$OUT/$method-hf"
 done
-step $OUT/verify.txt tee_to $OUT/verify.txt llamapro verify \
-  --original $RUN/smollm2 --expanded $OUT/llamapro-hf
+step "$OUT/verify.txt" tee_to "$OUT/verify.txt" llamapro verify \
+  --original $RUN/smollm2 --expanded "$OUT/llamapro-hf"
 
 echo "# 6. Report"
-for model in smollm2:$RUN/smollm2 llamapro:$OUT/llamapro-hf; do
-  step $OUT/${model%%:*}.sample.json python $HERE/generate.py --model "${model#*:}" --output $OUT/${model%%:*}.sample.json
+for model in "smollm2:$RUN/smollm2" "llamapro:$OUT/llamapro-hf"; do
+  sample=$OUT/${model%%:*}.sample.json
+  step "$sample" python $HERE/generate.py --model "${model#*:}" --output "$sample"
 done
 echo "\$ python $HERE/report.py --run_dir $RUN --steps $STEPS"
 python $HERE/report.py --run_dir $RUN --steps "$STEPS"

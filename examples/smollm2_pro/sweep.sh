@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The learning rates that llamapro.yaml and all_weights.yaml use were the best of these, by the mean held-out loss of the
-# three domains (C++ learned, English and Python kept) after
-# SWEEP_STEPS steps. Run run.sh first (any STEPS): it makes the model and the data. About three minutes a line on 2 cores.
+# A sweep of learning rates. llamapro.yaml and all_weights.yaml use the best ones: those with the lowest mean held-out
+# loss of the three domains (C++ to learn, English and Python to keep) after SWEEP_STEPS steps.
+# First run run.sh with any STEPS; it makes the model and the data. Each rate takes about three minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -17,8 +17,8 @@ sweep() {
   for lr in "$@"; do
     local metrics=$OUT/$method-$lr.jsonl
     [ -e "$metrics.done" ] && continue
-    rm -f "$metrics" # of a start that was cut
-    torchrun --nproc-per-node 2 -m megatron_llamapro.pretrain --config $HERE/$method.yaml \
+    rm -f "$metrics" # left by an interrupted start
+    torchrun --nproc-per-node 2 -m megatron_llamapro.pretrain --config "$HERE/$method.yaml" \
       --training.train_iters "$SWEEP_STEPS" --training.eval_interval "$SWEEP_STEPS" --training.eval_samples 16 \
       --optimizer.lr "$lr" --checkpoint.save null --logging.metrics_file "$metrics"
     touch "$metrics.done"

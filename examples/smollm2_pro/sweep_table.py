@@ -1,4 +1,4 @@
-"""Held-out losses of a learning-rate sweep, as a Markdown table.
+"""Print the held-out losses of a learning-rate sweep as a Markdown table.
 
 python examples/smollm2_pro/sweep_table.py --metrics_dir DIR
 """
@@ -15,21 +15,21 @@ DOMAINS = ("cpp", "english", "python")
 
 
 def last_losses(path: Path) -> dict[str, float]:
-    """The last held-out loss of each domain."""
+    """Return the last held-out loss of each domain."""
     return {record["name"]: figure(record, "loss") for record in read_records(path) if record["kind"] == "eval"}
 
 
 def method_and_rate(path: Path) -> tuple[str, float]:
-    """llamapro-2e-3.jsonl → llamapro, 0.002"""
+    """Split a file name: llamapro-2e-3.jsonl → llamapro, 0.002."""
     method, _, rate = path.stem.partition("-")
     return method, float(rate)
 
 
 def main() -> int:
-    """Print one row a run."""
+    """Print one row per run."""
     parser = CommandParser(description=__doc__)
     parser.add_argument(
-        "--metrics_dir", type=Path, required=True, metavar="DIR", help="where sweep.sh left its metrics"
+        "--metrics_dir", type=Path, required=True, metavar="DIR", help="folder with the metrics of sweep.sh"
     )
     args = parser.parse_args()
     print(f"| method | learning rate | {' | '.join(DOMAINS)} | mean |")

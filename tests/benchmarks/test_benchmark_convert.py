@@ -1,4 +1,4 @@
-"""The benchmark of the converter with a tiny model: what it counts is what is there. Nothing here looks at a time."""
+"""The converter benchmark on a tiny model: its byte counts equal the files on disk. No test looks at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(*options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_table_is_consistent(tmp_path: Path) -> None:
+def test_the_report_agrees_with_the_files_written(tmp_path: Path) -> None:
     ended = run("--tiny", "--work_dir", tmp_path / "work", "--json", tmp_path / "runs.json")
     assert ended.returncode == 0, ended.stderr
     measured = json.loads((tmp_path / "runs.json").read_text())
@@ -45,7 +45,7 @@ def test_the_table_is_consistent(tmp_path: Path) -> None:
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_random_checkpoints_are_finite_and_no_two_tensors_alike(tmp_path: Path) -> None:
+def test_random_checkpoints_are_finite_and_all_tensors_differ(tmp_path: Path) -> None:
     write_random_llama(tmp_path / "llama", TINY, max_shard_bytes=2**20)
     shards = sorted((tmp_path / "llama").glob("*.safetensors"))
     assert len(shards) > 2
@@ -73,11 +73,11 @@ def test_random_checkpoints_are_complete_for_transformers(tmp_path: Path) -> Non
     ("name", "parameters"),
     [("tinyllama", 1_100_048_384), ("llama-2-7b", 6_738_415_616), ("llama-2-13b", 13_015_864_320)],
 )
-def test_shapes_are_the_real_ones(name: str, parameters: int) -> None:
+def test_shapes_have_the_published_parameter_counts(name: str, parameters: int) -> None:
     assert SHAPES[name].num_parameters == parameters
 
 
-def test_a_program_is_measured(tmp_path: Path) -> None:
+def test_memory_and_written_bytes_of_a_program_are_measured(tmp_path: Path) -> None:
     code = "import sys, time; held = bytes([7]) * 10**8; open(sys.argv[1], 'wb').write(held[:1000]); time.sleep(1)"
     command = [sys.executable, "-c", code, tmp_path / "file"]
     done = run_measured(command, written=tmp_path, log=tmp_path.with_suffix(".log"))
@@ -85,7 +85,7 @@ def test_a_program_is_measured(tmp_path: Path) -> None:
     assert bytes_in(tmp_path) == 1000
 
 
-def test_the_bytes_that_a_program_has_the_disk_move(tmp_path: Path) -> None:
+def test_disk_reads_and_writes_of_a_program_are_measured(tmp_path: Path) -> None:
     code = "import sys; open(sys.argv[1], 'wb').write(bytes(10**7))"
     written = run_measured([sys.executable, "-c", code, tmp_path / "file"], written=tmp_path, log=tmp_path / "log")
     forget_files(tmp_path)
@@ -95,12 +95,12 @@ def test_the_bytes_that_a_program_has_the_disk_move(tmp_path: Path) -> None:
     assert on_disk <= read.disk_read_bytes <= on_disk + 10**7
 
 
-def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
+def test_a_failing_program_says_why(tmp_path: Path) -> None:
     with pytest.raises(ProgramError, match="exit code 3: no such thing"):
         run_measured(["sh", "-c", "echo no such thing; exit 3"], written=tmp_path, log=tmp_path / "log")
 
 
-def test_a_model_that_does_not_fit_on_the_disk_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_model_too_large_for_the_disk_is_refused_at_once(tmp_path: Path) -> None:
     too_large = LlamaShape(2**20, 2**22, 80, 64, 8, 32000, 4096)
     with pytest.raises(ConfigError, match=r"GB free, but this model needs .*choose a smaller --model"):
         check_room(tmp_path, too_large)
@@ -112,7 +112,7 @@ def test_usage_errors_are_one_line() -> None:
     assert ended.stderr.startswith("error: --runs 0: it must be at least 1") and ended.stderr.count("\n") == 1
 
 
-def test_a_program_that_has_ended_has_no_descendants() -> None:
+def test_an_ended_program_has_no_descendants() -> None:
     ended = subprocess.Popen([sys.executable, "-c", "pass"])
     ended.wait()
     assert descendants(ended.pid) == [ended.pid]

@@ -1,4 +1,4 @@
-"""Configurations read by another interpreter's transformers, beside ours."""
+"""Configurations read by the transformers of another interpreter, compared with our reading."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def case(**fields: object) -> Case:
     return Case(config, ours, with_logits=True)
 
 
-def test_what_is_alike_what_fails_and_what_is_another_model() -> None:
+def test_the_outcome_counts_equal_failing_and_differing_models() -> None:
     good = case(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5})
     fails = replace(good, config={**good.config, "rms_norm_eps": None})
     other = replace(good, config={**good.config, "rms_norm_eps": 0.5})
@@ -33,13 +33,13 @@ def test_what_is_alike_what_fails_and_what_is_another_model() -> None:
     assert good.exported.config["rope_theta"] == 5e5 and "rope_theta" not in good.config
 
 
-def test_the_cases_are_of_both_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cases_include_some_with_logits_and_some_without(capsys: pytest.CaptureFixture[str]) -> None:
     cases = accepted_cases(40, seed=0)
     assert {case.with_logits for case in cases} == {False, True}
     assert capsys.readouterr().out.startswith("11480 configurations, ")
 
 
-def test_every_version_is_pinned_and_on_the_page() -> None:
+def test_every_version_is_pinned_and_named_on_the_page() -> None:
     page = (ROOT / "docs" / "other_tools.md").read_text()
     for version in VERSIONS:
         if version in VENVS:

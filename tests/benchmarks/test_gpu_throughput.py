@@ -1,4 +1,4 @@
-"""The GPU benchmark in miniature, on whatever device there is; its numbers say nothing at this size."""
+"""The GPU benchmark in miniature, on any device. Its numbers mean nothing at this size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_tiny(tmp_path: Path) -> None:
+def test_every_variant_reports_its_figures(tmp_path: Path) -> None:
     variants = "added,everything,transformers_recomputed"
     result = run("--tiny", "--steps", 1, "--variants", variants, "--json", tmp_path / "figures.json")
     assert result.returncode == 0, result.stderr
@@ -30,12 +30,12 @@ def test_tiny(tmp_path: Path) -> None:
     )
 
 
-def test_unknown_variant() -> None:
+def test_an_unknown_variant_is_refused() -> None:
     result = run("--tiny", "--variants", "all")
     assert result.returncode == 2 and "--variants names all" in result.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_says_so() -> None:
+def test_a_missing_gpu_is_reported() -> None:
     result = run("--variants", "added", "--steps", 1)
     assert "no CUDA device is available" in result.stdout

@@ -1,4 +1,4 @@
-"""The benchmark of planned splits runs; its numbers say nothing at this size."""
+"""The benchmark of planned splits runs. Its numbers mean nothing at this size."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 from pipeline_split import main
 
 
-def test_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Here, since its ranks start from a server of this process."""
+def test_it_prints_the_planned_split_and_writes_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Run in this process, because its ranks are forked from this process's fork server."""
     monkeypatch.setattr(sys, "argv", ["pipeline_split.py", "--tiny", "--json", str(tmp_path / "split.json")])
     assert main() == 0
     assert "| planned | (" in capsys.readouterr().out

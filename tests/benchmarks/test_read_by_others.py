@@ -1,4 +1,4 @@
-"""The check against other tools: its table is whole, and the one tool that this environment has reads what we write."""
+"""The check against other tools: its table is complete, and transformers, the one tool installed, reads our exports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_transformers_reads_the_export(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_table_is_whole() -> None:
+def test_every_tool_has_a_script_pins_and_a_mention_on_the_page() -> None:
     page = (ROOT / "docs" / "other_tools.md").read_text()
     for tool in TOOLS:
         assert (READERS / tool.script).is_file()
@@ -36,7 +36,7 @@ def test_the_table_is_whole() -> None:
         assert all(pin.count("==") == 1 for pin in venv.pins), name
 
 
-def test_versions_on_the_page_are_the_pinned_ones() -> None:
+def test_the_page_names_the_pinned_versions() -> None:
     page = (ROOT / "docs" / "other_tools.md").read_text()
     for name in {tool.venv for tool in TOOLS if tool.venv}:
         venv = VENVS[name]
@@ -44,7 +44,7 @@ def test_versions_on_the_page_are_the_pinned_ones() -> None:
         assert f"{package} {version}" in page
 
 
-def test_a_clone_that_is_none_is_a_usage_error(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_clone_is_a_usage_error(tmp_path: Path) -> None:
     ended = run("--tools", "megatron-lm", "--megatron_lm", tmp_path)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert "is not a clone of Megatron-LM" in ended.stderr and ended.stderr.count("\n") == 1

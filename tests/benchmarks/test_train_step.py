@@ -1,4 +1,4 @@
-"""The benchmark of a training step with a tiny model: it compares the same work. Nothing here looks at a time."""
+"""The training-step benchmark on a tiny model: all variants do the same work. No test looks at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(*options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_table_is_consistent(tmp_path: Path) -> None:
+def test_the_report_is_consistent(tmp_path: Path) -> None:
     ended = run("--tiny", "--work_dir", tmp_path / "work", "--json", tmp_path / "steps.json")
     assert ended.returncode == 0, ended.stderr
     measured = json.loads((tmp_path / "steps.json").read_text())
@@ -28,7 +28,7 @@ def test_the_table_is_consistent(tmp_path: Path) -> None:
     assert list(steps) == ["ours", "ours_everything", "transformers", "floor"]
     assert all(len(found) == 2 and min(s["seconds"] for s in found) > 0 for found in steps.values())
     assert [s["loss"] for s in steps["ours"]] != [s["loss"] for s in steps["ours_everything"]]
-    # Weights of both are the same but for padding of the vocabulary, of which this one needs none.
+    # Both hold the same weights, because this vocabulary needs no padding.
     assert memory["ours"]["weight_bytes"] == memory["transformers"]["weight_bytes"] > 0
     assert all(found["peak_bytes"] > 0 for found in memory.values())
     assert ended.stdout.count("\n| ") == 5 and "| 1.000 |" in ended.stdout
@@ -36,7 +36,7 @@ def test_the_table_is_consistent(tmp_path: Path) -> None:
 
 
 class Products(TorchDispatchMode):
-    """FLOP of matrix products, and calls of SDPA by name."""
+    """FLOP of matrix products, and the number of SDPA calls by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,8 +69,8 @@ def count_worker(folder: Path) -> tuple[int, Counter, int, Counter]:
     return ran.flops, ran.attention, needed.flops, needed.attention
 
 
-def test_the_floor_does_what_our_step_does(tmp_path: Path) -> None:
-    """Not one product more, not one less; all of them together are what the cost model says."""
+def test_the_floor_does_the_same_work_as_our_step(tmp_path: Path) -> None:
+    """Exactly the same products; their sum equals the cost model."""
     from megatron_llamapro.expansion.trains import Trains
     from megatron_llamapro.planning.flops import block_attention_flops, step_work
     from step_models import MODELS

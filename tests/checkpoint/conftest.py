@@ -1,4 +1,4 @@
-"""What the checkpoint tests share: bytes of tensors by name, and damaged copies of checkpoints."""
+"""Fixtures of the checkpoint tests: copies of tiny models to damage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture
 def damaged(tiny_llama: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a tiny model that a test may damage: `damaged(config={...})` changes fields of config.json."""
+    """Copy a tiny model for a test to damage: `damaged(config={...})` changes fields of config.json."""
 
     def copy(*, config: dict | None = None, **settings: object) -> Path:
         folder = shutil.copytree(tiny_llama(**settings), tmp_path / "damaged")

@@ -1,4 +1,4 @@
-"""Conversions: both directions are bit-exact, and what belongs to a model travels with it."""
+"""Conversions: both directions are bit-exact, and a model's other files travel with it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ADDED = Expansion.at(2, 5)  # 4 → 6 layers
 
 
 def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a Hugging Face folder, read by the safetensors library."""
+    """Return every tensor of a Hugging Face folder, read by the safetensors library."""
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
 def assert_same_tensors(ours: Path, theirs: Path) -> None:
-    """The same names, types, shapes and bytes."""
+    """Assert equal names, types, shapes and bytes."""
     left, right = stored_tensors(ours), stored_tensors(theirs)
     assert left.keys() == right.keys()
     for name, tensor in left.items():
@@ -61,7 +61,7 @@ def test_round_trip_through_megatron_is_bit_exact(settings: dict, tiny_model: Ti
 
 
 def test_special_values_travel_unchanged(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """-0.0, infinities, NaNs with their payload, the smallest and the largest numbers."""
+    """-0.0, infinities, NaNs with their payload, and the smallest and largest numbers."""
     source = tmp_path / "source"
     source.mkdir()
     model = tiny_llama(dtype="bfloat16")
@@ -81,7 +81,7 @@ def test_special_values_travel_unchanged(tiny_llama: Tiny, tmp_path: Path) -> No
     [{}, {"tie_word_embeddings": True, "dtype": "bfloat16"}, TINY_FAMILIES["qwen2"], TINY_FAMILIES["mixtral"]],
     ids=["untied", "tied", "qwen2", "mixtral"],
 )
-def test_expanding_on_the_way_equals_expanding_first(settings: dict, tiny_model: Tiny, tmp_path: Path) -> None:
+def test_expanding_during_conversion_equals_expanding_first(settings: dict, tiny_model: Tiny, tmp_path: Path) -> None:
     source = tiny_model(**settings)
     hf_to_megatron(source, tmp_path / "megatron", expansion=ADDED)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "through")
@@ -107,8 +107,8 @@ def test_added_blocks_are_copies_with_true_zeros(tiny_llama: Tiny, tmp_path: Pat
             assert torch.equal(tensor, before[".".join(parts)])
 
 
-def test_zeros_do_not_come_from_infinities(damaged: Tiny, tmp_path: Path) -> None:
-    """0 times infinity would be NaN."""
+def test_zeroed_weights_ignore_infinities_in_the_source(damaged: Tiny, tmp_path: Path) -> None:
+    """Multiplying infinity by zero would give NaN."""
     source = damaged()
     tensors = stored_tensors(source)
     tensors["model.layers.1.self_attn.o_proj.weight"].fill_(float("inf"))
@@ -132,7 +132,7 @@ def test_the_same_plan_gives_the_same_bytes(tiny_llama: Tiny, tmp_path: Path) ->
             assert (tmp_path / one / file).read_bytes() == (tmp_path / two / file).read_bytes(), file
 
 
-def test_megatron_keys_are_the_ones_of_its_gpt_model(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_keys_are_those_of_megatrons_gpt_model(tiny_llama: Tiny, tmp_path: Path) -> None:
     hf_to_megatron(tiny_llama(num_hidden_layers=1), tmp_path / "megatron")
     assert {name: tuple(tensor.shape) for name, tensor in read_with_torch(tmp_path / "megatron").items()} == {
         "embedding.word_embeddings.weight": (131, 64),
@@ -148,7 +148,7 @@ def test_megatron_keys_are_the_ones_of_its_gpt_model(tiny_llama: Tiny, tmp_path:
 
 
 def test_experts_of_a_layer_are_one_tensor(tiny_model: Tiny, tmp_path: Path) -> None:
-    """[experts, rows, columns], gate rows before up rows; the norm before the router stands under two keys."""
+    """Shape [experts, rows, columns], gate rows before up rows. The norm before the router has two keys."""
     source = tiny_model(**TINY_FAMILIES["mixtral"], num_hidden_layers=1)
     hf_to_megatron(source, tmp_path / "megatron")
     stored, tensors = read_with_torch(tmp_path / "megatron"), stored_tensors(source)
@@ -179,7 +179,7 @@ def test_every_expert_of_an_added_block_has_its_output_zeroed(tiny_model: Tiny, 
     assert torch.equal(after[f"model.layers.2.{router}"], after[f"model.layers.1.{router}"])
 
 
-def test_rows_of_qkv_lie_by_query_group(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_qkv_rows_are_grouped_by_query_group(tiny_llama: Tiny, tmp_path: Path) -> None:
     """2 groups of 2 query heads: q0 q1 k0 v0, q2 q3 k1 v1, 16 rows each."""
     source = tiny_llama()
     hf_to_megatron(source, tmp_path / "megatron")
@@ -197,7 +197,7 @@ def test_tokenizer_and_generation_config_travel_both_ways(tiny_llama: Tiny, tmp_
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_configuration_travels_with_its_layer_count_and_manifest(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_the_configuration_travels_with_its_layer_count_and_manifest(tiny_llama: Tiny, tmp_path: Path) -> None:
     source = tiny_llama()
     hf_to_megatron(source, tmp_path / "megatron", expansion=ADDED)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
@@ -211,7 +211,7 @@ def test_configuration_travels_with_its_layer_count_and_manifest(tiny_llama: Tin
     assert manifest == json.loads((tmp_path / "megatron" / "llamapro.json").read_text())
 
 
-def test_layer_types_are_extended(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_layer_types_cover_the_added_layers(tiny_llama: Tiny, tmp_path: Path) -> None:
     source = tiny_llama(**TINY_FAMILIES["qwen3, alternating windows"])
     expand_hf(source, tmp_path / "expanded", expansion=ADDED)
     config = json.loads((tmp_path / "expanded" / "config.json").read_text())
@@ -219,7 +219,7 @@ def test_layer_types_are_extended(tiny_llama: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_dtype_casts_weights_and_says_so(dtype: str, tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_dtype_casts_weights_and_records_it(dtype: str, tiny_llama: Tiny, tmp_path: Path) -> None:
     source = tiny_llama()
     hf_to_megatron(source, tmp_path / "megatron", dtype=dtype)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
@@ -247,7 +247,7 @@ def test_an_unknown_dtype_is_refused(tiny_llama: Tiny, tmp_path: Path) -> None:
 
 
 def test_rounds_accumulate_with_their_lineage(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """4 → 6 → 8: hashes and numbering stay those of the first source."""
+    """4 → 6 → 8 layers: hashes and numbering remain those of the first source."""
     source = tiny_llama()
     expand_hf(source, tmp_path / "first", expansion=ADDED)
     hf_to_megatron(tmp_path / "first", tmp_path / "second", expansion=Expansion.at(0, 7))
@@ -261,7 +261,7 @@ def test_rounds_accumulate_with_their_lineage(tiny_llama: Tiny, tmp_path: Path) 
 
 
 def test_known_extras_are_dropped(damaged: Tiny, tmp_path: Path) -> None:
-    """Rotary buffers and the stored copy of a tied head are no weights of their own."""
+    """Rotary buffers and the stored copy of a tied head are not separate weights."""
     source = damaged(tie_word_embeddings=True)
     tensors = stored_tensors(source)
     extras = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(4)}
@@ -281,10 +281,10 @@ OTHER_HEADS = {
 
 
 @pytest.mark.parametrize("other", OTHER_HEADS.values(), ids=OTHER_HEADS.keys())
-def test_a_tied_head_that_is_stored_and_is_another(
+def test_a_tied_head_stored_with_other_values_is_refused(
     other: Callable, damaged: Tiny, tiny_llama: Tiny, tmp_path: Path
 ) -> None:
-    """transformers 5 takes it for the head, older ones do not. Left out, it would be lost."""
+    """transformers 5 uses it as the head, older versions do not. Dropping it would lose it."""
     source = damaged(tie_word_embeddings=True)
     tensors = stored_tensors(source)
     tensors["lm_head.weight"] = other(tensors["model.embed_tokens.weight"]).clone()

@@ -1,5 +1,5 @@
-"""Whatever is wrong with a checkpoint's headers, a conversion ends in success or in one line: never in a traceback, a
-hang or a huge allocation. `FUZZ_EXAMPLES=5000 make fuzz` tries more."""
+"""For any damage to a checkpoint's headers, a conversion ends in success or in one line. It never ends in a traceback,
+a hang or a huge allocation. `FUZZ_EXAMPLES=5000 make fuzz` tries more."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ VALUES = st.recursive(
 
 
 def paths_in(value: object, path: tuple = ()) -> list[tuple]:
-    """The place of everything in nested lists and dicts."""
+    """Return the path of every value in nested lists and dicts."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path, *(place for key, item in items for place in paths_in(item, (*path, key)))]
 
 
 @st.composite
 def mutated(draw: st.DrawFn, document: dict) -> object:
-    """A JSON document, one to three places of it replaced, removed or repeated."""
+    """Draw a JSON document with one to three of its values replaced, removed or repeated."""
     result = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, 3))):
         places = [place for place in paths_in(result) if place]
@@ -66,7 +66,7 @@ def mutated(draw: st.DrawFn, document: dict) -> object:
 
 
 def ends_well(convert: Callable, source: Path) -> None:
-    """Success, or one line."""
+    """Assert that the conversion succeeds or raises one line."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -80,7 +80,7 @@ def ends_well(convert: Callable, source: Path) -> None:
 
 @contextlib.contextmanager
 def changed(path: Path, content: bytes) -> Iterator[None]:
-    """The file with another content for a while."""
+    """Give the file another content inside the block."""
     original = path.read_bytes()
     path.write_bytes(content)
     try:
@@ -102,7 +102,7 @@ def megatron(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @SEEDED
 @given(data=st.data())
-def test_configurations(data: st.DataObject, source: Path) -> None:
+def test_damaged_configurations_end_well(data: st.DataObject, source: Path) -> None:
     path = source / "config.json"
     with changed(path, json.dumps(data.draw(mutated(json.loads(path.read_text())))).encode()):
         ends_well(hf_to_megatron, source)
@@ -110,7 +110,7 @@ def test_configurations(data: st.DataObject, source: Path) -> None:
 
 @SEEDED
 @given(data=st.data())
-def test_safetensors_headers(data: st.DataObject, source: Path) -> None:
+def test_damaged_safetensors_headers_end_well(data: st.DataObject, source: Path) -> None:
     path = source / "model.safetensors"
     original = path.read_bytes()
     length = struct.unpack("<Q", original[:8])[0]
@@ -122,7 +122,7 @@ def test_safetensors_headers(data: st.DataObject, source: Path) -> None:
 
 @SEEDED
 @given(data=st.data())
-def test_manifests(data: st.DataObject, megatron: Path) -> None:
+def test_damaged_manifests_end_well(data: st.DataObject, megatron: Path) -> None:
     path = megatron / "llamapro.json"
     with changed(path, json.dumps(data.draw(mutated(json.loads(path.read_text())))).encode()):
         ends_well(megatron_to_hf, megatron)
@@ -151,8 +151,10 @@ FILES = {
 @pytest.mark.parametrize("layers", FILES)
 @SEEDED
 @given(data=st.data())
-def test_bytes_of_index_and_tensor_files(data: st.DataObject, layers: str, request: pytest.FixtureRequest) -> None:
-    """Bits of the index and of the archives' directories turned, tails cut."""
+def test_damaged_index_and_tensor_files_end_well(
+    data: st.DataObject, layers: str, request: pytest.FixtureRequest
+) -> None:
+    """Flip bits of the index and of the archives' directories, and cut off tails."""
     megatron = request.getfixturevalue(layers)
     path = megatron / data.draw(st.sampled_from(FILES[layers]))
     damaged = bytearray(path.read_bytes())

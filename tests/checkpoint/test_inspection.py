@@ -1,4 +1,4 @@
-"""What inspection tells, from headers only."""
+"""Inspection reports a checkpoint from its headers alone."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 Tiny = Callable[..., Path]
 
 
-def test_the_papers_plan_as_a_drawing() -> None:
+def test_drawings_show_the_placement_of_each_round() -> None:
     plan = ExpansionPlan.unexpanded(8).expand(placed_positions(8, 2))
     assert drawing(plan, tie_word_embeddings=False) == "E o o o o A o o o o A H"
     assert drawing(plan.expand((0,)), tie_word_embeddings=True) == "E 2 o o o o 1 o o o o 1 E"
 
 
 @pytest.mark.parametrize("format_name", ["Hugging Face", "Megatron, torch_dist"])
-def test_an_expanded_model(format_name: str, tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_an_expanded_model_lists_its_parts_and_plan(format_name: str, tiny_llama: Tiny, tmp_path: Path) -> None:
     convert = {"Hugging Face": expand_hf, "Megatron, torch_dist": hf_to_megatron}[format_name]
     convert(tiny_llama(dtype="bfloat16"), tmp_path / "it", expansion=Expansion.at(2, 5))
     found = inspect(tmp_path / "it")
@@ -54,7 +54,7 @@ def test_a_legacy_checkpoint_shows_its_stages(tiny_llama: Tiny, tmp_path: Path) 
     assert "stage 0 │ E o o A o │ 1 │ o A H" in shown
 
 
-def test_a_model_without_added_blocks(tiny_llama: Tiny) -> None:
+def test_a_model_without_added_blocks_says_so(tiny_llama: Tiny) -> None:
     found = inspect(tiny_llama(tie_word_embeddings=True))
     assert found.source is None
     assert found.trains.startswith("no blocks are added yet")
@@ -74,13 +74,13 @@ def test_a_model_without_added_blocks(tiny_llama: Tiny) -> None:
         ("llama, biases", ["biases          of all projections"]),
     ],
 )
-def test_what_only_some_families_have(family: str, lines: list[str], tiny_model: Tiny) -> None:
+def test_family_features_have_lines_of_their_own(family: str, lines: list[str], tiny_model: Tiny) -> None:
     found = str(inspect(tiny_model(**TINY_FAMILIES[family]))).splitlines()
     assert [line for line in found if line.startswith(("experts", "window", "attention", "biases"))] == lines
 
 
 def test_tensors_are_not_read(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """They may be anything."""
+    """Overwrite every tensor; the report stays the same."""
     hf_to_megatron(tiny_llama(), tmp_path / "megatron")
     for tensor in open_checkpoint(tmp_path / "megatron").tensors.values():
         for piece in tensor.pieces:

@@ -1,4 +1,4 @@
-"""What belongs to a model goes with it: transformers makes of an export what it makes of the source."""
+"""A model's other files travel with it: transformers treats an export as it treats the source."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TALK, DOCUMENTS = [{"role": "user", "content": "x = 1"}], [{"title": "title", "t
 
 
 def exports(source: Path, folder: Path) -> list[Path]:
-    """The model expanded, and brought back from both of Megatron's formats."""
+    """Return the model expanded, and exported from both of Megatron's formats."""
     expand_hf(source, folder / "expanded", expansion=Expansion.at(2))
     hf_to_megatron(source, folder / "torch_dist", expansion=Expansion.at(2))
     megatron_to_megatron(folder / "torch_dist", folder / "legacy", kind=legacy(tensor_model_parallel_size=2))
@@ -33,7 +33,7 @@ def exports(source: Path, folder: Path) -> list[Path]:
     return [folder / name for name in ("expanded", "back", "back_from_legacy")]
 
 
-def test_named_chat_templates(damaged: Tiny, tmp_path: Path) -> None:
+def test_named_chat_templates_are_copied(damaged: Tiny, tmp_path: Path) -> None:
     source = damaged()
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.chat_template = {
@@ -55,8 +55,8 @@ def test_named_chat_templates(damaged: Tiny, tmp_path: Path) -> None:
         assert AutoModelForCausalLM.from_pretrained(export).config.num_hidden_layers == 5
 
 
-def test_a_vocabulary_and_its_merges(damaged: Tiny, tmp_path: Path) -> None:
-    """Without a tokenizer.json, as older checkpoints have it."""
+def test_a_vocabulary_and_its_merges_are_copied(damaged: Tiny, tmp_path: Path) -> None:
+    """Older checkpoints have these instead of a tokenizer.json."""
     source = damaged(model_type="qwen2")
     for path in source.glob("*token*"):
         path.unlink()
@@ -72,7 +72,7 @@ def test_a_vocabulary_and_its_merges(damaged: Tiny, tmp_path: Path) -> None:
 
 
 def test_every_file_of_the_families_tokenizers_is_copied() -> None:
-    """transformers says itself what it looks for."""
+    """transformers itself lists the files that it looks for."""
     classes = {TOKENIZER_MAPPING_NAMES.get(family, "LlamaTokenizer") for family in FAMILIES} | {"CodeLlamaTokenizer"}
     found = [each for each in map(tokenizer_class_from_name, classes) if each is not None]
     names = {name for each in found for name in each.vocab_files_names.values()}
@@ -113,12 +113,12 @@ def test_only_known_files_are_copied(tmp_path: Path) -> None:
         (source / name).write_text(name)
     copy_side_files(source, target)
     assert names(target) == kept
-    copy_side_files(source, target)  # a conversion that is resumed
+    copy_side_files(source, target)  # a resumed conversion
     assert names(target) == kept
 
 
 @pytest.mark.parametrize("place", ["a template", "the folder"])
-def test_a_link_out_of_the_folder_among_the_templates(place: str, damaged: Tiny, tmp_path: Path) -> None:
+def test_templates_that_link_out_of_the_folder_are_refused(place: str, damaged: Tiny, tmp_path: Path) -> None:
     source = damaged()
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "key.jinja").write_text("secret")
@@ -134,8 +134,8 @@ def test_a_link_out_of_the_folder_among_the_templates(place: str, damaged: Tiny,
 
 
 @pytest.mark.parametrize("link", ["../LICENSE", "nothing", "LICENSE"], ids=["out", "to nothing", "a loop"])
-def test_a_license_that_is_a_link_is_left_out(link: str, damaged: Tiny, tmp_path: Path) -> None:
-    """As in a repository of several models. Inside the folder it is followed."""
+def test_a_license_that_links_out_of_the_folder_is_left_out(link: str, damaged: Tiny, tmp_path: Path) -> None:
+    """A repository of several models has such links. A link inside the folder is followed."""
     source = damaged()
     (tmp_path / "LICENSE").write_text("of all models")
     (source / "LICENSE").symlink_to(link)
@@ -184,14 +184,14 @@ def write_code(folder: Path, code: dict[str, str], mark: Path) -> None:
 
 @pytest.fixture
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where transformers copies code to before it runs it."""
+    """Keep transformers' copies of code in a folder of the test."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
 
 
 @pytest.mark.usefixtures("modules")
-def test_code_of_the_model_itself_is_left_out(damaged: Tiny, tmp_path: Path) -> None:
-    """The export is transformers' own class for everybody, as the weights were converted and trained."""
+def test_model_code_is_left_out(damaged: Tiny, tmp_path: Path) -> None:
+    """The export uses transformers' own class, for which the weights were converted and trained."""
     source = damaged(config={"auto_map": AUTO_MAP})
     write_code(source, MODEL_CODE, tmp_path / "ran")
     found = exports(source, tmp_path)
@@ -214,7 +214,7 @@ def test_code_of_the_model_itself_is_left_out(damaged: Tiny, tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("modules")
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "config.json"])
-def test_code_of_the_tokenizer_is_copied_and_not_run(where: str, damaged: Tiny, tmp_path: Path) -> None:
+def test_tokenizer_code_is_copied_but_not_run(where: str, damaged: Tiny, tmp_path: Path) -> None:
     source = damaged(config={"auto_map": {**AUTO_MAP, **TOKENIZER_MAP}} if where == "config.json" else None)
     write_code(source, {**TOKENIZER_CODE, **MODEL_CODE}, tmp_path / "ran")
     config = json.loads((source / "tokenizer_config.json").read_text())
@@ -228,7 +228,7 @@ def test_code_of_the_tokenizer_is_copied_and_not_run(where: str, damaged: Tiny, 
         assert [path.name for path in sorted(export.rglob("*.py"))] == sorted(TOKENIZER_CODE)
     assert not (tmp_path / "ran").exists()
     for export in found:
-        if where == "config.json":  # transformers 4 reads it there
+        if where == "config.json":  # transformers 4 reads it from config.json
             assert json.loads((export / where).read_text())["auto_map"] == TOKENIZER_MAP
             continue
         loaded = AutoTokenizer.from_pretrained(export, trust_remote_code=True)
@@ -249,7 +249,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("auto_map", STRANGE.values(), ids=STRANGE.keys())
-def test_a_strange_auto_map(auto_map: object, damaged: Tiny, tmp_path: Path) -> None:
+def test_a_malformed_auto_map_copies_no_code(auto_map: object, damaged: Tiny, tmp_path: Path) -> None:
     source = damaged(config={"auto_map": auto_map})
     (tmp_path / "secret.py").write_text("secret")
     (source / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
@@ -257,7 +257,7 @@ def test_a_strange_auto_map(auto_map: object, damaged: Tiny, tmp_path: Path) -> 
     assert not list((tmp_path / "it").rglob("*.py"))
 
 
-def test_the_code_may_be_a_link_out_of_the_folder(damaged: Tiny, tmp_path: Path) -> None:
+def test_tokenizer_code_may_be_a_link_out_of_the_folder(damaged: Tiny, tmp_path: Path) -> None:
     source = damaged(config={"auto_map": {"AutoTokenizer": "own.Tokenizer"}})
     (tmp_path / "secret").write_text("secret")
     (source / "own.py").symlink_to(tmp_path / "secret")

@@ -1,5 +1,5 @@
-"""torch_dist: megatron.core's own models, of its own layers, find every key that they ask for, and what they save is
-read."""
+"""torch_dist and megatron.core's own models of its own layers: they find every key they ask for, and we read their
+saves."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Tiny = Callable[..., Path]
 
 @dataclass(frozen=True)
 class Stock:
-    """A tiny model, and what megatron.core makes its feed-forward of."""
+    """A tiny model, and the kind of experts that megatron.core builds for it."""
 
     settings: dict
     moe_grouped_gemm: bool = False
-    """Weights of all experts in one parameter (`GroupedMLP`), else one module an expert."""
+    """Whether all experts share one parameter (`GroupedMLP`); otherwise each expert is a module."""
 
 
 MODELS = {
@@ -41,11 +41,11 @@ LAYOUTS = {
     "one process": ParallelConfig(),
     "tp2 pp2": ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
 }
-VOCABULARY = 132  # which needs no padding
+VOCABULARY = 132  # needs no padding
 
 
 def stock_model(folder: Path, parallel: ParallelConfig, *, moe_grouped_gemm: bool) -> torch.nn.Module:
-    """This rank's part of a GPTModel of megatron.core's local layers, filled with NaN."""
+    """Build this rank's part of a GPTModel of megatron.core's local layers, filled with NaN."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -54,10 +54,10 @@ def stock_model(folder: Path, parallel: ParallelConfig, *, moe_grouped_gemm: boo
     from megatron_llamapro.families.hf_config import model_shape, read_hf_config
     from megatron_llamapro.model.build import transformer_config
 
-    grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None  # kernels; nothing is computed here
+    grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None  # no kernels needed: nothing is computed
     shape = model_shape(read_hf_config(folder))
     config = transformer_config(shape, parallel=parallel, precision="fp32", transformer_impl="local")
-    config.hetereogenous_dist_checkpoint = False  # Megatron-LM does not set it: the checkpoint's metadata tells
+    config.hetereogenous_dist_checkpoint = False  # Megatron-LM leaves it unset; the checkpoint's metadata decides
     model = GPTModel(
         config,
         get_gpt_layer_local_spec(
@@ -82,8 +82,8 @@ def stock_model(folder: Path, parallel: ParallelConfig, *, moe_grouped_gemm: boo
 def load_stock(
     source: Path, parallel: ParallelConfig, grouped: bool, saved: Path | None = None
 ) -> tuple[set[str], set[str], list[str]]:
-    """Load as Megatron-LM does, and save under `saved`. Keys that only the checkpoint has; keys that only the model
-    has; parameters that were not filled."""
+    """Load as Megatron-LM does, then save under `saved`. Return three lists: keys only in the checkpoint, keys only in
+    the model, and parameters that were not filled."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
@@ -103,9 +103,9 @@ def load_stock(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_stock_models_find_all_they_ask_for(name: str, layout: str, tiny_model: Tiny, tmp_path: Path) -> None:
-    """And nothing is left over, but the one norm that stands under two keys: local layers of experts call it as dense
-    layers do, Transformer Engine's do not."""
+def test_stock_models_find_every_key_they_ask_for(name: str, layout: str, tiny_model: Tiny, tmp_path: Path) -> None:
+    """No key is left over, except one norm stored under two keys: local expert layers name it as dense layers do,
+    Transformer Engine's do not."""
     model, parallel = MODELS[name], LAYOUTS[layout]
     source = tiny_model(**model.settings, vocab_size=VOCABULARY)
     hf_to_megatron(source, tmp_path / "it", expansion=Expansion.at(2, 5))
@@ -117,8 +117,8 @@ def test_stock_models_find_all_they_ask_for(name: str, layout: str, tiny_model: 
 
 
 @pytest.mark.parametrize("kind", ["llama, biases", "mixtral", "mixtral, grouped"])
-def test_what_stock_models_save_is_read(kind: str, tiny_model: Tiny, tmp_path: Path) -> None:
-    """And is, bit for bit, what they loaded. Training takes it, or says what to do first."""
+def test_saves_of_stock_models_are_read(kind: str, tiny_model: Tiny, tmp_path: Path) -> None:
+    """They equal the loaded checkpoint bit for bit. Training accepts them or says how to convert them."""
     model, saved = MODELS[kind], tmp_path / "saved"
     source = tiny_model(**model.settings, vocab_size=VOCABULARY)
     hf_to_megatron(source, tmp_path / "it")

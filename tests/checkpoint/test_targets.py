@@ -1,4 +1,4 @@
-"""A conversion's target is complete or as it was: killed, on a full disk, where it may not be written."""
+"""A conversion's target is complete or unchanged: after a kill, on a full disk, without write permission."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def names(folder: Path) -> list[str]:
-    """Everything in a folder, hidden files too."""
+    """Return every name in a folder, hidden files too."""
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_killed_while_it_replaces_a_target_one_of_the_two_is_there(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """SIGKILL behind every rename: the old checkpoint or the new one, whole, by the next run at the latest."""
+def test_a_kill_while_replacing_a_target_leaves_one_of_the_two(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """Send SIGKILL after every rename. The old or the new checkpoint is complete, by the next run at the latest."""
     for seed in (0, 1):
         hf_to_megatron(tiny_llama(seed=seed), tmp_path / str(seed))
     for number in range(2):
@@ -44,7 +44,7 @@ def test_killed_while_it_replaces_a_target_one_of_the_two_is_there(tiny_llama: T
 
 
 @pytest.mark.parametrize("target", ["/", "..", "somewhere/.."])
-def test_a_target_without_a_name(
+def test_a_target_without_a_name_is_refused(
     target: str, tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -62,7 +62,7 @@ def test_a_target_that_overlaps_its_source_is_refused(place: str, damaged: Tiny)
     assert contents(source) == before
 
 
-def test_a_link_to_the_source_is_seen_through(damaged: Tiny, tmp_path: Path) -> None:
+def test_a_target_behind_a_link_to_the_source_is_refused(damaged: Tiny, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(damaged())
     with pytest.raises(CheckpointError, match="overlap"):
         hf_to_megatron(tmp_path / "damaged", tmp_path / "link", options=Options(overwrite=True))
@@ -100,9 +100,7 @@ convert(Path(sys.argv[1]), Path(sys.argv[2]), expansion=Expansion.at(4), options
 
 
 @pytest.mark.parametrize("format_name", ["hf", "megatron"])
-def test_killed_in_the_middle_the_target_is_absent_and_the_next_run_succeeds(
-    format_name: str, tiny_llama: Tiny, tmp_path: Path
-) -> None:
+def test_a_kill_leaves_no_target_and_the_next_run_succeeds(format_name: str, tiny_llama: Tiny, tmp_path: Path) -> None:
     arguments = [str(tiny_llama()), str(tmp_path / "target"), format_name, "300000"]
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -128,8 +126,8 @@ run_command(lambda: convert(Path(sys.argv[1]), Path(sys.argv[2]), expansion=Expa
 
 
 @pytest.mark.parametrize("format_name", ["hf", "megatron"])
-def test_a_full_disk_is_one_line_and_nothing_is_left(format_name: str, tiny_llama: Tiny, tmp_path: Path) -> None:
-    """Files that may not grow any further stand in for the disk."""
+def test_a_full_disk_is_one_line_and_leaves_nothing(format_name: str, tiny_llama: Tiny, tmp_path: Path) -> None:
+    """A file-size limit stands in for the disk."""
     arguments = [str(tiny_llama()), str(tmp_path / "target"), format_name]
     ended = subprocess.run([sys.executable, "-c", FULL_DISK, *arguments], capture_output=True, text=True, check=False)
     assert ended.returncode == 2, ended.stderr
@@ -159,7 +157,7 @@ run_command(lambda: hf_to_megatron(Path(sys.argv[1]), Path(sys.argv[2]), options
 
 
 @pytest.mark.parametrize("target", ["new", "old"])
-def test_a_folder_that_is_read_only(target: str, tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_a_read_only_folder_is_refused_and_unchanged(target: str, tiny_llama: Tiny, tmp_path: Path) -> None:
     (tmp_path / "folder" / "old").mkdir(parents=True)
     (tmp_path / "folder" / "old" / "data").write_text("mine")
     (tmp_path / "folder").chmod(0o555)
@@ -185,8 +183,8 @@ hf_to_megatron(Path(sys.argv[1]), Path(sys.argv[2]), options=Options(num_workers
 """
 
 
-def test_two_programs_to_one_target(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """The second is refused while the first writes, which then goes on as if nothing had been."""
+def test_a_second_writer_to_a_target_is_refused(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """The first one is not disturbed."""
     command = [sys.executable, "-c", WAITING, str(tiny_llama()), str(tmp_path / "it")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None and first.stdout.readline() == "writing\n"

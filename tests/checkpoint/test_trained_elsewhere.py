@@ -1,5 +1,5 @@
-"""Models of this program that other software trained, and saved in another type: every way on is open, and what the
-manifest's hashes prove is said."""
+"""Expanded models that other software trained and saved in another type: every command accepts them, and says what the
+manifest's hashes still prove."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ADDED, TOKENS = Expansion.at(2, 5), torch.arange(3, 43)[None]
 
 
 def fine_tune(source: Path, target: Path, *, dtype: torch.dtype, only: tuple[int, ...] | None = None) -> Path:
-    """A step of SGD in transformers, on all weights or on those of some layers, saved by transformers."""
+    """Take one SGD step in transformers on all weights, or on those of `only`, and save with transformers."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = only is None or any(f".layers.{layer}." in name for layer in only)
@@ -45,14 +45,14 @@ def checked(original: Path, expanded: Path, **options: object) -> dict[str, Chec
 
 @pytest.fixture
 def export(tiny_llama: Tiny, tmp_path: Path) -> Path:
-    """An expanded model in float32, by way of Megatron."""
+    """Return an expanded model in float32, exported from Megatron."""
     hf_to_megatron(tiny_llama(), tmp_path / "megatron", expansion=ADDED)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "export")
     return tmp_path / "export"
 
 
-def test_added_blocks_trained_in_bfloat16(export: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
-    """The float32 original still proves that no original tensor moved but by the cast."""
+def test_added_blocks_trained_in_bfloat16_verify(export: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
+    """The float32 original proves that the cast alone changed original tensors."""
     tuned = fine_tune(export, tmp_path / "tuned", dtype=torch.bfloat16, only=(2, 5))
     assert "bfloat16, made from tiny" in str(inspect(tuned))
     found = checked(tiny_llama(), tuned)
@@ -62,8 +62,8 @@ def test_added_blocks_trained_in_bfloat16(export: Path, tiny_llama: Tiny, tmp_pa
     assert found["added blocks"].text == "2, 5: trained"
 
 
-def test_another_original_of_the_right_type_has_no_hash(export: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
-    """It equals the tuned model in bfloat16, and is not what that was made of."""
+def test_a_wrong_original_of_the_right_type_has_no_hash(export: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
+    """It equals the tuned model in bfloat16, but the model was not made from it."""
     tuned = fine_tune(export, tmp_path / "tuned", dtype=torch.bfloat16, only=(2, 5))
     rounded = tmp_path / "rounded"
     AutoModelForCausalLM.from_pretrained(tiny_llama(), dtype=torch.bfloat16).float().save_pretrained(rounded)
@@ -81,8 +81,10 @@ def test_an_original_of_neither_type_proves_what_it_can(export: Path, tiny_llama
     assert found["manifest"].text.startswith("nothing is proven: its hashes are of float32 tensors")
 
 
-def test_all_weights_trained_in_bfloat16_and_every_way_on(export: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
-    """Expanded again, to Megatron and back, cast back: hashes and lineage stay those of the first source."""
+def test_all_weights_trained_in_bfloat16_can_be_converted_any_way(
+    export: Path, tiny_llama: Tiny, tmp_path: Path
+) -> None:
+    """Expanded again, to Megatron and back, and cast back: hashes and lineage remain those of the first source."""
     tuned = fine_tune(export, tmp_path / "tuned", dtype=torch.bfloat16)
     first = Manifest.read(export)
     again = Expansion.at(0, 7)
@@ -104,8 +106,8 @@ def test_all_weights_trained_in_bfloat16_and_every_way_on(export: Path, tiny_lla
     assert torch.equal(*loaded)
 
 
-def test_all_weights_trained_in_the_same_type(export: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
-    """Another round is not blamed for what had moved before it; the round that moved it is."""
+def test_all_weights_trained_in_the_same_type_are_reported(export: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
+    """A later round is not blamed for earlier changes; the round that made them is."""
     tuned = fine_tune(export, tmp_path / "tuned", dtype=torch.float32)
     expand_hf(tuned, tmp_path / "hf", expansion=Expansion.at(0, 7))
     found = checked(tuned, tmp_path / "hf")
@@ -120,7 +122,7 @@ def test_all_weights_trained_in_the_same_type(export: Path, tiny_llama: Tiny, tm
 
 
 def test_a_trained_model_can_be_cast(export: Path, tmp_path: Path) -> None:
-    """Originals among it that moved: the record of them stays what it is."""
+    """The record of its original tensors stays the same, although some moved."""
     tuned = fine_tune(export, tmp_path / "tuned", dtype=torch.float32)
     expand_hf(tuned, tmp_path / "hf", expansion=Expansion.at(0), dtype="bfloat16")
     manifest = Manifest.read(tmp_path / "hf")
@@ -129,20 +131,22 @@ def test_a_trained_model_can_be_cast(export: Path, tmp_path: Path) -> None:
 
 
 WIDENED = [("float16", "bfloat16"), ("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "float16")]
-"""The original's type, and the one that it was converted to; then it is saved as float32."""
+"""The original's type, and the type it was converted to before it was saved as float32."""
 
 
 @pytest.fixture
 def widened(tiny_llama: Tiny, tmp_path: Path) -> Path:
-    """Block 2 trained in float32, from an export in bfloat16 of a float32 original."""
+    """Return a model whose block 2 was trained in float32, from a bfloat16 export of a float32 original."""
     hf_to_megatron(tiny_llama(), tmp_path / "megatron", expansion=ADDED, dtype="bfloat16")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "export")
     return fine_tune(tmp_path / "export", tmp_path / "widened", dtype=torch.float32, only=(2,))
 
 
 @pytest.mark.parametrize(("first", "converted"), WIDENED)
-def test_added_blocks_trained_in_a_wider_type(first: str, converted: str, tiny_llama: Tiny, tmp_path: Path) -> None:
-    """The original proves all that it proves of the same model, converted back to the type of its export."""
+def test_added_blocks_trained_in_a_wider_type_verify(
+    first: str, converted: str, tiny_llama: Tiny, tmp_path: Path
+) -> None:
+    """The original proves as much as for the same model converted back to the type of its export."""
     original = tiny_llama(dtype=first)
     hf_to_megatron(original, tmp_path / "megatron", expansion=ADDED, dtype=converted)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "export")
@@ -158,8 +162,8 @@ def test_added_blocks_trained_in_a_wider_type(first: str, converted: str, tiny_l
 
 
 @pytest.mark.parametrize("init", Init)
-def test_a_megatron_checkpoint_cast_to_a_wider_type(init: Init, tiny_llama: Tiny, tmp_path: Path) -> None:
-    """Blocks of a round before the last are made again in the type that they were made in."""
+def test_a_megatron_checkpoint_cast_to_a_wider_type_verifies(init: Init, tiny_llama: Tiny, tmp_path: Path) -> None:
+    """Blocks of earlier rounds are rebuilt in the type that they were made in."""
     again = Expansion.at(0, 7, init=init, seed=4)
     hf_to_megatron(tiny_llama(), tmp_path / "1", expansion=Expansion.at(2, 5, init=init, seed=3), dtype="bfloat16")
     megatron_to_megatron(tmp_path / "1", tmp_path / "2", expansion=again)
@@ -172,8 +176,8 @@ def test_a_megatron_checkpoint_cast_to_a_wider_type(init: Init, tiny_llama: Tiny
         assert found["function"].text.startswith("logits are equal, bit for bit")
 
 
-def test_means_that_were_made_in_a_wider_type_than_the_source_has(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """Nor is it the one that they were cast to since."""
+def test_mean_blocks_made_in_a_wider_type_than_the_source_verify(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """They were also cast to a third type since."""
     source = tiny_llama(dtype="float16")
     hf_to_megatron(source, tmp_path / "made", expansion=Expansion.at(2, 5, init=Init.MEAN), dtype="float32")
     megatron_to_megatron(tmp_path / "made", tmp_path / "cast", dtype="bfloat16")
@@ -182,8 +186,8 @@ def test_means_that_were_made_in_a_wider_type_than_the_source_has(tiny_llama: Ti
     assert found["added blocks"].text == "2, 5: identity, as when added"
 
 
-def test_what_moved_in_a_wider_type_is_named(widened: Path, tiny_llama: Tiny) -> None:
-    """By less than the narrower type could hold; the blocks that are no copies, and hashes that are others, too."""
+def test_changes_in_a_wider_type_are_named(widened: Path, tiny_llama: Tiny) -> None:
+    """Changes too small for the narrower type, blocks that are not copies, and other hashes are all named."""
     path, norm, copy = widened / "model.safetensors", "model.norm.weight", "model.layers.5.mlp.up_proj.weight"
     tensors = load_file(path)
     for name in (norm, copy):
@@ -201,10 +205,11 @@ def test_what_moved_in_a_wider_type_is_named(widened: Path, tiny_llama: Tiny) ->
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_another_round_of_what_was_trained_in_a_wider_type(
+def test_a_model_trained_in_a_wider_type_can_be_expanded_again(
     dtype: str, widened: Path, tiny_llama: Tiny, tmp_path: Path
 ) -> None:
-    """The trained block has digits that the manifest's type does not hold: they are kept, or lost on the way."""
+    """The trained block has digits that the manifest's type cannot hold; the round keeps or loses them, and both
+    verify."""
     again = Expansion.at(0, 7, init=Init.MEAN)
     hf_to_megatron(widened, tmp_path / "again", expansion=again, dtype=dtype)
     megatron_to_megatron(tmp_path / "again", tmp_path / "float32", dtype="float32")
@@ -217,8 +222,8 @@ def test_another_round_of_what_was_trained_in_a_wider_type(
         assert found["manifest"].text == "39 original tensors match their hash"
 
 
-def test_a_megatron_checkpoint_that_was_saved_in_another_type(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """As Megatron-LM writes it, with the llamapro.json of what it was made from put beside."""
+def test_a_megatron_checkpoint_saved_in_another_type_is_read(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """As written by Megatron-LM, with the llamapro.json of its source copied beside it."""
     hf_to_megatron(tiny_llama(), tmp_path / "float32", expansion=ADDED)
     hf_to_megatron(tiny_llama(), tmp_path / "theirs", expansion=ADDED, dtype="bfloat16")
     Manifest.read(tmp_path / "float32").write(tmp_path / "theirs")
@@ -228,8 +233,8 @@ def test_a_megatron_checkpoint_that_was_saved_in_another_type(tiny_llama: Tiny, 
     assert all(check.ok for check in verify(tiny_llama(), tmp_path / "hf"))
 
 
-def test_a_manifest_of_another_number_of_layers_says_how_to_do_without(export: Path, tmp_path: Path) -> None:
-    """As merging tools leave it in config.json."""
+def test_a_manifest_with_another_layer_count_says_how_to_do_without(export: Path, tmp_path: Path) -> None:
+    """Merging tools leave such a config.json."""
     path = export / "config.json"
     (export / "llamapro.json").unlink()
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 5}))

@@ -1,4 +1,4 @@
-"""The exports are ordinary checkpoints: `transformers` loads them without a word, and computes the same."""
+"""Exports are ordinary checkpoints: transformers loads them without a warning and computes the same function."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ONE_OF_EACH_FAMILY = {
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """Load with `transformers`; every tensor must be found, and none left over."""
+    """Load with transformers; no tensor may be missing or left over."""
     model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     return model.eval()
@@ -61,7 +61,7 @@ def logits_of(model: PreTrainedModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
-def test_expanded_equals_original(settings: dict, tiny_model: Tiny, tmp_path: Path) -> None:
+def test_expanded_logits_equal_the_originals(settings: dict, tiny_model: Tiny, tmp_path: Path) -> None:
     source = tiny_model(**settings)
     expand_hf(source, tmp_path / "hf", expansion=Expansion.at(1, 4, 6), max_shard_bytes=100_000)
     hf_to_megatron(source, tmp_path / "megatron", expansion=Expansion.at(0, 1, 5, 6))
@@ -74,8 +74,8 @@ def test_expanded_equals_original(settings: dict, tiny_model: Tiny, tmp_path: Pa
         assert torch.equal(logits_of(expanded), expected)
 
 
-def test_exports_are_spelled_for_transformers_4_too(tiny_model: Tiny, tmp_path: Path) -> None:
-    """It reads nothing of rope_parameters, which is all that transformers 5 writes."""
+def test_exports_can_be_read_by_transformers_4(tiny_model: Tiny, tmp_path: Path) -> None:
+    """It ignores rope_parameters, the only spelling that transformers 5 writes."""
     source = tiny_model(**MODELS["llama3 scaling, head_dim given"])
     assert "rope_theta" not in json.loads((source / "config.json").read_text())
     expand_hf(source, tmp_path / "hf", expansion=Expansion.at(1))
@@ -89,7 +89,7 @@ def test_exports_are_spelled_for_transformers_4_too(tiny_model: Tiny, tmp_path: 
 
 @pytest.mark.parametrize("family", ONE_OF_EACH_FAMILY)
 def test_loading_is_silent(family: str, tiny_model: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Warnings are errors here as it is; neither does transformers log one."""
+    """Warnings are errors in these tests; transformers must not log one either."""
     expand_hf(tiny_model(**ONE_OF_EACH_FAMILY[family]), tmp_path / "hf", expansion=Expansion.at(2, 5))
     with caplog.at_level("WARNING"):
         load(tmp_path / "hf")
@@ -100,7 +100,7 @@ def test_loading_is_silent(family: str, tiny_model: Tiny, tmp_path: Path, caplog
 
 @pytest.mark.parametrize("family", ONE_OF_EACH_FAMILY)
 def test_decoding_with_a_cache_equals_decoding_without(family: str, tiny_model: Tiny, tmp_path: Path) -> None:
-    """Every block has a cache of its own, added ones too; they are made to matter first."""
+    """Every block has its own cache, added ones too; the added blocks first get weights that matter."""
     expand_hf(tiny_model(**ONE_OF_EACH_FAMILY[family]), tmp_path / "hf", expansion=Expansion.at(2, 5))
     model = load(tmp_path / "hf")
     with torch.no_grad():
@@ -119,29 +119,29 @@ def test_decoding_with_a_cache_equals_decoding_without(family: str, tiny_model: 
 
 
 def ours(folder: Path) -> torch.Tensor:
-    """Logits by our own forward pass."""
+    """Return the logits of our own forward pass."""
     with SourceFiles() as files:
         return reference_logits(OpenTensors(open_checkpoint(folder), files), some_tokens())
 
 
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
-def test_our_own_forward_pass_is_the_same_function(settings: dict, tiny_model: Tiny) -> None:
-    """`checkpoint.reference` computes in float32 what `transformers` does."""
+def test_our_forward_pass_equals_transformers(settings: dict, tiny_model: Tiny) -> None:
+    """`checkpoint.reference` computes in float32 what `transformers` computes."""
     source = tiny_model(**settings)
     theirs = logits_of(load(source).float())
     torch.testing.assert_close(ours(source), theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ONE_OF_EACH_FAMILY)
-def test_our_own_forward_pass_reads_either_format(family: str, tiny_model: Tiny, tmp_path: Path) -> None:
+def test_our_forward_pass_reads_either_format(family: str, tiny_model: Tiny, tmp_path: Path) -> None:
     source = tiny_model(**ONE_OF_EACH_FAMILY[family])
     hf_to_megatron(source, tmp_path / "megatron")
     assert torch.equal(ours(source), ours(tmp_path / "megatron"))
 
 
 @pytest.mark.parametrize("settings", [s for s in TINY_FAMILIES.values() if s.get("sliding_window")])
-def test_a_sliding_window_matters_in_these_tests(settings: dict, tiny_model: Tiny) -> None:
-    """The tests' sequences are long enough for it: without the window the function is another."""
+def test_the_sliding_window_changes_the_logits_of_these_tests(settings: dict, tiny_model: Tiny) -> None:
+    """The test sequences are longer than the window, so dropping it changes the function."""
     model = load(tiny_model(**settings))
     with_window = logits_of(model)
     model.config.sliding_window = 1000

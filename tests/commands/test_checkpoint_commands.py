@@ -1,4 +1,4 @@
-"""The commands on checkpoints as a user types them: what they print, their exit codes, one line for every mistake."""
+"""The commands on checkpoints as a user types them: their output, exit codes, and one line for every mistake."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LLAMAPRO = ("-m", "megatron_llamapro")
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended."""
+    """The exit code and output of a command."""
 
     returncode: int
     stdout: str
@@ -51,7 +51,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture
 def run_well(run: Run) -> Callable[..., str]:
-    """Its output; it must succeed and say nothing on standard error (no bar, where there is no terminal)."""
+    """Run a command and return its output. It must succeed with an empty standard error: no bar without a terminal."""
 
     def run_command_well(*words: object) -> str:
         ended = run(*words)
@@ -62,14 +62,14 @@ def run_well(run: Run) -> Callable[..., str]:
 
 
 def run_as_a_program(*words: object) -> Ended:
-    """In a process of its own."""
+    """Run a command in its own process."""
     command = [sys.executable, "-W", "error", *LLAMAPRO, *map(str, words)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
 def lines_on_a_terminal(*words: object) -> list[str]:
-    """What stands on a terminal of 100 columns once a command has ended: of every line what was written last."""
+    """Return the lines that a terminal of 100 columns shows once a command has ended."""
     ours, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     command = [sys.executable, *LLAMAPRO, *map(str, words)]
@@ -79,18 +79,18 @@ def lines_on_a_terminal(*words: object) -> list[str]:
     while True:
         try:
             part = os.read(ours, 4096)
-        except OSError:  # the last one to hold the terminal's other end is gone
+        except OSError:  # the process that held the other end has ended
             break
         written += part
     os.close(ours)
     assert process.wait() == 0, written
-    assert re.search(rb"\[\d\d:\d\d(<.*)?, .*B/s\]", written), "no bar was shown"  # it has the time, and the rate
+    assert re.search(rb"\[\d\d:\d\d(<.*)?, .*B/s\]", written), "no bar was shown"  # it shows the time and the rate
     return [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in written.decode().split("\n")]
 
 
 @pytest.fixture(scope="module")
 def megatron(tiny_llama: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, converted by the command, with blocks 2 and 5 added."""
+    """Return a tiny model with blocks 2 and 5 added, converted by the command."""
     target = tmp_path_factory.mktemp("commands") / "megatron"
     options = ("--source", tiny_llama(), "--target", target, "--num_added_blocks", 2)
     ended = run_as_a_program("convert", "hf-to-megatron", *options)
@@ -99,7 +99,7 @@ def megatron(tiny_llama: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path
     return target
 
 
-def test_there_and_back_and_verified(
+def test_both_directions_agree_and_verify(
     run_well: Callable[..., str], megatron: Path, tiny_llama: Tiny, tmp_path: Path
 ) -> None:
     run_well("convert", "megatron-to-hf", "--source", megatron, "--target", tmp_path / "back")
@@ -113,7 +113,7 @@ def test_there_and_back_and_verified(
         assert all(line.startswith("ok ") for line in lines)
 
 
-def test_the_bar_is_gone_when_the_summary_comes(megatron: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_the_progress_bar_is_cleared_before_the_summary(megatron: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
     expand = ("--source", tiny_llama(), "--target", tmp_path / "hf", "--positions", "2,5")
     convert = ("megatron-to-hf", "--source", megatron, "--target", tmp_path / "back")
     assert lines_on_a_terminal("expand", *expand)[:2] == [f"{tmp_path}/hf: 4 → 6 layers", "added blocks: 2, 5"]
@@ -122,7 +122,7 @@ def test_the_bar_is_gone_when_the_summary_comes(megatron: Path, tiny_llama: Tiny
     assert [line[:5] for line in lines if line] == ["ok   "] * 5
 
 
-def test_verification_that_fails_is_exit_code_1_and_names_the_tensor(
+def test_a_failed_verification_exits_with_1_and_names_the_tensor(
     run: Run, run_well: Callable[..., str], megatron: Path, tiny_llama: Tiny, tmp_path: Path
 ) -> None:
     run_well("convert", "megatron-to-hf", "--source", megatron, "--target", tmp_path / "back")
@@ -134,7 +134,7 @@ def test_verification_that_fails_is_exit_code_1_and_names_the_tensor(
     assert "FAIL original tensors: model.norm.weight of 39 moved\n" in ended.stdout
 
 
-def test_a_bit_of_a_zeroed_weight_that_was_not_trained(
+def test_a_changed_bit_of_a_zeroed_weight_fails_as_untrained(
     run: Run, run_well: Callable[..., str], tiny_llama: Tiny, tmp_path: Path
 ) -> None:
     settings = ("--target", tmp_path / "it", "--positions", "2", "--init", "mean")
@@ -150,19 +150,23 @@ def test_a_bit_of_a_zeroed_weight_that_was_not_trained(
     assert "FAIL added blocks: block 2: model.layers.2.mlp.down_proj.weight is not zero\n" in ended.stdout
 
 
-def test_another_round(run_well: Callable[..., str], megatron: Path, tmp_path: Path) -> None:
+def test_a_second_round_lists_new_and_earlier_blocks(
+    run_well: Callable[..., str], megatron: Path, tmp_path: Path
+) -> None:
     options = ("--source", megatron, "--target", tmp_path / "it", "--num_added_blocks", 2)
     said = run_well("convert", "megatron-to-megatron", *options)
     assert said.startswith(f"{tmp_path}/it: 6 → 8 layers\nadded blocks: 3, 7\nadded earlier: 2, 6\n")
 
 
-def test_inspect(run_well: Callable[..., str], megatron: Path) -> None:
+def test_inspect_prints_a_drawing_or_json(run_well: Callable[..., str], megatron: Path) -> None:
     assert "E o o A o o A H" in run_well("inspect", "--checkpoint", megatron)
     found = json.loads(run_well("inspect", "--checkpoint", megatron, "--json"))
     assert (found["num_layers"], found["added_layers"], found["dtype"]) == (6, [2, 5], "float32")
 
 
-def test_placements(run_well: Callable[..., str], tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_placements_decide_the_positions_of_added_blocks(
+    run_well: Callable[..., str], tiny_llama: Tiny, tmp_path: Path
+) -> None:
     expected = {"prefix": "0, 1", "suffix": "4, 5", "interleaved": "2, 5"}
     for placement, blocks in expected.items():
         options = ("--num_added_blocks", 2, "--placement", placement)
@@ -195,7 +199,7 @@ USAGE = {
 
 
 @pytest.mark.parametrize(("command", "options", "message"), USAGE.values(), ids=USAGE.keys())
-def test_one_line_for_every_mistake(
+def test_every_mistake_is_one_line(
     run: Run, command: str, options: tuple, message: str, tiny_llama: Tiny, tmp_path: Path
 ) -> None:
     ended = run(command, "--source", tiny_llama(), "--target", tmp_path / "target", *options)
@@ -206,7 +210,7 @@ def test_one_line_for_every_mistake(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupt_says_how_to_go_on(
+def test_an_interrupt_says_how_to_resume(
     run: Run, tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: object, **settings: object) -> None:
@@ -230,13 +234,13 @@ NOWHERE = {
 
 
 @pytest.mark.parametrize("command", NOWHERE.values(), ids=NOWHERE.keys())
-def test_a_folder_that_is_not_there(run: Run, command: tuple[str, ...]) -> None:
+def test_a_missing_folder_is_refused(run: Run, command: tuple[str, ...]) -> None:
     ended = run(*command)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: nowhere is not a folder") and ended.stderr.count("\n") == 1, ended.stderr
 
 
-def test_one_line_from_a_program_of_its_own(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_in_a_real_process(tiny_llama: Tiny, tmp_path: Path) -> None:
     options = ("--source", tiny_llama(), "--target", tmp_path / "target", "--positions", "2,9")
     ended = run_as_a_program("convert", "hf-to-megatron", *options)
     assert (ended.returncode, ended.stdout) == (2, "")

@@ -1,4 +1,4 @@
-"""The front door: every command is found, explains itself at once, and has its old name in tools/ still."""
+"""The front door finds every command and explains each at once. The old names in tools/ still work."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ ROOT = Path(__file__).parents[2]
 SHIMS = sorted(ROOT.glob("tools/[!_]*.py"))
 
 
-def typed(
+def run_python(
     *words: str, options: Sequence[str] = (), variables: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess:
-    """What this Python answers."""
+    """Run this Python with these words and return its exit code and output."""
     command = [sys.executable, *options, *words]
     environment = {**os.environ, **(variables or {})}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
-def said(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str, str]:
-    """Exit code and output of `llamapro …`, run in this process."""
+def run_llamapro(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str, str]:
+    """Return exit code and output of `llamapro …`, run in this process."""
     monkeypatch.setattr(sys, "argv", ["llamapro", *words])
     with pytest.raises(SystemExit) as end:
         main()
     return int(end.value.code or 0), *capsys.readouterr()
 
 
-def test_the_console_script_is_this_program() -> None:
+def test_the_console_script_points_at_this_program() -> None:
     [script] = entry_points(group="console_scripts", name="llamapro")
     assert script.load() is main
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_in_the_package(name: str) -> None:
-    """In a folder that a wheel has, which takes those with an __init__.py."""
+    """Its folder has an __init__.py, so the wheel includes it."""
     spec = find_spec(f"megatron_llamapro.{COMMANDS[name].module}")
     assert spec is not None and spec.origin is not None and Path(spec.origin).with_name("__init__.py").is_file()
 
 
 def test_help_lists_all_commands_in_order(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, out, _ = said(capsys, monkeypatch, "--help")
+    code, out, _ = run_llamapro(capsys, monkeypatch, "--help")
     listed = re.findall(r"^  ([\w-]+)  +(\S.*)$", out[out.index("commands:") :], re.MULTILINE)
     assert (code, listed) == (0, [(name, command.line) for name, command in COMMANDS.items()])
     assert all(len(line) <= 100 for line in out.splitlines())
-    assert said(capsys, monkeypatch) == (0, out, "")
+    assert run_llamapro(capsys, monkeypatch) == (0, out, "")
 
 
-def test_version(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert said(capsys, monkeypatch, "--version") == (0, f"megatron-llamapro {__version__}\n", "")
+def test_version_prints_the_version(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_llamapro(capsys, monkeypatch, "--version") == (0, f"megatron-llamapro {__version__}\n", "")
 
 
 UNKNOWN = {
@@ -72,21 +72,25 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_an_unknown_command(name: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, out, errors = said(capsys, monkeypatch, name, "--source", "x")
+def test_an_unknown_command_suggests_a_known_one(
+    name: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, errors = run_llamapro(capsys, monkeypatch, name, "--source", "x")
     assert (code, out, errors.count("\n")) == (2, "", 1)
     assert errors.startswith(f"error: argument COMMAND: '{name}' does not exist: {UNKNOWN[name]}")
 
 
-def test_options_before_the_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, out, errors = said(capsys, monkeypatch, "--debug", "inspect", "--checkpoint", "nowhere")
+def test_only_debug_may_stand_before_the_command(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, errors = run_llamapro(capsys, monkeypatch, "--debug", "inspect", "--checkpoint", "nowhere")
     assert (code, out) == (2, "") and "Traceback" in errors
     for words, message in (
         (["--config", "run.yaml"], "argument COMMAND: 'run.yaml' does not exist"),
         (["--fast", "train"], "unrecognized arguments: --fast"),
         (["--debug"], "the following arguments are required: COMMAND"),
     ):
-        code, out, errors = said(capsys, monkeypatch, *words)
+        code, out, errors = run_llamapro(capsys, monkeypatch, *words)
         assert (code, out, errors.count("\n")) == (2, "", 1) and errors.startswith(f"error: {message}"), errors
 
 
@@ -104,8 +108,8 @@ EXPLAINED = [*COMMANDS, "convert hf-to-megatron", "convert megatron-to-hf", "con
 
 @pytest.fixture(scope="module")
 def explanations() -> dict[str, tuple[str, str]]:
-    """What every `--help` says, and the heavy modules that were imported until then."""
-    done = typed("-W", "error", "-c", ALL_HELP, *EXPLAINED)
+    """Return the text of every `--help`, and the heavy modules imported by then."""
+    done = run_python("-W", "error", "-c", ALL_HELP, *EXPLAINED)
     assert done.returncode == 0, done.stderr
     found = re.findall(r"(.*?)^imported:([^\n]*)\n", done.stdout, re.DOTALL | re.MULTILINE)
     return dict(zip(EXPLAINED, found, strict=True))
@@ -113,7 +117,7 @@ def explanations() -> dict[str, tuple[str, str]]:
 
 @pytest.mark.parametrize("name", EXPLAINED)
 def test_help_has_an_example_and_imports_nothing_heavy(name: str, explanations: dict) -> None:
-    """Which is what makes it start at once."""
+    """So `--help` starts at once."""
     text, heavy = explanations[name]
     assert heavy == ""
     assert text.startswith(f"usage: llamapro {name} ")
@@ -125,22 +129,22 @@ def command_of(shim: Path) -> str:
     return name
 
 
-def test_every_command_has_its_old_name_in_tools() -> None:
+def test_every_command_keeps_its_old_name_in_tools() -> None:
     assert sorted(map(command_of, SHIMS)) == sorted(set(COMMANDS) - {"train"})
 
 
 @pytest.mark.parametrize("shim", SHIMS, ids=lambda shim: shim.stem)
 def test_an_old_name_runs_its_command(shim: Path, explanations: dict) -> None:
-    """As `python tools/NAME.py`, and as `python -m tools.NAME` from the repository's folder."""
+    """Both as `python tools/NAME.py` and as `python -m tools.NAME` in the repository's folder."""
     expected, _ = explanations[command_of(shim)]
     for words in (str(shim),), ("-m", f"tools.{shim.stem}"):
-        done = typed(*words, "--help")
+        done = run_python(*words, "--help")
         assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
 
 
 @pytest.mark.parametrize("shim", SHIMS, ids=lambda shim: shim.stem)
-def test_without_the_package_an_old_name_says_so(shim: Path) -> None:
-    done = typed(str(shim), "--help", options=["-S"], variables={"PYTHONPATH": ""})
+def test_an_old_name_without_the_package_says_so(shim: Path) -> None:
+    done = run_python(str(shim), "--help", options=["-S"], variables={"PYTHONPATH": ""})
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith(
         f"error: the module megatron_llamapro is not installed in this Python ({sys.executable}): "

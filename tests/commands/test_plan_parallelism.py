@@ -1,4 +1,4 @@
-"""The command that divides a job's ranks: what it prints, what it writes, and that a job so divided runs dry."""
+"""The command that divides a job's ranks: its output, its file, and a dry run of the best division."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def llamapro(*words: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
-def test_the_best_one_runs(arguments: list, tmp_path: Path) -> None:
-    """Where nothing fits without recomputation."""
+def test_the_best_division_runs_dry(arguments: list, tmp_path: Path) -> None:
+    """Nothing fits here without recomputation."""
     divided = ["--memory_gib", 0.0035, "--ranks_per_node", 1]
     result = llamapro("plan-parallelism", *arguments, *divided, "--output", tmp_path / "parallel.yaml")
     assert result.returncode == 0, result.stderr
@@ -50,8 +50,8 @@ def test_the_best_one_runs(arguments: list, tmp_path: Path) -> None:
     assert best["gpu_hours"] == pytest.approx(4 * 80e9 / best["tokens_per_second"] / 3600)
 
 
-def test_what_the_file_said_before_is_replaced(arguments: list, tmp_path: Path) -> None:
-    """Recomputation, virtual stages and a split of the layers that belong to another division."""
+def test_earlier_settings_in_the_file_are_replaced(arguments: list, tmp_path: Path) -> None:
+    """Recomputation, virtual stages and a layer split of another division are removed."""
     before = {
         "parallel": {
             "pipeline_model_parallel_size": 2,
@@ -88,7 +88,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(name: str, arguments: list) -> None:
+def test_bad_input_is_one_line(name: str, arguments: list) -> None:
     more, message = BAD[name]
     result = llamapro("plan-parallelism", *arguments, *more)
     assert result.returncode == 2 and result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The split of the layers: what the command prints, what it writes, and that a run reads it."""
+"""The layer split: the command's output, its file, and a run that reads it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ parallel: {pipeline_model_parallel_size: 2}
 
 @pytest.fixture
 def arguments(tiny_llama: Callable[..., Path], tmp_path: Path) -> list:
-    """A tiny model whose last two blocks are added: the first stage has no backward pass to do."""
+    """Return arguments for a tiny model whose last two blocks are added: the first stage has no backward pass."""
     (tmp_path / "run.yaml").write_text(RUN)
     model = tiny_llama(num_hidden_layers=6)
     return ["--config", tmp_path / "run.yaml", "--hf_config", model, "--num_added_blocks", 2, "--placement", "suffix"]
@@ -34,7 +34,7 @@ def plan_pipeline(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
-def test_the_layout_is_read_by_a_run(arguments: list, tmp_path: Path) -> None:
+def test_a_run_reads_the_written_layout(arguments: list, tmp_path: Path) -> None:
     result = plan_pipeline(*arguments, "--world_size", 4, "--output", tmp_path / "parallel.yaml")
     assert result.returncode == 0, result.stderr
     assert "even split: 4, 4" in result.stdout and "no split is faster" in result.stdout
@@ -46,8 +46,8 @@ def test_the_layout_is_read_by_a_run(arguments: list, tmp_path: Path) -> None:
     assert found["best"]["gpu_hours"] == pytest.approx(4 * 80e9 / found["best"]["tokens_per_second"] / 3600)
 
 
-def test_measured_blocks(arguments: list, tmp_path: Path) -> None:
-    """Every kind is timed, and the plan is made of it."""
+def test_a_plan_uses_measured_times(arguments: list, tmp_path: Path) -> None:
+    """Every kind of block is timed, and the plan uses the times."""
     times = tmp_path / "times.json"
     result = plan_pipeline(*arguments, "--world_size", 1, "--calibrate", times)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""Pictures of runs: the command reads what training writes, refuses what is none."""
+"""Plots of runs: the command reads the metrics that training writes, and refuses other files."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def metrics(tmp_path: Path) -> Path:
     return path
 
 
-def test_series(metrics: Path) -> None:
+def test_series_hold_losses_and_block_figures(metrics: Path) -> None:
     series = read_series(metrics)
     assert series["training loss, nats per token", ""] == [(1, 2.0), (2, 1.0)]
     assert series["held-out cpp", ""] == [(2, 1.5)]
     assert series["contribution of a block to the stream", "block 5"] == [(2, 0.1)]
 
 
-def test_a_figure_that_was_not_finite_is_a_gap(metrics: Path, tmp_path: Path) -> None:
-    """And a last line that a kill has cut is none."""
+def test_a_figure_that_is_not_finite_is_a_gap(metrics: Path, tmp_path: Path) -> None:
+    """A last line cut by a kill is ignored."""
     metrics.write_text(metrics.read_text() + record(3).replace("1.0", "null") + "\n" + record(4)[:20])
     series = read_series(metrics)
     assert [step for step, _ in series["training loss, nats per token", ""]] == [1, 2, 3]
@@ -47,7 +47,7 @@ def test_a_figure_that_was_not_finite_is_a_gap(metrics: Path, tmp_path: Path) ->
     assert run("--input", metrics, "--output", tmp_path / "plot.png").returncode == 0
 
 
-def test_labels() -> None:
+def test_files_of_one_name_are_labelled_by_their_folders() -> None:
     assert labels_of([Path("a/metrics.jsonl"), Path("b/metrics.jsonl")]) == ["a", "b"]
     assert labels_of([Path("x.jsonl"), Path("y.jsonl")]) == ["x", "y"]
 
@@ -57,7 +57,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_it_draws(metrics: Path, tmp_path: Path) -> None:
+def test_a_png_is_drawn_and_not_overwritten(metrics: Path, tmp_path: Path) -> None:
     output = tmp_path / "plot.png"
     assert run("--input", metrics, metrics, "--label", "one", "two", "--output", output).returncode == 0
     assert output.read_bytes().startswith(b"\x89PNG")
@@ -65,8 +65,8 @@ def test_it_draws(metrics: Path, tmp_path: Path) -> None:
     assert again.returncode == 2 and "--overwrite" in again.stderr
 
 
-def test_folders_of_runs_and_an_output_without_an_ending(metrics: Path, tmp_path: Path) -> None:
-    """What is printed is what was written."""
+def test_run_folders_are_read_and_an_output_without_an_ending_is_a_png(metrics: Path, tmp_path: Path) -> None:
+    """The printed path is the written one."""
     done = run("--input", tmp_path, tmp_path, "--output", tmp_path / "plot")
     assert done.returncode == 2 and "runs have the same name" in done.stderr
     done = run("--input", tmp_path, "--output", tmp_path / "plot")
@@ -85,12 +85,12 @@ def test_folders_of_runs_and_an_output_without_an_ending(metrics: Path, tmp_path
 @pytest.mark.parametrize(
     ("content", "message"), [("", "no steps yet"), ("{", "line 1: not a metrics record"), ("[]", "line 1")]
 )
-def test_no_metrics(content: str, message: str, tmp_path: Path) -> None:
+def test_a_file_without_metrics_is_refused(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):
         read_series(tmp_path / "m.jsonl")
 
 
-def test_wrong_format_is_one_line(metrics: Path, tmp_path: Path) -> None:
+def test_a_wrong_format_is_one_line(metrics: Path, tmp_path: Path) -> None:
     result = run("--input", metrics, "--output", tmp_path / "plot.xyz")
     assert result.returncode == 2 and result.stderr.count("\n") == 1

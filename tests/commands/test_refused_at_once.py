@@ -1,5 +1,5 @@
-"""What a configuration or a path decides is refused before torch is imported, which takes seconds: here its import is
-an error of its own. And what is said where something is not installed."""
+"""A bad configuration or path is refused before torch is imported, because that takes seconds. Importing torch is an
+error in these tests. Also the messages about packages that are not installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_llamapro.config.io import dump_yaml
 ROOT = Path(__file__).parents[2]
 PRETRAIN = "-m megatron_llamapro.pretrain --config {run} "
 LLAMAPRO = "-m megatron_llamapro "
-# What is typed, and what is said of it. {run} is a configuration that is right, {model} a Hugging Face model.
+# The words typed and the error expected. {run} is a valid configuration, {model} a Hugging Face model.
 REFUSED = {
     PRETRAIN + "--training.train_iters 0": "training.train_iters is 0",
     PRETRAIN + "--model.checkpoint nowhere": "nowhere is not a folder",
@@ -55,10 +55,10 @@ def run_yaml(run_config: Callable, tmp_path: Path) -> Path:
     return tmp_path / "run.yaml"
 
 
-def typed(
+def run_typed(
     command: str, *, options: list[str] | None = None, variables: Mapping[str, str] | None = None
 ) -> tuple[int, str, str]:
-    """Exit code and output of a command of this repository."""
+    """Return exit code and output of a command of this repository."""
     done = subprocess.run(
         [sys.executable, *(options or []), *command.split()],
         capture_output=True,
@@ -81,28 +81,28 @@ def test_it_is_refused_before_torch_is_imported(
     command: str, run_yaml: Path, without_torch: dict, models: Callable
 ) -> None:
     line = command.format(run=run_yaml, model=models().original_hf)
-    code, out, errors = typed(line, variables=without_torch)
+    code, out, errors = run_typed(line, variables=without_torch)
     assert (code, out) == (2, ""), errors
     assert errors.startswith("error: ") and errors.count("\n") == 1, errors
     assert REFUSED[command] in errors
 
 
-def test_a_rank_of_several_refuses_by_itself(run_yaml: Path, without_torch: dict) -> None:
-    """In the same words on all, of which the first of a node says them."""
+def test_each_rank_refuses_on_its_own(run_yaml: Path, without_torch: dict) -> None:
+    """All ranks find the same error; the first rank of each node prints it."""
     place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "1"}
     command = PRETRAIN.format(run=run_yaml) + "--parallel.tensor_model_parallel_size 4"
-    assert typed(command, variables={**without_torch, **place}) == (2, "", "")
-    code, _, errors = typed(command, variables={**without_torch, **place, "LOCAL_RANK": "0"})
+    assert run_typed(command, variables={**without_torch, **place}) == (2, "", "")
+    code, _, errors = run_typed(command, variables={**without_torch, **place, "LOCAL_RANK": "0"})
     assert code == 2 and errors.startswith("error: 2 ranks cannot be divided") and errors.count("\n") == 1
 
 
-def test_a_right_one_goes_on_to_torch(run_yaml: Path, without_torch: dict) -> None:
-    assert "torch is imported" in typed(PRETRAIN.format(run=run_yaml), variables=without_torch)[2]
+def test_a_valid_run_imports_torch(run_yaml: Path, without_torch: dict) -> None:
+    assert "torch is imported" in run_typed(PRETRAIN.format(run=run_yaml), variables=without_torch)[2]
 
 
 @pytest.fixture(scope="module")
 def packages_but_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of everything that is installed here, but for torch."""
+    """Return a folder of everything installed here except torch."""
     folder = tmp_path_factory.mktemp("packages")
     for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
         if not path.name.startswith(("torch", "__editable__")):
@@ -110,8 +110,8 @@ def packages_but_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_without_torch_it_says_so(run_yaml: Path, packages_but_torch: Path) -> None:
+def test_a_missing_torch_is_reported(run_yaml: Path, packages_but_torch: Path) -> None:
     variables = {"PYTHONPATH": str(packages_but_torch)}
-    code, out, errors = typed(PRETRAIN.format(run=run_yaml), options=["-S"], variables=variables)
+    code, out, errors = run_typed(PRETRAIN.format(run=run_yaml), options=["-S"], variables=variables)
     assert (code, out, errors.count("\n")) == (2, "", 1), errors
     assert errors.startswith(f"error: the module torch is not installed in this Python ({sys.executable}): ")

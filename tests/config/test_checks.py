@@ -1,4 +1,4 @@
-"""Values that cannot go together are refused, and the message says what to do."""
+"""Values that contradict each other are refused, and the message says what to do."""
 
 import dataclasses
 from pathlib import Path
@@ -31,7 +31,7 @@ BASE = RunConfig(
 
 
 def changed(**fields: object) -> RunConfig:
-    """BASE with `section__field=value`."""
+    """Return BASE with `section__field=value` replaced."""
     config = BASE
     for name, value in fields.items():
         section, field = name.split("__")
@@ -41,7 +41,7 @@ def changed(**fields: object) -> RunConfig:
     return config
 
 
-def test_the_base_is_fine() -> None:
+def test_the_base_is_valid() -> None:
     check_run_config(BASE)
     assert data_parallel_size(BASE, 4) == 4
 
@@ -94,7 +94,7 @@ BAD_ENTRIES = (0, -1, 11, "3-11", "5-4", "a", "3-", "3..4", "1e2", True)
         ({"lora__rank": 4, "model__trainable": ("lora", "everything")}, "everything and lora: choose one of them"),
     ],
 )
-def test_refused_alone(fields: dict, message: str) -> None:
+def test_bad_fields_are_refused(fields: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_run_config(changed(**fields))
 
@@ -115,13 +115,13 @@ def test_refused_alone(fields: dict, message: str) -> None:
         ),
     ],
 )
-def test_refused_for_the_world(fields: dict, world_size: int, message: str) -> None:
+def test_a_layout_that_does_not_fit_the_world_is_refused(fields: dict, world_size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         data_parallel_size(changed(**fields), world_size)
 
 
-def test_the_rest_of_a_run_needs_its_samples() -> None:
-    """Half of 48 samples went in steps of 8; then in steps of 4."""
+def test_a_resumed_run_needs_samples_for_its_remaining_steps() -> None:
+    """Half of 48 samples were used in steps of 8, the rest in steps of 4."""
     config = changed(data__train_samples=48, training__global_batch_size=4)
     with pytest.raises(ConfigError, match=r"32 \+ 24 > 48; set --training\.train_iters 8, or .*batch_size 2 or less"):
         check_samples(config, iteration=4, consumed_samples=32)
@@ -129,8 +129,8 @@ def test_the_rest_of_a_run_needs_its_samples() -> None:
     check_samples(config, iteration=10, consumed_samples=48)
 
 
-def test_a_larger_batch_for_the_rest_is_fine(tmp_path: Path) -> None:
-    """What the first steps took is known from the checkpoint only."""
+def test_a_larger_batch_for_the_remaining_steps_is_valid(tmp_path: Path) -> None:
+    """Only the checkpoint knows how many samples the first steps used."""
     larger = changed(data__train_samples=79)
     with pytest.raises(ConfigError, match="need 80"):
         check_run_config(changed(data__train_samples=79, checkpoint__save=str(tmp_path / "new")))
@@ -138,7 +138,7 @@ def test_a_larger_batch_for_the_rest_is_fine(tmp_path: Path) -> None:
     check_samples(larger, iteration=4, consumed_samples=16)
 
 
-def test_steps_to_leave_out() -> None:
+def test_skipped_steps_are_numbers_and_ranges() -> None:
     training = changed(training__skip_iterations=(2, "7-9", "10")).training
     assert [step for step in range(12) if is_left_out(step, training)] == [2, 7, 8, 9, 10]
 
@@ -147,12 +147,12 @@ MODEL = {"num_layers": 6, "num_attention_heads": 8, "num_query_groups": 2, "ffn_
 
 
 @pytest.mark.parametrize(("part", "has_experts"), [("moe", False), ("mlp", True)])
-def test_a_part_that_is_not_there_is_not_recomputed(part: str, has_experts: bool) -> None:
+def test_recomputing_a_missing_part_is_refused(part: str, has_experts: bool) -> None:
     with pytest.raises(ConfigError, match=f"names '{part}', but the model has"):
         check_model(changed(recompute__modules=(part,)), **MODEL, has_experts=has_experts)
 
 
-def test_experts_need_sequence_parallelism_on_several_tensor_ranks() -> None:
+def test_experts_on_several_tensor_ranks_need_sequence_parallelism() -> None:
     tensor_parallel = {"parallel__tensor_model_parallel_size": 2, "data__seq_length": 32}
     with pytest.raises(ConfigError, match=r"set parallel\.sequence_parallel to true"):
         check_model(changed(**tensor_parallel), **MODEL, has_experts=True)
@@ -180,6 +180,6 @@ def test_experts_need_sequence_parallelism_on_several_tensor_ranks() -> None:
         ),
     ],
 )
-def test_refused_for_the_model(fields: dict, message: str) -> None:
+def test_fields_that_do_not_fit_the_model_are_refused(fields: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_model(changed(**fields), **MODEL)

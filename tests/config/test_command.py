@@ -1,4 +1,4 @@
-"""Errors of any command: one line, the right exit code."""
+"""Errors of any command: one line and the right exit code."""
 
 import errno
 import subprocess
@@ -30,12 +30,14 @@ def raising(error: BaseException):
             2,
             "error: /x/y: No space left on device\n",
         ),
-        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "error: Broken pipe\n"),  # not the output's
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "error: Broken pipe\n"),  # not from the output
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
         (KeyboardInterrupt("go on"), 130, "error: interrupted: go on\n"),
     ],
 )
-def test_one_line_and_exit_code(error: BaseException, code: int, text: str, capfd: pytest.CaptureFixture) -> None:
+def test_an_error_is_one_line_with_its_exit_code(
+    error: BaseException, code: int, text: str, capfd: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit) as end:
         run_command(raising(error))
     assert end.value.code == code
@@ -50,8 +52,8 @@ def test_results_become_exit_codes() -> None:
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])
-def test_nobody_reads_the_output(lines: int) -> None:
-    """As with `| head`: no error, also where it is found out at the end."""
+def test_output_that_nobody_reads_is_not_an_error(lines: int) -> None:
+    """For example `| head`. The broken pipe may also surface only at the end."""
     program = (
         "from megatron_llamapro.config.command import run_command\n"
         f"run_command(lambda: [print('x') for _ in range({lines})] and None)"
@@ -75,8 +77,8 @@ def test_usage_error_is_one_line(capsys: pytest.CaptureFixture) -> None:
     assert error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_an_option_that_a_command_does_not_have(capsys: pytest.CaptureFixture) -> None:
-    """The command says its own name, and its nearest option."""
+def test_an_unknown_option_suggests_the_nearest(capsys: pytest.CaptureFixture) -> None:
+    """The message has the command's own name."""
     parser = CommandParser(prog="tool")
     command = parser.add_subparsers(required=True).add_parser("make")
     command.add_argument("--num_added_blocks")
@@ -109,8 +111,8 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option[:20])
-def test_types_of_options(option: str, capsys: pytest.CaptureFixture) -> None:
-    """The same in every command, and in its sub-commands."""
+def test_options_are_parsed_by_type(option: str, capsys: pytest.CaptureFixture) -> None:
+    """Commands and sub-commands behave the same."""
     for words in ([], ["make"]):
         parser = taking = CommandParser(prog="tool")
         if words:
@@ -127,7 +129,7 @@ def test_types_of_options(option: str, capsys: pytest.CaptureFixture) -> None:
         assert expected in error and error.count("\n") == 1
 
 
-def test_either_word_for_a_dtype(capsys: pytest.CaptureFixture) -> None:
+def test_either_name_of_a_dtype_is_accepted(capsys: pytest.CaptureFixture) -> None:
     parser = CommandParser(prog="tool")
     add_change_options(parser)
     for word, dtype in (("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp32", "float32"), ("fp16", "float16")):
@@ -140,8 +142,8 @@ def test_either_word_for_a_dtype(capsys: pytest.CaptureFixture) -> None:
     assert "--init_seed is -1: it cannot be negative" in capsys.readouterr().err
 
 
-def test_an_option_that_is_nearly_the_commands_own(capsys: pytest.CaptureFixture) -> None:
-    """What is not its own goes to another parser, which could only say less."""
+def test_a_misspelt_option_of_the_command_suggests_its_own(capsys: pytest.CaptureFixture) -> None:
+    """Other options go to a second parser, which does not know the command's own."""
     parser = CommandParser(prog="tool")
     parser.add_argument("--efficiency", type=float)
     parser.add_argument("--hf_config")
@@ -152,7 +154,7 @@ def test_an_option_that_is_nearly_the_commands_own(capsys: pytest.CaptureFixture
     assert parser.parse_own_args(rest)[1] == rest
 
 
-def test_in_one_line() -> None:
+def test_line_breaks_in_a_message_are_replaced() -> None:
     assert in_one_line(ValueError("x\ny")) == "x y"
 
 
@@ -161,7 +163,7 @@ LIGHT = ("config.io", "config.checks", "config.command", "expansion.plan", "plan
 
 
 def test_light_modules_import_nothing_heavy() -> None:
-    """`--help`, planning and configuration start at once: torch alone would cost two seconds."""
+    """`--help`, planning and configuration start at once: torch alone takes two seconds."""
     imports = "; ".join(f"import megatron_llamapro.{module}" for module in LIGHT)
     program = f"import sys; {imports}; print([m for m in {HEAVY} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

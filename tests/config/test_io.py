@@ -1,4 +1,4 @@
-"""YAML, overrides, and what a user sees when one is wrong."""
+"""YAML files, overrides, and the user's view of a wrong one."""
 
 import re
 from pathlib import Path
@@ -25,12 +25,12 @@ def run_yaml(tmp_path: Path) -> Path:
     return path
 
 
-def parsed(run_yaml: Path, *overrides: str):
+def parse(run_yaml: Path, *overrides: str):
     return parse_run_config(["--config", str(run_yaml), *overrides])
 
 
-def test_yaml_and_overrides(run_yaml: Path) -> None:
-    config = parsed(run_yaml, "--parallel.tensor_model_parallel_size", "2", "--training.precision=fp32")
+def test_overrides_replace_yaml_values(run_yaml: Path) -> None:
+    config = parse(run_yaml, "--parallel.tensor_model_parallel_size", "2", "--training.precision=fp32")
     assert config.optimizer.lr == 1e-4  # plain PyYAML reads 1e-4 as text
     assert config.parallel.tensor_model_parallel_size == 2
     assert config.training.precision == "fp32"
@@ -38,14 +38,14 @@ def test_yaml_and_overrides(run_yaml: Path) -> None:
     assert config.data.valid == {"cpp": "c"}
 
 
-def test_steps_to_leave_out_are_numbers_and_ranges(run_yaml: Path) -> None:
+def test_skipped_steps_are_numbers_and_ranges(run_yaml: Path) -> None:
     run_yaml.write_text(MINIMAL.replace("train_iters: 3", "train_iters: 20, skip_iterations: [7, 12-15]"))
-    assert parsed(run_yaml).training.skip_iterations == (7, "12-15")
-    assert parsed(run_yaml, "--training.skip_iterations", "[3, 4-5]").training.skip_iterations == (3, "4-5")
+    assert parse(run_yaml).training.skip_iterations == (7, "12-15")
+    assert parse(run_yaml, "--training.skip_iterations", "[3, 4-5]").training.skip_iterations == (3, "4-5")
 
 
-def test_resolved_config_reads_back_equal(run_yaml: Path, tmp_path: Path) -> None:
-    config = parsed(
+def test_a_resolved_config_reads_back_equal(run_yaml: Path, tmp_path: Path) -> None:
+    config = parse(
         run_yaml,
         "--parallel.pipeline_model_parallel_size=2",
         "--parallel.pipeline_stage_layers=[3,2]",
@@ -54,7 +54,7 @@ def test_resolved_config_reads_back_equal(run_yaml: Path, tmp_path: Path) -> Non
     )
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(dump_yaml(config))
-    assert parsed(resolved) == config
+    assert parse(resolved) == config
 
 
 WRONG = {
@@ -126,7 +126,7 @@ def test_wrong_yaml_is_one_line(case: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as error:
-        parsed(path)
+        parse(path)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -139,14 +139,14 @@ def test_wrong_yaml_is_one_line(case: str, tmp_path: Path) -> None:
         (b"#" * (2**24 + 1), "run.yaml has more than 16 MiB"),
     ],
 )
-def test_what_is_no_text(content: bytes, message: str, run_yaml: Path) -> None:
+def test_a_file_that_is_not_text_is_refused(content: bytes, message: str, run_yaml: Path) -> None:
     run_yaml.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
-        parsed(run_yaml)
+        parse(run_yaml)
 
 
-def test_what_may_stand_in_yaml(run_yaml: Path) -> None:
-    """Anchors where they are used first, `<<` with its own names over it, numbers in quotes, empty sections, a BOM."""
+def test_anchors_merges_quotes_and_a_bom_are_read(run_yaml: Path) -> None:
+    """Anchors at their first use, `<<` overridden by the section's own names, quoted numbers, empty sections, a BOM."""
     run_yaml.write_text(
         "\ufeff"
         + MINIMAL.replace(
@@ -154,21 +154,21 @@ def test_what_may_stand_in_yaml(run_yaml: Path) -> None:
         )
         + "checkpoint: # nothing yet\nparallel: {tensor_model_parallel_size: '2'}\nlogging: {wandb_project: ~}\n"
     )
-    config = parsed(run_yaml)
+    config = parse(run_yaml)
     assert [(entry.prefix, entry.weight) for entry in config.data.train] == [("a", 2.0), ("b", 2.0)]
     assert config.parallel.tensor_model_parallel_size == 2 and config.checkpoint.save is None
     assert config.logging.wandb_project is None
 
 
-def test_missing_file_and_misspelt_option(run_yaml: Path) -> None:
+def test_a_missing_file_and_a_misspelt_option_are_refused(run_yaml: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         parse_run_config(["--config", "nowhere.yaml"])
     with pytest.raises(ConfigError, match=r"did you mean --parallel\.tensor_model_parallel_size"):
-        parsed(run_yaml, "--parallel.tensor_model_parallel_siz", "2")
+        parse(run_yaml, "--parallel.tensor_model_parallel_siz", "2")
 
 
-def test_print_config(run_yaml: Path, capsys: pytest.CaptureFixture) -> None:
-    """All fields, wherever it stands on the command line; also where required ones are missing."""
+def test_print_config_prints_every_field(run_yaml: Path, capsys: pytest.CaptureFixture) -> None:
+    """Anywhere on the command line, and also without the required fields."""
     printed = []
     for arguments in (
         ["--config", str(run_yaml), "--print_config"],
@@ -179,19 +179,17 @@ def test_print_config(run_yaml: Path, capsys: pytest.CaptureFixture) -> None:
             parse_run_config(arguments)
         assert end.value.code == 0
         printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1] == dump_yaml(parsed(run_yaml))
+    assert printed[0] == printed[1] == dump_yaml(parse(run_yaml))
     assert "checkpoint: null" in printed[2] and "tensor_model_parallel_size: 1" in printed[2]
 
 
 def test_later_files_and_options_win(run_yaml: Path, tmp_path: Path) -> None:
-    """Field by field; lists and names with values whole, unless an option gives one name."""
+    """Field by field. Lists, and names with values, are replaced whole unless an option sets one name."""
     (tmp_path / "more.yaml").write_text("data: {valid: {cpp: d}, train: [{prefix: e}]}\noptimizer: {min_lr: 1e-5}\n")
-    config = parsed(
-        run_yaml, "--data.valid.python=f", "--config", str(tmp_path / "more.yaml"), "--optimizer", "{lr: 2}"
-    )
+    config = parse(run_yaml, "--data.valid.python=f", "--config", str(tmp_path / "more.yaml"), "--optimizer", "{lr: 2}")
     assert (config.optimizer.lr, config.optimizer.min_lr) == (2.0, 1e-5)
     assert config.data.valid == {"cpp": "d"} and [entry.prefix for entry in config.data.train] == ["e"]
-    assert parsed(run_yaml, "--data.valid.python=f").data.valid == {"cpp": "c", "python": "f"}
+    assert parse(run_yaml, "--data.valid.python=f").data.valid == {"cpp": "c", "python": "f"}
 
 
 OPTIONS = {
@@ -230,9 +228,9 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options[:60])
-def test_wrong_options(options: str, run_yaml: Path) -> None:
+def test_a_wrong_option_is_refused_with_advice(options: str, run_yaml: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        parsed(run_yaml, *options.split(" ", 1))
+        parse(run_yaml, *options.split(" ", 1))
     assert OPTIONS[options] in str(error.value)
 
 
@@ -241,35 +239,35 @@ FIELDS = {name: name.rpartition(".")[2] for name, kind in names_of(RunConfig).it
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_suggestion_is_the_whole_dotted_name(name: str, run_yaml: Path) -> None:
-    """Of a field without its section, and of a misspelt one: as an option, and in a file."""
+    """For a field without its section and for a misspelt one, as an option and in a file."""
     section, field = name.split(".")
-    if field not in fields_of(RunConfig):  # checkpoint is a section too
+    if field not in fields_of(RunConfig):  # checkpoint is also a section
         with pytest.raises(ConfigError, match=rf"^--{field} does not exist: did you mean .*--{re.escape(name)}\b"):
-            parsed(run_yaml, f"--{field}=1")
+            parse(run_yaml, f"--{field}=1")
     misspelt = field[:-1] + field[-1] * 2
     with pytest.raises(ConfigError, match=rf"^--{section}.{misspelt} does not exist: did you mean --{section}\.\w+\?$"):
-        parsed(run_yaml, f"--{section}.{misspelt}=1")
+        parse(run_yaml, f"--{section}.{misspelt}=1")
     run_yaml.write_text(f"{section}: {{{misspelt}: 1}}")
     with pytest.raises(
         ConfigError, match=rf"run.yaml: {section}.{misspelt} does not exist: did you mean {section}\.\w+\?$"
     ):
-        parsed(run_yaml)
+        parse(run_yaml)
 
 
-def test_either_word_for_a_dtype(run_yaml: Path) -> None:
+def test_either_name_of_a_precision_is_accepted(run_yaml: Path) -> None:
     for word, canonical in (("bfloat16", "bf16"), ("bf16", "bf16"), ("float32", "fp32"), ("fp32", "fp32")):
-        config = parsed(run_yaml, "--training.precision", word)
+        config = parse(run_yaml, "--training.precision", word)
         assert config.training.precision == canonical and f"precision: {canonical}\n" in dump_yaml(config)
 
 
-def test_nothing_given() -> None:
+def test_no_arguments_name_the_required_fields() -> None:
     with pytest.raises(
         ConfigError, match=r"^model\.checkpoint, data\.train, .* are not set: give --model\.checkpoint, or"
     ):
         parse_run_config([])
 
 
-def test_help_says_every_field(capsys: pytest.CaptureFixture) -> None:
+def test_help_describes_every_field(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as end:
         parse_run_config(["--help"])
     shown = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A target folder is complete or as it was, whatever happens on the way."""
+"""A target folder is complete or unchanged, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def names(folder: Path) -> list[str]:
-    """Everything in a folder, hidden files too."""
+    """Return every name in a folder, hidden files too."""
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -34,7 +34,7 @@ def test_a_target_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     assert names(tmp_path) == ["target"]
 
 
-def test_an_empty_target_is_taken(tmp_path: Path) -> None:
+def test_an_empty_target_is_used(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     with staged(tmp_path / "target", overwrite=False) as folder:
         (folder / "new.txt").write_text("new")
@@ -63,8 +63,8 @@ def test_a_failure_leaves_the_target_as_it_was(tmp_path: Path) -> None:
     assert names(tmp_path) == ["target"]
 
 
-def test_a_target_whose_writer_was_killed_between_the_renames_comes_back(tmp_path: Path) -> None:
-    """It was to be replaced: whoever writes next finds it in its place again, and needs --overwrite as before."""
+def test_a_target_is_restored_if_its_writer_was_killed_between_the_renames(tmp_path: Path) -> None:
+    """The target was being replaced. The next writer finds it back in place, and still needs --overwrite."""
     target = tmp_path / "target"
     for overwrite in (False, True):
         (tmp_path / ".target.replaced").mkdir()
@@ -84,8 +84,8 @@ def test_a_target_whose_writer_was_killed_between_the_renames_comes_back(tmp_pat
         assert names(tmp_path) == ["target"]
 
 
-def test_what_is_in_the_way_of_the_draft_is_left_alone(tmp_path: Path) -> None:
-    """A link to somebody's folder would have been emptied."""
+def test_a_link_or_file_in_place_of_the_draft_is_left_alone(tmp_path: Path) -> None:
+    """Otherwise a link to a user's folder would empty that folder."""
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "data").write_text("mine")
     draft = tmp_path / ".target.partial"
@@ -102,14 +102,14 @@ def test_what_is_in_the_way_of_the_draft_is_left_alone(tmp_path: Path) -> None:
     assert names(tmp_path) == [".target.partial", "precious"]
 
 
-def test_a_file_in_the_targets_place_is_refused(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_target_is_refused(tmp_path: Path) -> None:
     (tmp_path / "target").write_text("a file")
     with pytest.raises(CheckpointError, match="is not a folder"), staged(tmp_path / "target", overwrite=True):
         pass
 
 
-def test_a_link_in_the_targets_place_is_refused(tmp_path: Path) -> None:
-    """To a folder or to nothing: renaming would put the checkpoint in the link's place, not in the folder's."""
+def test_a_link_in_place_of_the_target_is_refused(tmp_path: Path) -> None:
+    """A link to a folder or to nothing: renaming would replace the link, not fill the folder."""
     (tmp_path / "folder").mkdir()
     for points_to in ("folder", "nothing"):
         (tmp_path / "target").symlink_to(points_to)
@@ -121,7 +121,7 @@ def test_a_link_in_the_targets_place_is_refused(tmp_path: Path) -> None:
         (tmp_path / "target").unlink()
 
 
-def test_two_writers_to_one_target(tmp_path: Path) -> None:
+def test_a_second_writer_to_a_target_is_refused(tmp_path: Path) -> None:
     with staged(tmp_path / "target", overwrite=False) as folder:
         (folder / "first.txt").write_text("first")
         with (
@@ -134,7 +134,7 @@ def test_two_writers_to_one_target(tmp_path: Path) -> None:
 
 
 def test_many_writers_to_one_target_never_mix(tmp_path: Path) -> None:
-    """One wins or several in turn; the folder is always one writer's, whole."""
+    """One or several win in turn; the folder always holds one writer's files, complete."""
     outcomes: list[str] = []
 
     def write(number: int) -> None:

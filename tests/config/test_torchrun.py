@@ -1,4 +1,4 @@
-"""What stands at the end of torchrun's own report: real torchrun, ranks that end in every way a rank can."""
+"""The end of torchrun's own report: real torchrun, with ranks that end in every possible way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# What a rank does, and how torchrun's report ends.
+# How a rank ends, and the end of torchrun's report.
 PROGRAM = """
 import os, sys
 from megatron_llamapro.config.command import end_at_once, run_command
@@ -36,7 +36,7 @@ ENDS = {
 @pytest.mark.parametrize(
     ("how", "rank", "world_size"), [("refused", 0, 1), ("failed", 1, 2), ("bug", 1, 2), ("at once", 3, 4)]
 )
-def test_the_cause_stands_at_the_end(how: str, rank: int, world_size: int, tmp_path: Path) -> None:
+def test_the_report_ends_with_the_cause(how: str, rank: int, world_size: int, tmp_path: Path) -> None:
     code, last = ENDS[how]
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]

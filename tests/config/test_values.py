@@ -1,4 +1,4 @@
-"""`~` is the home folder wherever a path is given, and never the name of a folder; sizes as a terminal shows them."""
+"""`~` is the home folder in every path, and never the name of a folder. Also sizes as a terminal shows them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logging: {metrics_file: ~/m.jsonl, tensorboard_dir: ~/tb}
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Everyone's, in a working directory of its own."""
+    """Set the home folder, with the working directory elsewhere."""
     (tmp_path / "home").mkdir()
     (tmp_path / "here").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -33,7 +33,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def test_every_path_of_a_run(home: Path) -> None:
+def test_every_path_of_a_run_expands_the_home(home: Path) -> None:
     (home / "run.yaml").write_text(RUN)
     config = parse_run_config(["--config=~/run.yaml", "--checkpoint.save=~/other", "--data.valid.python", "~"])
     assert config.model.checkpoint == f"{home}/model"
@@ -44,7 +44,7 @@ def test_every_path_of_a_run(home: Path) -> None:
     assert (config.logging.metrics_file, config.logging.tensorboard_dir) == (f"{home}/m.jsonl", f"{home}/tb")
 
 
-def test_options_for_where_the_home_is_another(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_carry_the_submitters_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "run.yaml").write_text(RUN)
     arguments = ["--config", f"{home}/run.yaml", "--checkpoint.save=~/other"]
     here, said = parse_run_config(arguments), options_with_homes(RunConfig, arguments)
@@ -63,18 +63,18 @@ def test_options_for_where_the_home_is_another(home: Path, monkeypatch: pytest.M
         ("a\0b", "control character"),
     ],
 )
-def test_what_is_no_path(text: str, reason: str) -> None:
+def test_an_invalid_path_is_refused(text: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         expand_user(text)
 
 
-def test_other_paths_stay(home: Path) -> None:
+def test_other_paths_are_unchanged(home: Path) -> None:
     for text in ("a~", "./~", "./x/", "a//b", "/x/~/y", "5$ bill", "a b"):
         assert expand_user(text) == text
     assert expand_user(f"~{os.environ.get('USER', 'root')}/x").startswith("/")
 
 
-# A line of every command, of whose paths the one that is read first does not exist.
+# One line for every command; the path that it reads first does not exist.
 LINES = {
     "convert hf-to-megatron": ("--source=~/nowhere", "--target=~/x"),
     "expand": ("--source=~/nowhere", "--target=~/x", "--num_added_blocks=1"),
@@ -92,7 +92,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("command", LINES)
-def test_every_command(command: str, home: Path) -> None:
+def test_every_command_expands_the_home(command: str, home: Path) -> None:
     (home / "run.yaml").write_text(RUN)
     process = [sys.executable, "-m", "megatron_llamapro", *command.split(), *LINES[command]]
     done = subprocess.run(process, capture_output=True, text=True)
@@ -118,5 +118,5 @@ def test_sizes_have_three_digits_and_no_exponent(num_bytes: int, text: str) -> N
     assert decimal_size(num_bytes) == text
 
 
-def test_every_command_is_tried() -> None:
+def test_every_command_has_a_line() -> None:
     assert {command.split()[0] for command in LINES} == set(COMMANDS)

@@ -1,5 +1,5 @@
-"""Whatever is wrong with a configuration, it is a configuration that reads back equal, or one line that names the file,
-the option or the field: never a traceback. `FUZZ_EXAMPLES=5000 make fuzz` tries more."""
+"""Any damage to a configuration gives a configuration that reads back equal, or one line that names the file, the
+option or the field. It never gives a traceback. `FUZZ_EXAMPLES=5000 make fuzz` tries more."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ VALUES = st.recursive(
 
 
 def places_in(value: object, place: tuple = ()) -> Iterator[tuple]:
-    """Of everything in nested lists and dicts."""
+    """Yield the place of every value in nested lists and dicts."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield (*place, key)
@@ -71,7 +71,7 @@ def places_in(value: object, place: tuple = ()) -> Iterator[tuple]:
 
 @st.composite
 def damaged_documents(draw: st.DrawFn, document: dict) -> dict:
-    """One to three places of it replaced, left out, renamed, or moved to where something else is."""
+    """Replace, remove, rename or move one to three places of a document."""
     result = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, 3))):
         *way, last = draw(st.sampled_from(list(places_in(result)) or [("x",)]))
@@ -93,7 +93,7 @@ def damaged_documents(draw: st.DrawFn, document: dict) -> dict:
 
 @st.composite
 def damaged_files(draw: st.DrawFn, document: dict) -> bytes:
-    """Its YAML, and some of them with characters that were added, lost or repeated."""
+    """Draw the document's YAML, in part with characters added, lost or repeated."""
     style = draw(st.sampled_from([None, True, False]))
     content = yaml.safe_dump(draw(damaged_documents(document)), default_flow_style=style, allow_unicode=True).encode()
     for _ in range(draw(st.integers(0, 2))):
@@ -126,7 +126,7 @@ OPTIONS = (
 
 
 def ends_well(parse: Callable, file: Path, dumped: Path, *options: str) -> object:
-    """A configuration that reads back equal, or one line that says where: then None."""
+    """Return a configuration that reads back equal, or None if the error is one line that says where."""
     try:
         config = parse(["--config", str(file), *options])
     except ConfigError as error:
@@ -135,7 +135,9 @@ def ends_well(parse: Callable, file: Path, dumped: Path, *options: str) -> objec
             foreign in message for foreign in ("<class", "typing.", "unicode string")
         )
         files = [word.removeprefix("--config=") for word in options if word.startswith("--config=")]
-        files += [form for name in files for form in (printable(name), repr(name))]  # control characters are shown so
+        files += [
+            form for name in files for form in (printable(name), repr(name))
+        ]  # messages escape control characters
         assert any(place in message for place in ("--", *NAMES, str(file), *files)), message
         return None
     dumped.write_text(dump(to_plain(config)), encoding="utf-8")
@@ -153,7 +155,7 @@ PARSERS = {RunConfig: parse_run_config, LaunchConfig: parse_launch}
 @pytest.mark.parametrize("kind", FILES, ids=lambda kind: kind.__name__)
 @SEEDED
 @given(data=st.data())
-def test_damaged_files(kind: type, data: st.DataObject) -> None:
+def test_damaged_files_end_well(kind: type, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "file.yaml"
         file.write_bytes(data.draw(damaged_files(FILES[kind])))
@@ -163,7 +165,7 @@ def test_damaged_files(kind: type, data: st.DataObject) -> None:
 @pytest.mark.parametrize("kind", FILES, ids=lambda kind: kind.__name__)
 @SEEDED
 @given(options=st.lists(OPTIONS, min_size=1, max_size=4))
-def test_damaged_options(kind: type, options: list[str]) -> None:
+def test_damaged_options_end_well(kind: type, options: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "file.yaml"
         file.write_text(yaml.safe_dump(FILES[kind]))
@@ -173,8 +175,8 @@ def test_damaged_options(kind: type, options: list[str]) -> None:
 @pytest.mark.parametrize("kind", FILES, ids=lambda kind: kind.__name__)
 @fuzz_settings(30)
 @given(data=st.data())
-def test_what_is_accepted_is_what_jsonargparse_reads(kind: type, data: st.DataObject) -> None:
-    """Another reader of the same dataclasses finds the same values, where both accept a file."""
+def test_accepted_files_read_as_jsonargparse_reads_them(kind: type, data: st.DataObject) -> None:
+    """Another reader of the same dataclasses finds the same values if both accept a file."""
     document = data.draw(damaged_documents(FILES[kind]))
     text = dump(document)
     assume("~" not in text)

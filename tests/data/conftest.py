@@ -1,4 +1,4 @@
-"""What the data tests share: a tiny tokenizer, and text as jsonl."""
+"""Fixtures of the data tests: a tiny tokenizer, and text as jsonl."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def jsonl(documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def pair(jsonl: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prefix of a preprocessed pair, not to be changed."""
+    """Return the prefix of a preprocessed pair; do not change it."""
     from megatron_llamapro.data.preprocess import preprocess
 
     prefix = tmp_path_factory.mktemp("pair") / "text"
@@ -42,7 +42,7 @@ def pair(jsonl: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture
 def copied_pair(pair: Path, tmp_path: Path) -> Path:
-    """Prefix of a copy that a test may damage."""
+    """Return the prefix of a copied pair that a test may damage."""
     for ending in (".bin", ".idx", ".json"):
         (tmp_path / f"copy{ending}").write_bytes(Path(f"{pair}{ending}").read_bytes())
     return tmp_path / "copy"

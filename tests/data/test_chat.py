@@ -1,4 +1,5 @@
-"""What of a conversation is an answer: as transformers marks it, by templates of the kinds that models have."""
+"""Which tokens of a conversation are an answer: those that transformers marks, for the usual kinds of chat
+templates."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ MESSAGES = [
     {"role": "user", "content": "Why <s> so?"},
     {"role": "assistant", "content": " Six legs. "},
 ]
-# With `generation` around what the assistant says, which only transformers' own marking reads.
+# `generation` surrounds the assistant's text; only transformers' own marking reads it.
 MARKED = {
     "headers": "{{ bos_token }}{% for m in messages %}{{ '[' + m.role + ']\n' }}{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content + eos_token }}{% endif %}"
@@ -32,7 +33,7 @@ MARKED = {
     "{% generation %}{{ ' ' + m.content + ' ' + eos_token }}{% endgeneration %}"
     "{% else %}{{ bos_token + '[INST] ' + m.content | trim + ' [/INST]' }}{% endif %}{% endfor %}",
 }
-# A prompt that ends with a space, which byte-level tokenizers join to the word behind it.
+# A prompt that ends with a space; byte-level tokenizers join the space to the next word.
 MARKED["a space before the answer"] = (
     "{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' %}{% generation %}"
     "{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
@@ -55,7 +56,7 @@ def encoder(tokenizer_folder: Path, tmp_path: Path) -> Callable:
 
 @pytest.fixture(scope="module")
 def byte_level(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of words with the space before them, as GPT-2's, Llama 3's and Qwen's are."""
+    """Return a tokenizer whose words include the space before them, as in GPT-2, Llama 3 and Qwen."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     folder = tmp_path_factory.mktemp("byte level")
@@ -91,8 +92,8 @@ def test_answers_are_those_that_transformers_marks(
     assert mask == marked["assistant_masks"] and 0 < sum(mask) < len(mask)
 
 
-def test_the_examples_template(encoder: Callable) -> None:
-    """The end of the turn belongs to the answer: a model that is not taught it never stops."""
+def test_the_examples_template_marks_the_end_of_a_turn(encoder: Callable) -> None:
+    """The end of the turn belongs to the answer; otherwise a model never learns to stop."""
     made = encoder(EXAMPLE.read_text())
     segments = made.segments(MESSAGES, "here")
     answers = [made.tokenizer.decode(segment.ids) for segment in segments if segment.is_answer]
@@ -100,8 +101,8 @@ def test_the_examples_template(encoder: Callable) -> None:
     assert segments[0].ids[0] == 1 and not segments[-1].ids.count(1)  # <s> once, at the start
 
 
-def test_a_tokenizer_with_several_templates(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """As those have that call tools: the default one."""
+def test_the_default_of_several_templates_is_used(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Tokenizers with tool calls have several."""
     for path in tokenizer_folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -113,8 +114,8 @@ def test_a_tokenizer_with_several_templates(tokenizer_folder: Path, tmp_path: Pa
     assert EncoderOptions(tmp_path, chat=True).make().template.text == EXAMPLE.read_text()
 
 
-def test_what_is_no_answer(encoder: Callable) -> None:
-    """A greeting that nothing precedes, and what is not to be learned (OpenAI's weight 0)."""
+def test_greetings_and_messages_of_weight_0_are_not_answers(encoder: Callable) -> None:
+    """A greeting has no message before it; weight 0 is OpenAI's mark for "do not learn"."""
     made = encoder(EXAMPLE.read_text())
     greeting = {"role": "assistant", "content": "Hello."}
     unlearned = {"role": "assistant", "content": "Or so.", "weight": 0}
@@ -126,7 +127,7 @@ def test_what_is_no_answer(encoder: Callable) -> None:
     assert silent.segments(MESSAGES, "here") == []
 
 
-def test_what_else_a_message_has_is_the_templates(encoder: Callable) -> None:
+def test_other_fields_of_a_message_reach_the_template(encoder: Callable) -> None:
     made = encoder(
         "{% for m in messages %}{{ m.name + ':' + m.content }}{% if m.role == 'critic' %}{% endif %}{% endfor %}"
     )
@@ -134,8 +135,8 @@ def test_what_else_a_message_has_is_the_templates(encoder: Callable) -> None:
     assert [made.tokenizer.decode(segment.ids) for segment in made.segments(messages, "here")] == ["A:x", "B:y"]
 
 
-def test_other_names_of_the_same(encoder: Callable) -> None:
-    """ShareGPT's messages."""
+def test_sharegpt_names_are_understood(encoder: Callable) -> None:
+    """ShareGPT has other names for the same fields and roles."""
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     renamed = [{"from": names[message["role"]], "value": message["content"]} for message in MESSAGES]
     made = encoder(EXAMPLE.read_text())
@@ -158,20 +159,21 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_conversations(name: str, encoder: Callable) -> None:
+def test_a_bad_conversation_is_refused(name: str, encoder: Callable) -> None:
     value, message = BAD[name]
     with pytest.raises(DataError, match=rf"here.*{message}"):
         encoder(EXAMPLE.read_text()).segments(value, "here")
 
 
-def test_a_template_that_takes_back_what_it_wrote(encoder: Callable) -> None:
-    """As those do that drop the reasoning of earlier turns: what the model will have before it is not what it was."""
+def test_a_template_that_changes_earlier_text_is_refused(encoder: Callable) -> None:
+    """Some templates drop the reasoning of earlier turns, so the model would later see another prompt than in
+    training."""
     last_only = "{% for m in messages %}{{ m.role + ':' }}{{ m.content if loop.last else '-' }}{% endfor %}"
     with pytest.raises(DataError, match="here: message 3 changes text that the chat template wrote before it"):
         encoder(last_only).segments(MESSAGES, "here")
 
 
-def test_a_template_that_refuses(encoder: Callable) -> None:
+def test_an_error_of_the_template_is_reported(encoder: Callable) -> None:
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     with pytest.raises(DataError, match="here: the chat template refuses it: no system role"):
         encoder(no_system).segments(MESSAGES, "here")
@@ -180,7 +182,7 @@ def test_a_template_that_refuses(encoder: Callable) -> None:
             encoder(broken).segments(MESSAGES, "here")
 
 
-def test_no_template_and_no_special_tokens(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_missing_templates_and_special_tokens_are_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no chat template: give one with --chat_template"):
         EncoderOptions(tokenizer_folder, chat=True).make()
     with pytest.raises(DataError, match="cannot be read as a chat template"):
@@ -197,8 +199,8 @@ def test_no_template_and_no_special_tokens(tokenizer_folder: Path, tmp_path: Pat
         EncoderOptions(tokenizer_folder, chat_template=EXAMPLE).make()
 
 
-def test_pairs_of_conversations(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """Read by megatron.core's own reader: a document a conversation, a sequence a turn, its mode 1 in answers."""
+def test_a_conversation_is_a_document_and_a_turn_a_sequence(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Read by megatron.core's own reader; the mode of a sequence is 1 in answers."""
     conversations = [MESSAGES, MESSAGES[:2], MESSAGES[1:3]]  # the second has no answer
     lines = "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations)
     (tmp_path / "chat.jsonl").write_text(lines)

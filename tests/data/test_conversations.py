@@ -1,4 +1,4 @@
-"""Samples of whole conversations: loss on answers alone, nothing cut, everything once a pass."""
+"""Samples of whole conversations: loss on answers only, nothing cut, and every conversation once per pass."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEMPLATE = (
 
 
 def conversation(number: int) -> list[dict[str, str]]:
-    """One of its own, of 6 to 105 tokens: `<s>u<number>a<answer></s>`."""
+    """Return a conversation of 6 to 105 tokens, unique to its number: `<s>u<number>a<answer></s>`."""
     return [
         {"role": "user", "content": f"{number:02}"},
         {"role": "assistant", "content": chr(97 + number % 26) * (number % 100)},
@@ -44,7 +44,7 @@ def conversation(number: int) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def make_chat(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Prefix of a pair of the conversations with the given numbers."""
+    """Return the prefix of a pair with the conversations of the given numbers."""
     folder = tmp_path_factory.mktemp("chat")
     (folder / "template.jinja").write_text(TEMPLATE)
 
@@ -85,7 +85,7 @@ def build(chat: str, tokenizer_folder: Path, tmp_path: Path) -> Callable:
 
 
 def parts(sample: dict[str, torch.Tensor], tokenizer) -> list[tuple[str, str]]:
-    """The conversations of a sample: text, and what of it has loss."""
+    """Return the conversations of a sample: the text, and its part with loss."""
     assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
     assert all(len(sample[name]) == SEQ_LENGTH for name in ("tokens", "labels", "loss_mask", "position_ids"))
     stream = [*sample["tokens"].tolist(), int(sample["labels"][-1])]
@@ -105,8 +105,9 @@ def expected(numbers: range) -> Counter:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_one_pass_is_every_conversation_once(packing: bool, build: Callable, tokenizer_folder: Path) -> None:
-    """Whole, with loss on its answer and the end of it; those that do not fit are left out. A second pass again."""
+def test_one_pass_has_every_conversation_once(packing: bool, build: Callable, tokenizer_folder: Path) -> None:
+    """Each is whole, with loss on its answer and the end of the answer. Those that do not fit are left out. A second
+    pass has them again."""
     tokenizer = load_tokenizer(tokenizer_folder)
     num_samples = len(build(packing=packing, num_samples=1))
     dataset = build(packing=packing, num_samples=2 * num_samples)
@@ -119,7 +120,7 @@ def test_one_pass_is_every_conversation_once(packing: bool, build: Callable, tok
     assert packing == any(len(sample) > 1 for sample in passes[0])
 
 
-def test_same_seed_same_samples(build: Callable) -> None:
+def test_the_same_seed_gives_the_same_samples(build: Callable) -> None:
     def tokens(**options) -> torch.Tensor:
         dataset = build(**options)
         return torch.stack([dataset[index]["tokens"] for index in range(50)])
@@ -130,7 +131,7 @@ def test_same_seed_same_samples(build: Callable) -> None:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_held_out_sets(packing: bool, chat: str, tokenizer_folder: Path) -> None:
+def test_a_held_out_set_has_every_conversation_once(packing: bool, chat: str, tokenizer_folder: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_folder)
     data = DataConfig(
         train=(BlendEntry(chat),), valid={"v": chat}, seq_length=SEQ_LENGTH, format="chat", packing=packing
@@ -145,8 +146,8 @@ def test_held_out_sets(packing: bool, chat: str, tokenizer_folder: Path) -> None
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=80))
-def test_packing(lengths: list[int]) -> None:
-    """Everything once; no row above its capacity; no two rows that would fit into one."""
+def test_packing_uses_everything_once_within_capacity(lengths: list[int]) -> None:
+    """No two rows would fit into one."""
     rows = packed(numpy.array(lengths), 40)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     filled = sorted(sum(lengths[index] for index in row) for row in rows)
@@ -154,14 +155,14 @@ def test_packing(lengths: list[int]) -> None:
     assert len(filled) < 2 or filled[0] + filled[1] > 40
 
 
-def test_packing_fills() -> None:
-    """Conversations as they are (a few hundred tokens, some long): the rows have hardly a gap."""
+def test_packing_leaves_hardly_a_gap() -> None:
+    """Realistic conversations of a few hundred tokens, some long."""
     lengths = numpy.random.default_rng(0).lognormal(6, 0.8, size=20_000).astype(int).clip(10, 4097)
     rows = packed(lengths, 4097)
     assert lengths.sum() / (4097 * len(rows)) > 0.999
 
 
-def test_refusals(chat: str, pair: Path) -> None:
+def test_files_of_the_wrong_format_or_length_are_refused(chat: str, pair: Path) -> None:
     def check(prefix: object, data_format: str) -> None:
         check_token_files(
             DataConfig(train=(BlendEntry(str(prefix)),), seq_length=8, format=data_format), vocab_size=131
@@ -175,8 +176,8 @@ def test_refusals(chat: str, pair: Path) -> None:
         Conversations(open_token_file(chat, data_format="chat"), name=chat, seq_length=3, padding=2)
 
 
-def test_another_marking_is_another_order(chat: str, make_chat: Callable[..., str]) -> None:
-    """The tokens' own hash does not tell which of them are answers."""
+def test_another_marking_of_answers_is_another_order(chat: str, make_chat: Callable[..., str]) -> None:
+    """The hash of the tokens does not show which of them are answers."""
     prefix = make_chat("again", range(100))
     assert content_digest(prefix) == content_digest(chat)
     index = paths_of(prefix)[1]
@@ -187,8 +188,8 @@ def test_another_marking_is_another_order(chat: str, make_chat: Callable[..., st
     assert len(open_token_file(prefix, data_format="chat")) == 200
 
 
-def test_runs_of_text_go_on(pair: Path, chat: str) -> None:
-    """Checkpoints that were written before there were conversations say nothing of them."""
+def test_runs_on_text_resume_from_older_checkpoints(pair: Path, chat: str) -> None:
+    """Checkpoints written before conversations were supported do not record a format."""
 
     def order(prefix: object, **settings) -> dict[str, object]:
         data = DataConfig(train=(BlendEntry(str(prefix)),), seq_length=8, **settings)
@@ -200,7 +201,7 @@ def test_runs_of_text_go_on(pair: Path, chat: str) -> None:
         check_same_order(order(chat, format="chat"), order(chat, format="chat", packing=True))
 
 
-def test_what_a_pass_is(build: Callable) -> None:
+def test_the_summary_describes_one_pass(build: Callable) -> None:
     [alone], [several] = (conversation_sets(build(packing=packing)) for packing in (False, True))
     text = "96 conversations, 4 longer than data.seq_length left out; one pass is 96 samples, 53% full"
     assert text in alone.summary
@@ -211,7 +212,7 @@ def test_what_a_pass_is(build: Callable) -> None:
 
 
 def blend_worker(prefixes: tuple[str, str], tokenizer_folder: Path, cache: Path) -> tuple[list, list[str]]:
-    """Of every sample the set, and its conversation; and what is said of the sets."""
+    """Return set and conversation of every sample, and the lines about the sets."""
     tokenizer = load_tokenizer(tokenizer_folder)
     dataset = build_train_dataset(
         DataConfig(train=tuple(map(BlendEntry, prefixes)), seq_length=SEQ_LENGTH, format="chat"),
@@ -225,8 +226,10 @@ def blend_worker(prefixes: tuple[str, str], tokenizer_folder: Path, cache: Path)
     return found, [part.summary for part in conversation_sets(dataset)]
 
 
-def test_sets_are_blended(chat: str, make_chat: Callable[..., str], tokenizer_folder: Path, tmp_path: Path) -> None:
-    """Equal weights: as many samples of the small set, which begins anew, as of the large one; all ranks agree."""
+def test_conversation_sets_are_blended(
+    chat: str, make_chat: Callable[..., str], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Equal weights: the small set repeats to give as many samples as the large one. All ranks agree."""
     prefixes = (chat, make_chat("small", range(3)))
     first, second = run_distributed(blend_worker, 2, prefixes, tokenizer_folder, tmp_path / "cache")
     assert first == second

@@ -1,4 +1,4 @@
-"""What a sample is: held-out sets in the file's order, training sets blended, shuffled, packed, and repeatable."""
+"""Samples: held-out sets in the file's order; training sets blended, shuffled, packed and repeatable."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def stream(prefix: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seq_length", [1, 7, 500, 5000])
-def test_held_out_is_the_stream(seq_length: int, pair: Path) -> None:
+def test_held_out_samples_are_the_token_stream(seq_length: int, pair: Path) -> None:
     held_out = HeldOutDataset(str(pair), seq_length=seq_length, vocab_size=131)
     tokens = stream(pair)
     assert len(held_out) == (len(tokens) - 1) // seq_length
@@ -42,13 +42,13 @@ def test_held_out_is_the_stream(seq_length: int, pair: Path) -> None:
         held_out[len(held_out)]
 
 
-def test_held_out_masks_the_guess_of_a_new_documents_start(pair: Path) -> None:
+def test_held_out_masks_the_first_token_of_a_new_document(pair: Path) -> None:
     sample = HeldOutDataset(str(pair), seq_length=5000, vocab_size=131, eod=2)[0]
     assert torch.equal(sample["loss_mask"] == 0, sample["tokens"] == 2)
     assert (sample["loss_mask"] == 0).any()
 
 
-def test_held_out_too_short(pair: Path) -> None:
+def test_too_short_a_held_out_set_is_refused(pair: Path) -> None:
     with pytest.raises(DataError, match="fewer than one sample"):
         HeldOutDataset(str(pair), seq_length=10**7, vocab_size=131)
 
@@ -69,8 +69,8 @@ def tokens_of(dataset, count: int = 40) -> torch.Tensor:
     return torch.stack([dataset[i]["tokens"] for i in range(count)])
 
 
-def test_same_seed_same_samples(build: Callable) -> None:
-    """Built anew, out of the cache, or in another folder; another seed gives others."""
+def test_the_same_seed_gives_the_same_samples(build: Callable) -> None:
+    """Built again, read from the cache, or in another folder. Another seed gives other samples."""
     first = tokens_of(build())
     assert torch.equal(first, tokens_of(build()))
     assert torch.equal(first, tokens_of(build(cache="other")))
@@ -78,7 +78,7 @@ def test_same_seed_same_samples(build: Callable) -> None:
 
 
 def test_changed_files_are_noticed(build: Callable, copied_pair: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
-    """megatron.core's cache knows files by their path only."""
+    """megatron.core's cache identifies files by their path only."""
     entries = (BlendEntry(str(copied_pair)),)
     tokens_of(build(entries=entries))
     (tmp_path / "new.jsonl").write_text(json.dumps({"text": "only this " * 200}) + "\n")
@@ -87,14 +87,14 @@ def test_changed_files_are_noticed(build: Callable, copied_pair: Path, tokenizer
     assert set(tokens_of(build(entries=entries)).flatten().tolist()) <= letters | {2}
 
 
-def test_token_beyond_the_vocabulary(pair: Path) -> None:
-    """Where no side file tells, the sample does."""
+def test_a_token_beyond_the_vocabulary_is_refused(pair: Path) -> None:
+    """The sample itself shows it if there is no side file."""
     held_out = HeldOutDataset(str(pair), seq_length=16, vocab_size=131)
     with pytest.raises(DataError, match="another tokenizer"):
         CheckedDataset(held_out, name="x", vocab_size=10)[0]
 
 
-def test_token_below_zero(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_negative_token_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
     builder = IndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=numpy.int32)
     builder.add_document(numpy.array([5, 6, -7, 8, 9, 2], dtype=numpy.int32), [6])
     builder.finalize(str(tmp_path / "x.idx"))
@@ -104,7 +104,7 @@ def test_token_below_zero(tokenizer_folder: Path, tmp_path: Path) -> None:
 
 
 def blend_worker(entries: tuple[BlendEntry, ...], tokenizer_folder: Path, cache: Path) -> list[int]:
-    """Which set each sample comes from, on this rank."""
+    """Return the set that each sample comes from, on this rank."""
     data = DataConfig(train=entries, seq_length=SEQ_LENGTH)
     tokenizer = load_tokenizer(tokenizer_folder)
     dataset = build_train_dataset(data, num_samples=100, seed=1, tokenizer=tokenizer, vocab_size=131, cache_dir=cache)

@@ -1,4 +1,4 @@
-"""The same data is known by its content, whatever lies beside it; other data is not taken for it."""
+"""Data is identified by its content, not by files beside it. Other data is refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_side_file_does_not_count(copied_pair: Path, pair: Path) -> None:
 @pytest.mark.parametrize("with_side_file", [True, False])
 @pytest.mark.parametrize("ending", [0, 1], ids=["bin", "idx"])
 @pytest.mark.parametrize("place", [40, 0.5, -1])
-def test_other_data_are_refused(place: float, ending: int, with_side_file: bool, copied_pair: Path) -> None:
+def test_other_tokens_are_refused(place: float, ending: int, with_side_file: bool, copied_pair: Path) -> None:
     stored = order(copied_pair)
     path = paths_of(copied_pair)[ending]
     turn_a_byte(path, int(place) if abs(place) >= 1 else path.stat().st_size // 2)
@@ -54,7 +54,7 @@ def test_other_data_are_refused(place: float, ending: int, with_side_file: bool,
         check(stored, copied_pair)
 
 
-def test_other_weights_and_numbers_of_sets_are_refused(copied_pair: Path) -> None:
+def test_other_weights_or_numbers_of_sets_are_refused(copied_pair: Path) -> None:
     [[digest, weight]] = order(copied_pair)["blend"]
     for blend in ([[digest, weight + 1]], [], [[digest, weight]] * 2, None):
         with pytest.raises(DataError, match=r"started with another data\.train"):
@@ -65,7 +65,7 @@ def sha256(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-# What checkpoints of earlier versions hold: of the tokens with a side file, without one, and of conversations.
+# Fingerprints in checkpoints of earlier versions: tokens with a side file, tokens without one, and conversations.
 EARLIER: dict[str, Callable[[bytes, bytes], str]] = {
     "side file": lambda tokens, index: sha256(tokens),
     "no side file": lambda tokens, index: sha256(
@@ -79,7 +79,7 @@ EARLIER: dict[str, Callable[[bytes, bytes], str]] = {
 
 @pytest.mark.parametrize("with_side_file", [True, False])
 @pytest.mark.parametrize("kind", EARLIER)
-def test_runs_of_earlier_versions_go_on(kind: str, with_side_file: bool, copied_pair: Path) -> None:
+def test_runs_of_earlier_versions_resume(kind: str, with_side_file: bool, copied_pair: Path) -> None:
     bin_path, index_path, side_file = paths_of(copied_pair)
     stored = {**order(copied_pair), "blend": [[EARLIER[kind](bin_path.read_bytes(), index_path.read_bytes()), 2.0]]}
     if not with_side_file:
@@ -92,8 +92,8 @@ def test_runs_of_earlier_versions_go_on(kind: str, with_side_file: bool, copied_
         check(stored, copied_pair)
 
 
-def test_blocks_of_a_large_file_are_read(tmp_path: Path) -> None:
-    """Of 40 MiB a tenth is read, from the first byte to the last: every stretch of 320 KiB that changes is seen."""
+def test_blocks_across_a_large_file_are_hashed(tmp_path: Path) -> None:
+    """A tenth of 40 MiB is read, from the first byte to the last: a change to any stretch of 320 KiB is found."""
     tokens = numpy.arange(10 * 2**20, dtype=numpy.int32)
     builder = IndexedDatasetBuilder(str(tmp_path / "large.bin"), dtype=numpy.int32)
     builder.add_document(tokens, [len(tokens)])

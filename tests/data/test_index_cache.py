@@ -1,5 +1,5 @@
-"""The order of the samples is on disk whole or not used: whatever was killed, cut or full before, the next start has
-the samples that an undisturbed one has."""
+"""The order of the samples on disk is complete or unused. After a kill, a cut file or a full disk, the next start has
+the samples of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Sources = tuple[tuple[BlendEntry, ...], Path]
 
 
 def built(sources: Sources, cache: Path) -> torch.Tensor:
-    """The tokens of all samples."""
+    """Return the tokens of all samples."""
     entries, tokenizer = sources
     dataset = build_train_dataset(
         DataConfig(train=entries, seq_length=32),
@@ -78,7 +78,7 @@ def test_damaged_files_are_built_again(
 
 
 def killed_at(step: int, sources: Sources, cache: Path) -> None:
-    """Build, and be killed at the `step`th of the places where a file is written or moved: half of it is there."""
+    """Build, and be killed at the `step`th write or move of a file, which is then half done."""
     steps = iter(range(100))
 
     def dies(real: Callable) -> Callable:
@@ -98,10 +98,8 @@ def killed_at(step: int, sources: Sources, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3, 8, 9, 10])
-def test_a_kill_leaves_no_half_of_an_order(
-    step: int, sources: Sources, undisturbed: torch.Tensor, tmp_path: Path
-) -> None:
-    """At each index, at the first and the last sync of a file, before the rename and after it."""
+def test_a_kill_leaves_no_partial_order(step: int, sources: Sources, undisturbed: torch.Tensor, tmp_path: Path) -> None:
+    """At each index, at the first and the last sync of a file, and before and after the rename."""
     cache = tmp_path / "cache"
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
         run_apart(killed_at, step, sources, cache)
@@ -109,7 +107,7 @@ def test_a_kill_leaves_no_half_of_an_order(
     [draft] = cache.glob(".order-*") if step < 10 else [None]
     assert torch.equal(built(sources, cache), undisturbed)
     if draft is not None:
-        assert draft.exists()  # it might be another run's
+        assert draft.exists()  # it might belong to another run
         long_ago = draft.stat().st_mtime - 2 * 24 * 60 * 60
         os.utime(draft, (long_ago, long_ago))
         order(cache).rename(tmp_path / "moved")
@@ -118,7 +116,8 @@ def test_a_kill_leaves_no_half_of_an_order(
 
 
 def on_a_full_disk(sources: Sources, cache: Path) -> str:
-    """No file takes more than a part of the sample index; what is said, on the first rank or on all."""
+    """Build while no file may be larger than a part of the sample index; return the error of the first rank or of
+    all."""
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (900, resource.RLIM_INFINITY))
     try:
@@ -140,8 +139,8 @@ def test_a_full_disk_is_one_line_on_every_rank(sources: Sources, undisturbed: to
     assert torch.equal(built(sources, cache), undisturbed)
 
 
-def test_all_ranks_read_what_the_first_builds_again(sources: Sources, pair: Path, tmp_path: Path) -> None:
-    """A blend, whose own index is in the cache too."""
+def test_all_ranks_read_what_rank_0_rebuilds(sources: Sources, pair: Path, tmp_path: Path) -> None:
+    """A blend, whose own index is cached too."""
     blend = ((BlendEntry(str(pair), 3.0), BlendEntry(str(pair), 1.0)), sources[1])
     first, second = run_distributed(built, 2, blend, tmp_path / "cache")
     assert torch.equal(first, second)
@@ -152,7 +151,7 @@ def test_all_ranks_read_what_the_first_builds_again(sources: Sources, pair: Path
 
 
 def test_another_runs_order_is_kept(sources: Sources, undisturbed: torch.Tensor, tmp_path: Path) -> None:
-    """Two starts build the same order at once: the second to be done finds it there."""
+    """Two starts build the same order at once: the one that finishes second finds the other's."""
     folder = order(tmp_path / "undisturbed")
     before = folder.stat().st_ino
     with index_cache.new_order(folder) as draft:
@@ -161,7 +160,7 @@ def test_another_runs_order_is_kept(sources: Sources, undisturbed: torch.Tensor,
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_what_cannot_be_a_cache(sources: Sources, tmp_path: Path) -> None:
+def test_an_impossible_cache_folder_is_refused(sources: Sources, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cannot be created or written to: Not a directory: set data\.cache_dir"):
         built(sources, tmp_path / "file" / "cache")
@@ -176,6 +175,8 @@ def test_what_cannot_be_a_cache(sources: Sources, tmp_path: Path) -> None:
         (PermissionError(errno.EACCES, "Permission denied"), DataError, "Permission denied: set data.cache_dir"),
     ],
 )
-def test_whose_fault_it_is(error: OSError, kind: type, text: str, tmp_path: Path) -> None:
+def test_a_users_mistake_and_a_failing_machine_are_different_errors(
+    error: OSError, kind: type, text: str, tmp_path: Path
+) -> None:
     with pytest.raises(kind, match=text), index_cache.naming_the_cache(tmp_path):
         raise error

@@ -1,6 +1,6 @@
-"""Whatever is in a jsonl file: the tokens that the tokenizer itself gives for what Python's json reads, or one line.
+"""For any content of a jsonl file: either the tokens of the tokenizer itself for Python's json reading, or one line.
 
-It names the file and the first line that is wrong. `FUZZ_EXAMPLES=5000 make fuzz` tries more.
+The line names the file and its first bad line. `FUZZ_EXAMPLES=5000 make fuzz` tries more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_llamapro.data.preprocess import preprocess
 from megatron_llamapro.data.workers import EncoderOptions
 
 EOD = 2
-LONGEST = 2000  # letters of a message
+LONGEST = 2000  # characters of a message
 
 LETTERS = st.characters(codec=None) | st.sampled_from('\0\n\r\t"\\\u2028\ufeff\ufffd\ud800\udc00é😀<s></s>')
 TEXTS = st.text(LETTERS, max_size=20)
@@ -52,7 +52,7 @@ ODD_LINES = st.sampled_from(
 
 @st.composite
 def lines(draw: st.DrawFn, good: st.SearchStrategy[dict]) -> bytes:
-    """One line, sound or not."""
+    """Draw one line, valid or not."""
     kind = draw(st.integers(0, 9))
     if kind == 0:
         return draw(ODD_LINES)
@@ -83,10 +83,10 @@ def files(draw: st.DrawFn) -> bytes:
 
 
 def reference(line: bytes, key: str) -> object:
-    """What Python reads under a key.
+    """Return Python's reading of a key.
 
     Raises:
-        ValueError: nothing.
+    ValueError: if there is none.
     """
     try:
         record = json.loads(line.decode("utf-8-sig"))
@@ -98,12 +98,12 @@ def reference(line: bytes, key: str) -> object:
 
 
 def without_surrogates(text: str) -> str:
-    """As a decoder that replaces reads them in UTF-16: each that is alone is U+FFFD."""
+    """Replace each lone surrogate by U+FFFD, as a UTF-16 decoder does."""
     return text.encode("utf-16-le", errors="surrogatepass").decode("utf-16-le", errors="replace")
 
 
 def expected(content: bytes, tokenizer: Tokenizer) -> tuple[list[list[int]], int | None]:
-    """The tokens of the documents before the first line that is wrong, and its number."""
+    """Return the tokens of the documents before the first bad line, and that line's number."""
     documents = []
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
@@ -121,8 +121,8 @@ def expected(content: bytes, tokenizer: Tokenizer) -> tuple[list[list[int]], int
 
 @fuzz_settings(60)
 @given(content=files())
-def test_files(content: bytes, tokenizer_folder: Path) -> None:
-    """All the way to the token files, read by megatron.core's reader."""
+def test_any_file_gives_its_tokens_or_one_line(content: bytes, tokenizer_folder: Path) -> None:
+    """Down to the token files, read by megatron.core's reader."""
     documents, wrong = expected(content, Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json")))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.jsonl"
@@ -134,7 +134,7 @@ def test_files(content: bytes, tokenizer_folder: Path) -> None:
             assert [found.name for found in Path(folder).iterdir()] == ["a.jsonl"]
             if wrong is None:
                 assert not documents and "nothing to write" in str(error)
-            else:  # the line, or what the file is altogether
+            else:  # a bad line, or another kind of file
                 place = re.match(re.escape(str(path)) + ", line ([0-9]+): ", str(error))
                 assert int(place[1]) == wrong if place else ": give text" in str(error)
             return
@@ -192,8 +192,10 @@ def transformers_tokenizer(tokenizer_folder: Path):
 
 @fuzz_settings(100)
 @given(line=lines(CONVERSATIONS))
-def test_conversations(line: bytes, chat_encoder, transformers_tokenizer) -> None:
-    """Their tokens are those of transformers' own `apply_chat_template`."""
+def test_any_conversation_gives_transformers_tokens_or_one_line(
+    line: bytes, chat_encoder, transformers_tokenizer
+) -> None:
+    """The tokens are those of transformers' own `apply_chat_template`."""
     try:
         encoded = chat_encoder(LineChunk(Path("a.jsonl"), 7, (line,)))
     except DataError as error:
@@ -215,5 +217,5 @@ def test_conversations(line: bytes, chat_encoder, transformers_tokenizer) -> Non
 
 
 def without_surrogates_in_json(line: bytes) -> str:
-    """Escapes joined, and those that are alone replaced, in every text of a line."""
+    """Join escaped surrogate pairs and replace lone surrogates, in every text of a line."""
     return without_surrogates(json.dumps(json.loads(line.decode("utf-8-sig")), ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""Text to token files: what is written, the same from any number of workers, complete or not at all."""
+"""Text to token files: the same files with any number of workers, complete or absent."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def contents(prefix: Path) -> list[bytes]:
     return [path.read_bytes() for path in paths_of(prefix)]
 
 
-def test_documents_come_back(pair: Path, documents: list[str], tokenizer_folder: Path) -> None:
-    """Read by megatron.core's own reader: every document, whole, ended once."""
+def test_documents_survive_a_round_trip(pair: Path, documents: list[str], tokenizer_folder: Path) -> None:
+    """Read by megatron.core's own reader: every document is whole and ends once."""
     tokenizer = load_tokenizer(tokenizer_folder)
     dataset = open_token_file(pair)
     assert len(dataset) == len(documents)
@@ -43,7 +43,7 @@ def test_any_number_of_workers_writes_the_same(pair: Path, jsonl: Path, tokenize
 def test_empty_documents_are_left_out(tokenizer_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n\n{"text": "ab"}\n{"text": "\\ud800"}\n')
     done = preprocess([tmp_path / "a.jsonl"], tmp_path / "a", tokenizer=tokenizer_folder)
-    assert done.num_empty == 1 and done.info.num_documents == 2  # a lone surrogate is text, if odd
+    assert done.num_empty == 1 and done.info.num_documents == 2  # a lone surrogate is text, though unusual
 
 
 BAD_LINES = {
@@ -80,7 +80,9 @@ def test_bad_lines_are_named(num_workers: int, tokenizer_folder: Path, tmp_path:
         assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_refusals(copied_pair: Path, jsonl: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_refusal_leaves_the_pair_unchanged(
+    copied_pair: Path, jsonl: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     before = contents(copied_pair)
     with pytest.raises(DataError, match="--overwrite"):
         preprocess([jsonl], copied_pair, tokenizer=tokenizer_folder)
@@ -92,7 +94,7 @@ def test_refusals(copied_pair: Path, jsonl: Path, tokenizer_folder: Path, tmp_pa
     assert contents(copied_pair) == before
 
 
-def test_overwrite_replaces(copied_pair: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_overwrite_replaces_the_pair(copied_pair: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "new"}\n')
     preprocess([tmp_path / "a.jsonl"], copied_pair, tokenizer=tokenizer_folder, overwrite=True)
     assert len(open_token_file(copied_pair)) == 1
@@ -112,15 +114,17 @@ preprocess.preprocess([Path(sys.argv[2])], Path(sys.argv[3]), tokenizer=Path(sys
 
 
 @pytest.mark.parametrize("where", ["_publish", "sync"])
-def test_killed_while_writing(where: str, copied_pair: Path, jsonl: Path, tokenizer_folder: Path) -> None:
-    """Before the finished files are moved into place, the old pair is whole."""
+def test_a_kill_while_writing_keeps_the_old_pair(
+    where: str, copied_pair: Path, jsonl: Path, tokenizer_folder: Path
+) -> None:
+    """The old pair is complete until the finished files are moved into place."""
     before = contents(copied_pair)
     command = [sys.executable, "-c", KILLED_WHILE_WRITING, where, *map(str, (jsonl, copied_pair, tokenizer_folder))]
     assert subprocess.run(command, env={**os.environ}).returncode == -signal.SIGKILL
     assert contents(copied_pair) == before
 
 
-def test_the_tool(jsonl: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_the_tool_writes_and_refuses_a_second_run(jsonl: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "tools/preprocess_data.py", "--input", str(jsonl), "--tokenizer", str(tokenizer_folder)]
     command += ["--output_prefix", str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True)

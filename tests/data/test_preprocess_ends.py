@@ -1,4 +1,5 @@
-"""However preprocessing ends, it says so in one line and leaves nothing: workers killed, a full disk, signals."""
+"""However preprocessing ends, it says so in one line and leaves nothing behind: killed workers, a full disk,
+signals."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from megatron_llamapro.testing.distributed import run_apart
 
 @pytest.fixture(scope="module")
 def long_jsonl(jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tens of chunks."""
+    """Return enough text for tens of chunks."""
     path = tmp_path_factory.mktemp("long") / "long.jsonl"
     path.write_bytes(jsonl.read_bytes() * 60)
     return path
@@ -51,14 +52,14 @@ def test_a_killed_worker_is_named(
     assert not active_children() and list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk(long_jsonl: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line(long_jsonl: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     message = run_apart(on_a_full_disk, long_jsonl, tokenizer_folder, tmp_path / "out")
     assert message.startswith(f"{tmp_path}/out was not written: ") and message.endswith("make room, then try again")
     assert list(tmp_path.iterdir()) == []
 
 
 def on_a_full_disk(jsonl: Path, tokenizer: Path, prefix: Path) -> str:
-    """No file takes more than 100 kB."""
+    """Preprocess while no file may exceed 100 kB."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     with pytest.raises(RunError) as error:
         preprocess([jsonl], prefix, tokenizer=tokenizer)
@@ -67,7 +68,7 @@ def on_a_full_disk(jsonl: Path, tokenizer: Path, prefix: Path) -> str:
 
 
 def killed_on_its_way(jsonl: Path, tokenizer: Path, prefix: Path) -> None:
-    """With two workers, whose numbers are written down first."""
+    """Preprocess with two workers, note their process ids, and be killed."""
 
     def die(num_bytes: int) -> None:
         prefix.with_name("workers").write_text(json.dumps([child.pid for child in active_children()]))
@@ -76,8 +77,8 @@ def killed_on_its_way(jsonl: Path, tokenizer: Path, prefix: Path) -> None:
     preprocess([jsonl], prefix, tokenizer=tokenizer, num_workers=2, progress=die)
 
 
-def test_the_next_run_clears_what_a_killed_one_left(long_jsonl: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
-    """And its workers end by themselves."""
+def test_the_next_run_removes_a_killed_runs_files(long_jsonl: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """The killed run's workers end by themselves."""
     prefix = tmp_path / "out"
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
         run_apart(killed_on_its_way, long_jsonl, tokenizer_folder, prefix)
@@ -92,8 +93,8 @@ def test_the_next_run_clears_what_a_killed_one_left(long_jsonl: Path, tokenizer_
     assert names == {"a.jsonl", "workers", "out.bin", "out.idx", "out.json"}
 
 
-def test_one_process_at_a_time(jsonl: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
-    """A second one to the same prefix is refused, and does no harm to the first."""
+def test_a_second_process_is_refused(jsonl: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """It gets the same prefix, and does not disturb the first."""
     messages: list[str] = []
 
     def again(num_bytes: int) -> None:
@@ -110,10 +111,10 @@ def test_one_process_at_a_time(jsonl: Path, tokenizer_folder: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
-def test_signals(
+def test_a_signal_ends_the_tool_and_its_workers(
     number: signal.Signals, code: int, word: str, long_jsonl: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    """As a scheduler or a terminal sends them: to the tool and its workers."""
+    """Sent as a scheduler or a terminal sends it: to the tool and its workers."""
     command = [sys.executable, "tools/preprocess_data.py", "--tokenizer", str(tokenizer_folder), "--num_workers", "2"]
     command += ["--input", *[str(long_jsonl)] * 100, "--output_prefix", str(tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -1,4 +1,4 @@
-"""The order of the data is a function of what was consumed, for any number of replicas."""
+"""The order of the data depends only on the samples consumed, for any number of replicas."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_llamapro.data.sampling import BatchSampler, check_same_order, data
 def global_batches(
     *, consumed: int, size: int, micro: int, total: int, batch: int, left_out: tuple[range, ...] = ()
 ) -> list[list[int]]:
-    """Samples of every step, over all replicas, in the order of the data."""
+    """Return the samples of every step over all replicas, in the order of the data."""
     samplers = [
         BatchSampler(
             num_samples=total,
@@ -53,8 +53,8 @@ def test_every_replica_count_reads_the_same_steps(size: int, micro: int, steps_d
 
 
 @given(st.sampled_from([1, 2, 4]), st.integers(0, 5), st.sets(st.integers(1, 6)))
-def test_steps_that_are_left_out_leave_the_others_as_they_are(size: int, steps_done: int, steps: set[int]) -> None:
-    """Also where the run continues after some of them."""
+def test_skipped_steps_leave_the_others_unchanged(size: int, steps_done: int, steps: set[int]) -> None:
+    """Also if the run continues after some of them."""
     named = tuple(range(step, step + 1) for step in steps)
     found = global_batches(consumed=8 * steps_done, size=size, micro=2, total=48, batch=8, left_out=named)
     rest = [step for step in range(steps_done + 1, 7) if step not in steps]
@@ -62,7 +62,7 @@ def test_steps_that_are_left_out_leave_the_others_as_they_are(size: int, steps_d
 
 
 class Damaged(Dataset):
-    """Five samples, the fourth of which cannot be trained on."""
+    """Five samples; the fourth cannot be trained on."""
 
     def __len__(self) -> int:
         return 5
@@ -75,7 +75,7 @@ class Damaged(Dataset):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_bad_sample_is_one_line_that_names_its_step(num_workers: int) -> None:
-    """And is not read where its step is left out."""
+    """A bad sample is not read if its step is skipped."""
     settings = {"num_samples": 5, "consumed_samples": 1, "micro_batch_size": 1, "global_batch_size": 1}
     settings |= {"data_parallel_rank": 0, "data_parallel_size": 1, "iteration": 6, "num_workers": num_workers}
     batches = train_batches(Damaged(), **settings)
@@ -89,7 +89,7 @@ def test_a_bad_sample_is_one_line_that_names_its_step(num_workers: int) -> None:
         assert [int(next(batches)["tokens"]) for _ in range(3)] == [1, 2, 4]
 
 
-def test_used_up_data_is_an_error_that_says_so() -> None:
+def test_used_up_data_is_an_error() -> None:
     batches = train_batches(
         [{"tokens": 0}] * 4,
         num_samples=4,
@@ -104,7 +104,7 @@ def test_used_up_data_is_an_error_that_says_so() -> None:
         next(batches)
 
 
-def test_fingerprint_names_what_changed(pair: Path, tmp_path: Path) -> None:
+def test_a_changed_fingerprint_names_the_difference(pair: Path, tmp_path: Path) -> None:
     data = DataConfig(train=(BlendEntry(str(pair)),), seq_length=16)
     stored = data_order_fingerprint(data, num_samples=8, seed=1)
     check_same_order(stored, data_order_fingerprint(data, num_samples=8, seed=1))

@@ -1,4 +1,4 @@
-"""What is no jsonl says what it is, and the command that it names makes it jsonl."""
+"""A file that is not jsonl is identified, and the suggested command converts it to jsonl."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def archive(kind: str) -> bytes:
     return file.getvalue()
 
 
-# Name, content, what it is.
+# Name, content, and the description of the file.
 FILES: dict[str, tuple[str, bytes, str]] = {
     "gzip": ("corpus.jsonl.gz", gzip.compress(TEXT), "is compressed with gzip"),
     "gzip by another name": ("corpus.jsonl", gzip.compress(TEXT), "is compressed with gzip"),
@@ -49,7 +49,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "UTF-16, large end first": ("corpus.jsonl", TEXT.decode().encode("utf-16-be"), "is UTF-16 text, not UTF-8"),
     "UTF-32": ("corpus.jsonl", TEXT.decode().encode("utf-32"), "is UTF-32 text, not UTF-8"),
 }
-# Whose commands need programs that not every machine has.
+# Their commands need programs that some machines lack.
 NAMED: dict[str, tuple[str, bytes, str]] = {
     "zstd": ("a.jsonl.zst", bytes.fromhex("28b52ffd") + b"x", r"compressed with zstd: .*zstdcat '?\S+a.jsonl.zst'? > "),
     "lz4": ("a.jsonl.lz4", bytes.fromhex("04224d18") + b"x", "compressed with lz4: .*lz4cat"),
@@ -70,7 +70,7 @@ NAMED: dict[str, tuple[str, bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", [*FILES, *NAMED])
-def test_what_it_is(kind: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_jsonl_is_identified(kind: str, tmp_path: Path) -> None:
     name, content, what = {**FILES, **NAMED}[kind]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"^{re.escape(str(tmp_path / name))} .*{what}") as error:
@@ -79,7 +79,7 @@ def test_what_it_is(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_the_command_works(kind: str, tmp_path: Path) -> None:
+def test_the_suggested_command_works(kind: str, tmp_path: Path) -> None:
     name, content, _ = FILES[kind]
     folder = tmp_path / "my texts"
     folder.mkdir()
@@ -94,7 +94,7 @@ def test_the_command_works(kind: str, tmp_path: Path) -> None:
     assert made.suffix == ".jsonl" and made.read_bytes().removeprefix(b"\xef\xbb\xbf") == TEXT
 
 
-def test_the_command_replaces_no_file(tmp_path: Path) -> None:
+def test_the_suggested_command_replaces_no_file(tmp_path: Path) -> None:
     for name in ("corpus.jsonl.gz", "corpus.jsonl", "corpus.lines.jsonl"):
         (tmp_path / name).write_bytes(gzip.compress(TEXT))
     with pytest.raises(DataError, match=r"> \S+corpus\.lines\.2\.jsonl$"):
@@ -112,18 +112,18 @@ GOOD: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_jsonl_is_taken(name: str, tmp_path: Path) -> None:
+def test_jsonl_is_accepted(name: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(GOOD[name])
     check_text_files([tmp_path / "a.txt"], jsonl=True)
 
 
-def test_plain_text_may_begin_as_it_likes(tmp_path: Path) -> None:
-    """A tokenizer's text: only a .jsonl has to be JSON."""
+def test_plain_text_may_start_with_any_characters(tmp_path: Path) -> None:
+    """A tokenizer trains on any text; only a .jsonl must be JSON."""
     (tmp_path / "a.txt").write_text("[1] a footnote\n")
     check_text_files([tmp_path / "a.txt"])
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_file_is_refused(tmp_path: Path) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
 

@@ -19,20 +19,20 @@ def cut(path: Path, num_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("ending", [".bin", ".idx"])
-def test_missing(ending: str, copied_pair: Path) -> None:
+def test_a_missing_file_is_refused(ending: str, copied_pair: Path) -> None:
     Path(f"{copied_pair}{ending}").unlink()
     with pytest.raises(DataError, match="does not exist"):
         open_token_file(copied_pair)
 
 
 @pytest.mark.parametrize("num_bytes", [1, 2, 1000])
-def test_bin_cut_short(num_bytes: int, copied_pair: Path) -> None:
+def test_a_cut_bin_file_is_refused(num_bytes: int, copied_pair: Path) -> None:
     cut(paths_of(copied_pair)[0], num_bytes)
     with pytest.raises(DataError, match="do not belong together"):
         open_token_file(copied_pair)
 
 
-def test_every_length_of_a_cut_index(copied_pair: Path) -> None:
+def test_an_index_cut_at_any_length_is_refused(copied_pair: Path) -> None:
     path = paths_of(copied_pair)[1]
     whole = path.read_bytes()
     for length in [*range(0, 60), len(whole) // 2, len(whole) - 1]:
@@ -41,22 +41,22 @@ def test_every_length_of_a_cut_index(copied_pair: Path) -> None:
             open_token_file(copied_pair)
 
 
-def test_another_sets_index(copied_pair: Path, tmp_path: Path) -> None:
+def test_the_index_of_another_set_is_refused(copied_pair: Path, tmp_path: Path) -> None:
     path = paths_of(copied_pair)[1]
     data = bytearray(path.read_bytes())
     data[17] = 4  # int32 in place of uint16
     path.write_bytes(data)
     with pytest.raises(DataError, match="do not belong together"):
         open_token_file(copied_pair)
-    for code in (99, 6, 7):  # 6 and 7 are megatron.core's, of floating-point numbers
+    for code in (99, 6, 7):  # 6 and 7 are megatron.core's codes of floating-point numbers
         data[17] = code
         path.write_bytes(data)
         with pytest.raises(DataError, match="not an index"):
             open_token_file(copied_pair)
 
 
-def test_every_byte_of_an_index(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """A bit turned in any of them is noticed, not read as other tokens or as none."""
+def test_a_flipped_bit_in_any_byte_of_an_index_is_found(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """A bit flipped in any byte is noticed, never read as other tokens or none."""
     (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n{"text": "d"}\n{"text": "ef"}\n')
     preprocess([tmp_path / "a.jsonl"], tmp_path / "a", tokenizer=tokenizer_folder)
     path = paths_of(tmp_path / "a")[1]
@@ -70,7 +70,7 @@ def test_every_byte_of_an_index(tokenizer_folder: Path, tmp_path: Path) -> None:
                 sequences = [sequence.tolist() for sequence in read_all(tmp_path / "a")]
             except DataError:
                 continue
-            assert bit == 0 and place in (len(whole) - 24, len(whole) - 16)  # where a document in between begins
+            assert bit == 0 and place in (len(whole) - 24, len(whole) - 16)  # the start of a document in the middle
             assert sequences == expected
 
 
@@ -79,7 +79,7 @@ def read_all(prefix: Path) -> list[numpy.ndarray]:
     return [dataset[index].copy() for index in range(len(dataset))]
 
 
-def test_vocabulary(pair: Path) -> None:
+def test_a_smaller_vocabulary_is_refused(pair: Path) -> None:
     info = read_info(pair)
     assert info is not None
     open_token_file(pair, vocab_size=info.max_token + 1)
@@ -87,7 +87,7 @@ def test_vocabulary(pair: Path) -> None:
         open_token_file(pair, vocab_size=info.max_token)
 
 
-def test_side_file_of_other_tokens_does_not_count(copied_pair: Path) -> None:
+def test_the_side_file_of_other_tokens_is_ignored(copied_pair: Path) -> None:
     info = read_info(copied_pair)
     assert info is not None
     dataclasses.replace(info, bin_bytes=info.bin_bytes + 2).write(paths_of(copied_pair)[2])

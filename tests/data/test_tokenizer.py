@@ -1,4 +1,4 @@
-"""Both kinds of tokenizers, and where the end of a document is read from."""
+"""Both kinds of tokenizers, and the sources of the end-of-document token."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def sentencepiece_model(jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -
     return train_tokenizer([jsonl], tmp_path_factory.mktemp("sentencepiece"), vocab_size=400)
 
 
-def test_json(tokenizer_folder: Path) -> None:
+def test_a_tokenizer_json_encodes_and_decodes(tokenizer_folder: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_folder)
     assert tokenizer.vocab_size == 131 and tokenizer.eod == 2
     assert tokenizer.decode(tokenizer.encode("x = [1]")) == "x = [1]"
     assert load_tokenizer(tokenizer_folder / "tokenizer.json").unique_identifiers == tokenizer.unique_identifiers
 
 
-def test_sentencepiece(sentencepiece_model: Path) -> None:
+def test_a_sentencepiece_model_encodes_and_decodes(sentencepiece_model: Path) -> None:
     tokenizer = load_tokenizer(sentencepiece_model.parent)
     assert tokenizer.vocab_size == 400 and tokenizer.eod == 2
-    text = "if x:\n    return {'é': 7}"  # bytes to fall back on, white space kept
+    text = "if x:\n    return {'é': 7}"  # byte fallback, white space kept
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert not {0, 1, 2} & set(ids)
@@ -62,7 +62,7 @@ REFUSED: dict[str, tuple[str, bytes, int, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_training_refusals_leave_nothing(case: str, tmp_path: Path) -> None:
+def test_refused_training_leaves_nothing(case: str, tmp_path: Path) -> None:
     name, content, vocab_size, message = REFUSED[case]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as error:
@@ -71,23 +71,23 @@ def test_training_refusals_leave_nothing(case: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_tokenizer_is_kept(jsonl: Path, sentencepiece_model: Path, tmp_path: Path) -> None:
+def test_an_existing_tokenizer_is_kept(jsonl: Path, sentencepiece_model: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--overwrite"):
         train_tokenizer([jsonl], sentencepiece_model.parent, vocab_size=400)
     with pytest.raises(DataError, match="does not exist"):
         train_tokenizer([tmp_path / "none"], tmp_path / "out", vocab_size=400)
 
 
-def test_long_lines_and_odd_texts_are_learned(tmp_path: Path) -> None:
-    """sentencepiece leaves lines above 64 KiB out, and takes no lone surrogates."""
+def test_long_lines_and_odd_texts_are_trained_on(tmp_path: Path) -> None:
+    """sentencepiece itself skips lines above 64 KiB and refuses lone surrogates."""
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "häufig " * 20_000 + "\ud800"}))
     path = train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "out", vocab_size=290)
     assert len(load_tokenizer(path).encode("häufig häufig")) <= 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_training_is_ended(number: signal.Signals, tmp_path: Path) -> None:
-    """The tool by SIGTERM, which sentencepiece does not hear; the process that trains by the system."""
+def test_a_signal_ends_training(number: signal.Signals, tmp_path: Path) -> None:
+    """SIGTERM ends the tool although sentencepiece ignores it, or the system kills the process that trains."""
     words = numpy.random.default_rng(0).integers(97, 123, size=(200_000, 8), dtype=numpy.uint8)
     (tmp_path / "a.txt").write_bytes(b"\n".join(bytes(word) for word in words) * 3)
     command = [sys.executable, "tools/train_tokenizer.py", "--input", str(tmp_path / "a.txt"), "--vocab_size", "30000"]
@@ -113,7 +113,9 @@ EOS_SOURCES = {
 
 
 @pytest.mark.parametrize("source", EOS_SOURCES)
-def test_where_the_end_of_sequence_is_read(source: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_the_end_of_sequence_token_is_read_from_each_source(
+    source: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     name, content, expected = EOS_SOURCES[source]
     shutil.copy(tokenizer_folder / "tokenizer.json", tmp_path)
     (tmp_path / name).write_text(json.dumps(content))
@@ -132,7 +134,7 @@ EOS_FILES = {
 
 
 @pytest.mark.parametrize(("config", "tokens"), EOS_FILES.values(), ids=EOS_FILES.keys())
-def test_the_end_of_sequence_is_that_of_transformers(
+def test_the_end_of_sequence_token_is_that_of_transformers(
     config: dict, tokens: dict, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
@@ -145,7 +147,7 @@ def test_the_end_of_sequence_is_that_of_transformers(
     assert load_tokenizer(tmp_path).eod == AutoTokenizer.from_pretrained(tmp_path).eos_token_id
 
 
-def test_refusals(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tokenizer_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
     shutil.copy(tokenizer_folder / "tokenizer.json", tmp_path)
     (tmp_path / "other.model").write_bytes(b"no model")
     (tmp_path / "broken.json").write_text("{}")

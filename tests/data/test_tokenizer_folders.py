@@ -1,4 +1,4 @@
-"""What lies in the place of a tokenizer or of text and is neither, and what a tokenizer's folder has beside it."""
+"""Files in place of a tokenizer or of text that are neither, and other files in a tokenizer's folder."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\ns
 
 @pytest.fixture
 def folder(tokenizer_folder: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """Return a copy that a test may damage."""
     return shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
-def test_a_git_lfs_pointer(name: str, folder: Path) -> None:
+def test_a_git_lfs_pointer_is_refused(name: str, folder: Path) -> None:
     if name == "tokenizer.model":
         (folder / "tokenizer.json").unlink()
     (folder / name).write_text(POINTER)
@@ -38,8 +38,8 @@ def test_a_git_lfs_pointer(name: str, folder: Path) -> None:
             load_tokenizer(path)
 
 
-def test_a_chat_template_that_is_a_git_lfs_pointer(folder: Path, tmp_path: Path) -> None:
-    """It would be taken for a template without a placeholder."""
+def test_a_chat_template_that_is_a_git_lfs_pointer_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Otherwise it would be a template without a placeholder."""
     (folder / "chat_template.jinja").write_text(POINTER)
     (tmp_path / "other.jinja").write_text(POINTER)
     for template in (None, tmp_path / "other.jinja"):
@@ -48,10 +48,10 @@ def test_a_chat_template_that_is_a_git_lfs_pointer(folder: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".txt", ".bin", ".idx"])
-def test_text_and_tokens_that_are_git_lfs_pointers(
+def test_text_and_tokens_that_are_git_lfs_pointers_are_refused(
     ending: str, copied_pair: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    """A tokenizer would be trained on them."""
+    """Otherwise a tokenizer would be trained on them."""
     path = Path(f"{copied_pair}{ending}")
     path.write_text(POINTER)
     read: dict[str, Callable[[], object]] = {
@@ -65,10 +65,10 @@ def test_text_and_tokens_that_are_git_lfs_pointers(
     assert not (tmp_path / "new").exists()
 
 
-def test_no_question_whether_to_run_the_folders_code(
+def test_the_folders_code_is_neither_run_nor_asked_about(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers asks on the terminal where nothing is said, and runs it where the answer is yes."""
+    """By default transformers asks on the terminal, and runs the code if the answer is yes."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     (folder / "own.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
@@ -81,13 +81,13 @@ def test_no_question_whether_to_run_the_folders_code(
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_file_that_is_no_tokenizer_names_the_one_beside_it(folder: Path) -> None:
+def test_a_file_that_is_not_a_tokenizer_names_the_one_beside_it(folder: Path) -> None:
     with pytest.raises(DataError, match=rf"is not a tokenizer: .*: give {folder}/tokenizer\.json"):
         load_tokenizer(folder / "tokenizer_config.json")
 
 
-def test_a_vocabulary_and_its_merges(tmp_path: Path) -> None:
-    """What the line says makes a tokenizer of them."""
+def test_the_advice_for_a_vocabulary_with_merges_works(tmp_path: Path) -> None:
+    """Run the command of the message, then load the tokenizer."""
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
@@ -98,8 +98,8 @@ def test_a_vocabulary_and_its_merges(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path / "new", eod_token="<|endoftext|>").encode("abba") == [2, 1, 0]
 
 
-def test_tiktokens_file_is_no_sentencepiece_model(folder: Path) -> None:
-    """Meta's own folders of Llama 3 call it tokenizer.model."""
+def test_tiktokens_file_is_not_taken_for_a_sentencepiece_model(folder: Path) -> None:
+    """Meta's own Llama 3 folders name it tokenizer.model."""
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
     with pytest.raises(DataError, match=r"not a sentencepiece model: it is tiktoken's.*tokenizer\.json"):

@@ -1,4 +1,4 @@
-"""The Dockerfile, as hadolint reads it."""
+"""The Dockerfile, checked by hadolint."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def test_hadolint_finds_nothing() -> None:
     assert found.returncode == 0, found.stdout
 
 
-def test_what_the_base_brought_is_not_replaced() -> None:
-    """torch and numpy are left out of the requirements, and pinned to what is there."""
+def test_the_base_images_packages_are_kept() -> None:
+    """torch and numpy are removed from the requirements and pinned to the base image's versions."""
     text = Path("docker/Dockerfile").read_text()
     assert "grep -vE '^(torch|numpy)==' requirements.txt" in text and "--constraint /tmp/brought.txt" in text
     assert "\nUSER 10001\n" in text

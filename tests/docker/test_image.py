@@ -1,4 +1,4 @@
-"""The image is built for real, on a small Debian with torch, and the smoke test runs inside."""
+"""Builds the real image on a small Debian with torch, and runs the smoke test inside."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOT_FETCHED = 75
 
 
 def why_not() -> str | None:
-    """Why no image can be built here; None where one can."""
+    """Return why no image can be built here, or None."""
     missing = [name for name in ("buildah", "mmdebstrap", "unshare", "ip") if shutil.which(name) is None]
     if missing:
         return f"{', '.join(missing)} not installed (Debian: buildah, mmdebstrap, util-linux, iproute2)"
@@ -28,7 +28,7 @@ def why_not() -> str | None:
 @pytest.mark.container
 @pytest.mark.timeout(1200)
 def test_the_smoke_test_passes_inside() -> None:
-    """As the image's user, with the base's own torch and numpy, which requirements.txt pins to others."""
+    """As the image's user, with the base's own torch and numpy, although requirements.txt pins other versions."""
     if reason := why_not():
         pytest.skip(f"no image can be built here: {reason}")
     here = {**os.environ, "TMPDIR": tempfile.gettempdir()}

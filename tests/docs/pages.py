@@ -1,4 +1,4 @@
-"""A page's blocks, and its commands, run as they stand where the page's names are."""
+"""Reads the code blocks of a page and runs its commands, unchanged, in a folder with the names the page uses."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ ROOT = Path(__file__).parents[2]
 
 
 def blocks(page: str | Path, kind: str | None = None) -> list[str]:
-    """The texts of a page's blocks of one kind: yaml, json, python; or of all."""
+    """Return the texts of a page's blocks: those of one kind (yaml, json, python), or all."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
     return [text for name, text in found if kind in (name, None)]
 
 
 def lines(text: str) -> list[str]:
-    """Of a block of commands: continued ones joined, without comments."""
+    """Return the lines of a block of commands: continued lines joined, comments removed."""
     found = (re.sub(r"(^|\s)#.*", "", line).strip() for line in text.replace("\\\n", " ").splitlines())
     return [line for line in found if line]
 
 
 def commands(page: str) -> list[str]:
-    """What a page's blocks without a kind say to type."""
+    """Return the commands of a page: the lines of its blocks without a kind."""
     return [line for text in blocks(page, "") for line in lines(text)]
 
 
 def workplace(folder: Path) -> Path:
-    """`folder`, with the repository's examples, which a page's commands name."""
+    """Link the repository's examples into `folder`, because commands name them."""
     (folder / "examples").symlink_to(ROOT / "examples")
     return folder
 
 
 def run(command: str, folder: Path, *more: str, num_ranks: int = 1) -> str:
-    """Run a page's command in `folder`, of torchrun so many ranks on this machine; its output."""
+    """Run a page's command in `folder`, torchrun with this many ranks, and return its output."""
     program, *arguments = shlex.split(command)
     if program == "torchrun":
         program_and_options = arguments[arguments.index("-m") :]

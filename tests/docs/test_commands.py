@@ -1,4 +1,4 @@
-"""Every command of every page exists, and has the options that the page gives it."""
+"""Every command on every page exists and has the options shown."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pages import ROOT, blocks, lines, run
 
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docker/*.md"), *ROOT.glob("examples/*/*.md")])
 OURS = re.compile(r"(?<!\S)(?:llamapro|python (?:benchmarks|examples)/\S+\.py) .*|(?<!\S)python tools/.*")
-OF_A_RUN = {"--config", "--debug"}  # and all that have a dot: the run's, which some commands take too
+OF_A_RUN = {"--config", "--debug"}  # and all options with a dot: the run's, which some commands accept too
 
 
 def commands_of_ours(page: Path) -> list[str]:
-    """What a page says to type of this repository, with its options."""
+    """Return the commands of this repository on a page, with their options."""
     found = (line for text in blocks(page) for line in lines(text))
     return [match[0] for line in found if (match := OURS.search(line))]
 
@@ -36,5 +36,5 @@ def test_options_are_known(page: Path) -> None:
         assert {option for option in options if "." not in option} <= known, command
 
 
-def test_the_pages_have_commands() -> None:
+def test_the_pages_have_more_than_ten_commands() -> None:
     assert len({command.split()[1] for page in PAGES for command in commands_of_ours(page)}) > 10

@@ -1,4 +1,4 @@
-"""docs/converter.md: its commands do what it says, and every option that it names is one."""
+"""docs/converter.md: its commands do what it says, and every option it names exists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGE = "docs/converter.md"
 
 
 def whole(command: str) -> str:
-    """A command of the page, its optional parts among it."""
+    """Return a command of the page with its optional parts."""
     return command.translate({ord("["): None, ord("]"): None})
 
 
@@ -37,7 +37,7 @@ def test_its_commands_run(tiny_llama: Callable[..., Path], tmp_path: Path) -> No
         assert inspect(folder).plan.num_layers == 16
 
 
-def test_every_option_that_it_names_is_one() -> None:
+def test_every_option_it_names_exists() -> None:
     programs = [
         *(f"llamapro {name}" for name in ("convert", "expand", "verify", "inspect")),
         "llamapro convert hf-to-megatron",

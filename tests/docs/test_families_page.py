@@ -1,4 +1,4 @@
-"""docs/families.md lists the families that there are, and shows code that is in the source."""
+"""docs/families.md lists every family, and its code is in the source."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_every_family_is_listed() -> None:
     assert set(re.findall(r"^\| [^|]+ \| `(\w+)` \|", (ROOT / PAGE).read_text(), flags=re.MULTILINE)) == set(FAMILIES)
 
 
-def test_its_code_is_the_sources() -> None:
+def test_its_code_is_in_the_source() -> None:
     sources = squeezed("".join((ROOT / "megatron_llamapro" / name).read_text() for name in SOURCES))
     shown = blocks(PAGE, "python")
     assert len(shown) == 3

@@ -1,4 +1,4 @@
-"""docs/going_on.md: its configuration and its commands, run on a tiny model as they stand but for names and sizes."""
+"""docs/going_on.md: its configuration and its commands, run on a tiny model with only names and sizes changed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def make_inputs(source: Path, folder: Path) -> None:
         preprocess([folder / "text.jsonl"], folder / "data" / name, tokenizer=source)
 
 
-def test_the_page(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_pages_commands_give_two_rounds_that_verify(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
     source = tiny_llama(num_hidden_layers=4)
     make_inputs(source, workplace(tmp_path))
     data = {**CONFIGURATION["data"], "seq_length": 32}
@@ -70,7 +70,7 @@ def test_the_page(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def tune(source: Path, target: Path) -> None:
-    """Every weight, in bfloat16, by transformers."""
+    """Train every weight in bfloat16, by transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -81,7 +81,7 @@ def tune(source: Path, target: Path) -> None:
     model.save_pretrained(target)
 
 
-def test_the_weights_are_shares() -> None:
+def test_the_pages_blend_weights_are_shares() -> None:
     arguments = [f"--{section}={json.dumps(values)}" for section, values in CONFIGURATION.items()]
     parsed = parse_run_config(arguments)
     assert [entry.weight for entry in parsed.data.train] == [0.9, 0.1]

@@ -1,4 +1,4 @@
-"""The page's code, run as it stands on megatron.core's own model: its parts, and the whole script."""
+"""The page's code, run unchanged on megatron.core's own model: its parts, and the whole script."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ SCRIPT = "\n".join(blocks(PAGE, "python"))
 
 
 def page_code() -> dict:
-    """Everything that the page's Python blocks define."""
+    """Return all names that the page's Python blocks define."""
     names: dict = {"__name__": "my_loop"}
     exec(SCRIPT, names)
     return names
 
 
 def loop_worker(folder: Path) -> tuple[torch.Tensor | None, tuple[list[int], ...], float, set[float], list[str]]:
-    """A user's loop: megatron.core's GPTModel with megatron.core's own local layers, over two stages."""
+    """Run a user's loop: megatron.core's GPTModel with its own local layers, over two stages."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -75,7 +75,7 @@ def with_gradient(parameter: torch.nn.Parameter) -> bool:
     return parameter.requires_grad and bool(parameter.main_grad.any())
 
 
-def test_the_page_works(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_pages_parts_train_the_added_blocks_only(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
     source = tiny_llama(rms_norm_eps=1e-6)
@@ -85,7 +85,7 @@ def test_the_page_works(tiny_llama: Callable[..., Path], tmp_path: Path) -> None
         expected = LlamaForCausalLM.from_pretrained(source)(torch.arange(3, 35)[None]).logits
     torch.testing.assert_close(last[0], expected, rtol=1e-4, atol=1e-4)
     assert (first[1], last[1]) == (([2], [0, 1]), ([5], [3, 4]))
-    assert first[2] == last[2] == 1.0  # the optimizer holds what trains and nothing else
+    assert first[2] == last[2] == 1.0  # the optimizer holds the trainable part and nothing else
     assert first[3] == {1e-3, 5e-4}
     for layer, moving in ((2, first[4]), (5, last[4])):
         block = f"decoder.layers.{layer}"
@@ -93,7 +93,7 @@ def test_the_page_works(tiny_llama: Callable[..., Path], tmp_path: Path) -> None
 
 
 def test_the_script_runs_as_typed(tmp_path: Path) -> None:
-    """By the page's own commands: from a tiny LLaMA to a trained, exported and proven one."""
+    """With the page's own commands: from a tiny LLaMA to a trained, exported and verified model."""
     from transformers import AutoModelForCausalLM
 
     [commands] = [lines(text) for text in blocks(PAGE, "") if "torchrun" in text]
@@ -103,7 +103,7 @@ def test_the_script_runs_as_typed(tmp_path: Path) -> None:
     for command in commands:
         program, *arguments = shlex.split(command)
         if program == "pip":
-            continue  # the tests have it all
+            continue  # the tests have everything installed
         words = [*programs.get(program, [program]), *arguments]
         done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -136,7 +136,7 @@ def test_every_public_name_is_explained() -> None:
     assert set(re.findall(r"`(\w+)`", table)) >= set(megatron_llamapro.__all__)
 
 
-def test_the_versions_are_those_that_run() -> None:
+def test_the_page_names_the_installed_versions() -> None:
     page = (ROOT / PAGE).read_text()
     assert f"`megatron.core` {metadata.version('megatron-core')}" in page
     [accepted] = re.findall(r'"(megatron-core[^"]*)"', (ROOT / "pyproject.toml").read_text())

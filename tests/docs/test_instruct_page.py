@@ -1,4 +1,4 @@
-"""docs/instruct.md: its commands and its recipe, run on a tiny model as they stand but for names and sizes."""
+"""docs/instruct.md: its commands and its recipe, run on a tiny model with only names and sizes changed."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ TINY = (
 
 @pytest.fixture
 def folder(tiny_llama: Callable[..., Path], tmp_path: Path) -> Path:
-    """Where the page's commands run."""
+    """Return a folder where the page's commands run."""
     shutil.copytree(tiny_llama(num_hidden_layers=4), tmp_path / "llama-2-7b-hf")
     hf_to_megatron(tmp_path / "llama-2-7b-hf", tmp_path / "llama-2-7b-pro", expansion=Expansion.at(2, 5))
     (tmp_path / "chat.jsonl").write_text((json.dumps(EXAMPLE) + "\n") * 8)
     return workplace(tmp_path)
 
 
-def test_the_page(folder: Path) -> None:
+def test_the_pages_commands_train_and_export_an_instruct_model(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     preprocess, train, export, copy = commands(PAGE)
@@ -58,7 +58,7 @@ def test_the_page(folder: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(result).config.num_hidden_layers == 6
 
 
-def test_the_recipe_is_the_papers() -> None:
+def test_the_recipe_matches_the_paper() -> None:
     config = parse_run_config(["--config", str(RECIPE)])
     assert config.model.trainable == ("everything",) and config.data.format == "chat"
     assert (config.training.global_batch_size, config.data.seq_length) == (128, 4096)

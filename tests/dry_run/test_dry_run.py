@@ -1,4 +1,4 @@
-"""The dry run counts what real runs hold and send, and what the arithmetic says that they execute, to the last byte."""
+"""The dry run counts to the last byte what real runs hold and send, and executes what the arithmetic predicts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_llamapro.dry_run.counting import Kind, Product
 from megatron_llamapro.testing.distributed import run_apart, run_distributed
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
-# No vocabulary is padded here, so that the arithmetic counts the same products.
+# This vocabulary needs no padding, so the arithmetic counts the same products.
 VOCABULARY = 128
 
 
@@ -33,7 +33,7 @@ def dry_worker(config: RunConfig, world_size: int, ranks: list[int] | None) -> l
 
 
 def real_worker(config: RunConfig) -> dict[str, int]:
-    """What one rank of a real run holds after two steps, and what it sent in the second."""
+    """Return the bytes that one rank of a real run holds after two steps, and sent in the second."""
     from megatron_llamapro.dry_run.counting import CountingMode, Kind
     from megatron_llamapro.dry_run.run import counting
     from megatron_llamapro.runtime.stop import StopRequest
@@ -76,7 +76,7 @@ LAYOUTS = {
 }
 
 
-# Every baseline of docs/baselines.md, and mixtures.
+# Every baseline of docs/baselines.md, and mixtures of them.
 BASELINES = {
     "everything": (("everything",), LoraConfig()),
     "added blocks": (("added_blocks",), LoraConfig()),
@@ -102,8 +102,8 @@ def baseline(config: RunConfig, name: str) -> RunConfig:
         *(("pp2 virtual 2", what) for what in BASELINES if what not in _WHOLE_BLOCKS),
     ],
 )
-def test_work_is_what_the_arithmetic_says(layout: str, what: str, config: Callable) -> None:
-    """Not one product more, whole-model."""
+def test_work_equals_the_arithmetic(layout: str, what: str, config: Callable) -> None:
+    """Exactly the same products, over the whole model."""
     world_size, division = LAYOUTS[layout]
     settings = baseline(config(division), what)
     reports = run_apart(dry_worker, settings, world_size, None)
@@ -120,7 +120,7 @@ def test_work_is_what_the_arithmetic_says(layout: str, what: str, config: Callab
     assert counted[Product.RECOMPUTED] == 0 and attention > 0
 
 
-def test_full_recomputation_runs_once_more_what_has_a_backward_pass(config: Callable) -> None:
+def test_full_recomputation_repeats_blocks_with_a_backward_pass(config: Callable) -> None:
     """Blocks 2 to 5 of 6; the head is not recomputed."""
     kept = config()
     recomputed = replace(kept, recompute=RecomputeConfig("full", "uniform", 1))
@@ -141,20 +141,20 @@ def head_flops(report) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bytes_and_work_are_those_of_a_real_run(layout: str, dtype: str, run_config: Callable) -> None:
-    """Of every rank, tensor-parallel and data-parallel ones too."""
+    """For every rank, tensor-parallel and data-parallel ones included."""
     world_size, division = LAYOUTS[layout]
     data_size = world_size // division.tensor_model_parallel_size // division.pipeline_model_parallel_size
     settings = run_config(parallel=division, dtype=dtype, global_batch_size=4 * data_size)
     real = run_distributed(real_worker, world_size, settings)
     for rank, report in zip(real, run_apart(dry_worker, settings, world_size, [*range(world_size)]), strict=True):
         assert {kind.value: report.held_bytes.get(kind, 0) for kind in Kind} == rank["held"]
-        scale = sum(rank["flops"].values()) / report.counts.flops.total()  # by the micro-batches of a step
+        scale = sum(rank["flops"].values()) / report.counts.flops.total()  # per step has this many micro-batches
         assert {product: count * scale for product, count in report.counts.flops.items()} == rank["flops"]
         reduced = {key: size for key, size in rank["sent"].items() if key[0] == "data"}
         assert {key: size for key, size in report.counts.sent_bytes.items() if key[0] == "data"} == reduced
 
 
-def test_only_what_trains_is_reduced(config: Callable) -> None:
+def test_only_the_trainable_part_is_reduced(config: Callable) -> None:
     """float32 gradients of the added blocks, padded to a multiple of the replicas."""
     [report] = run_apart(dry_worker, config(), 16, None)
     trainable = report.stage_report.num_trainable
@@ -197,10 +197,10 @@ RECOMPUTED = {
         *(("pp2 virtual 2", "LoRA", recomputed) for recomputed in ("uniform", "block", "mlp", "attention")),
     ],
 )
-def test_the_planner_knows_what_is_held_and_done(layout: str, what: str, recomputed: str, config: Callable) -> None:
-    """State and kept activations of every stage, to the byte but for vectors, padding and the labels; work exactly, but
-    for the input gradients that recomputation makes necessary in the first layer with adapters, and for the matrices
-    of adapters that every tensor-parallel rank has a copy of."""
+def test_the_planner_predicts_memory_and_work(layout: str, what: str, recomputed: str, config: Callable) -> None:
+    """State and kept activations of every stage match to the byte, apart from vectors, padding and labels. Work matches
+    exactly, apart from two cases with adapters: input gradients that recomputation needs in the first layer with
+    adapters, and matrices that every tensor-parallel rank copies."""
     from megatron_llamapro.config.stages import stage_layers
     from megatron_llamapro.expansion.trainable import what_trains
     from megatron_llamapro.planning.job import Job, time_from_flops
@@ -221,7 +221,7 @@ def test_the_planner_knows_what_is_held_and_done(layout: str, what: str, recompu
         shape=model.shape,
         trains=trains,
         division=divided,
-        time=time_from_flops(model.shape, trains, divided, flops_per_second=divided.tokens),  # in FLOP a token
+        time=time_from_flops(model.shape, trains, divided, flops_per_second=divided.tokens),  # in FLOP per token
         num_stages=division.pipeline_model_parallel_size,
         num_chunks=division.virtual_pipeline_model_parallel_size or 1,
         num_microbatches=4,
@@ -238,8 +238,8 @@ def test_the_planner_knows_what_is_held_and_done(layout: str, what: str, recompu
         assert sum(chunk.time.total for chunk in mine) == pytest.approx(executed, rel=rel)
 
 
-def test_the_largest_job(config: Callable) -> None:
-    """4,096 ranks; at the peak most of the memory is named."""
+def test_4096_ranks_run_dry(config: Callable) -> None:
+    """Most of the peak memory is attributed to named tensors."""
     settings = config(parallel(tp=2, pp=2, sp=True))
     settings = replace(settings, training=replace(settings.training, global_batch_size=4096))
     [report] = run_apart(dry_worker, settings, 4096, [4095])
@@ -258,7 +258,7 @@ def run_yaml(config: Callable, tmp_path: Path) -> Path:
     return path
 
 
-def test_the_tool(run_yaml: Path, models: Callable) -> None:
+def test_the_command_reports_memory_and_work(run_yaml: Path, models: Callable) -> None:
     text = tool("--config", run_yaml, "--world_size", 4, "--memory_gib", 1e-6)
     assert text.returncode == 1, text.stderr
     assert "stage 0 │ E o o A │ 1 │ o o A H" in text.stdout and "4 ranks: TP 1 x PP 2 x DP 2" in text.stdout
@@ -295,13 +295,13 @@ def test_bad_input_is_one_line(arguments: list, message: str, run_yaml: Path) ->
     assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
-def test_experts_cannot_run_dry(tiny_model: Callable[..., Path], run_yaml: Path) -> None:
+def test_experts_are_refused(tiny_model: Callable[..., Path], run_yaml: Path) -> None:
     model = tiny_model(**TINY_FAMILIES["mixtral"])
     added = ["--num_added_blocks", 2, "--world_size", 1]
     result = tool("--config", run_yaml, "--hf_config", model, *added)
     assert result.returncode == 2 and result.stderr.startswith("error: a model with experts cannot run dry: ")
 
 
-def test_a_model_that_is_not_there() -> None:
+def test_a_missing_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="--hf_config FOLDER"):
         describe_model(Path("nowhere"), hf_config=None, expansion=None)

@@ -1,4 +1,4 @@
-"""Every example's configuration is run dry for its world: it starts, it fits, and does the arithmetic's work."""
+"""Every example's configuration runs dry at its world size: it starts, fits, and does the predicted work."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def readme_yaml(folder: Path) -> Path:
     return folder / "readme.yaml"
 
 
-# Configuration, model, blocks that are added, ranks, memory of each in GiB.
+# Configuration, model, added blocks, ranks, memory per rank in GiB.
 EXAMPLES = {
     "the README's": (readme_yaml, LLAMA_2_7B, 8, 16, 80),
     "smoke": (lambda _: ROOT / "examples/smoke/run.yaml", TINY, 2, 2, 1),
@@ -64,8 +64,8 @@ EXAMPLES = {
 }
 
 
-def test_no_example_is_left_out() -> None:
-    """benchmarks/baselines.py and recipes.py run the others, with a test each; those of slurm/ are no runs."""
+def test_every_example_is_covered() -> None:
+    """Tests of benchmarks/baselines.py and recipes.py run the others; the files of slurm/ are not runs."""
     named = {make(Path()) for name, (make, *_) in EXAMPLES.items() if name != "the README's"}
     elsewhere = {
         path for glob in ("baselines/*", "*_pro*/run", "slurm/*") for path in ROOT.glob(f"examples/{glob}.yaml")
@@ -74,7 +74,7 @@ def test_no_example_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_dry_run(example: str, tmp_path: Path) -> None:
+def test_an_example_fits_and_does_the_predicted_work(example: str, tmp_path: Path) -> None:
     make, hf_config, num_added, world_size, memory_gib = EXAMPLES[example]
     (tmp_path / "config.json").write_text(json.dumps(hf_config))
     added = ["--num_added_blocks", str(num_added)] if num_added else []

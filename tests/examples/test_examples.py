@@ -1,4 +1,4 @@
-"""Every example is at least well-formed: configurations parse, scripts are shell, their commands exist."""
+"""Every example is well-formed: configurations parse, scripts are valid shell, and their commands exist."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def test_configurations_parse(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.name)
-def test_files_that_go_with_another_parse(path: Path, tmp_path: Path) -> None:
+def test_partial_configurations_parse_with_their_base(path: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(readme_yaml())
     config = parse_run_config(["--config", str(tmp_path / "run.yaml"), "--config", str(path)])
     assert config.model.checkpoint == "llama-2-7b-pro" and config.training.global_batch_size == 1024
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_scripts_are_shell_and_name_files_that_are_there(path: Path) -> None:
+def test_scripts_are_valid_shell_and_name_existing_files(path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)
     assert path.stat().st_mode & 0o111
     text = path.read_text()
@@ -57,7 +57,7 @@ def test_the_readme_lists_every_command_in_order() -> None:
     assert named == list(COMMANDS)
 
 
-def test_links_of_the_documents_lead_somewhere() -> None:
+def test_links_of_the_documents_exist() -> None:
     folders = ("docs/*.md", "examples/*/*.md", "benchmarks/*.md", "docker/*.md")
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(path for glob in folders for path in ROOT.glob(glob))]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

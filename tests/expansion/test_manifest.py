@@ -1,4 +1,4 @@
-"""Manifests: written whole, read strictly."""
+"""Manifests are written whole and read strictly."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ MANIFEST = Manifest(
 )
 
 
-def test_written_and_read_it_is_the_same(tmp_path: Path) -> None:
+def test_a_manifest_survives_a_round_trip(tmp_path: Path) -> None:
     MANIFEST.write(tmp_path)
     assert Manifest.read(tmp_path) == MANIFEST
     assert [path.name for path in tmp_path.iterdir()] == ["llamapro.json"]
 
 
-def test_one_of_a_time_before_seeds_were_noted(tmp_path: Path) -> None:
+def test_a_manifest_from_before_seeds_were_recorded_is_read(tmp_path: Path) -> None:
     content = MANIFEST.to_json()
     del content["init_seeds"]
     (tmp_path / "llamapro.json").write_text(json.dumps(content))
     assert Manifest.read(tmp_path) == dataclasses.replace(MANIFEST, init_seeds=(None, None))
 
 
-def test_a_cast_keeps_the_hashes_and_says_of_what_they_are(tmp_path: Path) -> None:
-    """As format 2, which a version that does not know it refuses; cast back, it is what it was, as format 1."""
+def test_a_cast_keeps_the_hashes_and_records_their_type(tmp_path: Path) -> None:
+    """A cast manifest has format 2, so that older versions refuse it. Cast back, it is the original again, in format
+    1."""
     cast = MANIFEST.stored_as("float32")
     assert (cast.dtype, cast.hash_dtype, cast.original_hashes) == ("float32", "bfloat16", MANIFEST.original_hashes)
     assert (cast.to_json()["format_version"], MANIFEST.to_json()["format_version"]) == (2, 1)
@@ -47,7 +48,7 @@ def test_a_cast_keeps_the_hashes_and_says_of_what_they_are(tmp_path: Path) -> No
     assert cast.stored_as("bfloat16") == MANIFEST
 
 
-def test_hash_of_a_config_does_not_depend_on_its_order() -> None:
+def test_the_hash_of_a_config_ignores_its_order() -> None:
     assert config_sha256({"a": 1, "b": [2]}) == config_sha256({"b": [2], "a": 1}) != config_sha256({"a": 1})
 
 
@@ -95,18 +96,18 @@ def test_damaged_manifests_are_refused_by_name(content: object, message: str, tm
     assert "\n" not in str(refusal.value)
 
 
-def test_a_folder_without_one(tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_has_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no llamapro\.json: convert the model"):
         Manifest.read(tmp_path)
 
 
-def test_a_file_that_is_not_json(tmp_path: Path) -> None:
+def test_a_manifest_that_is_not_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "llamapro.json").write_text("{")
     with pytest.raises(CheckpointError, match="is not JSON"):
         Manifest.read(tmp_path)
 
 
-def test_a_frozen_manifest_can_be_replaced_not_changed() -> None:
+def test_a_manifest_is_frozen() -> None:
     assert dataclasses.replace(MANIFEST, dtype="float32").dtype == "float32"
     with pytest.raises(dataclasses.FrozenInstanceError):
         MANIFEST.dtype = "float32"  # type: ignore[misc]

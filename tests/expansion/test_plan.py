@@ -1,4 +1,4 @@
-"""Expansion plans against the paper's rule, written a second time and naively."""
+"""Expansion plans, compared with a second, naive version of the paper's rule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_llamapro.expansion.plan import ExpansionPlan, Placement, placed_po
 
 
 def naive_interleaved(num_layers: int, num_added: int, top: int) -> list[tuple[int, bool]]:
-    """(source layer, added?) of every layer: after each group, copies of its last `top` blocks."""
+    """Return (source layer, added?) of every layer: after each group, copies of its last `top` blocks."""
     num_groups = num_added // top
     ends = [(group + 1) * num_layers // num_groups for group in range(num_groups)]
     expanded: list[tuple[int, bool]] = []
@@ -30,7 +30,7 @@ def described(plan: ExpansionPlan) -> list[tuple[int, bool]]:
 
 @st.composite
 def interleavings(draw: st.DrawFn) -> tuple[int, int, int]:
-    """Layers, added blocks, blocks a group: any that can be."""
+    """Draw any valid counts: layers, added blocks, blocks per group."""
     num_layers = draw(st.integers(1, 100))
     top = draw(st.integers(1, num_layers))
     num_groups = draw(st.integers(1, num_layers // top))
@@ -39,7 +39,7 @@ def interleavings(draw: st.DrawFn) -> tuple[int, int, int]:
 
 @st.composite
 def plans(draw: st.DrawFn) -> ExpansionPlan:
-    """Up to three rounds on a small model."""
+    """Draw up to three rounds on a small model."""
     plan = ExpansionPlan.unexpanded(draw(st.integers(1, 8)))
     for _ in range(draw(st.integers(0, 3))):
         num_added = draw(st.integers(1, plan.num_layers))
@@ -48,8 +48,8 @@ def plans(draw: st.DrawFn) -> ExpansionPlan:
     return plan
 
 
-def test_the_papers_plan() -> None:
-    """LLaMA-2-7B, 32 + 8: new blocks 4, 9, … 39, each the copy of the block before it."""
+def test_the_plan_for_llama_2_7b_is_the_papers() -> None:
+    """LLaMA-2-7B, 32 + 8: new blocks 4, 9, … 39, each a copy of the block before it."""
     positions = placed_positions(32, 8)
     assert positions == (4, 9, 14, 19, 24, 29, 34, 39)
     plan = ExpansionPlan.unexpanded(32).expand(positions)
@@ -59,7 +59,7 @@ def test_the_papers_plan() -> None:
 
 
 @given(interleavings())
-def test_interleaved_is_the_papers_rule(counts: tuple[int, int, int]) -> None:
+def test_interleaving_follows_the_papers_rule(counts: tuple[int, int, int]) -> None:
     num_layers, num_added, top = counts
     plan = ExpansionPlan.unexpanded(num_layers).expand(placed_positions(num_layers, num_added, blocks_per_group=top))
     assert described(plan) == naive_interleaved(num_layers, num_added, top)
@@ -76,7 +76,7 @@ def test_groups_differ_by_at_most_one_block(counts: tuple[int, int]) -> None:
 
 
 @given(st.integers(1, 40).flatmap(lambda layers: st.tuples(st.just(layers), st.integers(1, layers))))
-def test_prefix_and_suffix(counts: tuple[int, int]) -> None:
+def test_prefix_and_suffix_place_blocks_at_the_ends(counts: tuple[int, int]) -> None:
     num_layers, num_added = counts
     original = [(layer, False) for layer in range(num_layers)]
     start = ExpansionPlan.unexpanded(num_layers)
@@ -95,7 +95,7 @@ def test_rounds_keep_the_original_layers_in_order(plan: ExpansionPlan) -> None:
 
 
 @given(plans())
-def test_a_further_round_keeps_every_layer_of_the_one_before(plan: ExpansionPlan) -> None:
+def test_a_further_round_keeps_every_earlier_layer(plan: ExpansionPlan) -> None:
     expanded = plan.expand(placed_positions(plan.num_layers, 1))
     kept = [layer for layer in expanded.layers if layer.added_in_round <= plan.num_rounds]
     assert [layer.parent_layer for layer in kept] == list(range(plan.num_layers))
@@ -105,7 +105,7 @@ def test_a_further_round_keeps_every_layer_of_the_one_before(plan: ExpansionPlan
 
 
 @given(plans())
-def test_a_plan_as_it_was_after_earlier_rounds(plan: ExpansionPlan) -> None:
+def test_a_plan_after_earlier_rounds_can_be_recovered(plan: ExpansionPlan) -> None:
     expanded = plan.expand(placed_positions(plan.num_layers, 1))
     assert expanded.after(expanded.num_rounds) == expanded
     assert expanded.after(plan.num_rounds) == plan
@@ -113,7 +113,7 @@ def test_a_plan_as_it_was_after_earlier_rounds(plan: ExpansionPlan) -> None:
 
 
 @given(plans())
-def test_json_there_and_back(plan: ExpansionPlan) -> None:
+def test_a_plan_survives_json(plan: ExpansionPlan) -> None:
     assert ExpansionPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
@@ -152,7 +152,7 @@ BAD_POSITIONS = {
 
 
 @pytest.mark.parametrize(("positions", "message"), BAD_POSITIONS.values(), ids=BAD_POSITIONS.keys())
-def test_positions_that_cannot_be(positions: tuple[int, ...], message: str) -> None:
+def test_impossible_positions_are_refused(positions: tuple[int, ...], message: str) -> None:
     with pytest.raises(ExpansionError, match=message):
         ExpansionPlan.unexpanded(4).expand(positions)
 
@@ -170,7 +170,7 @@ BAD_COUNTS = {
 
 
 @pytest.mark.parametrize(("counts", "message"), BAD_COUNTS.values(), ids=BAD_COUNTS.keys())
-def test_counts_that_cannot_be(counts: dict, message: str) -> None:
+def test_impossible_counts_are_refused(counts: dict, message: str) -> None:
     with pytest.raises(ExpansionError, match=message):
         placed_positions(4, **counts)
 
@@ -191,6 +191,6 @@ BAD_JSON = {
 
 
 @pytest.mark.parametrize("data", BAD_JSON.values(), ids=BAD_JSON.keys())
-def test_json_that_is_no_plan(data: dict) -> None:
+def test_json_that_is_not_a_plan_is_refused(data: dict) -> None:
     with pytest.raises(ExpansionError, match="not an expansion plan"):
         ExpansionPlan.from_json(data)

@@ -1,4 +1,4 @@
-"""Ways to begin an added block: each is an identity, each can be told apart afterwards, and what cannot learn is
+"""How added blocks are initialised: each way is an identity that can be recognised later. A way that cannot learn is
 refused."""
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def block(folder: Path, layer: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("init", list(Init), ids=lambda init: init.value)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_way_is_an_identity(init: Init, dtype: str, tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_every_initialisation_is_an_identity(init: Init, dtype: str, tiny_llama: Tiny, tmp_path: Path) -> None:
     source = tiny_llama(dtype=dtype)
     expand_hf(source, tmp_path / "hf", expansion=Expansion.at(2, 5, init=init))
     hf_to_megatron(source, tmp_path / "megatron", expansion=Expansion.at(2, 5, init=init))
@@ -52,7 +52,7 @@ def test_every_way_is_an_identity(init: Init, dtype: str, tiny_llama: Tiny, tmp_
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def test_what_each_begins_with(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_each_initialisation_has_its_values(tiny_llama: Tiny, tmp_path: Path) -> None:
     source = tiny_llama()
     for init in Init:
         expand_hf(source, tmp_path / init.value, expansion=Expansion.at(2, 5, init=init, seed=3))
@@ -81,7 +81,7 @@ def test_random_blocks_depend_on_the_seed_alone(tiny_llama: Tiny, tmp_path: Path
     assert not torch.equal(first, block(tmp_path / "a", 5)["mlp.up_proj.weight"])
 
 
-def test_rounds_keep_what_they_began_with(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_rounds_keep_their_initialisation(tiny_llama: Tiny, tmp_path: Path) -> None:
     expand_hf(tiny_llama(), tmp_path / "1", expansion=Expansion.at(2, 5, init=Init.MEAN))
     expand_hf(tmp_path / "1", tmp_path / "2", expansion=Expansion.at(0, init=Init.RANDOM, seed=9))
     assert Manifest.read(tmp_path / "2").inits == ("mean", "random")
@@ -96,12 +96,12 @@ def test_zeroed_norms_are_refused_unless_forced() -> None:
     check_init(Init.COPY, force=False)
 
 
-def test_zeroed_norms_are_no_identity_with_biases(tiny_model: Tiny, tmp_path: Path) -> None:
+def test_zeroed_norms_with_biases_are_refused(tiny_model: Tiny, tmp_path: Path) -> None:
     with pytest.raises(ExpansionError, match="is not an identity if queries, keys and values have biases"):
         expand_hf(tiny_model(model_type="qwen2"), tmp_path / "it", expansion=Expansion.at(2, 5, init=Init.ZERO_NORM))
 
 
-def test_from_the_command_line(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_the_command_line_chooses_the_initialisation(tiny_llama: Tiny, tmp_path: Path) -> None:
     command = [sys.executable, "tools/expand_checkpoint.py", "--source", str(tiny_llama())]
     command += ["--target", str(tmp_path / "it"), "--num_added_blocks", "2", "--init", "zero_norm"]
     refused = subprocess.run(command, capture_output=True, text=True)
@@ -125,7 +125,7 @@ def test_an_expansion_is_plain_data() -> None:
     }
 
 
-def test_an_expansion_by_number_adds_the_same_blocks_as_by_positions() -> None:
+def test_a_count_adds_the_same_blocks_as_its_positions() -> None:
     plan = ExpansionPlan.unexpanded(4)
     assert Expansion(num_added_blocks=2).expand(plan) == Expansion.at(2, 5).expand(plan) == plan.expand((2, 5))
     suffix = Expansion(num_added_blocks=2, placement=Placement.SUFFIX)
@@ -143,6 +143,6 @@ def test_an_expansion_by_number_adds_the_same_blocks_as_by_positions() -> None:
         ({"positions": (2,), "init": "random"}, "'random' is not a member of Init: use one of Init.COPY, Init.RANDOM"),
     ],
 )
-def test_an_unclear_expansion_is_refused(fields: dict, message: str) -> None:
+def test_an_ambiguous_expansion_is_refused(fields: dict, message: str) -> None:
     with pytest.raises(ExpansionError, match=message):
         Expansion(**fields)

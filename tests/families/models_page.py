@@ -1,4 +1,4 @@
-"""The tables of docs/models.md, from published configurations: `python tests/families/models_page.py` writes them."""
+"""The tables of docs/models.md, from published configurations. `python tests/families/models_page.py` rewrites them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REFUSED_HEAD = ("| models | type | why |", "|---|---|---|")
 
 
 def tables() -> tuple[list[str], list[str]]:
-    """The rows of the models that are read, and of those that are refused."""
+    """Return the rows of the supported models, and those of the refused ones."""
     return [*READ_HEAD, *map(_row, MODELS)], [*REFUSED_HEAD, *(_refused_row(*row) for row in REFUSED)]
 
 
@@ -61,7 +61,7 @@ def _refused_row(names: str, model_type: str, rope_type: str | None) -> str:
 
 
 def with_tables(page: str) -> str:
-    """The page, its tables as they are computed."""
+    """Return the page with recomputed tables."""
     for rows in tables():
         head = re.escape("\n".join(rows[:2]))
         page, count = re.subn(rf"^{head}\n(\|.*\n)*", lambda _, rows=rows: "\n".join(rows) + "\n", page, flags=re.M)

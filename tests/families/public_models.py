@@ -1,4 +1,4 @@
-"""What public models' config.json say of their shape, as published on the Hugging Face hub: facts, a row a model."""
+"""Shapes in public models' config.json, as published on the Hugging Face hub: one row per model."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ NEMO = {"sliding_window": None, "head_dim": 128}
 EXPERTS = {**NO_WINDOW, "num_local_experts": 8, "num_experts_per_tok": 2}
 
 
-# fmt: off
-# Name; billions of parameters that are published for it, where that is known; layers, hidden, feed-forward,
-# heads, key-value heads, vocabulary, base of the rotary embedding (None: not in config.json); other fields.
+# Name; billions of parameters as published, or None; layers, hidden size, feed-forward size, heads, key-value heads,
+# vocabulary, base of the rotary embedding (None: absent from config.json); other fields.
 _ROWS: dict[str, tuple] = {
     "llama": (
         ("LLaMA 7B, Vicuna 7B v1.3, OpenLLaMA 7B", None, 32, 4096, 11008, 32, None, 32000, None, CONTEXT_2K),
@@ -193,4 +192,4 @@ REFUSED = (
     ("DeciLM, Llama-3.3-Nemotron-Super 49B", "nemotron-nas", None),
     ("DeepSeek-R1-0528-Qwen3 8B, long-context settings of Qwen2.5 and Qwen3", "qwen3", "yarn"),
 )
-"""Models that are refused: names, the model_type of one, and the type of rotary embedding, if that is the reason."""
+"""Refused models: names, the model_type of one, and the type of rotary embedding if that is the reason."""

@@ -1,5 +1,5 @@
-"""A config.json is to us what it is to transformers, or it is refused: frequencies, shapes and logits, over every field
-that is read. `FUZZ_EXAMPLES=5000 make fuzz` tries more."""
+"""We read a config.json as transformers does, or refuse it: frequencies, shapes and logits, over every field that is
+read. `FUZZ_EXAMPLES=5000 make fuzz` tries more."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.families.hf_config import model_shape, spelled_for_all
 from transformers_reading import reading
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns of much of this
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about many of these
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """The models are tiny: on a busy machine threads wait for one another longer than they compute."""
+    """Use one thread: for tiny models on a busy machine, threads wait longer than they compute."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,8 +31,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("turn", range(len(FAMILIES)), ids=FAMILIES)
-def test_every_combination_of_rotary_fields(turn: int) -> None:
-    """A fifth of them a family; all of them of every family in `make fuzz`. Also as an export spells them."""
+def test_combinations_of_rotary_fields_read_as_transformers_does(turn: int) -> None:
+    """A fifth per family, or all of every family in `make fuzz`. Also in the spelling of our exports."""
     accepted = 0
     step = 1 if IS_LONG else len(FAMILIES)
     for config in list(rope_configs(FAMILIES[turn]))[turn % step :: step]:
@@ -49,7 +49,7 @@ def test_every_combination_of_rotary_fields(turn: int) -> None:
 
 @fuzz_settings(100)
 @given(data=st.data())
-def test_any_fields(data: st.DataObject) -> None:
+def test_any_fields_read_as_transformers_does(data: st.DataObject) -> None:
     config = drawn_config(lambda values: data.draw(st.sampled_from(values)))
     ours = OurReading.of(config)
     if ours is not None:
@@ -112,14 +112,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("fields", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_versions_read_differently_is_refused(fields: dict, message: str) -> None:
+def test_fields_that_versions_read_differently_are_refused(fields: dict, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as refusal:
         model_shape({**LLAMA, **fields})
     assert "\n" not in str(refusal.value)
 
 
 def test_a_missing_number_of_groups_is_the_familys_default() -> None:
-    """Qwen2's is 32, whatever the heads are."""
+    """Qwen2's default is 32 for any number of heads."""
     config = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
     with pytest.raises(CheckpointError, match="num_key_value_heads 32"):
         model_shape({**config, "model_type": "qwen2"})
@@ -147,6 +147,6 @@ SPELLED = {
 
 
 @pytest.mark.parametrize(("fields", "added"), SPELLED.values(), ids=SPELLED.keys())
-def test_an_export_has_the_older_spelling_where_it_is_needed(fields: dict, added: dict) -> None:
+def test_an_export_adds_the_older_spelling_if_needed(fields: dict, added: dict) -> None:
     config = {**LLAMA, **fields}
     assert spelled_for_all(config) == {**config, **added}

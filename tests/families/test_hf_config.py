@@ -1,4 +1,4 @@
-"""What config.json says about a model's shape, and what is refused."""
+"""The shape that config.json describes, and the configurations that are refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SCALING = {
 }
 
 
-def test_llama_2() -> None:
+def test_llama_2_is_read() -> None:
     shape = model_shape(LLAMA_2)
     assert (shape.num_layers, shape.hidden_size, shape.ffn_hidden_size) == (32, 4096, 11008)
     assert (shape.num_attention_heads, shape.num_query_groups, shape.kv_channels) == (32, 32, 128)
@@ -61,13 +61,13 @@ def test_llama_1_has_no_groups_and_no_rope_fields() -> None:
     ],
     ids=["transformers 4", "transformers 5", "both, one empty"],
 )
-def test_llama_3_1_rotary_embeddings(rope: dict) -> None:
+def test_llama_3_1_rotary_embeddings_are_read(rope: dict) -> None:
     shape = model_shape({**LLAMA_3, **rope})
     assert shape.rotary_base == 500000.0
     assert shape.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 
 
-def test_linear_scaling_under_its_older_name() -> None:
+def test_the_older_name_of_linear_scaling_is_read() -> None:
     shape = model_shape({**LLAMA_2, "rope_scaling": {"type": "linear", "factor": 4}})
     assert shape.rope_scaling == RopeScaling("linear", 4.0)
 
@@ -105,7 +105,7 @@ MIXTRAL_8X7B = {
 
 
 def features(config: dict) -> dict:
-    """What a family's shape has beyond LLaMA's."""
+    """Return the features of a family's shape beyond LLaMA's."""
     plain = model_shape(LLAMA_2)
     names = (field.name for field in dataclasses.fields(plain) if field.default is not dataclasses.MISSING)
     values = {name: getattr(model_shape(config), name) for name in names}
@@ -146,12 +146,12 @@ WINDOWED = {"use_sliding_window": True, "sliding_window": 4096}
         ),
     ],
 )
-def test_what_families_have(config: dict, expected: dict) -> None:
+def test_family_features_are_read(config: dict, expected: dict) -> None:
     assert features(config) == expected
 
 
-def test_a_field_that_is_missing_is_what_transformers_takes_it_for() -> None:
-    """Old configurations leave out what was a default; the default is the family's."""
+def test_a_missing_field_has_transformers_default() -> None:
+    """Old configurations omit default values; the default is the family's."""
     defaults = ("model_type", "num_key_value_heads", "rms_norm_eps")
     bare = {key: value for key, value in LLAMA_2.items() if key not in defaults}
     for model_type in FAMILIES:
@@ -167,7 +167,7 @@ def test_a_field_that_is_missing_is_what_transformers_takes_it_for() -> None:
         assert ours.window_size == (None if window is None else (window - 1, 0))
 
 
-def test_windows_and_layers_of_a_shape() -> None:
+def test_a_shape_knows_its_windows_and_layers() -> None:
     shape = model_shape({**QWEN2_5_7B, **WINDOWED, "num_hidden_layers": 4, "max_window_layers": 2})
     assert [shape.window_of(layer) for layer in range(4)] == [None, None, 4096, 4096]
     picked = shape.with_layers((0, 2, 2))
@@ -275,13 +275,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("config", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_refused_in_one_line_with_the_reason(config: dict, message: str) -> None:
+def test_a_refusal_is_one_line_with_the_reason(config: dict, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as refusal:
         model_shape(config)
     assert "\n" not in str(refusal.value)
 
 
-def test_expanded_config_has_every_per_layer_field_extended() -> None:
+def test_an_expanded_config_extends_every_per_layer_field() -> None:
     kinds = {"a": "full_attention", "b": "sliding_attention"}
     model = {**QWEN3_4B, **WINDOWED}
     config = {
@@ -296,15 +296,15 @@ def test_expanded_config_has_every_per_layer_field_extended() -> None:
     assert config["num_hidden_layers"] == 4
 
 
-def test_per_layer_field_of_the_wrong_length() -> None:
+def test_a_per_layer_field_of_the_wrong_length_is_refused() -> None:
     config = {**QWEN3_4B, "num_hidden_layers": 4, "layer_types": ["full_attention"]}
     with pytest.raises(CheckpointError, match="layer_types must be a list of 4 values, one per layer"):
         expanded_hf_config(config, ExpansionPlan.unexpanded(4).expand((4,)))
 
 
 @pytest.mark.parametrize("positions", [(2, 5), (2, 3), (4, 5)])
-def test_windows_from_a_layer_on_are_moved_with_the_plan(positions: tuple[int, int]) -> None:
-    """They are also written layer by layer: a group of copies may make full and windowed layers alternate."""
+def test_windows_from_a_layer_on_move_with_the_plan(positions: tuple[int, int]) -> None:
+    """They are also written layer by layer, because a group of copies may mix full and windowed layers."""
     config = {**QWEN2_5_7B, **WINDOWED, "num_hidden_layers": 4, "max_window_layers": 2}
     plan = ExpansionPlan.unexpanded(4).expand(positions)
     expanded = expanded_hf_config(config, plan)
@@ -314,8 +314,8 @@ def test_windows_from_a_layer_on_are_moved_with_the_plan(positions: tuple[int, i
     assert [kind[0] for kind in expanded["layer_types"]] == ["f" if kind is None else "s" for kind in kinds]
 
 
-def test_windows_that_no_layer_has_are_not_written() -> None:
-    """The field keeps its meaning, all layers, and no list appears that the source did not have."""
+def test_windows_that_no_layer_uses_are_not_written() -> None:
+    """The field keeps its meaning, all layers. No list appears that the source did not have."""
     plan = ExpansionPlan.unexpanded(28).expand((4, 9))
     expanded = expanded_hf_config(QWEN2_5_7B, plan)
     assert expanded == {**QWEN2_5_7B, "num_hidden_layers": 30, "max_window_layers": 30}
@@ -332,19 +332,19 @@ BROKEN_FILES = {
 
 
 @pytest.mark.parametrize(("content", "message"), BROKEN_FILES.values(), ids=BROKEN_FILES.keys())
-def test_config_files_that_cannot_be_read(content: str | bytes | None, message: str, tmp_path: Path) -> None:
+def test_an_unreadable_config_file_is_refused(content: str | bytes | None, message: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CheckpointError, match=message):
         read_hf_config(tmp_path)
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere is not a folder"):
         read_hf_config(tmp_path / "nowhere")
 
 
-def test_a_config_file_is_read_as_it_is(tmp_path: Path) -> None:
+def test_a_config_file_is_read_unchanged(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3))
     assert read_hf_config(tmp_path) == LLAMA_3
 
@@ -353,6 +353,6 @@ def test_a_config_file_is_read_as_it_is(tmp_path: Path) -> None:
     ("vocab_size", "divisible_by", "tensor_size", "padded"),
     [(32000, 128, 2, 32000), (32001, 128, 2, 32256), (131, 1, 2, 132), (131, 1, 1, 131), (128256, 128, 8, 129024)],
 )
-def test_padded_vocab_size(vocab_size: int, divisible_by: int, tensor_size: int, padded: int) -> None:
+def test_the_padded_vocab_size_is_megatrons(vocab_size: int, divisible_by: int, tensor_size: int, padded: int) -> None:
     found = padded_vocab_size(vocab_size, divisible_by=divisible_by, tensor_model_parallel_size=tensor_size)
     assert found == padded

@@ -1,4 +1,4 @@
-"""Published configurations: we read of them what transformers builds of them, and docs/models.md says so."""
+"""Published configurations: our reading equals the model that transformers builds, and docs/models.md lists them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def names_of(model: PublicModel) -> str:
 @pytest.mark.parametrize("model", MODELS, ids=names_of)
 def test_shapes_and_frequencies_are_those_of_transformers(model: PublicModel) -> None:
     shape = model_shape(model.config)
-    config = AutoConfig.for_model(**copy.deepcopy(model.config))  # which writes into rope_scaling
+    config = AutoConfig.for_model(**copy.deepcopy(model.config))  # a copy, because it writes into rope_scaling
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(config)
     stored = {name: tensor for name, tensor in theirs.state_dict().items() if name not in theirs.all_tied_weights_keys}
@@ -41,14 +41,14 @@ def test_shapes_and_frequencies_are_those_of_transformers(model: PublicModel) ->
 
 
 @pytest.mark.parametrize("model", [model for model in MODELS if model.billions], ids=names_of)
-def test_sizes_are_those_that_are_published(model: PublicModel) -> None:
-    """So the row is the model's: a wrong field would show."""
+def test_parameter_counts_are_the_published_ones(model: PublicModel) -> None:
+    """A wrong field in a row would change the count."""
     count = sum(math.prod(size) for size in hf_shapes(model_shape(model.config)).values())
     assert float(f"{count / 1e9:.3g}") == model.billions
 
 
-def test_the_page_says_what_is_read_and_why_others_are_refused() -> None:
+def test_the_page_lists_supported_and_refused_models() -> None:
     page = PAGE.read_text()
-    assert with_tables(page) == page, "python tests/families/models_page.py writes it anew"
+    assert with_tables(page) == page, "python tests/families/models_page.py rewrites it"
     read, refused = tables()
     assert len(read) > 75 and len(refused) > 40

@@ -1,4 +1,4 @@
-"""Refused model types: each has a reason, and the reason is seen in transformers' own source, where it has the type."""
+"""Every refused model type has a reason, confirmed in transformers' own source if it has the type."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_llamapro.families.refusals import REFUSED
 
 MODELS = Path(transformers.__file__).parent / "models"
 
-# What a reason is told by in the source of a model: a pattern that is there, or with "not " before it one that is not.
+# Patterns that show a reason in a model's source; "not " before a pattern means that it is absent.
 EVIDENCE: Mapping[str, str] = {
     refusals.BIASES: r"nn\.LayerNorm\(|LayerNorm\(.*eps=.*\)|nn\.LayerNorm\)",
     refusals.SIDE_BY_SIDE: r"\+ (hidden_states_mlp|mlp_output|attention_output)|parallel_attn",
@@ -46,11 +46,11 @@ ELSEWHERE = {
     *("stablelm_epoch", "orion", "minicpm", "kimi_k2", "phi3small", "qwen", "baichuan", "internlm", "internlm2"),
     *("chatglm", "internvl_chat", "deci", "nemotron-nas", "openelm", "Yi"),
 }
-"""Types of models that bring their own code."""
+"""Model types that transformers does not have; their code lies beside their weights."""
 
 
 def source_of(model_type: str) -> str | None:
-    """What transformers builds a model of this type by; None where it has no such type."""
+    """Return the source from which transformers builds this type, or None if it has no such type."""
     if model_type not in CONFIG_MAPPING_NAMES:
         return None
     folder = MODELS / model_type_to_module_name(model_type)
@@ -74,12 +74,12 @@ def test_every_type_is_refused_with_its_reason(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["text_config", "language_config", "llm_config", "thinker_config"])
-def test_an_unknown_model_with_a_language_model_inside(name: str) -> None:
+def test_an_unknown_model_with_a_language_model_inside_is_refused(name: str) -> None:
     with pytest.raises(CheckpointError, match="'new_vl' is not supported: it reads more than text: save its language"):
         family_of({"model_type": "new_vl", name: {"model_type": "llama"}})
 
 
-def test_an_unknown_model() -> None:
+def test_an_unknown_model_is_refused() -> None:
     message = r"^model_type 'abc' is not supported: the supported types are llama, mistral, mix"
     with pytest.raises(CheckpointError, match=message):
         family_of({"model_type": "abc", "text_config": None})

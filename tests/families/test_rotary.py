@@ -1,4 +1,4 @@
-"""Rotary frequencies equal transformers', whatever config.json says of them."""
+"""Rotary frequencies equal those of transformers for any config.json."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROPES = {
 
 
 @pytest.mark.parametrize("rope", ROPES)
-def test_equal_to_transformers(rope: str) -> None:
+def test_frequencies_equal_transformers(rope: str) -> None:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

@@ -1,4 +1,4 @@
-"""Write two_nodes.sbatch anew: python tests/launch/renew.py"""
+"""Rewrite two_nodes.sbatch: python tests/launch/renew.py"""
 
 from test_slurm import GOLDEN, ROOT, script
 

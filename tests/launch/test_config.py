@@ -1,4 +1,4 @@
-"""Launch files: what cannot be is one line that says what to do."""
+"""Launch files: an impossible setting is one line that says what to do."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_the_examples_fit_a_run(path: Path) -> None:
         ("log_dir: logs\ncontainer_mounts: [/shared]", "host:container"),
     ],
 )
-def test_refused(text: str, message: str, launch_file) -> None:
+def test_a_bad_launch_file_is_refused_in_one_line(text: str, message: str, launch_file) -> None:
     with pytest.raises(ConfigError) as raised:
         read_launch_config(launch_file(text))
     assert message in str(raised.value) and "\n" not in str(raised.value)
@@ -104,15 +104,15 @@ def test_refused(text: str, message: str, launch_file) -> None:
         (("--data.train=[{prefix: /dev/shm/text}]",), "/dev/shm/text, but each node has its own /dev/shm: "),
     ],
 )
-def test_refused_with_the_run(run: tuple[str, ...], message: str, launch_file) -> None:
+def test_a_launch_file_that_contradicts_the_run_is_refused(run: tuple[str, ...], message: str, launch_file) -> None:
     launch = read_launch_config(launch_file("log_dir: /shared/logs\nworking_dir: /shared\nnodes: {num_nodes: 2}"))
     with pytest.raises(ConfigError, match=message):
         check_run(launch, parse_run_config([*RUN, *run]))
 
 
 @pytest.mark.parametrize("mount", ["/lustre/me:/data", "/lustre/me:/data:rw"])
-def test_what_the_job_reads_has_one_name(mount: str, launch_file) -> None:
-    """Progress is looked up in checkpoint.save outside of the container."""
+def test_paths_that_the_job_reads_have_the_same_name_in_the_container(mount: str, launch_file) -> None:
+    """The job looks up its progress in checkpoint.save outside of the container."""
     text = f"log_dir: /lustre/me/logs\ncontainer_image: image.sqsh\ncontainer_mounts: [/lustre/me:/lustre/me/, {mount}]"
     launch = read_launch_config(launch_file(text))
     check_run(launch, parse_run_config([*RUN, "--checkpoint.save=/lustre/me/runs", "--model.checkpoint=/data/model"]))
@@ -122,8 +122,8 @@ def test_what_the_job_reads_has_one_name(mount: str, launch_file) -> None:
         check_run(launch, parse_run_config([*RUN, "--checkpoint.save=/data/runs"]))
 
 
-def test_the_runs_own_file_is_seen_by_all_nodes(launch_file, tmp_path: Path, monkeypatch) -> None:
-    """It is named by its absolute path, since the job may run in another folder than it is submitted from."""
+def test_the_runs_own_file_is_named_by_its_absolute_path(launch_file, tmp_path: Path, monkeypatch) -> None:
+    """The job may run in another folder than the one it is submitted from, and all nodes must see the file."""
     launch = launch_file("log_dir: /shared/logs\nworking_dir: /shared\nnodes: {num_nodes: 2}")
     (tmp_path / "run.yaml").write_text("model: {checkpoint: /shared/model}")
     with pytest.raises(ConfigError, match=r"--config run.yaml is /tmp/.*run.yaml, but each node has its own /tmp: "):
@@ -134,7 +134,7 @@ def test_the_runs_own_file_is_seen_by_all_nodes(launch_file, tmp_path: Path, mon
     ]
 
 
-def test_what_is_not_there_yet(launch_file, tmp_path: Path) -> None:
+def test_missing_inputs_are_listed(launch_file, tmp_path: Path) -> None:
     launch = read_launch_config(launch_file(f"log_dir: logs\nworking_dir: {tmp_path}"))
     run = parse_run_config([*RUN, "--model.checkpoint=model", "--data.train=[{prefix: text}]"])
     assert [*not_there(launch, run)] == ["model.checkpoint model", "data.train text"]
@@ -153,7 +153,7 @@ def tool(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment or None)
 
 
-def test_without_a_scheduler(launch_file) -> None:
+def test_a_missing_scheduler_is_reported(launch_file) -> None:
     launch = launch_file("log_dir: /shared/logs\nworking_dir: /shared\n")
     done = tool("--launch", launch, *RUN, "--submit", PATH="")
     assert (
@@ -164,13 +164,13 @@ def test_without_a_scheduler(launch_file) -> None:
     assert tool("--launch", launch, *RUN, PATH="").stdout == done.stdout != ""
 
 
-def test_a_launch_file_that_is_not_there() -> None:
+def test_a_missing_launch_file_is_refused() -> None:
     done = tool("--launch", "nowhere.yaml", *RUN)
     assert (done.returncode, done.stderr) == (2, "error: nowhere.yaml does not exist\n")
 
 
-def test_homes_are_the_submitters(launch_file, tmp_path: Path) -> None:
-    """The job may run where the home folder is another, or none."""
+def test_home_paths_are_the_submitters(launch_file, tmp_path: Path) -> None:
+    """The job may run with another home folder, or none."""
     launch = launch_file("log_dir: ~/logs\nworking_dir: ~/\ncontainer_mounts: ['~/a:/a']\ncontainer_image: ~/i.sqsh")
     (tmp_path / "run.yaml").write_text("model: {checkpoint: ~/model}\ncheckpoint: {save: ~/old}")
     done = tool("--launch", launch, "--config=~/run.yaml", *RUN[1:-1], "--checkpoint.save=~/save", HOME=str(tmp_path))
@@ -187,12 +187,12 @@ def test_homes_are_the_submitters(launch_file, tmp_path: Path) -> None:
         assert line in done.stdout
 
 
-def test_by_hand_and_submit(launch_file) -> None:
+def test_by_hand_excludes_submit(launch_file) -> None:
     done = tool("--launch", launch_file("log_dir: /shared/logs"), *RUN, "--by_hand", "n1", "--submit")
     assert done.returncode == 2 and "give only one of them" in done.stderr and not done.stdout
 
 
-def test_by_hand(launch_file) -> None:
+def test_by_hand_prints_the_commands_of_a_node(launch_file) -> None:
     more = "environment: {NCCL_DEBUG: a b, OMP_NUM_THREADS: 4}\nsetup: [module load cuda]\n"
     launch = launch_file("log_dir: /shared/logs\nworking_dir: /shared\nnodes: {num_nodes: 2}\n" + more)
     done = tool("--launch", launch, *RUN, "--by_hand", "node7")

@@ -1,5 +1,5 @@
-"""What the job does at the end of a life: its script runs for real, on stand-ins for SLURM's commands and for torchrun.
-tests/slurm has it on a cluster."""
+"""The end of a job's life: its script runs for real, with stand-ins for SLURM's commands and for torchrun. tests/slurm
+runs it on a cluster."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ exit 1
 
 
 class Life(subprocess.CompletedProcess):
-    """One life of a job; `calls` are what it asked SLURM for."""
+    """One life of a job; `calls` are its commands to SLURM."""
 
     calls: Sequence[str]
 
 
 @pytest.fixture
 def live(tmp_path: Path) -> Callable[..., Life]:
-    """Run one life of a job, whose torchrun has this text; a signal comes when a file `started` is there. Signals to
-    its steps come to the node's shell alone, as where processes are tracked by cgroups."""
+    """Run one life of a job with this text as torchrun, and signal it once a file `started` exists. Signals to its
+    steps reach only the node's shell, as on clusters that track processes by cgroups."""
 
     def live(
         torchrun: str, *, job: int = 7, launch: dict | None = None, sent: int = signal.SIGTERM, **environment: str
@@ -83,7 +83,7 @@ def live(tmp_path: Path) -> Callable[..., Life]:
             )
             while process.poll() is None and not (tmp_path / "started").exists():
                 time.sleep(0.05)
-            process.send_signal(sent)  # to one that has ended already: nothing
+            process.send_signal(sent)  # no effect if it has already ended
             process.wait(timeout=60)
             output.seek(0)
             life = Life(process.args, process.returncode, output.read())
@@ -93,7 +93,7 @@ def live(tmp_path: Path) -> Callable[..., Life]:
     return live
 
 
-def test_what_another_job_did_not_save_is_not_counted(live: Callable[..., Life]) -> None:
+def test_another_jobs_progress_is_not_counted(live: Callable[..., Life]) -> None:
     launch = {"slurm": {"max_lives_without_progress": 2}}
     assert live(FAILS, launch=launch).calls == ["scontrol requeue 7"]
     gave_up = live(FAILS, launch=launch)
@@ -101,14 +101,14 @@ def test_what_another_job_did_not_save_is_not_counted(live: Callable[..., Life])
     assert live(FAILS, launch=launch, job=8).calls == ["scontrol requeue 8"]
 
 
-def test_setup_may_do_what_it_likes(live: Callable[..., Life]) -> None:
-    """Environment modules and conda read variables that are not set, which `set -u` does not forgive."""
+def test_setup_lines_may_use_unset_variables(live: Callable[..., Life]) -> None:
+    """Environment modules and conda read unset variables, which `set -u` would make errors."""
     life = live(FAILS, launch={"setup": ['echo "${NOT_SET_ANYWHERE}"', "PATH=$PATH:/x", "set -eu"]})
     assert life.calls == ["scontrol requeue 7"], life.stdout
     assert "no node reported a dead rank" in life.stdout
 
 
-ENDS = {  # of a job that gets SIGTERM: what SLURM says of it, and what it says of itself
+ENDS = {  # a job that gets SIGTERM: SLURM's answer about it, and the job's own line
     "cancelled": ({"JOB_STATE": "COMPLETING"}, "was cancelled: it is not requeued"),
     "its node lost": ({"JOB_STATE": "COMPLETING", "RESTARTS": "1"}, "requeued by SLURM"),
     "out of time": ({"JOB_STATE": "COMPLETING", "REASON": "TimeLimit"}, "requeued"),
@@ -117,8 +117,8 @@ ENDS = {  # of a job that gets SIGTERM: what SLURM says of it, and what it says 
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_what_ends_it_decides_whether_it_comes_back(end: str, live: Callable[..., Life]) -> None:
-    """scancel ends the ranks with the signal that a preemption may warn with; the job is then ending already."""
+def test_the_cause_of_the_end_decides_about_requeueing(end: str, live: Callable[..., Life]) -> None:
+    """scancel ends the ranks with the signal that also announces a preemption, but the job is then already ending."""
     slurm_says, says = ENDS[end]
     life = live("touch started; /bin/sleep 1", **slurm_says)
     assert f": {says}\n" in life.stdout, life.stdout
@@ -126,8 +126,8 @@ def test_what_ends_it_decides_whether_it_comes_back(end: str, live: Callable[...
     assert calls == (["scontrol requeue 7"] if says == "requeued" else [])
 
 
-def test_a_job_may_be_cancelled_while_its_dead_are_looked_at(live: Callable[..., Life]) -> None:
-    slow = ['[ -z "${LIFE_LOGS:-}" ] && touch started && /bin/sleep 1']  # where it is set, the ranks are to start
+def test_a_job_cancelled_during_the_postmortem_is_not_requeued(live: Callable[..., Life]) -> None:
+    slow = ['[ -z "${LIFE_LOGS:-}" ] && touch started && /bin/sleep 1']  # if set, the ranks are about to start
     life = live(FAILS, launch={"setup": slow}, JOB_STATE="COMPLETING")
     assert ": was cancelled: it is not requeued\n" in life.stdout and life.calls == [], life.stdout
 
@@ -141,8 +141,8 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize("setup", [":", "set -euo pipefail"])
-def test_a_warning_comes_to_the_ranks(setup: str, live: Callable[..., Life]) -> None:
-    """Through the node's shell, whatever its setup did, and not to torchrun, which would die of it."""
+def test_a_warning_signal_reaches_the_ranks(setup: str, live: Callable[..., Life]) -> None:
+    """It passes through the node's shell after any setup lines. torchrun does not get it, because it would die."""
     ends = f"{sys.executable} -c '{RANK}'; echo torchrun ends"
     life = live(ends, launch={"setup": [setup]}, sent=signal.SIGUSR1)
     assert "told to stop" in life.stdout and "the rank heard\ntorchrun ends\n" in life.stdout, life.stdout
@@ -150,15 +150,15 @@ def test_a_warning_comes_to_the_ranks(setup: str, live: Callable[..., Life]) -> 
 
 
 @pytest.mark.parametrize("container", [{}, {"container_image": "image.sif", "container_runtime": "apptainer"}])
-def test_what_is_refused_is_not_tried_again(container: dict, live: Callable[..., Life]) -> None:
-    """The package may be in the container only, so it is asked there."""
+def test_a_refused_run_is_not_requeued(container: dict, live: Callable[..., Life]) -> None:
+    """Only the container may have the package, so the job runs the check inside it."""
     life = live(REFUSED, launch=container, PYTHON_IS="1" if container else "")
     assert life.calls == [] and life.returncode == 1
     assert "the run was refused: data.seq_length is 4096" in life.stdout, life.stdout
 
 
-def test_what_diverged_is_tried_again_only_from_a_newer_checkpoint(live: Callable[..., Life]) -> None:
-    """It may have been the machine; from the same checkpoint the same steps come to the same end."""
+def test_a_diverged_run_is_requeued_only_from_a_newer_checkpoint(live: Callable[..., Life]) -> None:
+    """The machine may be the cause. From the same checkpoint the same steps diverge again."""
     diverged = REFUSED.replace("exitcode  : 2", f"exitcode  : {DIVERGED}")
     assert live("mkdir -p save; echo 5 >save/latest_checkpointed_iteration.txt\n" + diverged).calls == [
         "scontrol requeue 7"
@@ -168,33 +168,33 @@ def test_what_diverged_is_tried_again_only_from_a_newer_checkpoint(live: Callabl
     assert "the run diverged: data.seq_length" in life.stdout and "giving up: the same steps would" in life.stdout
 
 
-def test_a_node_that_does_not_see_the_folders(live: Callable[..., Life]) -> None:
+def test_a_node_that_does_not_see_the_folders_is_named(live: Callable[..., Life]) -> None:
     life = live("exit 0", launch={"setup": ['rm -rf "$LIFE_LOGS"']})
     assert life.calls == [] and life.returncode == 1
     assert "does not see logs/7-1" in life.stdout
     assert "giving up: log_dir, checkpoint and data must be in folders that all nodes see" in life.stdout
 
 
-def test_what_ends_a_run_on_its_way_is_tried_again(live: Callable[..., Life]) -> None:
-    """A second start by torchrun may be refused where the first had gone on."""
+def test_a_failure_after_progress_is_requeued(live: Callable[..., Life]) -> None:
+    """torchrun's second start may be refused although the first one made progress."""
     saved = "mkdir -p save; echo 5 >save/latest_checkpointed_iteration.txt\n"
     assert live(saved + REFUSED).calls == ["scontrol requeue 7"]
     assert live(REFUSED).calls == []
 
 
-def test_an_array_ends_with_the_job_that_gives_up(live: Callable[..., Life]) -> None:
+def test_an_array_ends_when_a_job_gives_up(live: Callable[..., Life]) -> None:
     array = {"launch": {"slurm": {"max_lives": 9, "max_lives_without_progress": 2}}, "SLURM_ARRAY_JOB_ID": "7"}
     assert live(REFUSED, **array, SLURM_ARRAY_TASK_ID="1").calls == ["scancel --state=PENDING 7"]
     assert live(FAILS, **array, job=8, SLURM_ARRAY_TASK_ID="2").calls == []
     assert live(FAILS, **array, job=9, SLURM_ARRAY_TASK_ID="3").calls == ["scancel --state=PENDING 7"]
 
 
-def test_a_cluster_that_does_not_requeue_says_what_to_do(live: Callable[..., Life]) -> None:
+def test_a_cluster_that_does_not_requeue_gets_advice(live: Callable[..., Life]) -> None:
     life = live(FAILS, SCONTROL_CODE="1")
     assert life.returncode == 1 and "set slurm.max_lives to submit a job array" in life.stdout
 
 
-def test_the_port_is_not_the_users(live: Callable[..., Life]) -> None:
+def test_the_rendezvous_port_ignores_the_environment(live: Callable[..., Life]) -> None:
     assert "--rdzv-endpoint n1:20007 " in live('echo "$@"; exit 1', PORT="8080").stdout
     assert (
         "--rdzv-endpoint n1:3000 "

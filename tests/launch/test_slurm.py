@@ -1,4 +1,4 @@
-"""The job's text: as it was when it was last looked at, and without fault to shellcheck."""
+"""The job's text equals the reviewed copy, and shellcheck finds no fault."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def changed(tmp_path: Path, **fields: object) -> Path:
     return tmp_path / "launch.yaml"
 
 
-def test_the_text_is_the_one_that_was_looked_at() -> None:
-    """After a change that is meant: python tests/launch/renew.py, then read the difference."""
+def test_the_text_equals_the_reviewed_copy() -> None:
+    """After an intended change run `python tests/launch/renew.py`, then read the difference."""
     assert script(ROOT / "examples/slurm/two_nodes.yaml") == GOLDEN.read_text()
 
 
@@ -61,7 +61,7 @@ def test_shellcheck_finds_nothing(variant: str, tmp_path: Path) -> None:
     assert found.returncode == 0, found.stdout
 
 
-def test_what_differs(tmp_path: Path) -> None:
+def test_each_variant_has_its_own_lines(tmp_path: Path) -> None:
     texts = {name: script(changed(tmp_path, **fields)) for name, fields in VARIANTS.items()}
     assert "--standalone" in texts["one node"] and "--rdzv-endpoint" not in texts["one node"]
     assert "#SBATCH --array=1-10%1" in texts["array"] and "--requeue" not in texts["array"]

@@ -1,4 +1,4 @@
-"""The model's parts that are ours: norm, attention."""
+"""Our own parts of the model: norm and attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_llamapro.testing.distributed import run_distributed
 
 @pytest.mark.parametrize("tokens_before", [None, 0, 2, 3, 4, 100])
 def test_attention_equals_the_formula(tokens_before: int | None) -> None:
-    """softmax(q kᵀ / √d, causal, of the window) v, with every key head serving its group of query heads."""
+    """softmax(q kᵀ / √d, causal and within the window) v, with each key head serving its group of query heads."""
     from megatron.core.transformer.enums import AttnMaskType
 
     from megatron_llamapro.model.attention import SDPACoreAttention
@@ -41,7 +41,7 @@ def test_each_layer_has_its_own_window() -> None:
 
 
 def padding_worker(divisible_by: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and its gradient with respect to this rank's logits, with garbage in the padded entries."""
+    """Return the loss and its gradient with respect to this rank's logits, with garbage in the padded entries."""
     from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
     from megatron_llamapro.model.build import build_model
     from megatron_llamapro.runtime.distributed import start_model_parallel
@@ -63,7 +63,7 @@ def padding_worker(divisible_by: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(("divisible_by", "world_size"), [(1, 2), (128, 1), (128, 2), (200, 2)])
 def test_padding_gets_no_probability(divisible_by: int, world_size: int) -> None:
-    """Also where a whole rank holds nothing but padding."""
+    """Also if a whole rank holds only padding."""
     [(expected, gradient)] = run_distributed(padding_worker, 1, 1)
     ranks = run_distributed(padding_worker, world_size, divisible_by)
     whole = torch.cat([rank[1] for rank in ranks], dim=-1)
@@ -73,7 +73,7 @@ def test_padding_gets_no_probability(divisible_by: int, world_size: int) -> None
 
 
 def attention_worker(queries_a_group: int) -> list[bool]:
-    """Whether each parameter's gradient is the same with the core attention recomputed."""
+    """Return whether each parameter has the same gradient with the core attention recomputed."""
     from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
     from megatron_llamapro.model.build import build_model
     from megatron_llamapro.runtime.distributed import start_model_parallel

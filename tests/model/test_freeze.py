@@ -1,4 +1,4 @@
-"""What trains, by global layer, on every stage of every layout."""
+"""The trainable part, by global layer, on every stage of every layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.testing.tiny_models import tiny_shape
 
-PLAN = ExpansionPlan.unexpanded(10).expand((1, 11))  # 1 is the start of 11's name: names are not matched by their start
+PLAN = ExpansionPlan.unexpanded(10).expand((1, 11))  # 1 starts the name of 11: names must not match by prefix
 
 
 # 2 → 3 → 5 layers: round 1 added layer 2, round 2 layers 1 and 4.
@@ -20,7 +20,7 @@ TWO_ROUNDS = ExpansionPlan.unexpanded(2).expand((1,)).expand((1, 4))
 def freeze_worker(
     parallel: ParallelConfig, trainable: tuple[str, ...], tied: bool, plan: ExpansionPlan, fields: dict[str, object]
 ):
-    """Names of what trains on this rank, and the report; `fields` change the shape."""
+    """Return the names of this rank's trainable parameters, and the report; `fields` change the shape."""
     from megatron_llamapro.expansion.trainable import first_trainable_layer
     from megatron_llamapro.model.build import build_model
     from megatron_llamapro.model.freeze import freeze
@@ -33,7 +33,7 @@ def freeze_worker(
     model = ModelConfig(checkpoint="")
     chunks = build_model(shape, model=model, parallel=parallel, precision="fp32")
     report = freeze(chunks, plan, trainable, tie_word_embeddings=tied, tensor_size=layout.tensor_size)
-    assert freeze(chunks, plan, trainable) == report  # the model says the same itself
+    assert freeze(chunks, plan, trainable) == report  # the model alone gives the same report
     assert find_first_trainable_layer(chunks) == first_trainable_layer(trainable, plan)
     return {named.name for named in named_parameters(chunks) if named.parameter.requires_grad}, report
 
@@ -65,11 +65,11 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_added_blocks_and_nothing_else(layout: str) -> None:
+def test_only_added_blocks_train(layout: str) -> None:
     assert trained(LAYOUTS[layout], "added_blocks") == ADDED
 
 
-def test_named_parts() -> None:
+def test_named_parts_train() -> None:
     one = LAYOUTS["one"]
     assert trained(one, "linear_fc2", "final_norm") == {
         "decoder.layers.1.mlp.linear_fc2.weight",
@@ -83,14 +83,14 @@ def test_named_parts() -> None:
 
 
 def test_one_round_trains_alone() -> None:
-    """On every stage; the model's other added blocks stay as an earlier run left them."""
+    """On every stage. The model's other added blocks keep the weights of an earlier run."""
     pp2 = ParallelConfig(pipeline_model_parallel_size=2)
     for trainable, layers in ((("round_1",), {2}), (("newest_blocks",), {1, 4}), (("round_1", "round_2"), {1, 2, 4})):
         names = trained(pp2, *trainable, plan=TWO_ROUNDS)
         assert names == {f"decoder.layers.{layer}.{name}" for layer in layers for name in BLOCK}
 
 
-def test_layers_that_train() -> None:
+def test_trainable_layers_follow_the_names() -> None:
     from megatron_llamapro.expansion.trainable import trainable_layers
 
     for trainable, layers in (
@@ -120,7 +120,7 @@ def test_layers_with_adapters_train() -> None:
         assert first_trainable_layer(trainable, TWO_ROUNDS, lora=lora) == first
 
 
-def test_adapters_that_cannot_be() -> None:
+def test_impossible_adapters_are_refused() -> None:
     from megatron_llamapro.expansion.trainable import check_lora
 
     dense, experts = tiny_shape(), tiny_shape(num_moe_experts=4, moe_router_topk=2)
@@ -133,8 +133,8 @@ def test_adapters_that_cannot_be() -> None:
     check_lora(LoraConfig(rank=2), unexpanded, dense)
 
 
-def test_parts_of_the_families() -> None:
-    """Biases go with their projection; norms of queries and keys, routers and experts have names of their own."""
+def test_parts_of_every_family_can_be_named() -> None:
+    """Biases belong to their projection. Query and key norms, routers and experts have names of their own."""
     attention = {"add_qkv_bias": True, "qk_layernorm": True}
     plan = ExpansionPlan.unexpanded(1).expand((1,))
     block = "decoder.layers.1."
@@ -154,8 +154,8 @@ def test_parts_of_the_families() -> None:
     assert trained(LAYOUTS["one"], "experts", "router", plan=plan, **mixture) == fc1 | fc2 | {router}
 
 
-def test_transformer_engines_names_are_matched_too() -> None:
-    """Its norms lie with the linear behind them, its experts in one module with numbered weights."""
+def test_transformer_engines_names_match_too() -> None:
+    """Its norms belong to the next linear, and its experts are one module with numbered weights."""
     from megatron_llamapro.expansion.trainable import BLOCK_PARTS
 
     def parts_of(name: str) -> set[str]:
@@ -172,14 +172,14 @@ def test_transformer_engines_names_are_matched_too() -> None:
     assert parts_of("mlp.router.weight") == {"router"}
 
 
-def test_tied_embedding_trains_on_both_stages() -> None:
-    """The last stage's copy is named output_layer.weight by megatron.core."""
+def test_a_tied_embedding_trains_on_both_stages() -> None:
+    """megatron.core names the last stage's copy output_layer.weight."""
     pp2 = ParallelConfig(pipeline_model_parallel_size=2)
     assert trained(pp2, "embedding", tied=True) == {"embedding.word_embeddings.weight", "output_layer.weight"}
     assert trained(pp2, "added_blocks", tied=True) == ADDED
 
 
-def test_report_counts_every_parameter_once() -> None:
+def test_the_report_counts_every_parameter_once() -> None:
     parallel = LAYOUTS["tp2 pp2"]
     ranks = run_distributed(freeze_worker, 4, parallel, ("added_blocks",), False, PLAN, {})
     [(_, whole)] = run_distributed(freeze_worker, 1, LAYOUTS["one"], ("added_blocks",), False, PLAN, {})
@@ -189,7 +189,7 @@ def test_report_counts_every_parameter_once() -> None:
     assert whole.gradient_bytes == 4 * whole.num_trainable and whole.optimizer_bytes == 8 * whole.num_trainable
 
 
-def test_refusals() -> None:
+def test_unknown_or_missing_parts_are_refused() -> None:
     from megatron_llamapro.expansion.trainable import check_trainable
 
     unexpanded = ExpansionPlan.unexpanded(2)

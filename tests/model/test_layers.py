@@ -1,4 +1,4 @@
-"""Norm, activation and rotation against what they stand for: values and gradients."""
+"""Norm, activation and rotation against their formulas: values and gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_llamapro.model.norm import _RMSNorm
 from megatron_llamapro.model.swiglu import swiglu
 
 SEQUENCE, BATCH, GROUPS, SIZE = 5, 2, 3, 8
-# float32: sums in another order. bfloat16: 8 bits.
+# float32: another order of summation. bfloat16: 8 bits.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
@@ -20,7 +20,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 
 def saved_elements(function, *inputs) -> int:
-    """Elements of the activations that a backward pass would find."""
+    """Return the number of activation elements kept for a backward pass."""
     kept = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ def test_norm_equals_torchs(dtype: torch.dtype, weight_trains: bool) -> None:
     assert close(ours[2], expected[2]) if weight_trains else ours[2] is None
 
 
-def test_norm_keeps_its_input_and_a_number_a_token() -> None:
+def test_norm_keeps_its_input_and_one_number_per_token() -> None:
     x, weight = random(7, 16).requires_grad_(), random(16)
     assert saved_elements(_RMSNorm.apply, x, weight, 1e-5) == 7 * 16 + 16 + 7
 
@@ -69,7 +69,7 @@ def test_swiglu_equals_the_formula(dtype: torch.dtype) -> None:
     assert close(y.detach(), expected.detach()) and close(leaf.grad, exact.grad)
 
 
-def test_swiglu_keeps_its_input_only_and_refuses_a_second_backward_pass() -> None:
+def test_swiglu_keeps_only_its_input_and_refuses_a_second_backward_pass() -> None:
     both = random(5, 24).requires_grad_()
     assert saved_elements(swiglu, both * 1.0) == 5 * 24
     y = swiglu(both * 1.0)
@@ -84,7 +84,7 @@ def tables() -> torch.Tensor:
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
-    """x cos + rotate_half(x) sin, as transformers writes it."""
+    """Return x cos + rotate_half(x) sin, as in transformers."""
     cosine, sine = (torch.cat([table, table], dim=-1) for table in tables())
     first, second = x.chunk(2, dim=-1)
     return x * cosine + torch.cat([-second, first], dim=-1) * sine
@@ -106,7 +106,7 @@ def test_rotation_and_split_equal_the_formula(queries: int) -> None:
 
 
 def test_rotation_copies_nothing() -> None:
-    """Queries, keys and values are views of the one tensor they came in, which is all that is kept."""
+    """Queries, keys and values are views of the one input tensor, the only tensor kept."""
     heads = random(SEQUENCE, BATCH, GROUPS, 4, SIZE).requires_grad_() * 1.0
     parts = _RotateAndSplit.apply(heads, tables())
     assert {part.untyped_storage().data_ptr() for part in parts} == {heads.untyped_storage().data_ptr()}

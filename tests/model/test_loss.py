@@ -1,4 +1,4 @@
-"""Loss and gradients of the chunked output layer: those of the plain computation, for no product more."""
+"""Loss and gradients of the chunked output layer equal the plain computation, with exactly the same matrix products."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def inputs(dtype: torch.dtype = torch.float32, *, hidden_trains: bool = True, we
     return hidden, weight, labels, scale
 
 
-# float32: the order of sums. bfloat16: logits and their gradients are rounded to 8 bits, losses are near 20.
+# float32: the order of sums. bfloat16: logits and their gradients have 8 bits, losses are near 20.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("weight_trains", [False, True])
-def test_equal_to_cross_entropy_in_float64(dtype: torch.dtype, weight_trains: bool) -> None:
+def test_it_equals_cross_entropy_in_float64(dtype: torch.dtype, weight_trains: bool) -> None:
     hidden, weight, labels, scale = inputs(dtype, weight_trains=weight_trains)
     losses = linear_cross_entropy(hidden, weight, labels, WHOLE)
     (losses * scale).sum().backward()
@@ -58,9 +58,9 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize("case", PRODUCTS)
-def test_not_one_product_more(case: str) -> None:
-    """Head forward, its input gradient where something before it trains, its weight gradient where it trains; without
-    the padded rows."""
+def test_it_computes_no_extra_products(case: str) -> None:
+    """Head forward, its input gradient if an earlier layer trains, its weight gradient if it trains itself. Padded rows
+    are left out."""
     hidden_trains, weight_trains, products = PRODUCTS[case]
     hidden, weight, labels, scale = inputs(hidden_trains=hidden_trains, weight_trains=weight_trains)
     with FlopCounterMode(display=False) as counter:
@@ -79,7 +79,7 @@ def test_evaluation_computes_no_gradients() -> None:
     assert torch.equal(losses, linear_cross_entropy(hidden, weight, labels, WHOLE))
 
 
-def test_a_frozen_head_keeps_nothing_of_the_size_of_the_vocabulary() -> None:
+def test_a_frozen_head_keeps_nothing_of_vocabulary_size() -> None:
     kept = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -92,8 +92,8 @@ def test_a_frozen_head_keeps_nothing_of_the_size_of_the_vocabulary() -> None:
     assert kept == [TOKENS * HIDDEN]
 
 
-def test_a_token_that_is_certain_and_one_that_is_impossible() -> None:
-    """Logits 200 apart: the loss is 0, or 200, and nothing overflows."""
+def test_certain_and_impossible_tokens_do_not_overflow() -> None:
+    """Logits 200 apart: the loss is 0 or 200."""
     weight = torch.eye(4)
     hidden = torch.tensor([[200.0, 0, 0, 0], [200.0, 0, 0, 0]], requires_grad=True)
     shard = VocabShard(first=0, num_entries=4, is_padding=False, group=None)
@@ -119,7 +119,7 @@ TRAINABLE = {
 
 
 def model_worker(tensor_size: int, sequence_parallel: bool) -> list[str]:
-    """Every case by both ways on this rank's part of the model; the names of what differs."""
+    """Compute every case both ways on this rank's part of the model; return the names of the differences."""
     return [
         f"{case}: {name}"
         for case, (tied, trains) in TRAINABLE.items()
@@ -154,18 +154,18 @@ def differences(tensor_size: int, sequence_parallel: bool, *, tied: bool, trains
         found.append({"losses": losses.detach(), **gradients})
     plain, chunked = found
     assert layout.tensor_rank > 0 or all(bool(x.any()) for x in plain.values())
-    # float32 sums in another order
+    # another order of summation in float32
     return [name for name, x in plain.items() if (x - chunked[name]).norm() > 1e-5 * x.norm()]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_equal_to_megatrons_way(layout: str) -> None:
-    """Frozen, trainable and tied heads: losses and every gradient, of every rank."""
+def test_it_equals_megatrons_own_loss(layout: str) -> None:
+    """Frozen, trainable and tied heads: losses and every gradient, on every rank."""
     world_size, sequence_parallel = LAYOUTS[layout]
     assert run_distributed(model_worker, world_size, world_size, sequence_parallel) == [[]] * world_size
 
 
-def test_liger_is_refused_where_it_cannot_run() -> None:
+def test_liger_is_refused_without_its_requirements() -> None:
     with pytest.raises(ConfigError, match="needs a CUDA device and the liger-kernel package"):
         give_loss(Layer(), vocab_size=8, cross_entropy="liger")  # type: ignore[arg-type]
 

@@ -1,4 +1,5 @@
-"""The weight map says how megatron.core divides every weight over tensor-parallel ranks: held against its modules."""
+"""The weight map describes how megatron.core divides every weight over tensor-parallel ranks: compared with its
+modules."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
 def share(weight: Weight, whole: torch.Tensor, *, rank: int, ranks: int) -> torch.Tensor:
-    """The part of a matrix or vector that a rank holds, as the weight map has it."""
+    """Return a rank's part of a matrix or vector, according to the weight map."""
     if weight.row.sharding is Sharding.REPLICATED:
         return whole
     if weight.row.sharding is Sharding.COLUMNS:
@@ -30,7 +31,7 @@ def share(weight: Weight, whole: torch.Tensor, *, rank: int, ranks: int) -> torc
 
 
 def wrong_parts(folder: Path) -> list[str]:
-    """Parameters of this rank that are not the part, or not marked as the part, that the weight map makes them."""
+    """Return this rank's parameters whose values or marks differ from the weight map's part."""
     from megatron_llamapro.checkpoint.tensors.weight_map import weights_of
     from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
     from megatron_llamapro.families.hf_config import model_shape, read_hf_config
@@ -63,7 +64,7 @@ def wrong_parts(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("family", ["llama, biases", "qwen2", "qwen3", "mixtral"])
-def test_the_modules_hold_what_the_weight_map_says(family: str, tiny_model: Callable, tmp_path: Path) -> None:
+def test_the_modules_hold_the_parts_of_the_weight_map(family: str, tiny_model: Callable, tmp_path: Path) -> None:
     from megatron_llamapro.checkpoint.convert import hf_to_megatron
 
     source = tiny_model(**TINY_FAMILIES[family], num_hidden_layers=1, vocab_size=132)

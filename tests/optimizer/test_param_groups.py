@@ -1,4 +1,4 @@
-"""Rules become megatron.core's overrides; what is frozen, or matches nothing, does not pass silently."""
+"""Rules become megatron.core's overrides. A rule that matches nothing, or only frozen parameters, is an error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_llamapro.testing.distributed import run_distributed
 
 
 class FakeStage(torch.nn.Module):
-    """The naming of a pipeline stage: its only layer is number 8 of the model, and called 0."""
+    """Names as on a pipeline stage: its only layer is layer 8 of the model, and named 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class FakeStage(torch.nn.Module):
 
 
 def settings_of(*rules: ParamGroupRule) -> dict[str, dict[str, float]]:
-    """Merged overrides of each parameter, by stage-local name."""
+    """Return the merged overrides of each parameter, by stage-local name."""
     stage = FakeStage()
     overrides = param_group_overrides([stage], rules, lr=1.0, min_lr=0.5)
     found = {}
@@ -43,7 +43,7 @@ def test_vectors_do_not_decay() -> None:
 
 
 def decay_worker(fields: dict[str, object]) -> set[str]:
-    """Names, with every index left out, of what does not decay in a model with everything trainable."""
+    """Return the names, without indices, of the parameters without weight decay in a fully trainable model."""
     import re
 
     from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
@@ -75,7 +75,7 @@ def test_norms_and_biases_of_every_family_do_not_decay() -> None:
     assert run_distributed(decay_worker, 1, {"num_moe_experts": 2, "moe_router_topk": 2}) == [norms]
 
 
-def test_rules_speak_of_global_layers_and_the_first_wins() -> None:
+def test_rules_name_global_layers_and_the_first_wins() -> None:
     found = settings_of(
         ParamGroupRule("decoder.layers.7.linear.*", lr_mult=0.1, wd_mult=2.0), ParamGroupRule("*", lr_mult=3.0)
     )
@@ -85,12 +85,12 @@ def test_rules_speak_of_global_layers_and_the_first_wins() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["decoder.layers.0.*", "*.linaer.*"])
-def test_a_rule_that_matches_nothing(pattern: str) -> None:
+def test_a_rule_that_matches_nothing_is_refused(pattern: str) -> None:
     with pytest.raises(ConfigError, match="matches no trainable parameter"):
         settings_of(ParamGroupRule(pattern))
 
 
-def test_frozen_parameters_do_not_count() -> None:
+def test_frozen_parameters_do_not_count_as_matches() -> None:
     stage = types.SimpleNamespace(rule=ParamGroupRule("*.norm.*"), module=FakeStage())
     stage.module.decoder.layers[0].norm.requires_grad_(False)
     with pytest.raises(ConfigError, match="matches no trainable parameter"):

@@ -1,4 +1,4 @@
-"""A replica that is alone computes what it would with the collectives, and calls none."""
+"""A single replica calls no data-parallel collectives, and computes the same as with them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_llamapro.testing.distributed import run_distributed
 
 
 class Collectives(TorchDispatchMode):
-    """Elements that data-parallel collectives were called with."""
+    """Counts the elements passed to data-parallel collectives."""
 
     elements = 0
 
@@ -32,7 +32,7 @@ def steps_worker(folder: Path, alone: bool) -> tuple[int, list]:
     return called.elements, [(loss, norm) for loss, norm, _ in steps]
 
 
-def test_nothing_is_reduced_and_the_steps_are_the_same(models) -> None:
+def test_a_single_replica_reduces_nothing_and_takes_the_same_steps(models) -> None:
     folder = models().expanded_megatron
     [(elements, steps)] = run_distributed(steps_worker, 1, folder, True)
     [(upstreams, expected)] = run_distributed(steps_worker, 1, folder, False)

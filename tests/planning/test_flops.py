@@ -1,4 +1,4 @@
-"""The arithmetic of a step's work, against counts that were made independently."""
+"""The arithmetic of a step's work, compared with independent counts."""
 
 import dataclasses
 
@@ -25,15 +25,15 @@ LLAMA2_7B = ModelShape(
 ADDED = (4, 9, 14, 19, 24, 29, 34, 39)
 
 
-def test_llama_pro_8b() -> None:
-    """32 + 8 blocks at 4,096 tokens. Block 4 and everything above it run backward; the head's weights do not train."""
+def test_the_work_of_llama_pro_8b() -> None:
+    """32 + 8 blocks at 4,096 tokens. Block 4 and all above it run backward; the head's weights do not train."""
     work = step_work(LLAMA2_7B, seq_length=4096, trains=Trains(frozenset(ADDED)))
     assert work.forward / 1e9 == pytest.approx(17.79, abs=0.01)
     assert work.input_gradient / 1e9 == pytest.approx(17.25, abs=0.01)
     assert work.weight_gradient / 1e9 == pytest.approx(3.24, abs=0.01)
 
 
-def test_everything_trainable() -> None:
+def test_the_work_of_full_training() -> None:
     work = step_work(
         LLAMA2_7B,
         seq_length=4096,
@@ -48,12 +48,12 @@ MIXTRAL_8X7B = dataclasses.replace(
 
 
 def block_matrix_flops(shape: ModelShape) -> float:
-    """Forward FLOP a token of one block's weight matrices; of experts, those that the router chooses for it."""
+    """Return forward FLOP per token of one block's weight matrices; of experts, only those that the router chooses."""
     return sum(linear.forward_flops for linear in linears(shape))
 
 
-def test_experts_count_as_many_as_are_chosen() -> None:
-    """Mixtral 8x7B: 12.9 B parameters are active of 46.7 B (arXiv 2401.04088, table 1), here without the embedding."""
+def test_only_the_chosen_experts_count() -> None:
+    """Mixtral 8x7B: 12.9 B of 46.7 B parameters are active (arXiv 2401.04088, table 1), here without the embedding."""
     active = MIXTRAL_8X7B.num_layers * block_matrix_flops(MIXTRAL_8X7B) / 2 + 4096 * 32000
     assert active / 1e9 == pytest.approx(12.88 - 0.13, abs=0.01)
     router = dataclasses.replace(MIXTRAL_8X7B, num_moe_experts=9)
@@ -62,7 +62,7 @@ def test_experts_count_as_many_as_are_chosen() -> None:
 
 @pytest.mark.parametrize(("window", "seq_length"), [(8, 32), (32, 32), (100, 32), (1, 7)])
 def test_attention_counts_the_keys_in_the_window(window: int, seq_length: int) -> None:
-    """Against the sum over tokens, of which each counts itself half, as in full causal attention."""
+    """Against the sum over tokens. Each token counts itself half, as in full causal attention."""
     shape = dataclasses.replace(LLAMA2_7B, window_size=(window - 1, 0), window_attn_skip_freq=(1, 0))
     keys = sum(min(i + 1, window) - 0.5 * (i < window) for i in range(seq_length)) / seq_length
     assert block_attention_flops(shape, seq_length, layer=0) == pytest.approx(4 * keys * 4096)

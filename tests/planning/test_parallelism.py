@@ -1,4 +1,4 @@
-"""The division of a job's ranks: its messages are the program's, to the last byte, and no other division is faster."""
+"""The division of a job's ranks: its messages equal the program's to the last byte, and no other division is faster."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model_of(config: RunConfig) -> DescribedModel:
 
 
 def sent_worker(config: RunConfig, world_size: int) -> dict[str, float]:
-    """Bytes that the tensor-parallel ranks' collectives have of a micro-batch, on all stages together."""
+    """Return the bytes of the tensor-parallel ranks' collectives per micro-batch, over all stages."""
     from megatron_llamapro.dry_run.run import distinct_ranks, dry_run
 
     sent = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce"), 0.0)
@@ -51,9 +51,11 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("trainable", TRAINABLE, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["tp2", "tp2 pp2 sp"])
-def test_tensor_parallel_messages(layout: ParallelConfig, trainable: tuple[str, ...], run_config: Callable) -> None:
-    """Half of a collective's buffer comes from the other of two ranks; an all-reduce is two of them. All-reduces of
-    the loss, and of the norms' gradients, are small and not in the arithmetic."""
+def test_tensor_parallel_messages_equal_the_programs(
+    layout: ParallelConfig, trainable: tuple[str, ...], run_config: Callable
+) -> None:
+    """Half of a collective's buffer comes from the other of two ranks; an all-reduce counts twice. The arithmetic
+    leaves out small all-reduces: of the loss, and of the norms' gradients."""
     config = run_config(parallel=layout, global_batch_size=16, trainable=trainable)
     model = model_of(config)
     job = job_of(config, model.shape, model.plan, world_size=4, flops_per_second=1.0)
@@ -71,12 +73,12 @@ def cluster(**fields: object) -> Cluster:
     return Cluster(**settings)
 
 
-def test_replicas_alone_where_everything_fits(run_config: Callable) -> None:
+def test_only_replicas_are_used_if_everything_fits(run_config: Callable) -> None:
     config = run_config(global_batch_size=64)
     best, *others = best_parallelisms(config, model_of(config), cluster(), at_most=100)
     assert (best.config.parallel.tensor_model_parallel_size, best.job.num_stages) == (1, 1)
     divisions = {(each.job.division.tensor_size, each.job.num_stages, each.job.division.data_size) for each in others}
-    assert divisions == {(1, 2, 4), (1, 4, 2), (2, 1, 4), (2, 2, 2), (2, 4, 1)}  # all of a model of 6 blocks
+    assert divisions == {(1, 2, 4), (1, 4, 2), (2, 1, 4), (2, 2, 2), (2, 4, 1)}  # every division of a model of 6 blocks
     assert [best.seconds, *(each.seconds for each in others)] == sorted(each.seconds for each in (best, *others))
 
 
@@ -88,7 +90,7 @@ def test_the_search_stops_early_with_the_same_result(run_config: Callable) -> No
         assert [each.config for each in some] == [each.config for each in whole[:at_most]]
 
 
-def test_what_does_not_fit_is_divided_or_recomputed(run_config: Callable) -> None:
+def test_a_model_that_does_not_fit_is_divided_or_recomputed(run_config: Callable) -> None:
     config = run_config(global_batch_size=64)
     model = model_of(config)
     everything = best_parallelisms(config, model, cluster(), at_most=100)
@@ -102,8 +104,8 @@ def test_what_does_not_fit_is_divided_or_recomputed(run_config: Callable) -> Non
         best_parallelisms(config, model, cluster(memory_bytes=1e4), at_most=1)
 
 
-def test_tensor_parallel_ranks_are_on_one_node(run_config: Callable) -> None:
-    """With heads for four: not on nodes of six, whose second group of four would lie on two of them."""
+def test_tensor_parallel_ranks_share_a_node(run_config: Callable) -> None:
+    """With heads for four: not on nodes of six, because the second group of four would span two nodes."""
     config = run_config(global_batch_size=24)
     for node, sizes in ((6, {1, 2}), (4, {1, 2}), (12, {1, 2})):
         network = Network(ranks_per_node=node)
@@ -111,9 +113,9 @@ def test_tensor_parallel_ranks_are_on_one_node(run_config: Callable) -> None:
         assert {each.job.division.tensor_size for each in found} == sizes
 
 
-def test_everything_that_trains_is_reduced(run_config: Callable) -> None:
-    """The embedding and the output layer too, and adapters."""
-    network = Network(ranks_per_node=2, within_node=1.0)  # so slow that nothing else counts
+def test_the_whole_trainable_part_is_reduced(run_config: Callable) -> None:
+    """Including the embedding, the output layer and adapters."""
+    network = Network(ranks_per_node=2, within_node=1.0)  # so slow that nothing else matters
     tables = {}
     for trainable in (("added_blocks",), ("added_blocks", "embedding", "output_layer")):
         config = run_config(global_batch_size=2, trainable=trainable)
@@ -125,7 +127,7 @@ def test_everything_that_trains_is_reduced(run_config: Callable) -> None:
 
 
 def test_slow_links_between_replicas_are_counted(run_config: Callable) -> None:
-    """Gradients take longer than the backward pass that they hide behind."""
+    """Gradients take longer than the backward pass that hides them."""
     config = run_config(global_batch_size=8)
     fast, slow = (
         best_parallelisms(config, model_of(config), cluster(num_ranks=2, network=network), at_most=9)
@@ -139,7 +141,7 @@ def test_slow_links_between_replicas_are_counted(run_config: Callable) -> None:
     assert shown.seconds == pytest.approx(hidden.seconds + messages - work)
 
 
-def test_a_batch_that_nothing_divides(run_config: Callable) -> None:
+def test_a_batch_that_no_division_fits_is_refused(run_config: Callable) -> None:
     config = run_config(global_batch_size=3)
     with pytest.raises(ConfigError, match=r"8 ranks, .*batch_size 3 and micro_batch_size 2: no division"):
         changed = replace(config, training=replace(config.training, micro_batch_size=2))

@@ -1,4 +1,4 @@
-"""Simulated schedules against what is known of them, and against megatron.core's own tables."""
+"""Simulated schedules, compared with known results and with megatron.core's own tables."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from megatron_llamapro.planning.simulate import ChunkTime, chunk_order, simulate
 
 
 @pytest.mark.parametrize(("stages", "microbatches"), [(1, 3), (2, 2), (2, 8), (4, 8), (4, 3), (8, 64)])
-def test_bubble_of_equal_stages(stages: int, microbatches: int) -> None:
-    """1F1B: (p - 1) / m of the ideal time is waited (Narayanan et al. 2021, section 2.2.1)."""
+def test_equal_stages_have_the_known_bubble(stages: int, microbatches: int) -> None:
+    """1F1B: stages wait (p - 1) / m of the ideal time (Narayanan et al. 2021, section 2.2.1)."""
     time = simulate([ChunkTime(1.0, 2.0)] * stages, num_stages=stages, num_microbatches=microbatches)
     assert time.seconds == 3.0 * (microbatches + stages - 1)
     assert time.bubble == pytest.approx((stages - 1) / (microbatches + stages - 1))
 
 
 @pytest.mark.parametrize(("stages", "chunks", "microbatches"), [(2, 2, 4), (2, 2, 8), (4, 2, 8), (4, 3, 16)])
-def test_bubble_of_interleaved_stages(stages: int, chunks: int, microbatches: int) -> None:
+def test_interleaved_stages_have_the_known_bubble(stages: int, chunks: int, microbatches: int) -> None:
     """v chunks make it v times smaller: (p - 1) / (v m) (section 2.2.2)."""
     time = simulate([ChunkTime(1.0, 2.0)] * stages * chunks, num_stages=stages, num_microbatches=microbatches)
     assert time.seconds == 3.0 * (chunks * microbatches + stages - 1)
 
 
-def test_by_hand() -> None:
+def test_a_schedule_computed_by_hand_is_reproduced() -> None:
     """Two stages, three micro-batches; stage 0 forward 2, backward 1, stage 1 forward 1, backward 3.
 
     Stage 0: F0 0-2, F1 2-4; stage 1: F0 2-3, B0 3-6, F1 6-7, B1 7-10; stage 0: B0 6-7, F2 7-9, B1 10-11;
@@ -45,7 +45,7 @@ def test_messages_take_time() -> None:
 
 
 @pytest.mark.parametrize(("stages", "chunks"), [(2, 1), (4, 1), (2, 2), (4, 2), (4, 3)])
-def test_every_task_once_and_in_flight(stages: int, chunks: int) -> None:
+def test_every_task_runs_once_within_the_in_flight_limit(stages: int, chunks: int) -> None:
     for stage in range(stages):
         tasks = stage_tasks(stage, num_stages=stages, num_chunks=chunks, num_microbatches=4 * stages)
         assert len(tasks) == len(set(tasks)) == 2 * chunks * 4 * stages
@@ -58,13 +58,13 @@ def test_every_task_once_and_in_flight(stages: int, chunks: int) -> None:
 
 
 @pytest.mark.parametrize(("stages", "chunks"), [(2, 1), (4, 1), (2, 2), (4, 2)])
-def test_long_steps_are_prolonged_exactly(stages: int, chunks: int) -> None:
+def test_extrapolated_long_steps_are_exact(stages: int, chunks: int) -> None:
     times = [ChunkTime(1.0 + 0.3 * (position % 3), 2.0 - 0.1 * position) for position in range(stages * chunks)]
     whole = simulate(times, num_stages=stages, num_microbatches=40 * stages).seconds
     assert step_seconds(times, num_stages=stages, num_microbatches=40 * stages) == pytest.approx(whole, rel=1e-9)
 
 
-def test_order_is_that_of_megatron_core() -> None:
+def test_the_order_is_megatron_cores() -> None:
     from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
     for stages, chunks, microbatches in ((2, 2, 4), (4, 3, 12)):

@@ -1,4 +1,4 @@
-"""The planner finds the best split there is, and for the paper's model the known gains."""
+"""The planner finds the best possible split, and the known gains for the paper's model."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ PRO = Trains(frozenset(ADDED))
 
 
 def job(num_stages: int, *, num_chunks: int = 1, world_size: int = 16, batch: int = 1024, **settings: object) -> Job:
-    """7B + 8 blocks of the paper at micro-batch 1; times in GFLOP a token."""
+    """7B + 8 blocks of the paper at micro-batch 1; times in GFLOP per token."""
     division = Division(data_size=world_size // num_stages)
     time = time_from_flops(LLAMA2_7B, PRO, division, flops_per_second=4096 * 1e9)
     microbatches = batch // division.data_size
     return Job(LLAMA2_7B, PRO, division, time, num_stages, num_chunks, microbatches, **settings)
 
 
-# Slowest stage's GFLOP a token, even and best (as the dry run counts them), and the gain.
+# GFLOP per token of the slowest stage, even and best (as counted by the dry run), and the gain.
 @pytest.mark.parametrize(
     ("num_stages", "even", "best", "gain"), [(2, 20.35, 19.44, 1.046), (4, 10.44, 9.91, 1.052), (8, 5.48, 4.96, 1.103)]
 )
-def test_the_papers_model(num_stages: int, even: float, best: float, gain: float) -> None:
+def test_the_papers_model_gains_as_computed(num_stages: int, even: float, best: float, gain: float) -> None:
     split, plan = even_plan(job(num_stages)), best_plan(job(num_stages))
     assert slowest(split) == pytest.approx(even, abs=0.01) and slowest(plan) == pytest.approx(best, abs=0.01)
     assert slowest(split) / slowest(plan) == pytest.approx(gain, abs=0.003)
     assert split.seconds / plan.seconds == pytest.approx(gain, abs=0.002)
 
 
-def test_memory_of_the_papers_model() -> None:
+def test_the_papers_model_needs_the_computed_memory() -> None:
     alone = chunk_bytes(LLAMA2_7B, range(40), is_first=True, is_last=True, trains=PRO, division=Division())
     assert alone.state / GIB == pytest.approx(39.7, abs=0.05)
     per_token = [block_activations(LLAMA2_7B, Division(), trains=PRO, layer=layer) / 4096 for layer in (5, 4)]
@@ -48,7 +48,7 @@ def test_memory_of_the_papers_model() -> None:
 
 
 def test_a_memory_limit_moves_layers() -> None:
-    """Without a limit the first stage has the most layers; one that it breaks makes it give some away."""
+    """Without a limit the first stage has the most layers. A limit below its needs moves some of them away."""
     free = best_plan(job(4))
     limit = max(free.stage_bytes) * 0.97
     tight = best_plan(job(4, memory_bytes=limit))
@@ -71,7 +71,7 @@ def splits(num_layers: int, positions: int):
     groups=st.integers(1, 4),
 )
 def test_no_split_is_better(kinds: list, layout: tuple[int, int], head: float, groups: int) -> None:
-    """Against all splits there are."""
+    """Compare with every possible split."""
     num_stages, num_chunks = layout
     first = next((i for i, (_, backward) in enumerate(kinds) if backward), len(kinds))
     kinds = [(forward, 0.0 if i < first else max(backward, 1.0)) for i, (forward, backward) in enumerate(kinds)]
@@ -88,11 +88,11 @@ def test_no_split_is_better(kinds: list, layout: tuple[int, int], head: float, g
 
 
 def slowest(plan: Plan) -> float:
-    """Seconds a micro-batch of the slowest stage."""
+    """Return seconds per micro-batch of the slowest stage."""
     return max(forward + backward for forward, backward in zip(plan.stage_forward, plan.stage_backward, strict=True))
 
 
-def test_a_balanced_split_fits() -> None:
+def test_a_balanced_split_respects_the_memory_limit() -> None:
     free = balanced_plan(job(4))
     assert free.seconds < 1.001 * best_plan(job(4)).seconds
     limit = max(free.stage_bytes) * 0.97
@@ -102,12 +102,12 @@ def test_a_balanced_split_fits() -> None:
         balanced_plan(job(4, memory_bytes=GIB))
 
 
-def test_more_stages_than_layers() -> None:
+def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(PipelinePlanError, match="40 layers cannot fill 64"):
         best_plan(job(16, num_chunks=4))
 
 
-def test_measured_times() -> None:
+def test_measured_times_are_used() -> None:
     measured = {kind: {"forward": number + 1.0, "backward": 0.5 * number} for number, kind in enumerate(KINDS)}
     time = time_from_calibration(LLAMA2_7B, PRO, measured)
     assert time.layers[0] == ChunkTime(1.0, 0.0) and time.layers[4] == ChunkTime(3.0, 1.0)

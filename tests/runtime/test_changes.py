@@ -1,4 +1,4 @@
-"""`CHANGES` lists every place where this package changes megatron.core, and was written against what is installed."""
+"""`CHANGES` lists every place where this package changes megatron.core, and fits the installed version."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_llamapro.runtime import cpu
 from megatron_llamapro.runtime.changes import CHANGES, VERSION, Change, How
 
 MODULES = [path for path in sorted(Path("megatron_llamapro").rglob("*.py")) if path.name != "__init__.py"]
-# Who calls setattr, besides the rows: on what.
+# Callers of setattr besides the rows, and its target.
 SETATTR = {
     "runtime.cpu": "its table's rows",
     "dry_run.fake_world": "its table's rows, undone",
@@ -29,13 +29,13 @@ SETATTR = {
 }
 UPGRADE = (
     "\nAfter an upgrade, for every row of megatron_llamapro/runtime/changes.py: read its `until`, and upstream's code "
-    "where its fingerprint changed. Remove the row and our code where it can go; mend our code where it no longer fits."
-    "\nThen set VERSION and the fingerprints, which `python tests/runtime/upstream_code.py` prints; it also writes the "
-    "table of docs/changes_to_megatron.md."
+    "if its fingerprint changed. Remove the row and our code if they are no longer needed; adapt our code if it no "
+    "longer fits.\nThen set VERSION and the fingerprints. `python tests/runtime/upstream_code.py` prints them and "
+    "writes the table of docs/changes_to_megatron.md."
 )
 
 UNLISTED = (
-    "\nA change to megatron.core goes through `become`, a subclass or a table of substitutions, and has its row in "
+    "\nChange megatron.core only through `become`, a subclass or a table of substitutions, and add a row to "
     "megatron_llamapro/runtime/changes.py. `python tests/runtime/upstream_code.py` prints its fingerprint."
 )
 
@@ -45,17 +45,17 @@ def test_the_table_was_written_against_the_installed_version() -> None:
 
 
 @pytest.mark.parametrize("row", CHANGES, ids=lambda row: f"{row.ours}-{row.upstream.rpartition('.')[2]}")
-def test_both_sides_of_a_row_exist_and_upstreams_is_what_it_was(row: Change) -> None:
+def test_both_sides_of_a_row_exist_and_upstream_is_unchanged(row: Change) -> None:
     assert resolve_name(f"megatron_llamapro.{row.ours}") is not None
     assert row.replaces and row.why and row.until
     owner = resolve_name(row.upstream)
     gone = [member for member in row.replaces if not hasattr(owner, member)]
-    assert gone == [], f"{row.upstream} no longer has them: {row.ours} changes nothing.{UPGRADE}"
+    assert gone == [], f"{row.upstream} no longer has these members: {row.ours} changes nothing.{UPGRADE}"
     today = {member: fingerprint(row, member) for member in row.replaces}
     assert today == dict(row.replaces), f"The code behind {row.ours} changed since {VERSION}.{UPGRADE}"
 
 
-def test_a_rows_class_extends_upstreams_and_defines_what_it_replaces() -> None:
+def test_a_rows_class_extends_upstreams_and_defines_its_members() -> None:
     for row in CHANGES:
         if row.how in (How.CLASS, How.SUBCLASS):
             ours, upstream = resolve_name(f"megatron_llamapro.{row.ours}"), resolve_name(row.upstream)
@@ -78,7 +78,8 @@ def our_classes() -> Iterator[tuple[str, type]]:
 
 
 def overridden(kind: type) -> set[str]:
-    """Methods that it has in place of megatron.core's, without constructors and what upstream leaves to subclasses."""
+    """Return the methods that replace megatron.core's, without constructors and methods that upstream leaves to
+    subclasses."""
     names = {name for name in vars(kind) if not name.startswith("__")}
     return {name for name in names for base in kind.__mro__[1:] if is_upstreams(base, name)}
 
@@ -90,7 +91,7 @@ def is_upstreams(base: type, name: str) -> bool:
     return base.__module__.startswith("megatron.core") and is_method and not is_abstract
 
 
-def test_only_become_sets_a_class() -> None:
+def test_only_become_changes_a_class() -> None:
     assert {place for place, target in attributes_set() if target.attr == "__class__"} == {"runtime.upstream"}, UNLISTED
 
 
@@ -98,15 +99,15 @@ def test_only_known_places_call_setattr() -> None:
     assert {place for place, call in nodes(ast.Call) if ast.unparse(call.func) == "setattr"} == {*SETATTR}, UNLISTED
 
 
-def test_methods_of_modules_are_wrapped_where_a_row_says_so() -> None:
+def test_methods_of_modules_are_wrapped_only_by_rows() -> None:
     place = "model.skip_frozen"
     calls = (call for name, call in nodes(ast.Call) if (name, ast.unparse(call.func)) == (place, "_replace"))
     rows = [row for row in CHANGES if row.ours == f"{place}.skip_frozen_work"]
     assert {call.args[1].value for call in calls} == {member for row in rows for member in row.replaces}, UNLISTED
 
 
-def test_attributes_of_upstreams_modules_are_set_where_a_row_says_so() -> None:
-    """`filesystem_async._results_queue = …`."""
+def test_attributes_of_upstreams_modules_are_set_only_by_rows() -> None:
+    """For example `filesystem_async._results_queue = …`."""
     from_upstream = {
         (place, alias.asname or alias.name)
         for place, node in [*nodes(ast.Import), *nodes(ast.ImportFrom)]
@@ -119,7 +120,7 @@ def test_attributes_of_upstreams_modules_are_set_where_a_row_says_so() -> None:
     assert places and places <= listed, UNLISTED
 
 
-def test_the_environment_is_set_where_a_row_says_so() -> None:
+def test_the_environment_is_set_only_by_rows() -> None:
     """And by the helper that starts ranks for tests."""
     setters = ("os.environ.setdefault", "os.environ.update", "os.putenv")
     places = {place for place, call in nodes(ast.Call) if ast.unparse(call.func) in setters}
@@ -133,7 +134,7 @@ def nodes(kind: type[ast.AST]) -> Iterator[tuple[str, ast.AST]]:
 
 
 def attributes_set() -> Iterator[tuple[str, ast.Attribute]]:
-    """Left sides of assignments to attributes."""
+    """Yield the left sides of assignments to attributes."""
     yield from ((place, node) for place, node in nodes(ast.Attribute) if isinstance(node.ctx, ast.Store))
 
 
@@ -143,7 +144,7 @@ def name_of(path: Path) -> str:
 
 @pytest.mark.parametrize("module", [cpu, fake_world])
 def test_substitutions_in_upstream_are_listed(module) -> None:
-    """Rows of the tables that are about torch are no changes to megatron.core."""
+    """Rows about torch are not changes to megatron.core."""
     made = {(row.owner, row.name) for row in module.table() if not is_torchs(row.owner)}
     place = module.__name__.removeprefix("megatron_llamapro.")
     rows = [row for row in CHANGES if row.ours == f"{place}._megatron_rows"]
@@ -157,4 +158,4 @@ def is_torchs(owner: object) -> bool:
 def test_the_page_shows_the_table() -> None:
     page = PAGE.read_text()
     assert f"Links are to {VERSION}," in page
-    assert with_table(page) == page, "python tests/runtime/upstream_code.py writes it anew"
+    assert with_table(page) == page, "python tests/runtime/upstream_code.py rewrites it"

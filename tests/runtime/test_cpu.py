@@ -1,4 +1,4 @@
-"""Every substitution of the CPU runtime does what megatron.core asks of CUDA, and none is there with a GPU."""
+"""Every substitution of the CPU runtime does what megatron.core expects from CUDA. With a GPU none is active."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_llamapro.testing.distributed import run_distributed
 
 
 def calls_worker() -> dict[str, object]:
-    """Use each row of the table the way megatron.core does."""
+    """Use each row of the table as megatron.core does."""
     from megatron.core.tensor_parallel import random as megatron_random
 
     cuda = torch.cuda
@@ -61,7 +61,7 @@ def calls_worker() -> dict[str, object]:
     }
 
 
-def test_cuda_means_the_cpu() -> None:
+def test_cuda_calls_use_the_cpu() -> None:
     [found] = run_distributed(calls_worker, 1)
     assert set(found["devices"].values()) == {"cpu"}
     assert found["current"] == "cpu"
@@ -69,7 +69,7 @@ def test_cuda_means_the_cpu() -> None:
     assert found["repeatable"]
 
 
-def test_table_has_a_reason_for_every_row_and_names_each_place_once() -> None:
+def test_every_row_has_a_reason_and_a_place_of_its_own() -> None:
     from megatron_llamapro.runtime.cpu import table
 
     rows = table()
@@ -78,7 +78,7 @@ def test_table_has_a_reason_for_every_row_and_names_each_place_once() -> None:
     assert len(places) == len(set(places))
 
 
-def test_nothing_is_touched_where_a_gpu_is(monkeypatch) -> None:
+def test_nothing_is_substituted_with_a_gpu(monkeypatch) -> None:
     from megatron_llamapro.runtime import cpu
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -1,4 +1,4 @@
-"""The world, the place of a rank in it, and errors that all ranks share."""
+"""The world, a rank's place in it, and errors shared by all ranks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def layout_worker(parallel: ParallelConfig):
     return start_model_parallel(parallel, seed=1)
 
 
-def test_layout() -> None:
-    """megatron.core's order: tensor ranks beside each other, then replicas, then stages."""
+def test_ranks_are_ordered_tensor_data_pipeline() -> None:
+    """megatron.core's order: tensor ranks are adjacent, then replicas, then stages."""
     ranks = run_distributed(layout_worker, 4, ParallelConfig(pipeline_model_parallel_size=2))
     assert [(rank.pipeline_rank, rank.data_rank) for rank in ranks] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [rank.is_last_stage for rank in ranks] == [False, False, True, True]
@@ -33,7 +33,7 @@ def raise_worker() -> tuple[str, bool]:
     return "no error", False
 
 
-def test_one_ranks_error_is_everyones() -> None:
+def test_one_ranks_error_is_raised_on_every_rank() -> None:
     assert run_distributed(raise_worker, 2) == [("gone (on rank 1)", True)] * 2
 
 
@@ -51,5 +51,5 @@ def ask_worker() -> tuple[int, str, bool]:
     raise AssertionError
 
 
-def test_what_the_first_rank_finds_or_not_is_everyones() -> None:
+def test_rank_0s_result_or_error_reaches_every_rank() -> None:
     assert run_distributed(ask_worker, 2) == [(0, "gone on rank 0", True)] * 2

@@ -1,4 +1,4 @@
-"""The environment's place in a world: torch's variables whole or not at all, and launchers that set none of them."""
+"""The rank and world from the environment: torch's variables all set or none, and launchers that set none of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def variables_of(text: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("text", REFUSED)
-def test_what_no_world_can_be(text: str) -> None:
+def test_impossible_variables_are_refused(text: str) -> None:
     with pytest.raises(ConfigError) as raised:
         world_of_environment(variables_of(text))
     assert REFUSED[text] in str(raised.value)
@@ -42,18 +42,18 @@ def test_what_no_world_can_be(text: str) -> None:
     "text",
     ["", "MASTER_ADDR=n1 MASTER_PORT=1", "SLURM_NTASKS=8 SLURM_PROCID=0", "SLURM_STEP_NUM_TASKS=1", "LOCAL_RANK=0"],
 )
-def test_one_process_alone(text: str) -> None:
-    """A batch script knows of the tasks of its job, and is one process; so is a shell on a node (srun --pty bash)."""
+def test_a_process_without_torchs_variables_is_alone(text: str) -> None:
+    """A batch script sees the tasks of its job but is one process; so is a shell on a node (srun --pty bash)."""
     assert world_of_environment(variables_of(text)) is None
 
 
-def test_a_rank_of_several() -> None:
-    """Also where srun started torchrun on every node."""
+def test_a_rank_of_several_is_recognised() -> None:
+    """Also if srun started torchrun on every node."""
     found = world_of_environment({**WHOLE, "SLURM_STEP_NUM_TASKS": "2", "LOCAL_RANK": "0"})
     assert found == LaunchedRank(rank=1, world_size=2, address="n1", port=29500)
 
 
-def test_a_gpu_for_each_rank() -> None:
+def test_a_rank_without_a_gpu_is_refused() -> None:
     check_device(1, num_devices=2)
     with pytest.raises(ConfigError, match=r"this is rank 2 of its node .*, which has 2 GPUs: .* start at most 2"):
         check_device(2, num_devices=2)

@@ -1,5 +1,5 @@
-"""One holder at a time, whatever became of the last one. Holders are real processes; one "on another machine" says
-another boot and pid namespace, so that its process cannot be looked up from here."""
+"""A lock has one holder at a time, however the last one ended. Holders are real processes. One "on another machine"
+reports another boot and pid namespace, so that its process cannot be looked up here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ with lock.RunLock(Path(sys.argv[1]), "checkpoint.save (runs/first)", beat_second
 
 
 def hold(path: Path, where: str = "here") -> subprocess.Popen:
-    """A process that holds the lock until its input ends."""
+    """Start a process that holds the lock until its input ends."""
     command = [sys.executable, "-c", HOLD, str(path), where]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -50,8 +50,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "save" / "run.lock"
 
 
-def test_an_earlier_start_of_the_same_job_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where SLURM gives up a node that still runs, and requeues the job: another try may find it ended."""
+def test_an_earlier_start_of_the_same_job_may_be_retried(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM may give up a node that still runs and requeue the job; a later try may find the first start ended."""
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     holder = hold(path, "elsewhere")
     with pytest.raises(RunError, match=f"held by an earlier start of this job .process {holder.pid} on"), lock(path):
@@ -62,7 +62,7 @@ def test_an_earlier_start_of_the_same_job_is_waited_for(path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("where", ["here", "elsewhere"])
-def test_the_second_is_told_who_holds_it(where: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_holder_is_told_who_holds_the_lock(where: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     holder = hold(path, where)
     monkeypatch.setenv("SLURM_JOB_ID", "18")
@@ -81,14 +81,14 @@ def test_the_second_is_told_who_holds_it(where: str, path: Path, monkeypatch: py
 
 def test_a_killed_holder_on_this_machine_is_known_at_once(path: Path) -> None:
     holder = hold(path)
-    holder.kill()  # not waited for: its pid is still there
+    holder.kill()  # not waited for, so its pid still exists
     time.sleep(0.2)
     with lock(path, patience_seconds=60.0):
         assert f'"pid": {os.getpid()}' in path.read_text()
     holder.communicate()
 
 
-def test_a_killed_holder_elsewhere_is_known_when_it_stands_still(path: Path) -> None:
+def test_a_killed_holder_elsewhere_is_known_by_its_missing_beats(path: Path) -> None:
     holder, said = hold(path, "elsewhere"), []
     holder.kill()
     holder.communicate()
@@ -99,14 +99,14 @@ def test_a_killed_holder_elsewhere_is_known_when_it_stands_still(path: Path) -> 
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"pid": 1}'])
-def test_half_a_lock_is_in_nobodys_way_for_long(text: str, path: Path) -> None:
+def test_a_half_written_lock_does_not_block_for_long(text: str, path: Path) -> None:
     path.write_text(text)
     with lock(path):
         pass
 
 
-def test_a_pid_that_is_used_again_is_another_process(path: Path) -> None:
-    """As after a long time, or in a container, where every program is process 1."""
+def test_a_reused_pid_is_another_process(path: Path) -> None:
+    """After a long time, or in a container, where every program is process 1."""
     holder = hold(path)
     text = path.read_text()
     holder.communicate("")
@@ -127,8 +127,8 @@ def test_a_holder_that_slept_too_long_ends_when_it_wakes_up(path: Path) -> None:
     assert said.startswith("error: checkpoint.save (runs/first) was taken over by process") and said.count("\n") == 1
 
 
-def test_of_many_that_find_a_dead_one_one_gets_it(path: Path) -> None:
-    """All try at the same time, again and again; nobody holds it beside another."""
+def test_one_of_many_gets_a_dead_holders_lock(path: Path) -> None:
+    """All try at the same time, again and again; two never hold it together."""
     inside, most, refused = [], [], []
 
     def race() -> None:
@@ -153,7 +153,7 @@ def test_of_many_that_find_a_dead_one_one_gets_it(path: Path) -> None:
     assert set(most) == {1} and len(most) + len(refused) == 20
 
 
-def test_folders_that_were_made_for_it_go_with_it(tmp_path: Path) -> None:
+def test_folders_made_for_the_lock_are_removed_with_it(tmp_path: Path) -> None:
     for content in (None, "kept"):
         with lock(tmp_path / "runs" / "first" / "run.lock"):
             if content:
@@ -161,7 +161,7 @@ def test_folders_that_were_made_for_it_go_with_it(tmp_path: Path) -> None:
         assert (tmp_path / "runs").exists() is bool(content)
 
 
-def test_a_take_over_that_was_cut_is_in_nobodys_way_for_long(path: Path) -> None:
+def test_an_interrupted_takeover_does_not_block_for_long(path: Path) -> None:
     holder = hold(path)
     holder.kill()
     holder.communicate()
@@ -171,7 +171,7 @@ def test_a_take_over_that_was_cut_is_in_nobodys_way_for_long(path: Path) -> None
         assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_lock_that_is_removed_by_hand_comes_back(path: Path) -> None:
+def test_a_lock_removed_by_hand_is_written_again(path: Path) -> None:
     with lock(path):
         path.unlink()
         time.sleep(0.5)

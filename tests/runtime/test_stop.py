@@ -1,4 +1,5 @@
-"""What each signal does before and in training: every cell of the table in runtime/stop.py, in real processes."""
+"""The effect of each signal before and during training: every cell of the table in runtime/stop.py, in real
+processes."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ BEFORE = "before the first step; step 3 is kept\n"
 def run(
     phase: str, *signals: signal.Signals | float, ignored: Sequence[signal.Signals] = (), **variables: str
 ) -> tuple[int, str, str]:
-    """Exit code and output of a program that is sent these signals, with pauses."""
+    """Return exit code and output of a program that receives these signals, with pauses."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
     step_seconds = 2.0 if any(isinstance(each, float) for each in signals) else 0.1
     process = subprocess.Popen(
@@ -66,11 +67,11 @@ def run(
         (HUP, 129, f"error: stopped by SIGHUP {BEFORE}"),
     ],
 )
-def test_before_the_first_step_it_ends_at_once(number: signal.Signals, code: int, line: str) -> None:
+def test_a_signal_before_the_first_step_ends_the_program_at_once(number: signal.Signals, code: int, line: str) -> None:
     assert run("starting", number) == (code, "", line)
 
 
-def test_slurms_warning_is_remembered() -> None:
+def test_slurms_warning_before_the_first_step_is_remembered() -> None:
     assert run("starting", USR1) == (0, "ended\n", "")
 
 
@@ -82,14 +83,14 @@ def test_slurms_warning_is_remembered() -> None:
         ((HUP,), 0, "ended\n", ""),
         ((TERM, 0.7, TERM, USR1), 0, "ended\n", ""),
         ((INT,), 130, "ended\n", SAVES),
-        ((INT, 0.1, INT), 130, "ended\n", SAVES),  # one key, heard twice
+        ((INT, 0.1, INT), 130, "ended\n", SAVES),  # one key press, delivered twice
         ((INT, 0.7, INT), 130, "", SAVES + AT_ONCE),
         ((INT, 0.7, TERM), 130, "", SAVES + AT_ONCE),
         ((TERM, 0.7, INT), 130, "ended\n", SAVES),
     ],
     ids=str,
 )
-def test_while_it_trains(signals: tuple, code: int, out: str, errors: str) -> None:
+def test_a_signal_while_training_saves_and_a_second_ends(signals: tuple, code: int, out: str, errors: str) -> None:
     assert run("saving", *signals) == (code, out, errors)
 
 
@@ -97,23 +98,23 @@ def test_without_checkpoints_it_says_so() -> None:
     assert run("saving nothing", INT) == (130, "ended\n", SAVES_NOTHING)
 
 
-def test_one_process_of_a_node_says_it() -> None:
+def test_one_process_per_node_reports_the_signal() -> None:
     assert run("saving", INT, 0.7, INT, LOCAL_RANK="1") == (130, "", "")
 
 
 @pytest.mark.parametrize("number", [HUP, INT])
-def test_what_nohup_ignores_is_ignored(number: signal.Signals) -> None:
+def test_a_signal_that_nohup_ignores_is_ignored(number: signal.Signals) -> None:
     assert run("saving", number, ignored=[number]) == (0, "went on\n", "")
 
 
-def test_torchrun_hears_what_nohup_ignores_and_so_do_its_ranks() -> None:
-    """torchrun sets its handlers over it, passes the signal on, and kills 30 seconds later."""
+def test_torchrun_and_its_ranks_hear_signals_that_nohup_ignores() -> None:
+    """torchrun installs its own handlers, passes the signal on, and kills 30 seconds later."""
     assert run("saving", INT, ignored=[INT], TORCHELASTIC_RUN_ID="x") == (130, "ended\n", SAVES)
 
 
 @pytest.mark.parametrize("number", [TERM, USR1, HUP])
-def test_its_end_is_not_disturbed(number: signal.Signals) -> None:
-    """A signal that comes when all is saved, as when torchrun ends the neighbours of a rank, changes no exit code."""
+def test_a_signal_at_the_end_changes_no_exit_code(number: signal.Signals) -> None:
+    """For example when everything is saved and torchrun ends the neighbours of a rank."""
     code, out, _ = run("saving", TERM, 2.2, number)
     assert (code, out) == (0, "ended\n")
 
@@ -134,7 +135,7 @@ print(child.exitcode, stop.requested)
 """
 
 
-def test_what_is_forked_from_a_run_goes_on_and_asks_it_nothing() -> None:
-    """As the process that writes a checkpoint beside training."""
+def test_a_fork_of_a_run_ignores_its_signals() -> None:
+    """For example the process that writes a checkpoint beside training."""
     done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("0 False\n", "")

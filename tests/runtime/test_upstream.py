@@ -1,4 +1,4 @@
-"""What megatron.core forgets is there once it is imported, and its objects take our classes."""
+"""Omissions of megatron.core are mended once it is imported, and its objects can become ours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_llamapro.testing.distributed import run_distributed
 
 
 def router_worker() -> dict[str, torch.Tensor]:
-    """Logits of megatron.core's router and their gradients, without Transformer Engine."""
+    """Return logits of megatron.core's router and their gradients, without Transformer Engine."""
     from megatron.core.transformer.moe.moe_utils import router_gating_linear
 
     tokens, weight = (torch.arange(6.0).reshape(size).requires_grad_() for size in ((2, 3), (2, 3)))
@@ -33,7 +33,7 @@ def test_routers_work_without_transformer_engine() -> None:
 
 
 class UsersEmbedding(RotaryEmbedding):
-    """With a method of its own, which another class would not have."""
+    """Has a method of its own, which another class would lose."""
 
     def forward(self, *args, **kwargs):
         return None
@@ -57,8 +57,8 @@ def test_an_object_of_another_class_is_refused(built: torch.nn.Module) -> None:
     assert type(built) is before
 
 
-def test_a_change_that_would_do_nothing_is_refused(monkeypatch) -> None:
-    """As with a version of megatron.core that has renamed the method."""
+def test_a_change_without_effect_is_refused(monkeypatch) -> None:
+    """For example after megatron.core renamed the method."""
     monkeypatch.delattr(_ParamAndGradBucketGroup, "start_param_sync")
     group = object.__new__(_ParamAndGradBucketGroup)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""A run that hangs ends, and says who hung: real processes, one of which sleeps or is frozen."""
+"""A run that hangs ends and names the rank that hung: real processes, one of which sleeps or is frozen."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ dist.all_reduce(torch.ones(1))
         ("frozen", "hang: rank 1 gave no sign of life: frozen or gone"),
     ],
 )
-def test_the_rank_is_named(how: str, line: str, tmp_path: Path) -> None:
+def test_the_rank_that_hangs_is_named(how: str, line: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", WORKER, how, str(tmp_path / "rendezvous")]
     ranks = [
         subprocess.Popen(
@@ -102,8 +102,8 @@ dist.all_reduce(torch.ones(1))
 """
 
 
-def test_a_rank_that_reads_slowly_says_the_same(tmp_path: Path) -> None:
-    """Rank 0 has the common store, as on a cluster: it must not end while others still read the stacks there."""
+def test_a_rank_that_reads_slowly_gives_the_same_report(tmp_path: Path) -> None:
+    """Rank 0 hosts the common store, as on a cluster. It must not end while others still read the stacks from it."""
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", SLOW_READER, str(tmp_path / "port")],
@@ -116,7 +116,7 @@ def test_a_rank_that_reads_slowly_says_the_same(tmp_path: Path) -> None:
     try:
         for process in ranks:
             _, errors = process.communicate(timeout=90)
-            assert process.returncode, errors  # not always HUNG: the first one's end is an error to the others
+            assert process.returncode, errors  # not always HUNG: the end of the first is an error for the others
             assert "hang: the others wait for rank 1: rank 1 is in stuck (<string>)" in errors.splitlines(), errors
     finally:
         for process in ranks:
@@ -128,7 +128,7 @@ LOOP, DATA = ("training/loop.py", "train"), ("data/dataset.py", "read")
 COLLECTIVE = ("lib/torch/distributed/distributed_c10d.py", "all_reduce")
 
 
-def test_verdicts() -> None:
+def test_verdicts_name_the_rank_that_others_wait_for() -> None:
     waits, works = [LOOP, COLLECTIVE], [LOOP, DATA]
     assert "wait for rank 2: rank 2 is in read" in verdict({0: waits, 1: waits, 2: works}, 3)
     assert "ranks 1, 2 gave no sign" in verdict({0: waits}, 3)

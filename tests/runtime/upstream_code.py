@@ -22,7 +22,7 @@ _AT_VERSION = f"https://github.com/NVIDIA/Megatron-LM/blob/core_v{VERSION}/"
 
 
 def fingerprint(row: Change, member: str) -> str:
-    """Of the source that a row stands in for; for what megatron.core imports, the package that it is from."""
+    """Return the fingerprint of the source that a row replaces; for an import of megatron.core, of its package."""
     code = inspect.unwrap(getattr(resolve_name(row.upstream), member))
     package = code.__module__.partition(".")[0]
     if package != "megatron":
@@ -52,7 +52,7 @@ def _link(member: Any, name: str) -> str:
 
 
 def with_table(page: str) -> str:
-    """The page, its table replaced."""
+    """Return the page with a new table."""
     before, _, rest = page.partition(_HEAD[0])
     after = rest.partition("\n\n")[2]
     return before + "\n".join(table()) + "\n" + (f"\n{after}" if after else "")

@@ -1,7 +1,7 @@
-"""A real SLURM cluster on one machine: every node has a host name, an address and processes of its own.
+"""A real SLURM cluster on one machine: every node has its own host name, address and processes.
 
-A node is a network namespace on a bridge, and a process namespace whose end ends all that runs in it: killing it is the
-loss of a node. Needs root, Debian's `slurm-wlm` and `munge`, and iproute2. The file system is shared by all nodes.
+A node is a network namespace on a bridge, plus a process namespace. Ending the latter ends everything in it, so killing
+it is the loss of a node. Needs root, Debian's `slurm-wlm` and `munge`, and iproute2. All nodes share the file system.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _NETWORK, _BRIDGE = "10.77.0", "llamapro0"
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "unshare", "nsenter")
 _LOCK = Path("/run/llamapro-test-cluster.lock")
 _CGROUPS = Path("/sys/fs/cgroup/freezer")
-_CONTROLLER = 254  # its address' last number
-_DAEMONS = ("slurmctld", "slurmd")  # a step's own ends with its node
-_OURS = "LLAMAPRO_TEST_CLUSTER"  # a variable of daemons that were started here
+_CONTROLLER = 254  # the last number of its address
+_DAEMONS = ("slurmctld", "slurmd")  # the daemon of a step ends with its node
+_OURS = "LLAMAPRO_TEST_CLUSTER"  # a variable of daemons started here
 
 _CONFIGURATION = """\
 ClusterName=test
@@ -56,7 +56,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def why_not() -> str | None:
-    """Why no cluster can be started here; None where one can."""
+    """Return why no cluster can be started here, or None."""
     missing = [name for name in _PROGRAMS if _program(name) is None]
     if missing:
         return f"{', '.join(missing)} not installed (Debian: slurm-wlm, munge, iproute2)"
@@ -69,7 +69,7 @@ def why_not() -> str | None:
 
 
 def _daemons(*, ours: bool) -> list[int]:
-    """SLURM's daemons that run here and were, or were not, started by a `Cluster`."""
+    """Return SLURM's daemons on this machine that a `Cluster` started, or those that it did not."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
@@ -81,8 +81,8 @@ def _daemons(*, ours: bool) -> list[int]:
 
 
 def _proctrack() -> str:
-    """How SLURM knows a step's processes: by cgroups, as clusters do, where they can be had. Its signals come to a
-    step's first process alone then, otherwise to all."""
+    """Return how SLURM tracks a step's processes: by cgroups, as clusters do, if available. Its signals then reach only
+    the step's first process, otherwise all."""
     try:
         (_CGROUPS / "slurm").mkdir(exist_ok=True)
     except OSError:
@@ -92,7 +92,7 @@ def _proctrack() -> str:
 
 def _remove_cgroups() -> None:
     for path in sorted(_CGROUPS.glob("slurm*/**/"), reverse=True):
-        with contextlib.suppress(OSError):  # a process of it is on its way out
+        with contextlib.suppress(OSError):  # a process in it is about to end
             path.rmdir()
 
 
@@ -101,7 +101,7 @@ def _program(name: str) -> str | None:
 
 
 class Cluster:
-    """A cluster that is up inside its `with` block, its state and logs in `state`."""
+    """A cluster that runs inside its `with` block, with its state and logs in `state`."""
 
     def __init__(self, state: Path, *, num_nodes: int) -> None:
         self.state, self.num_nodes = Path(state).absolute(), num_nodes
@@ -131,7 +131,7 @@ class Cluster:
         self._lock.close()
 
     def _clear(self) -> None:
-        """Take away what is there of a cluster, also of one whose process was killed."""
+        """Remove everything left of a cluster, even after its process was killed."""
         for daemon in _daemons(ours=True):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(daemon, signal.SIGKILL)
@@ -173,7 +173,7 @@ class Cluster:
         self.wait_until_idle()
 
     def wait_until_idle(self) -> None:
-        """Until all nodes are up and have nothing to do."""
+        """Wait until all nodes are up and idle."""
         self.wait(lambda: self.run("sinfo", "-h", "-N", "-o", "%t").split() == ["idle"] * self.num_nodes, seconds=60)
 
     def _start_munge(self) -> None:
@@ -208,31 +208,31 @@ class Cluster:
             )
 
     def kill_node(self, node: str) -> None:
-        """Lose a node, with all that runs on it, at once."""
+        """Lose a node at once, with everything that runs on it."""
         process = self._nodes.pop(node)
         process.kill()
         process.wait()
         self._remove_network(node)
 
     def run(self, *command: str) -> str:
-        """Run a command on the controller's node; its output."""
+        """Run a command on the controller's node and return its output."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout
 
     def job(self, number: int) -> dict[str, str]:
-        """What the scheduler says of a job: JobState, Restarts, NodeList, …"""
+        """Return the scheduler's record of a job: JobState, Restarts, NodeList, …"""
         text = self.run("scontrol", "show", "job", str(number), "--oneliner")
         return dict(field.partition("=")[::2] for field in text.split() if "=" in field)
 
     def start_now(self, number: int) -> None:
-        """Do not make a pending job wait."""
+        """Start a pending job now."""
         with contextlib.suppress(RuntimeError):
             self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
 
     def wait(self, until: Callable[[], bool], *, seconds: float, every: float = 0.25) -> None:
-        """Wait for something, for so long at the most."""
+        """Wait until `until` is true, for at most `seconds`."""
         end = time.monotonic() + seconds
         while not until():
             if time.monotonic() > end:

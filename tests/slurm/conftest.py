@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """n1, n2, n3. Its state is not in /tmp, which nodes are taken to have for themselves."""
+    """Start n1, n2 and n3. Their state is not in /tmp, because nodes are expected to have their own."""
     if reason := why_not():
         pytest.skip(f"no SLURM cluster here: {reason}")
     state = ROOT / "runs" / f"slurm-{os.getpid()}"
@@ -31,7 +31,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def inputs(cluster: Cluster, tiny_llama: Callable[..., Path]) -> Path:
-    """A folder with `model`, 4 + 2 blocks, and token files `text`, on the shared file system."""
+    """Return a folder with `model`, 4 + 2 blocks, and token files `text`, on the shared file system."""
     from megatron_llamapro.data.preprocess import preprocess
 
     folder = cluster.state / "inputs"

@@ -1,5 +1,5 @@
-"""The shipped two-node job on a real scheduler: it trains to the end, whatever happens on the way, and every step has
-the loss of the undisturbed run, to the last bit."""
+"""The shipped two-node job on a real scheduler trains to the end through every failure. Every step has the undisturbed
+run's loss, to the last bit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NUMBERS = itertools.count()
 
 
 class Job:
-    """A submitted job, and what it left."""
+    """A submitted job and its results."""
 
     def __init__(self, cluster: Cluster, inputs: Path, *, launch: dict, run: list[str]) -> None:
         self.cluster, self.folder = cluster, cluster.state / f"job{next(_NUMBERS)}"
@@ -63,15 +63,15 @@ class Job:
         return [record for record in map(json.loads, lines) if record["kind"] == "train"]
 
     def losses(self) -> dict[int, tuple[float, float]]:
-        """Of every step the last ones, since a life may do steps again that none had saved."""
+        """Return the last losses of every step, because a life may repeat steps that no earlier one saved."""
         return {record["iteration"]: (record["loss"], record["grad_norm"]) for record in self.records()}
 
     def wait_for_step(self, step: int) -> None:
         self.cluster.wait(lambda: step in self.losses(), seconds=120, every=0.05)
 
     def wait_for_restart(self) -> None:
-        """SLURM makes a requeued job wait for two minutes, so that what is left of its last life is gone when the next
-        one begins. Here some seconds do."""
+        """Wait for the next life. SLURM delays a requeued job by two minutes, so that nothing of its last life is left;
+        here a few seconds suffice."""
         self.cluster.wait(lambda: self._is_again("PENDING"), seconds=120)
         time.sleep(4)
         self.cluster.start_now(self.number)
@@ -97,7 +97,7 @@ def run_arguments(inputs: Path, save: Path) -> list[str]:
         "--data.seq_length=64",
         f"--training.train_iters={STEPS}",
         "--training.micro_batch_size=1",
-        "--training.global_batch_size=48",  # a fifth of a second a step, so that there is time to disturb it
+        "--training.global_batch_size=48",  # a fifth of a second per step, so that there is time to disturb it
         "--training.precision=fp32",
         "--optimizer.lr=1e-3",
         f"--checkpoint.save={save}",
@@ -107,7 +107,7 @@ def run_arguments(inputs: Path, save: Path) -> list[str]:
 
 @pytest.fixture
 def submit(cluster: Cluster, inputs: Path) -> Iterator[Callable[..., Job]]:
-    """Jobs of one test, which leaves none behind: the next one needs the nodes."""
+    """Submit jobs of one test and cancel them after it, because the next test needs the nodes."""
 
     def submit(*run: str, **launch: object) -> Job:
         return Job(cluster, inputs, launch=launch, run=list(run))
@@ -129,7 +129,7 @@ def same_as(job: Job, undisturbed: Job) -> bool:
 
 
 def test_two_nodes_train_as_one_process_does(undisturbed: Job, inputs: Path, tmp_path: Path) -> None:
-    """Losses within 1e-5: two replicas sum in another order. The log has every rank's lines in files of their own."""
+    """Losses agree within 1e-5: two replicas sum in another order. In the log, every rank has a file of its own."""
     [alone] = run_distributed(train_alone, 1, run_arguments(inputs, tmp_path / "alone"))
     assert [loss for loss, _ in undisturbed.losses().values()] == pytest.approx(alone, rel=1e-5)
     logs = undisturbed.folder / "logs"
@@ -155,8 +155,8 @@ def train_alone(arguments: list[str]) -> list[float]:
 
 
 @pytest.mark.parametrize("at_step", [0, 7], ids=["while importing", "in the middle"])
-def test_preempted(at_step: int, submit: Callable[..., Job], undisturbed: Job) -> None:
-    """The signal that SLURM sends before it takes the nodes: all ranks save at one step, the job requeues itself."""
+def test_a_preempted_job_saves_and_continues(at_step: int, submit: Callable[..., Job], undisturbed: Job) -> None:
+    """SLURM's signal before it takes the nodes: all ranks save at the same step, and the job requeues itself."""
     job = submit()
     if at_step:
         job.wait_for_step(at_step)
@@ -167,12 +167,12 @@ def test_preempted(at_step: int, submit: Callable[..., Job], undisturbed: Job) -
     saved = int((job.save / "latest_checkpointed_iteration.txt").read_text())
     assert at_step <= saved < STEPS
     assert job.wait_for_end() == "COMPLETED", job.log()
-    assert len(job.records()) == STEPS and same_as(job, undisturbed)  # no step was done twice
+    assert len(job.records()) == STEPS and same_as(job, undisturbed)  # no step was repeated
     assert f"ended with code 0 at step {saved} of {STEPS}" in job.log() and "requeued" in job.log(), job.log()
 
 
 @pytest.mark.parametrize("node", ["n1", "n2"], ids=["head", "worker"])
-def test_a_node_is_lost(node: str, submit: Callable[..., Job], undisturbed: Job) -> None:
+def test_a_job_continues_after_losing_a_node(node: str, submit: Callable[..., Job], undisturbed: Job) -> None:
     job = submit()
     job.wait_for_step(SAVE_INTERVAL + 2)
     job.cluster.kill_node(node)
@@ -186,7 +186,7 @@ def test_a_node_is_lost(node: str, submit: Callable[..., Job], undisturbed: Job)
 
 
 @pytest.mark.parametrize("restarts", [0, 1], ids=["requeued", "restarted by torchrun"])
-def test_a_rank_is_killed(restarts: int, submit: Callable[..., Job], undisturbed: Job) -> None:
+def test_a_job_continues_after_losing_a_rank(restarts: int, submit: Callable[..., Job], undisturbed: Job) -> None:
     job = submit(max_restarts=restarts)
     job.wait_for_step(SAVE_INTERVAL + 2)
     rank = rank_on("n2", job)
@@ -203,7 +203,7 @@ def test_a_rank_is_killed(restarts: int, submit: Callable[..., Job], undisturbed
     assert job.cluster.job(job.number)["Restarts"] == str(1 - restarts)
 
 
-# The second checkpoint's tensors are on their way to the disk when the first life loses the rank that writes them.
+# The first life loses the rank that writes the second checkpoint's tensors while they go to the disk.
 KILLED_WHILE_SAVING = """
 import os, signal
 
@@ -219,7 +219,9 @@ fsync, os.fsync = os.fsync, killed
 
 
 @pytest.mark.parametrize("restarts", [0, 1], ids=["requeued", "restarted by torchrun"])
-def test_a_rank_is_killed_while_it_saves(restarts: int, submit: Callable[..., Job], undisturbed: Job) -> None:
+def test_a_job_continues_after_losing_a_rank_during_a_save(
+    restarts: int, submit: Callable[..., Job], undisturbed: Job
+) -> None:
     (undisturbed.folder / "sitecustomize.py").write_text(KILLED_WHILE_SAVING)
     path = f"{undisturbed.folder}:{os.environ.get('PYTHONPATH', '')}"
     job = submit(max_restarts=restarts, environment={"PYTHONPATH": path})
@@ -228,12 +230,12 @@ def test_a_rank_is_killed_while_it_saves(restarts: int, submit: Callable[..., Jo
         assert "at step 5 of 40" in job.log() and re.search(r"rank 0 on n\d died first", job.log()), job.log()
     assert job.wait_for_end() == "COMPLETED", job.log()
     assert same_as(job, undisturbed)
-    assert job.log().count("step 10/40") == 2  # it was done again
+    assert job.log().count("step 10/40") == 2  # it was repeated
     assert job.cluster.job(job.number)["Restarts"] == str(1 - restarts)
 
 
-def test_a_rank_hangs(submit: Callable[..., Job], undisturbed: Job) -> None:
-    """It is frozen, which no error tells: the watchdogs of the others end the life and name it."""
+def test_a_job_continues_after_a_rank_hangs(submit: Callable[..., Job], undisturbed: Job) -> None:
+    """A frozen rank raises no error: the watchdogs of the others end the life and name it."""
     job = submit("--training.hang_timeout_minutes=0.1")
     job.wait_for_step(SAVE_INTERVAL + 2)
     os.kill(rank_on("n2", job), signal.SIGSTOP)
@@ -244,7 +246,7 @@ def test_a_rank_hangs(submit: Callable[..., Job], undisturbed: Job) -> None:
 
 
 def rank_on(node: str, job: Job) -> int:
-    """Process of the job's rank on a node, as this host's kernel numbers it."""
+    """Return the process id of the job's rank on a node, as this host numbers it."""
     for path in Path("/proc").glob("[0-9]*"):
         try:
             command = (path / "cmdline").read_bytes()
@@ -257,15 +259,15 @@ def rank_on(node: str, job: Job) -> int:
     raise AssertionError(f"no rank of {job.folder} on {node}")
 
 
-def test_what_is_refused_is_not_tried_again(submit: Callable[..., Job]) -> None:
+def test_a_refused_run_is_not_requeued(submit: Callable[..., Job]) -> None:
     job = submit("--data.seq_length=4096")
     assert job.wait_for_end() == "FAILED"
     assert "the run was refused: data.seq_length is 4096" in job.log()
     assert job.cluster.job(job.number)["Restarts"] == "0"
 
 
-def test_a_node_that_does_not_see_the_folders(submit: Callable[..., Job]) -> None:
-    """On one of the two nodes something else is where the logs should be."""
+def test_a_node_that_does_not_see_the_folders_is_named(submit: Callable[..., Job]) -> None:
+    """On one of the two nodes another file system covers the log folder."""
     hide = '[ "$(hostname -s)" = n1 ] || mount -t tmpfs none "$(dirname "$LIFE_LOGS")"'
     job = submit(setup=["source .venv/bin/activate", hide])
     assert job.wait_for_end() == "FAILED"
@@ -276,7 +278,7 @@ def test_a_node_that_does_not_see_the_folders(submit: Callable[..., Job]) -> Non
 
 @pytest.mark.parametrize("warned", [False, True], ids=["", "after it was warned"])
 def test_a_cancelled_job_does_not_come_back(warned: bool, submit: Callable[..., Job]) -> None:
-    job = submit("--training.global_batch_size=240")  # a second a step
+    job = submit("--training.global_batch_size=240")  # a second per step
     job.wait_for_step(1)
     if warned:
         job.cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))
@@ -286,9 +288,9 @@ def test_a_cancelled_job_does_not_come_back(warned: bool, submit: Callable[..., 
     assert job.cluster.job(job.number)["JobState"] == "CANCELLED" and "was cancelled" in job.log(), job.log()
 
 
-def test_a_job_array_does_it_in_pieces(submit: Callable[..., Job], undisturbed: Job) -> None:
-    """For clusters where a job cannot requeue itself: each stops after 15 steps, the next goes on, and the last finds
-    nothing to do."""
+def test_a_job_array_trains_in_pieces(submit: Callable[..., Job], undisturbed: Job) -> None:
+    """For clusters on which a job cannot requeue itself: each job stops after 15 steps, the next resumes, and the last
+    finds nothing to do."""
     job = submit("--training.exit_interval=15", slurm={"job_name": "pieces", "time": "10", "max_lives": 4})
     job.cluster.wait(lambda: job.cluster.run("squeue", "-h").strip() == "", seconds=240)
     assert len(job.records()) == STEPS and same_as(job, undisturbed)

@@ -1,4 +1,4 @@
-"""The helper for tests with several processes: results in order, errors and not silence."""
+"""The helper for tests with several processes: results in rank order, and errors instead of hangs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/baselines.md: every baseline's file after a recipe's own, as far as the first step."""
+"""docs/baselines.md: every baseline's file, combined with a recipe, is set up without an error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.testing.distributed import run_distributed
 
 RECIPE = "examples/llama2_7b_pro/run.yaml"
-# Which of the tiny models a baseline starts from, as the table of the page says by its blocks.
+# The tiny model that each baseline starts from, by the blocks in the page's table.
 STARTS = {
     "added_blocks.yaml": "expanded_megatron",
     "everything.yaml": "original_megatron",
@@ -20,7 +20,9 @@ STARTS = {
 }
 
 
-def test_every_baseline_on_a_recipe(models: Callable, token_files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_every_baseline_can_be_combined_with_a_recipe(
+    models: Callable, token_files: tuple[Path, Path], tmp_path: Path
+) -> None:
     here = (
         f"--data.train=[{{prefix: {token_files[0]}}}]",
         "--data.seq_length=64",

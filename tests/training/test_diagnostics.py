@@ -1,4 +1,4 @@
-"""Figures of added blocks against the same figures computed plainly from one whole model, at any layout."""
+"""Figures of added blocks at any layout equal the same figures computed plainly from one whole model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYOUTS = {
 
 
 def watched(config: RunConfig) -> RunConfig:
-    """Blocks at steps 2 and 4."""
+    """Record blocks at steps 2 and 4."""
     return replace(config, logging=replace(config.logging, diagnostics_interval=2))
 
 
@@ -34,8 +34,8 @@ def blocks(config: RunConfig, num_ranks: int) -> list[dict]:
     return run_distributed(workers.train, num_ranks, watched(config))[0].blocks
 
 
-def test_figures(run_config: Callable) -> None:
-    """One process: gradient norms add up to the run's, distances are those of the saved tensors."""
+def test_figures_agree_with_the_run_and_its_checkpoint(run_config: Callable) -> None:
+    """On one process: gradient norms add up to the run's, and distances are those of the saved tensors."""
     config = run_config(save="run")
     result = run_distributed(workers.train, 1, watched(config))[0]
     assert [(record["iteration"], record["layer"]) for record in result.blocks] == [(2, 2), (2, 5), (4, 2), (4, 5)]
@@ -51,7 +51,7 @@ def test_figures(run_config: Callable) -> None:
 
 
 def distances(tensors: dict[str, torch.Tensor], *, layer: int, source: int) -> tuple[float, float]:
-    """distance and output_norm from whole tensors; neither block has anything but seven matrices and two norms."""
+    """Return distance and output_norm from whole tensors; both blocks consist of seven matrices and two norms."""
     moved = copied = output = source_output = 0.0
     for name, tensor in tensors.items():
         if name.startswith(f"model.layers.{layer}."):
@@ -69,7 +69,7 @@ def square(tensor: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_figures_do_not_depend_on_the_layout(layout: str, run_config: Callable) -> None:
-    """Nor on recomputation. 1e-4 after four steps: sums in another order."""
+    """Nor on recomputation. 1e-4 after four steps: another order of summation."""
     num_ranks, config = LAYOUTS[layout]
     one = blocks(run_config(save="one"), 1)
     recompute = RecomputeConfig("full", "uniform", 1)
@@ -79,14 +79,14 @@ def test_figures_do_not_depend_on_the_layout(layout: str, run_config: Callable) 
         assert ours == pytest.approx(expected, rel=1e-4)
 
 
-def test_an_identity_block_adds_nothing(run_config: Callable) -> None:
+def test_an_identity_block_contributes_nothing(run_config: Callable) -> None:
     config = run_config(save="first", train_iters=1)
     result = run_distributed(workers.train, 1, replace(config, logging=replace(config.logging, diagnostics_interval=1)))
     for record in result[0].blocks:
         assert record["contribution"] == 0.0 and record["grad_norm"] > 0 and record["output_norm"] > 0
 
 
-def test_where_a_block_was_copied_from() -> None:
+def test_an_added_block_knows_the_block_it_copied() -> None:
     """Two rounds: 4 layers, blocks at 2 and 5, then at 3 and 7."""
     plan = ExpansionPlan.unexpanded(4).expand([2, 5]).expand([3, 7])
     assert plan.added_layers == (2, 3, 6, 7)

@@ -1,7 +1,8 @@
-"""Frozen layers cost what they must and no more, and what trains gets the gradients that it gets without any saving.
+"""Frozen layers cost only the necessary work, and the trainable part gets the same gradients as without savings.
 
-The reference is megatron.core's own step on one process, with everything that it does for frozen layers. Losses and
-gradients: 1e-5 relative in float32 (sums in another order); recomputation changes no order, so there it is bit for bit.
+The reference is megatron.core's own step on one process, with all its work for frozen layers. Losses and gradients:
+1e-5 relative in float32, because the sums have another order. Recomputation changes no order, so its results are
+bit-equal.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ PLACEMENTS = {"suffix": (6, 7), "prefix": (0, 1), "mixed": (3, 6), "last": (7,)}
 
 @dataclass
 class Work:
-    """What one rank did in a step."""
+    """The work of one rank in a step."""
 
     gradients_sent: int = 0
-    """To the stage before."""
+    """To the previous stage."""
     gradients_received: int = 0
     saved_bytes: dict[object, int] = field(default_factory=dict)
     """Activations kept for the backward pass, by global layer, or by virtual stage ("chunk 0") outside of layers."""
     layer_runs: dict[int, int] = field(default_factory=dict)
     """Forward passes by global layer."""
     with_autograd: set[int] = field(default_factory=set)
-    """Layers that ran with autograd on."""
+    """Layers that ran with autograd enabled."""
     input_bytes: int = 0
-    """Of received activations, still held when the step ends."""
+    """Bytes of received activations that are still held when the step ends."""
 
 
 class Observed:
-    """Counts the work of the step inside it."""
+    """Counts the work of the step inside its block."""
 
     def __init__(self, chunks: list) -> None:
         self.chunks, self.work, self.undo, self.received = chunks, Work(), [], []
@@ -112,7 +113,7 @@ class Observed:
 
 
 def worker(folder: Path, settings: list[dict]) -> list[tuple[list, Work]]:
-    """Two steps for each of some settings; the work is the second's."""
+    """Take two steps for each of the settings; the work is the second step's."""
     results = []
     for setting in settings:
         observed: list[Observed] = []
@@ -128,7 +129,7 @@ def worker(folder: Path, settings: list[dict]) -> list[tuple[list, Work]]:
 
 @pytest.fixture(scope="module")
 def grown(tiny_llama: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The tiny model with its added blocks at a placement, 8 layers in all."""
+    """Return the tiny model with added blocks at a placement, 8 layers in all."""
     from megatron_llamapro.checkpoint.convert import hf_to_megatron
 
     made: dict[tuple, Path] = {}
@@ -180,7 +181,7 @@ def test_stages_below_the_first_trainable_layer_only_run_forward(
 
 
 def check_steps(ranks: list[list[tuple]], reference: list[tuple]) -> None:
-    """Every rank has the reference's losses and gradient norms; together they have its gradients."""
+    """Assert that every rank has the reference's losses and gradient norms, and all ranks together its gradients."""
     for step, (loss, norm, pieces) in enumerate(reference):
         expected = assembled(pieces)
         ours = assembled(piece for steps in ranks for piece in steps[step][2])
@@ -189,16 +190,16 @@ def check_steps(ranks: list[list[tuple]], reference: list[tuple]) -> None:
             assert steps[step][:2] == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5))
         for name, gradient in expected.items():
             assert (ours[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-3 * norm), (step, name)
-    assert all(gradient.any() for gradient in expected.values())  # the last step reaches everything that trains
+    assert all(gradient.any() for gradient in expected.values())  # the last step reaches the whole trainable part
 
 
 def check_work(work: Work, layout: ParallelConfig, stage: int, first_trainable: int) -> None:
-    """One rank's messages, and what it kept, by the layers that lie on it."""
+    """Assert one rank's messages and kept activations, by the layers on it."""
     num_stages = layout.pipeline_model_parallel_size
     counts = layout.pipeline_stage_layers or (8 // num_stages,) * num_stages
     first_layers = [sum(counts[:position]) for position in range(len(counts))]
     mine = range(stage, len(counts), num_stages)
-    crosses = [first_trainable < first for first in first_layers]  # a gradient, from this position to the one before
+    crosses = [first_trainable < first for first in first_layers]  # gradients, from this position to the previous one
     assert work.gradients_sent == BATCH * sum(crosses[position] for position in mine if position > 0)
     assert work.gradients_received == BATCH * sum(crosses[p + 1] for p in mine if p + 1 < len(counts))
     layers = [layer for p in mine for layer in range(first_layers[p], first_layers[p] + counts[p])]
@@ -225,7 +226,8 @@ SELECTIVE = [
 )
 @pytest.mark.parametrize("layout", [parallel(), parallel(tp=2, pp=2, sp=True)], ids=["one process", "tp2 pp2"])
 def test_recomputation_changes_nothing(layout: ParallelConfig, trainable: tuple[str, ...], grown: Callable) -> None:
-    """Added blocks on both stages, frozen ones before and between them: bit for bit the gradients of keeping all."""
+    """Added blocks on both stages, with frozen blocks before and between: gradients are bit-equal to those without
+    recomputation."""
     settings = [RecomputeConfig(), *FULL, *SELECTIVE]
     num_ranks = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
     ranks = run_distributed(
@@ -239,7 +241,7 @@ def test_recomputation_changes_nothing(layout: ParallelConfig, trainable: tuple[
 
 
 def check_same_bits(runs: list[list[tuple]]) -> None:
-    """All runs have the first one's losses, gradient norms and gradients."""
+    """Assert that all runs have the first one's losses, gradient norms and gradients."""
     kept, *recomputed = runs
     for steps in recomputed:
         for (loss, norm, pieces), (kept_loss, kept_norm, kept_pieces) in zip(steps, kept, strict=True):
@@ -259,7 +261,7 @@ def test_experts_are_recomputed(models: Callable) -> None:
     check_same_bits([steps for steps, _ in results])
 
 
-def test_full_recomputation_runs_again_what_has_a_backward_pass(grown: Callable) -> None:
+def test_full_recomputation_repeats_layers_with_a_backward_pass(grown: Callable) -> None:
     """Layers 0 to 2 of 8 lie below the first trainable one."""
     [results] = run_distributed(
         worker, 1, grown("mixed"), [{"config": parallel(), "recompute": recompute} for recompute in FULL]
@@ -270,8 +272,8 @@ def test_full_recomputation_runs_again_what_has_a_backward_pass(grown: Callable)
 
 
 @pytest.mark.parametrize("trainable", [("added_blocks",), ("embedding", "added_blocks"), ("final_norm",)])
-def test_tied_embeddings(trainable: tuple[str, ...], grown: Callable) -> None:
-    """The first stage and the last hold the same embedding, frozen or not."""
+def test_tied_embeddings_have_the_reference_gradients(trainable: tuple[str, ...], grown: Callable) -> None:
+    """The first stage and the last hold the same embedding, frozen or trainable."""
     folder = grown("last", tie=True)
     [[(reference, _)]] = run_distributed(worker, 1, folder, [{**REFERENCE, "trainable": trainable}])
     ranks = run_distributed(worker, 2, folder, [{"config": parallel(pp=2), "trainable": trainable}])
@@ -283,7 +285,7 @@ OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
 @pytest.mark.parametrize("layout", [parallel(pp=2), parallel(pp=2, vp=2)], ids=["pp2 dp2", "pp2 virtual 2 dp2"])
 def test_overlapped_reduction_changes_nothing(layout: ParallelConfig, grown: Callable, run_config: Callable) -> None:
-    """A stage, and chunks, that have nothing to reduce or to gather."""
+    """One stage, and some chunks, have nothing to reduce or gather."""
     figures = [
         run_distributed(workers.train, 4, run_config(checkpoint=grown("last"), parallel=config, save=save))
         for config, save in ((layout, "plain"), (replace(layout, **OVERLAP), "overlapped"))

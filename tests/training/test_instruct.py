@@ -1,8 +1,8 @@
-"""Training on conversations: the losses of transformers with every label but the answers' left out, and the same ones
-however the model is divided, and after a stop.
+"""Training on conversations: the losses equal those of transformers with loss on answers only, at any layout and after
+a stop.
 
-The first loss and gradient norm are equal within 1e-5: sums in another order. Later losses within 1e-4: Adam's first
-updates have the size of the learning rate however small a gradient is, so that its last bits count.
+The first loss and gradient norm agree within 1e-5: another order of summation. Later losses agree within 1e-4: Adam's
+first updates have the size of the learning rate even for tiny gradients, so their last bits count.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MARKED = (
     "{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
 )
-# Of very different lengths: a mean of the samples' means would be something else than the mean over all answers.
+# Very different lengths: a mean of the samples' means would differ from the mean over all answers.
 CONVERSATIONS = [
     [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     for question, answer in (("1+1?", "2"), ("Count.", "one, two, three, four"), ("a", "b"), ("Write much.", "No."))
@@ -40,7 +40,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def chat(models: Callable, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Prefix of the conversations' token files, one step's samples."""
+    """Return the prefix of the conversations' token files, one step's samples."""
     from megatron_llamapro.data.preprocess import preprocess
 
     folder = tmp_path_factory.mktemp("chat")
@@ -68,7 +68,7 @@ def reference(models: Callable) -> list[tuple[float, float]]:
 
 
 def transformers_training(folder: Path) -> list[tuple[float, float]]:
-    """Loss and gradient norm of every step, by transformers and torch alone."""
+    """Return loss and gradient norm of every step, by transformers and torch alone."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     encoded = [
@@ -105,15 +105,15 @@ def check(result: list, reference: list[tuple[float, float]]) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_are_transformers(layout: str, instruct: Callable, reference: list) -> None:
+def test_losses_equal_those_of_transformers(layout: str, instruct: Callable, reference: list) -> None:
     world_size, config = LAYOUTS[layout]
     check(run_distributed(workers.train, world_size, instruct(parallel=config))[0].figures, reference)
     assert reference[-1][0] < 0.8 * reference[0][0]
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_goes_on_after_a_stop(packing: bool, instruct: Callable) -> None:
-    """In the middle of a pass, at another division."""
+def test_a_stopped_run_resumes_with_the_same_losses(packing: bool, instruct: Callable) -> None:
+    """In the middle of a pass, at another layout."""
     settings = {"packing": packing, "global_batch_size": 1 if packing else 2}
     whole = run_distributed(workers.train, 1, instruct(**settings, save="whole"))[0].figures
     stopped = run_distributed(workers.train, 1, instruct(**settings), 2)[0].figures

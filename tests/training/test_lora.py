@@ -1,7 +1,7 @@
-"""Low-rank adapters: the gradients of W + scaling * B A taken by hand, the same model at the start, checkpoints that
-go on anywhere, and an export of the merged weights.
+"""Low-rank adapters: their gradients are those of W + scaling * B A computed by hand. New adapters change nothing,
+checkpoints resume at any layout, and an export has merged weights.
 
-Losses and gradients: 1e-5 relative in float32, for sums in another order.
+Losses and gradients: 1e-5 relative in float32, because the sums have another order.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _sharded(chunks: list):
 
 
 def fill_b(chunks: list) -> None:
-    """Values in place of the zeros that every B begins with, the same in any division of ranks."""
+    """Fill every B, initially zero, with values that do not depend on the layout."""
     for held in _sharded(chunks):
         if held.key.endswith(".lora_b"):
             generator = torch.Generator().manual_seed(sum(held.key.encode()))
@@ -62,7 +62,7 @@ def fill_b(chunks: list) -> None:
 
 
 def adapters_worker(folder: Path, lora: LoraConfig) -> dict[str, torch.Tensor]:
-    """Every tensor of the model on one rank, with filled adapters, under megatron.core's keys."""
+    """Return every tensor of the model on one rank, with filled adapters, under megatron.core's keys."""
     from megatron_llamapro.testing.gather import RankPiece
 
     _, _, chunks = load_chunks(folder, parallel(), ("lora",), lora=lora, after_loading=fill_b)
@@ -73,7 +73,7 @@ def adapters_worker(folder: Path, lora: LoraConfig) -> dict[str, torch.Tensor]:
 
 
 def by_hand(folder: Path, hf: Path, tensors: dict[str, torch.Tensor], scaling: float):
-    """Loss, and gradients of the adapters, of transformers' model with W + scaling * B A as its weights."""
+    """Return loss and adapter gradients of transformers' model with W + scaling * B A as its weights."""
     from transformers import AutoModelForCausalLM
 
     from megatron_llamapro.families.hf_config import model_shape, read_hf_config
@@ -109,7 +109,7 @@ def reference(models: Callable) -> Callable:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("lora", [ALL, SOME, LOW_RANK_BLOCKS], ids=["all", "some", "low rank"])
-def test_gradients_are_those_taken_by_hand(
+def test_gradients_equal_those_computed_by_hand(
     lora: LoraConfig, layout: str, models: Callable, reference: Callable
 ) -> None:
     expected_loss, expected = reference(lora)
@@ -128,7 +128,7 @@ def test_gradients_are_those_taken_by_hand(
 
 
 def logits_worker(folder: Path, config: ParallelConfig) -> list[torch.Tensor | None]:
-    """Logits without adapters, with new ones, and with filled ones."""
+    """Return logits without adapters, with new ones, and with filled ones."""
     from megatron_llamapro.testing.gather import whole_logits
 
     found = []
@@ -178,7 +178,7 @@ def trained(run_config: Callable) -> Callable[..., RunConfig]:
 
 
 def merged_by_hand(folder: Path, start: Path, shape, scaling: float) -> dict[str, torch.Tensor]:
-    """Under Hugging Face's names: the weights of `start` with the adapters of a run's checkpoint."""
+    """Return the weights of `start` merged with the adapters of a run's checkpoint, under Hugging Face's names."""
     adapters, weights = read_with_torch(folder), read_with_torch(start)
     return under_hf_names(
         {
@@ -192,15 +192,16 @@ def merged_by_hand(folder: Path, start: Path, shape, scaling: float) -> dict[str
 
 
 @pytest.mark.parametrize("delta", [True, False], ids=["delta", "full"])
-def test_an_export_is_merged(delta: bool, trained: Callable, tmp_path: Path, models: Callable) -> None:
-    """To the last bit but one of float32 (a product in portions); what has no adapter is untouched."""
+def test_an_export_has_merged_weights(delta: bool, trained: Callable, tmp_path: Path, models: Callable) -> None:
+    """To the last bit but one of float32, because the product is computed in portions. Weights without adapters are
+    unchanged."""
     from megatron_llamapro.families.hf_config import model_shape, read_hf_config
 
     start = models().expanded_megatron
     config = trained(SOME, 4, parallel=TP2_PP2, delta=delta)
     assert "adapters        8, low-rank" in str(inspect(last_of(config)))
     done = megatron_to_hf(last_of(config), tmp_path / "hf")
-    assert done.num_merged == 2 * 4  # of two linears in each of four original blocks
+    assert done.num_merged == 2 * 4  # two linears in each of four original blocks
     expected = merged_by_hand(last_of(config), start, model_shape(read_hf_config(start)), SOME.scaling)
     before, after = read_tensors(start), read_tensors(tmp_path / "hf")
     assert after.keys() == before.keys()
@@ -214,14 +215,14 @@ def test_an_export_is_merged(delta: bool, trained: Callable, tmp_path: Path, mod
     assert all(torch.equal(again[name], after[name]) for name in after)
 
 
-def test_only_adapters_are_in_a_delta(trained: Callable) -> None:
+def test_a_delta_holds_only_adapters(trained: Callable) -> None:
     folder = last_of(trained(LOW_RANK_BLOCKS))
     weights = {key for key in read_with_torch(folder) if "optimizer." not in key}
     assert len(weights) == 2 * 4 * 2 and all(".lora_" in key for key in weights)
 
 
 @pytest.mark.parametrize("delta", [True, False], ids=["delta", "full"])
-def test_a_run_goes_on_in_another_layout(delta: bool, run_config: Callable) -> None:
+def test_a_run_resumes_at_another_layout(delta: bool, run_config: Callable) -> None:
     whole = with_lora(run_config(save="whole"), ALL)
     begun = with_lora(run_config(exit_interval=2), ALL, delta=delta)
     expected, first = run(whole), run(begun)
@@ -231,8 +232,8 @@ def test_a_run_goes_on_in_another_layout(delta: bool, run_config: Callable) -> N
     assert first + run(moved, 4) == [pytest.approx(row, rel=1e-5) for row in expected]
 
 
-def test_a_full_checkpoint_goes_on_as_delta(run_config: Callable) -> None:
-    """The base is then made of the weights that the adapters were trained beside, not of merged ones."""
+def test_a_full_checkpoint_resumes_as_a_delta(run_config: Callable) -> None:
+    """Its base then holds the weights that the adapters were trained with, not merged ones."""
     whole = with_lora(run_config(save="whole"), ALL)
     begun = with_lora(run_config(exit_interval=2), ALL, delta=False)
     expected, first = run(whole), run(begun)
@@ -246,7 +247,7 @@ def test_a_full_checkpoint_goes_on_as_delta(run_config: Callable) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_verify_tells_what_adapters_changed(trained: Callable, models: Callable, tmp_path: Path) -> None:
+def test_verify_names_weights_changed_by_adapters(trained: Callable, models: Callable, tmp_path: Path) -> None:
     original = models().original_hf
     for lora, kept in ((SOME, False), (LOW_RANK_BLOCKS, True)):
         config = trained(lora, save=lora.blocks)
@@ -260,7 +261,7 @@ def test_verify_tells_what_adapters_changed(trained: Callable, models: Callable,
                 assert checks["base"].ok
 
 
-def test_a_new_run_does_not_lose_adapters(trained: Callable, run_config: Callable, tmp_path: Path) -> None:
+def test_a_new_run_does_not_drop_adapters(trained: Callable, run_config: Callable, tmp_path: Path) -> None:
     done = last_of(trained())
     anew = run_config(save="anew", checkpoint=done)
     [[message]] = run_distributed(workers.set_up_errors, 1, [anew])
@@ -270,7 +271,7 @@ def test_a_new_run_does_not_lose_adapters(trained: Callable, run_config: Callabl
     assert message == "no error"
 
 
-def test_other_adapters_do_not_go_on(trained: Callable) -> None:
+def test_resuming_with_other_adapters_is_refused(trained: Callable) -> None:
     config = trained()
     other = dataclasses.replace(config, lora=dataclasses.replace(ALL, alpha=7.0))
     [[message]] = run_distributed(workers.set_up_errors, 1, [other])
@@ -278,7 +279,7 @@ def test_other_adapters_do_not_go_on(trained: Callable) -> None:
 
 
 def test_diagnostics_see_the_merged_blocks(run_config: Callable, models: Callable) -> None:
-    """Of the exported weights, by hand."""
+    """Compared with figures computed by hand from the exported weights."""
     config = with_lora(run_config(train_iters=2), LOW_RANK_BLOCKS)
     config = dataclasses.replace(config, logging=dataclasses.replace(config.logging, diagnostics_interval=2))
     [result] = run_distributed(workers.train, 1, config)
@@ -294,7 +295,7 @@ def test_diagnostics_see_the_merged_blocks(run_config: Callable, models: Callabl
         assert record["distance"] > 0 and record["grad_norm"] > 0
 
 
-def test_damage_is_told(trained: Callable) -> None:
+def test_a_damaged_adapter_record_is_refused(trained: Callable) -> None:
     folder = last_of(trained())
     record = folder / "llamapro_lora.json"
     text = record.read_text()

@@ -1,4 +1,4 @@
-"""Figures on the console, and where the record goes."""
+"""Figures on the console, and the path of the metrics file."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def test_console_lines_are_aligned(capsys: pytest.CaptureFixture) -> None:
     assert fourth.startswith("step   7/100 │ block   4 │ adds 1.23e-02 of the stream")
 
 
-def test_an_output_on_a_full_disk_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_on_a_full_disk_does_not_stop_training(monkeypatch: pytest.MonkeyPatch) -> None:
     output = open("/dev/full", "w")  # noqa: SIM115 (closing it is a part of the test)
     monkeypatch.setattr(sys, "stdout", output)
-    for number in range(1000):  # more than any buffer takes
+    for number in range(1000):  # more than any buffer holds
         ConsoleWriter(train_iters=1000).write({**STEP, "iteration": number})
-    with pytest.raises(OSError, match="No space left"):  # what it did not take
+    with pytest.raises(OSError, match="No space left"):  # the buffered rest
         output.close()
 
 
@@ -73,12 +73,14 @@ def test_an_output_on_a_full_disk_stops_nothing(monkeypatch: pytest.MonkeyPatch)
         ({"outcome": "left out"}, "left out by training.skip_iterations; skipped so far: 3"),
     ],
 )
-def test_a_step_without_an_update(fields: dict, text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_step_without_an_update_is_reported(
+    fields: dict, text: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     ConsoleWriter(train_iters=100).write({**SKIP, **fields})
     assert capsys.readouterr().out == f"step   7/100 │ {text}\n"
 
 
-def test_where_the_record_goes() -> None:
+def test_the_metrics_file_lies_beside_the_checkpoints_by_default() -> None:
     assert metrics_path(LoggingConfig(), save="s") == Path("s/metrics.jsonl")
     assert metrics_path(LoggingConfig(), save=None) == Path("metrics.jsonl")
     assert metrics_path(LoggingConfig(metrics_file="m"), save="s") == Path("m")

@@ -1,4 +1,4 @@
-"""The record on disk: every step once, whatever cut the run, and nothing of another run lost."""
+"""The metrics file: every step once, however the run was interrupted, and no other run's records lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def step(number: int, **figures: object) -> dict:
 
 
 def start(path: Path, *, resumed_at: int = 0, run_id: str = "one", until: int = 0) -> None:
-    """A start of a run that trains to step `until`."""
+    """Start a run that trains to step `until`."""
     writer = JsonlWriter(path, resumed_at=resumed_at, run_id=run_id)
     writer.write({"kind": "run", "iteration": resumed_at})
     for number in range(resumed_at + 1, until + 1):
@@ -40,20 +40,20 @@ def test_a_resumed_run_has_every_step_once(cut: str, path: Path) -> None:
     start(path, until=5)
     with path.open("ab") as file:
         file.write(cut.encode("latin-1"))  # killed while writing
-    assert steps(path) == [1, 2, 3, 4, 5]  # as a reader sees it before the resume
+    assert steps(path) == [1, 2, 3, 4, 5]  # as seen by a reader before the resume
     start(path, resumed_at=3, until=4)
     assert steps(path) == [1, 2, 3, 4]
     assert [p.name for p in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_line_that_lost_only_its_end_of_line_stays(path: Path) -> None:
+def test_a_line_that_lost_only_its_line_break_is_kept(path: Path) -> None:
     start(path, until=3)
     path.write_bytes(path.read_bytes().rstrip())
     start(path, resumed_at=3, until=4)
     assert steps(path) == [1, 2, 3, 4]
 
 
-def test_a_new_run_moves_the_earlier_ones_aside(path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_new_run_moves_earlier_records_aside(path: Path, capsys: pytest.CaptureFixture) -> None:
     records = []
     for until in (3, 2, 1):
         start(path, until=until)
@@ -63,22 +63,22 @@ def test_a_new_run_moves_the_earlier_ones_aside(path: Path, capsys: pytest.Captu
     assert said[0] == f"{path} held the records of an earlier run: moved to {path.with_name('metrics.1.jsonl')}"
 
 
-def test_a_resumed_run_does_not_cut_the_record_of_another(path: Path) -> None:
-    """Two runs with the same logging.metrics_file: the second one goes on from its own step 1."""
+def test_a_resumed_run_keeps_another_runs_record(path: Path) -> None:
+    """Two runs have the same logging.metrics_file; the second resumes from its own step 1."""
     start(path, run_id="one", until=5)
     start(path, run_id="two", resumed_at=1, until=2)
     assert steps(path) == [2] and steps(path.with_name("metrics.1.jsonl")) == [1, 2, 3, 4, 5]
 
 
-def test_no_file_is_lost_that_was_never_a_record(path: Path) -> None:
+def test_a_file_that_is_not_a_record_is_kept(path: Path) -> None:
     path.parent.mkdir()
     path.write_text("my notes")
     start(path, resumed_at=2, until=3)
     assert path.with_name("metrics.1.jsonl").read_text() == "my notes"
 
 
-def test_the_record_of_an_earlier_version_goes_on(path: Path) -> None:
-    """It named no run."""
+def test_the_record_of_an_earlier_version_is_continued(path: Path) -> None:
+    """It names no run."""
     path.parent.mkdir()
     path.write_text("".join(json.dumps(r) + "\n" for r in ({"kind": "run", "iteration": 0}, step(1), step(2))))
     start(path, resumed_at=1, until=2)
@@ -95,13 +95,13 @@ def test_figures_that_are_not_finite_are_null(path: Path) -> None:
     assert (record["loss"], record["grad_norm"], record["nested"]) == (None, None, {"a": [None, 1.0]})
 
 
-def test_names_do_not_collide(tmp_path: Path) -> None:
+def test_names_of_moved_files_do_not_collide(tmp_path: Path) -> None:
     (tmp_path / "m.1.jsonl").touch()
     (tmp_path / "m.jsonl").touch()
     assert move_aside(tmp_path / "m.jsonl") == tmp_path / "m.2.jsonl"
 
 
-# A process that may write files of 400 bytes at most for a while, as on a disk that is full.
+# A process that for a while may write files of at most 400 bytes, as on a full disk.
 FULL = """
 import resource, signal, sys
 from pathlib import Path
@@ -119,8 +119,9 @@ writer.close()
 """
 
 
-def test_a_full_disk_costs_no_training_and_no_record(path: Path) -> None:
-    """It is full from step 5 to 19, and again from step 25 on: one warning each time, whole lines at any moment."""
+def test_a_full_disk_stops_neither_training_nor_the_record(path: Path) -> None:
+    """The disk is full from step 5 to 19, and again from step 25 on: one warning each time, and only whole lines at any
+    moment."""
     done = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True)
     assert done.returncode == 0
     whole = path.read_text()
@@ -139,7 +140,7 @@ def test_a_full_disk_costs_no_training_and_no_record(path: Path) -> None:
     ("content", "line"),
     [("x", 1), ("[]\n", 1), ('{"kind": "run"}\nx\n', 2), ('{"kind": "run"}\nx\n{"kind": "run"}\n', 2)],
 )
-def test_what_is_no_record_is_named(content: str, line: int, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_record_is_named(content: str, line: int, tmp_path: Path) -> None:
     (tmp_path / "m").write_text(content)
     with pytest.raises(DataError, match=f"m, line {line}: not a metrics record"):
         read_records(tmp_path / "m")

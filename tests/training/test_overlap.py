@@ -1,5 +1,5 @@
-"""With `overlap_param_gather` a replica's weights are one step old until the next forward pass. What is saved, and what
-is said of the weights, is what the same run without overlap saves and says, bit for bit."""
+"""With `overlap_param_gather` a replica's weights are one step old until the next forward pass. Saved weights, and
+figures about them, are bit-equal to those of the same run without overlap."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def overlapped(config: ParallelConfig) -> ParallelConfig:
 
 
 def saving(config: RunConfig, *, delta: bool = False, async_save: bool = False) -> RunConfig:
-    """The run with a checkpoint after every step, of which only the last follows an evaluation."""
+    """Save after every step; only the last save follows an evaluation."""
     return replace(config, checkpoint=replace(config.checkpoint, save_interval=1, delta=delta, async_save=async_save))
 
 
 def train_all(configs: list[RunConfig]) -> list[workers.Result]:
-    """One run after the other, in one world."""
+    """Train one run after another in one world."""
     return [workers.train(config) for config in configs]
 
 
@@ -59,7 +59,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], wh
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_saved_weights_are_those_of_the_last_update(layout: str, dtype: str, run_config: Callable) -> None:
-    """Full and delta, at once and beside training, with and without an evaluation just before."""
+    """Full and delta, synchronous and asynchronous, with and without an evaluation just before."""
     num_ranks, config = LAYOUTS[layout]
     make = partial(run_config, dtype=dtype, train_iters=STEPS, eval_interval=STEPS, eval_samples=8)
     plain = saving(make(parallel=config, save="plain"))
@@ -76,12 +76,12 @@ def test_saved_weights_are_those_of_the_last_update(layout: str, dtype: str, run
     for (delta, _), other in others.items():
         for folder, tensors in zip(checkpoints(other), expected, strict=True):
             assert_same(read_tensors(folder), tensors, folder)
-        if not delta:  # everything else that was saved too: float32 weights, moments
+        if not delta:  # the rest of a full save too: float32 weights, moments
             assert_same(*(read_with_torch(checkpoints(run)[-1]) for run in (other, plain)), checkpoints(other)[-1])
 
 
-def test_resuming_without_overlap(run_config: Callable) -> None:
-    """And the other way round: the losses of the run that was not cut."""
+def test_a_run_resumes_with_or_without_overlap(run_config: Callable) -> None:
+    """In both directions, with the losses of an uninterrupted run."""
     configs = {"plain": parallel(), "overlapped": overlapped(parallel())}
     make = partial(run_config, train_iters=STEPS)
     whole = run_distributed(workers.train, 2, make(save="whole"))[0].figures
@@ -103,9 +103,9 @@ def test_diagnostics_read_the_updated_weights(layout: str, run_config: Callable)
 
 
 @pytest.mark.parametrize("layout", ["dp2", "pp2 virtual 2 dp2"])
-def test_several_buckets(layout: str, run_config: Callable) -> None:
-    """As in every real run that overlaps: many buckets, each padded. megatron.core 0.16.1 saves the optimizer state
-    shifted then. At virtual stages the schedule alone starts their gathers, else hooks warn of the second.
+def test_several_buckets_save_the_same_weights(layout: str, run_config: Callable) -> None:
+    """Every real run with overlap has many padded buckets; megatron.core 0.16.1 then saves the optimizer state shifted.
+    With virtual stages only the schedule starts their gathers, otherwise hooks warn about a second start.
 
     Gradients are not clipped: their norm is a sum in another order.
     """
@@ -129,7 +129,7 @@ def losses(result: workers.Result) -> list[float]:
 
 
 def train_in_small_buckets(configs: list[RunConfig]) -> tuple[int, list[workers.Result]]:
-    """Also how many buckets of this rank's are followed by padding."""
+    """Train, and also return how many of this rank's buckets have padding after them."""
     from megatron_llamapro.training import machine
 
     buffers: list = []

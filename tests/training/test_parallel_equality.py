@@ -1,6 +1,6 @@
-"""The same numbers as transformers, and as the unexpanded model, however the model is divided.
+"""Any layout computes the same as transformers and as the unexpanded model.
 
-Gradients and losses: 1e-5 relative, logits 1e-4, in float32: sums of a few thousand products taken in another order.
+Gradients and losses: 1e-5 relative, logits 1e-4, in float32: sums of a few thousand products in another order.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ LLAMAS = {
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "dp2"])
 @pytest.mark.parametrize("llama", LLAMAS)
-def test_logits(llama: str, layout: str, models: Callable) -> None:
+def test_expanded_logits_equal_the_originals_and_transformers(llama: str, layout: str, models: Callable) -> None:
     made = models(**LLAMAS[llama])
     world_size, config = LAYOUTS[layout]
     ranks = run_distributed(logits_worker, world_size, [made.original_megatron, made.expanded_megatron], config)
@@ -75,7 +75,7 @@ def test_logits(llama: str, layout: str, models: Callable) -> None:
 
 
 def check_logits(made, original: torch.Tensor, expanded: torch.Tensor) -> None:
-    """Expanded and original are equal bit for bit, and equal to transformers."""
+    """Assert that expanded and original are bit-equal, and equal to transformers."""
     assert torch.equal(original, expanded)
     with torch.no_grad():
         reference = hf_model(made.original_hf)(batch()[0]).logits
@@ -86,14 +86,14 @@ def check_logits(made, original: torch.Tensor, expanded: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Reference:
-    """What transformers computes, under the names that checkpoints store."""
+    """The results of transformers, under the names that checkpoints store."""
 
     loss: float
     gradients: dict[str, torch.Tensor]
 
 
 def transformers_reference(folder: Path, only: tuple[str, ...] = ("",)) -> Reference:
-    """Loss and gradients of the parameters whose names start so."""
+    """Return loss and gradients of the parameters whose names start with one of `only`."""
     model = hf_model(folder)
     tokens, labels = batch()
     logits = model(tokens).logits
@@ -104,7 +104,7 @@ def transformers_reference(folder: Path, only: tuple[str, ...] = ("",)) -> Refer
 
 
 def as_stored(name: str, gradient: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """transformers 5 holds Mixtral's experts in two tensors, and stores them one by one."""
+    """Yield an expert tensor's parts: transformers 5 holds Mixtral's experts in two tensors but stores each alone."""
     block, _, rest = name.partition(".mlp.")
     if rest == "gate.weight":
         yield f"{block}.block_sparse_moe.gate.weight", gradient
@@ -119,13 +119,13 @@ def as_stored(name: str, gradient: torch.Tensor) -> Iterator[tuple[str, torch.Te
 
 @pytest.fixture(scope="module")
 def reference(models: Callable):
-    """transformers' loss and gradients of the added blocks."""
+    """Return transformers' loss and gradients of the added blocks."""
     made = models()
     return made, transformers_reference(made.expanded_hf, ADDED)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_and_gradients(layout: str, reference) -> None:
+def test_loss_and_gradients_equal_transformers(layout: str, reference) -> None:
     made, expected = reference
     world_size, config = LAYOUTS[layout]
     ranks = run_distributed(gradients_worker, world_size, made.expanded_megatron, config)
@@ -133,7 +133,7 @@ def test_loss_and_gradients(layout: str, reference) -> None:
 
 
 def check_first_step(made, expected: Reference, ranks: list[tuple]) -> None:
-    """Every rank has transformers' loss and gradient norm; together they have its gradients."""
+    """Assert that every rank has transformers' loss and gradient norm, and all ranks together its gradients."""
     from megatron_llamapro.families.hf_config import model_shape, read_hf_config
     from megatron_llamapro.testing.gather import assembled, under_hf_names
 
@@ -149,7 +149,7 @@ def check_first_step(made, expected: Reference, ranks: list[tuple]) -> None:
 
 
 def family_worker(original: Path, expanded: Path, config: ParallelConfig):
-    """Logits of both; of the expanded one a step that trains the added blocks, and one that trains everything."""
+    """Return logits of both models, one step that trains the added blocks, and one that trains everything."""
     logits = logits_worker([original, expanded], config)
     steps = [gradients_worker(expanded, config, 1, trainable)[0] for trainable in (("added_blocks",), ("everything",))]
     return logits, steps
@@ -157,9 +157,9 @@ def family_worker(original: Path, expanded: Path, config: ParallelConfig):
 
 @pytest.mark.parametrize("layout", ["one process", "tp2 pp2 sequence parallel"])
 @pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_families(family: str, layout: str, models: Callable) -> None:
-    """Function and gradients. At an identity block only zeroed projections have gradients, so that everything trains
-    too: norms of queries and keys, biases, routers."""
+def test_every_family_equals_transformers(family: str, layout: str, models: Callable) -> None:
+    """Logits and gradients. In an identity block only the zeroed projections have gradients, so a second step trains
+    everything: norms of queries and keys, biases, routers."""
     made = models(**TINY_FAMILIES[family])
     world_size, config = LAYOUTS[layout]
     ranks = run_distributed(family_worker, world_size, made.original_megatron, made.expanded_megatron, config)
@@ -168,7 +168,7 @@ def test_families(family: str, layout: str, models: Callable) -> None:
         check_first_step(made, transformers_reference(made.expanded_hf, only), [steps[number] for _, steps in ranks])
 
 
-def test_only_zeroed_projections_have_gradient_at_first(reference) -> None:
+def test_only_zeroed_projections_have_gradients_at_first(reference) -> None:
     """Paper, section 3.2: nothing reaches the rest of an identity block before its output projections move."""
     from megatron_llamapro.testing.gather import assembled
 

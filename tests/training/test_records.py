@@ -1,4 +1,4 @@
-"""A run's places and records through the front door: one run at a time, and all starts of a run as one."""
+"""A run's folders and records through the front door: one run at a time, and all starts of a run in one record."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def with_save(config: RunConfig, **fields: object) -> RunConfig:
 
 
 def front_door(config: RunConfig, folder: Path, world_size: int = 1, **environment: str) -> list[tuple[str, str]]:
-    """On every rank: the error that ended the run, and what was printed."""
+    """Return, for every rank, the error that ended the run and the printed text."""
     return run_distributed(workers.front_door, world_size, config, folder, environment)
 
 
@@ -50,7 +50,7 @@ def losses_in(history: dict[int, dict]) -> list[tuple[int, float]]:
 
 
 def test_every_step_is_once_in_every_record(run_config: Callable, tmp_path: Path) -> None:
-    """A run of four steps, one that goes on from its step 2 as after a kill, and a new one in the same folders."""
+    """A run of four steps, a run resumed from its step 2 as after a kill, and a new run in the same folders."""
     save, events, offline = tmp_path / "first", tmp_path / "events", {"WANDB_MODE": "offline"}
     config = with_save(run_config(save="first"), save_interval=2, async_save=True)
     config = with_logging(config, tensorboard_dir=str(events), wandb_project="pro")
@@ -79,8 +79,8 @@ def test_every_step_is_once_in_every_record(run_config: Callable, tmp_path: Path
     assert losses_in(first.history) == losses and losses_in(second.history) == losses[2:]
 
 
-def test_the_second_run_in_a_folder_is_refused(run_config: Callable, tmp_path: Path) -> None:
-    """On all its ranks; and nothing of the first one is touched: not a draft of a checkpoint, not a record."""
+def test_a_second_run_in_a_folder_is_refused(run_config: Callable, tmp_path: Path) -> None:
+    """On all its ranks. It changes nothing of the first run: no draft of a checkpoint, no record."""
     config = run_config(parallel=ParallelConfig(pipeline_model_parallel_size=2))
     save = Path(config.checkpoint.save)
     draft = save / "iter_0000004.ab12cd34.tmp"
@@ -95,8 +95,9 @@ def test_the_second_run_in_a_folder_is_refused(run_config: Callable, tmp_path: P
         assert sorted(path.name for path in save.iterdir()) == [draft.name, "metrics.jsonl", "run.lock"]
 
 
-def test_a_killed_run_leaves_a_lock_that_the_next_one_takes(run_config: Callable, tmp_path: Path) -> None:
-    """It is killed while it trains; the next one starts at once. Without checkpoint.save it is the metrics file's."""
+def test_a_killed_runs_lock_is_taken_over(run_config: Callable, tmp_path: Path) -> None:
+    """The run is killed while it trains; the next one starts at once. Without checkpoint.save the lock is the metrics
+    file's."""
     config = with_save(run_config(train_iters=2000), save=None)
     metrics, lock = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.lock"
     (tmp_path / "run.yaml").write_text(dump_yaml(config))
@@ -113,7 +114,7 @@ def test_a_killed_run_leaves_a_lock_that_the_next_one_takes(run_config: Callable
 
 
 @pytest.mark.parametrize("name", ["/dev/null", "."])
-def test_a_metrics_file_that_is_no_file_is_refused(name: str, run_config: Callable, tmp_path: Path) -> None:
+def test_a_metrics_path_that_is_not_a_file_is_refused(name: str, run_config: Callable, tmp_path: Path) -> None:
     [(error, _)] = front_door(with_logging(run_config(), metrics_file=name), tmp_path)
     assert error == f"ConfigError: logging.metrics_file ({name}) is not a file: name one"
     assert Path("/dev/null").is_char_device()
@@ -122,8 +123,8 @@ def test_a_metrics_file_that_is_no_file_is_refused(name: str, run_config: Callab
 @pytest.mark.parametrize(
     ("place", "reason"), [("metrics_file", "file is not a folder"), ("tensorboard_dir", "file/x: Not a directory")]
 )
-def test_a_place_that_cannot_be_written(place: str, reason: str, run_config: Callable, tmp_path: Path) -> None:
-    """It is said first, and nothing is left behind."""
+def test_an_unwritable_place_is_refused(place: str, reason: str, run_config: Callable, tmp_path: Path) -> None:
+    """The error comes first, and nothing is left behind."""
     (tmp_path / "file").touch()
     config = with_logging(run_config(), **{place: str(tmp_path / "file" / "x")})
     [(error, said)] = front_door(config, tmp_path)

@@ -1,4 +1,4 @@
-"""What cannot be trained is refused before anything is built: the same one line on every rank."""
+"""An impossible run is refused before anything is built, with the same line on every rank."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def with_model(config, **fields: object):
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
 
 
-def test_every_refusal(run_config: Callable, models: Callable, token_files: tuple[Path, Path], tmp_path: Path) -> None:
-    """All in one start of the ranks: the checks come before anything that could not be undone."""
+def test_every_refusal_is_the_same_line_on_every_rank(
+    run_config: Callable, models: Callable, token_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """All cases share one start of the ranks, because the checks change nothing."""
     base = run_config()
     short = shutil.copytree(base.model.checkpoint, tmp_path / "short")
     plan = json.loads((short / "llamapro.json").read_text())
@@ -90,7 +92,7 @@ class Hostile:
 
 
 def hostile_copy(config, folder: Path) -> Path:
-    """The checkpoint, with a common state that runs something when megatron.core loads it."""
+    """Copy the checkpoint, with a common state that runs code when megatron.core loads it."""
     copy = shutil.copytree(config.model.checkpoint, folder / "hostile")
     torch.save({"args": Hostile(folder / "ran")}, copy / "common.pt")
     return copy
@@ -105,7 +107,7 @@ def one_token_file(folder: Path, models: Callable) -> Path:
 
 
 def pretrain(config, folder: Path, *, launcher: list[str] | None = None) -> subprocess.CompletedProcess:
-    """The front door, by default in a process that needs no imports."""
+    """Run the front door, by default in a process that needs no imports."""
     (folder / "run.yaml").write_text(dump_yaml(config))
     arguments = ["-m", "megatron_llamapro.pretrain", "--config", str(folder / "run.yaml")]
     if launcher is None:
@@ -113,13 +115,13 @@ def pretrain(config, folder: Path, *, launcher: list[str] | None = None) -> subp
     return subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=200)
 
 
-def test_front_door_says_one_line(run_config: Callable, tmp_path: Path) -> None:
+def test_the_front_door_prints_one_line(run_config: Callable, tmp_path: Path) -> None:
     result = pretrain(with_model(run_config(), checkpoint="nowhere"), tmp_path, launcher=[sys.executable])
     assert result.returncode == 2
     assert result.stderr.startswith("error: nowhere is not a folder") and result.stderr.count("\n") == 1
 
 
-def test_what_fails_on_the_way_is_not_the_inputs_fault(run_config: Callable, tmp_path: Path) -> None:
+def test_a_failure_during_the_run_is_not_the_inputs_fault(run_config: Callable, tmp_path: Path) -> None:
     """The disk is full when the first checkpoint is written."""
     full = ["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", sys.executable]
     config = run_config(train_iters=1)
@@ -130,8 +132,8 @@ def test_what_fails_on_the_way_is_not_the_inputs_fault(run_config: Callable, tmp
     assert result.stderr.count("\n") == 1
 
 
-def test_a_run_that_diverges_has_an_exit_code_of_its_own(run_config: Callable, tmp_path: Path) -> None:
-    """A learning rate that makes every later loss NaN."""
+def test_a_run_that_diverges_has_its_own_exit_code(run_config: Callable, tmp_path: Path) -> None:
+    """The learning rate makes every later loss NaN."""
     config = run_config(train_iters=6, max_skipped_steps=2)
     optimizer = dataclasses.replace(config.optimizer, lr=1e19)
     checkpoint = dataclasses.replace(config.checkpoint, save_interval=2)
@@ -144,7 +146,7 @@ def test_a_run_that_diverges_has_an_exit_code_of_its_own(run_config: Callable, t
     assert latest_checkpoint(tmp_path / "save") == tmp_path / "save" / "iter_0000002"
 
 
-def test_a_path_that_cannot_be_is_the_inputs_fault(run_config: Callable, tmp_path: Path) -> None:
+def test_an_impossible_path_is_the_inputs_fault(run_config: Callable, tmp_path: Path) -> None:
     config = run_config(train_iters=1)
     (tmp_path / "file").touch()
     result = pretrain(with_data(config, cache_dir=str(tmp_path / "file" / "cache")), tmp_path)
@@ -152,7 +154,7 @@ def test_a_path_that_cannot_be_is_the_inputs_fault(run_config: Callable, tmp_pat
     assert "cannot be created or written to: Not a directory: set data.cache_dir" in result.stderr
 
 
-def test_torchrun_says_it_once_and_at_the_end(run_config: Callable, tmp_path: Path) -> None:
+def test_torchruns_output_ends_with_the_error_once(run_config: Callable, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     result = pretrain(with_model(run_config(), checkpoint="nowhere"), tmp_path, launcher=torchrun)
     assert result.returncode != 0
@@ -161,8 +163,10 @@ def test_torchrun_says_it_once_and_at_the_end(run_config: Callable, tmp_path: Pa
     assert lines[-2].endswith(said) and set(lines[-1]) == {"="}, result.stderr
 
 
-def test_a_changed_run_is_refused(run_config: Callable, models: Callable, token_files: tuple[Path, Path]) -> None:
-    """A run that goes on reads the rest of the same data, and trains the same things of the same model."""
+def test_resuming_a_changed_run_is_refused(
+    run_config: Callable, models: Callable, token_files: tuple[Path, Path]
+) -> None:
+    """A resumed run reads the rest of the same data, and trains the same part of the same model."""
     config = run_config(exit_interval=1, train_iters=2)
     run_distributed(workers.train, 1, config)
     other_seed = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=5))
@@ -186,7 +190,7 @@ def test_a_changed_run_is_refused(run_config: Callable, models: Callable, token_
 
 
 def test_pypis_apex_is_refused(tmp_path: Path, run_config: Callable) -> None:
-    """The package of that name on PyPI is a web toolkit; it has no apex.optimizers."""
+    """PyPI's package of that name is a web toolkit without apex.optimizers."""
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
     program = (

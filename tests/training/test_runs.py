@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: what moves, what does not, and that a run that was cut goes on as if it had not been."""
+"""Whole runs on a tiny model: which weights move, which do not, and resuming as if never interrupted."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ VIRTUAL = ParallelConfig(
 
 
 def moved(before: Path, after: Path) -> set[str]:
-    """Names of the tensors that are not the same bits in two Megatron checkpoints."""
+    """Return the names of the tensors that differ in any bit between two Megatron checkpoints."""
     one, other = read_tensors(before), read_tensors(after)
     return {name for name, tensor in one.items() if not torch.equal(tensor, other[name])}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_originals_do_not_move(dtype: str, run_config: Callable) -> None:
-    """TP 2 x PP 2: every tensor of an added block moves, no other; optimizer state is for those alone."""
+def test_only_added_blocks_move(dtype: str, run_config: Callable) -> None:
+    """TP 2 x PP 2: every tensor of an added block moves, and no other. Only they have optimizer state."""
     config = run_config(dtype=dtype, parallel=TP2_PP2)
     results = run_distributed(workers.train, 4, config)
     changed = moved(Path(config.model.checkpoint), Path(config.checkpoint.save))
@@ -42,14 +42,14 @@ def test_originals_do_not_move(dtype: str, run_config: Callable) -> None:
         assert result.figures == results[0].figures
 
 
-def test_everything_trains_where_asked(run_config: Callable) -> None:
+def test_everything_trains_on_request(run_config: Callable) -> None:
     config = run_config(trainable=("everything",), train_iters=2)
     run_distributed(workers.train, 1, config)
     changed = moved(Path(config.model.checkpoint), Path(config.checkpoint.save))
     assert len(changed) == 6 * 9 + 3
 
 
-def test_parts_train_where_named(run_config: Callable) -> None:
+def test_only_named_parts_train(run_config: Callable) -> None:
     config = run_config(trainable=("linear_proj", "final_norm"), train_iters=2)
     run_distributed(workers.train, 1, config)
     assert moved(Path(config.model.checkpoint), Path(config.checkpoint.save)) == {
@@ -61,7 +61,7 @@ def test_parts_train_where_named(run_config: Callable) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("parallel", "world_size"), [(ParallelConfig(), 2), (PP2, 2)], ids=["dp2", "pp2"])
-def test_resume_is_exact(dtype: str, parallel: ParallelConfig, world_size: int, run_config: Callable) -> None:
+def test_resume_is_bit_exact(dtype: str, parallel: ParallelConfig, world_size: int, run_config: Callable) -> None:
     whole = run_distributed(workers.train, world_size, run_config(dtype=dtype, parallel=parallel, save="whole"))
     cut = run_config(dtype=dtype, parallel=parallel, save="cut", exit_interval=2)
     first = run_distributed(workers.train, world_size, cut)
@@ -80,8 +80,10 @@ def test_resume_is_exact(dtype: str, parallel: ParallelConfig, world_size: int, 
     ],
     ids=["dp2 to tp2 pp2", "tp2 pp2 to one", "pp2 to virtual pp2", "virtual pp2 to dp2"],
 )
-def test_resume_at_another_layout(saved_with, saved_ranks, loaded_with, loaded_ranks, run_config: Callable) -> None:
-    """The same losses to 1e-5: the sums are taken in another order."""
+def test_resume_at_another_layout_gives_the_same_losses(
+    saved_with, saved_ranks, loaded_with, loaded_ranks, run_config: Callable
+) -> None:
+    """Equal to 1e-5, because the sums have another order."""
     whole = run_distributed(workers.train, 1, run_config(save="whole"))[0].figures
     run_distributed(workers.train, saved_ranks, run_config(parallel=saved_with, save="cut", exit_interval=2))
     rest = run_distributed(workers.train, loaded_ranks, run_config(parallel=loaded_with, save="cut"))[0].figures
@@ -91,7 +93,7 @@ def test_resume_at_another_layout(saved_with, saved_ranks, loaded_with, loaded_r
 
 
 def test_experts_train_and_resume_at_another_layout(run_config: Callable, models: Callable) -> None:
-    """Mixtral's added blocks, router and every expert, and nothing else."""
+    """Mixtral's added blocks with router and every expert move, and nothing else."""
     folder = models(**TINY_FAMILIES["mixtral"]).expanded_megatron
     whole = run_distributed(workers.train, 1, run_config(checkpoint=folder, save="whole"))[0].figures
     first = run_config(checkpoint=folder, save="cut", parallel=TP2_PP2, exit_interval=2)
@@ -104,8 +106,8 @@ def test_experts_train_and_resume_at_another_layout(run_config: Callable, models
     assert len(changed) == 2 * (6 + 1 + 4 * 3)
 
 
-def test_stage_with_nothing_to_train_resumes(run_config: Callable, models: Callable, tmp_path: Path) -> None:
-    """Blocks added at the end only: the first stage has no optimizer state to save or load."""
+def test_a_stage_with_nothing_to_train_resumes(run_config: Callable, models: Callable, tmp_path: Path) -> None:
+    """Blocks are added at the end only: the first stage has no optimizer state to save or load."""
     from megatron_llamapro.checkpoint.convert import hf_to_megatron
 
     folder = tmp_path / "suffix"
@@ -118,7 +120,7 @@ def test_stage_with_nothing_to_train_resumes(run_config: Callable, models: Calla
 
 
 def test_held_out_losses_do_not_depend_on_the_layout(run_config: Callable) -> None:
-    """Nine samples over two replicas of one: the last place is filled, and counts for nothing."""
+    """Nine samples over two replicas of one: the last place is filled but does not count."""
     one = run_distributed(workers.train, 1, run_config(save="one", eval_interval=2, eval_samples=9))[0].held_out
     two = run_distributed(workers.train, 2, run_config(save="two", eval_interval=2, eval_samples=9))[0].held_out
     assert [(step, name) for step, name, _ in one] == [(0, "b"), (2, "b"), (4, "b")]
@@ -126,8 +128,8 @@ def test_held_out_losses_do_not_depend_on_the_layout(run_config: Callable) -> No
         assert ours[2] == pytest.approx(theirs[2], rel=1e-5)
 
 
-def test_sigterm_saves_and_ends(run_config: Callable) -> None:
-    """The step that runs when the signal comes is finished, all ranks save, and a second start goes on from there."""
+def test_sigterm_saves_and_ends_the_run(run_config: Callable) -> None:
+    """The step in progress is finished, all ranks save, and a second start resumes from the save."""
     config = run_config(parallel=PP2, train_iters=6)
     stopped = run_distributed(workers.train, 2, config, 2)
     last = stopped[0].figures[-1][0]
@@ -145,8 +147,8 @@ def test_a_finished_run_does_nothing_more(run_config: Callable) -> None:
     ]
 
 
-def test_parameter_group_rules(run_config: Callable, tmp_path: Path) -> None:
-    """A learning rate of 0 for one projection keeps it where it is, also after a resume."""
+def test_a_learning_rate_of_zero_keeps_a_projection(run_config: Callable, tmp_path: Path) -> None:
+    """A parameter-group rule sets it; it still holds after a resume."""
     from megatron_llamapro.config.schema import ParamGroupRule
 
     config = run_config(train_iters=4, exit_interval=2)

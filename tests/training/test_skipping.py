@@ -1,7 +1,7 @@
-"""A step whose loss or gradient is not finite updates nothing, and is no different from a step that was left out.
+"""A step whose loss or gradient is not finite updates nothing, exactly as if the step had been skipped by hand.
 
-The NaN are real: one token's embedding is NaN in the checkpoint, and one document holds it. What a run makes of that is
-compared, bit for bit, with a run of a checkpoint without NaN that leaves the step out; and that one with transformers.
+The NaN are real: one token's embedding is NaN in the checkpoint, and one document contains it. The run is compared, bit
+for bit, with a run of a checkpoint without NaN that skips the step; that run is compared with transformers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LAYOUTS = {
 
 
 def edited(source: Path, folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    """The tiny model with its tensors edited, expanded, in Megatron's format."""
+    """Convert the tiny model, with its tensors edited and blocks added, to Megatron's format."""
     hf = shutil.copytree(source, folder / "hf")
     tensors = load_file(hf / "model.safetensors")
     edit(tensors)
@@ -57,7 +57,7 @@ def edited(source: Path, folder: Path, edit: Callable[[dict[str, torch.Tensor]],
 
 @pytest.fixture(scope="module")
 def bad_checkpoints(models: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The models of the other fixtures, with a NaN where only the bad token is."""
+    """Return the other fixtures' models with a NaN only in the bad token's embedding."""
     made = {}
 
     def make(dtype: str) -> Path:
@@ -74,7 +74,7 @@ def bad_checkpoints(models: Callable, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def token_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Documents of random tokens; the bad one is in the second step of four."""
+    """Write documents of random tokens; the bad token is in the second step of four."""
     import numpy
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -90,7 +90,7 @@ def token_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def on_bad_data(run_config: Callable, token_file: str) -> Callable[..., RunConfig]:
-    """`run_config`, on those documents."""
+    """Return `run_config` on those documents."""
 
     def make(*, lora: LoraConfig | None = None, **settings: object) -> RunConfig:
         config = run_config(train_iters=STEPS, **settings)
@@ -108,7 +108,7 @@ def progress_at(config: RunConfig, step: int) -> dict:
 
 
 def saved(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
-    """What trains, main parameters and moments, in a run's checkpoint."""
+    """Return the trained weights, main parameters and moments of a run's checkpoint."""
     return read_with_torch(Path(config.checkpoint.save) / f"iter_{step:07d}")
 
 
@@ -122,7 +122,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def updates(config: RunConfig, step: int) -> set[float]:
-    """How many updates the optimizer says that it took."""
+    """Return the update counts of the optimizer."""
     common = torch.load(Path(config.checkpoint.save) / f"iter_{step:07d}" / "common.pt", weights_only=True)
     return {group["step"] for group in common["optimizer"]["optimizer"]["param_groups"]}
 
@@ -153,9 +153,9 @@ def test_a_nan_changes_nothing(
     assert updates(bad, STEPS) == updates(good, STEPS) == {STEPS - 1}
 
 
-def test_a_step_that_is_left_out_is_what_transformers_makes_of_it(on_bad_data: Callable, models: Callable) -> None:
-    """AdamW over all other steps, each at its own learning rate and on its own data. Within 1e-4: Adam's updates have
-    the size of the learning rate however small a gradient is, so that its last bits count."""
+def test_a_skipped_step_equals_transformers_without_it(on_bad_data: Callable, models: Callable) -> None:
+    """AdamW over all other steps, each with its own learning rate and data. Within 1e-4: Adam's updates have the size
+    of the learning rate even for tiny gradients, so their last bits count."""
     config = on_bad_data(skip_iterations=(BAD_STEP,))
     figures = run_distributed(workers.train, 1, config)[0].figures
     [steps] = run_distributed(workers.batches, 1, config)
@@ -167,7 +167,8 @@ def test_a_step_that_is_left_out_is_what_transformers_makes_of_it(on_bad_data: C
 
 
 def transformers_training(folder: Path, steps: list[tuple]) -> Iterator[tuple[int, float, float, float]]:
-    """Step, loss, gradient norm and learning rate of every step but the bad one, by transformers and torch alone."""
+    """Yield step, loss, gradient norm and learning rate of every step but the bad one, by transformers and torch
+    alone."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -195,7 +196,7 @@ def transformers_training(folder: Path, steps: list[tuple]) -> Iterator[tuple[in
 
 
 def go_back(config: RunConfig, step: int) -> None:
-    """Have a run continue from an earlier checkpoint."""
+    """Make a run resume from an earlier checkpoint."""
     (Path(config.checkpoint.save) / LATEST).write_text(f"{step}\n")
 
 
@@ -203,8 +204,8 @@ def with_every_step_saved(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, save_interval=1))
 
 
-def test_a_resume_remembers(on_bad_data: Callable, bad_checkpoints: Callable) -> None:
-    """The bad step saves what the one before it saved; from there the run ends with the same bits once more."""
+def test_a_resumed_run_remembers_skipped_steps(on_bad_data: Callable, bad_checkpoints: Callable) -> None:
+    """The bad step saves the same state as the step before it. A run resumed from it ends with the same bits."""
     world_size, parallel = LAYOUTS["dp2 overlap"]
     config = with_every_step_saved(on_bad_data(checkpoint=bad_checkpoints("float32"), parallel=parallel))
     whole = run_distributed(workers.train, world_size, config)[0].figures
@@ -222,8 +223,8 @@ def test_a_resume_remembers(on_bad_data: Callable, bad_checkpoints: Callable) ->
     assert same(states(saved(config, STEPS)), last) and progress[-1] == progress_at(config, STEPS)
 
 
-def test_a_checkpoint_before_the_first_update(on_bad_data: Callable) -> None:
-    """The optimizer has no moments yet that could be saved."""
+def test_a_checkpoint_before_the_first_update_is_saved(on_bad_data: Callable) -> None:
+    """The optimizer has no moments to save yet."""
     world_size, parallel = LAYOUTS["pp2"]
     config = with_every_step_saved(on_bad_data(parallel=parallel, skip_iterations=("1-2",)))
     whole = run_distributed(workers.train, world_size, config)[0].figures
@@ -238,11 +239,11 @@ def test_a_checkpoint_before_the_first_update(on_bad_data: Callable) -> None:
 
 
 @pytest.mark.parametrize(("most", "left_out", "message"), [(5, (), "no error"), (2, (2,), "step 3: the loss is")])
-def test_a_gradient_that_overflows_is_none(
+def test_an_overflowing_gradient_norm_skips_the_step(
     most: int, left_out: tuple[int, ...], message: str, on_bad_data: Callable, models: Callable, tmp_path: Path
 ) -> None:
-    """In every step the loss is finite, and so is each gradient, but not the sum of their squares. A step that is left
-    out is neither one more of them in a row, nor does it end the row."""
+    """In every step the loss and each gradient are finite, but not the sum of their squares. A step skipped by hand
+    neither lengthens nor ends the row of skipped steps."""
     huge = edited(models().original_hf, tmp_path, lambda tensors: tensors["lm_head.weight"].mul_(1e20))
     config = on_bad_data(checkpoint=huge, max_skipped_steps=most, skip_iterations=left_out)
     [error] = run_distributed(workers.training_error, 1, config)
@@ -254,9 +255,10 @@ def test_a_gradient_that_overflows_is_none(
         assert re.search(r"the loss is \d\.\d+e\+20 ", error)
 
 
-def test_a_gradient_of_zero(on_bad_data: Callable) -> None:
-    """At once it comes from what trains: these projections lead into zeroed ones. Later the model has diverged: its
-    hidden states are so large that the final norm makes zeros of them, and the loss is that of no knowledge at all."""
+def test_a_gradient_of_zero_is_an_error(on_bad_data: Callable) -> None:
+    """In the first step the cause is the trainable part: these projections feed into zeroed ones. Later it is
+    divergence: the hidden states are so large that the final norm gives zeros, and the loss is that of uniform
+    guessing."""
     frozen_out = on_bad_data(trainable=("linear_qkv",), max_skipped_steps=3)
     far = on_bad_data(max_skipped_steps=2)
     far = dataclasses.replace(far, optimizer=dataclasses.replace(far.optimizer, lr=1e8))

@@ -1,4 +1,4 @@
-"""A start reads each small file once, on one rank, and passes what it says to the others."""
+"""A start reads each small file once, on one rank, and passes the content to the others."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ START = {".metadata", "common.pt", "config.json", "llamapro.json", "tokenizer.js
 RESUMED = {".metadata", "common.pt", "config.json", "llamapro.json", "llamapro_delta.json"}
 DATA = {"a.idx", "a.json", "b.idx", "b.json"}
 
-# Who may open a small file again, as file and function, and why.
+# Functions that may open a small file again, as file and function, with the reason.
 EXCEPTED = {
-    "megatron/core": "loads checkpoints and maps token files with readers of its own, on every rank",
-    "config/files.py check_fetched": "looks for Git-LFS' pointer in a file that a library reads or that is copied",
+    "megatron/core": "loads checkpoints and maps token files with its own readers, on every rank",
+    "config/files.py check_fetched": "looks for a Git LFS pointer in a file that a library reads or that is copied",
     "checkpoint/side_files.py copy_side_files": "copies files into the run's base",
-    "config/staging.py sync": "has what was copied put on the disk",
+    "config/staging.py sync": "syncs the copied files to the disk",
     "training/checkpoints/delta_parts.py make_base": "copies files into the run's base",
 }
 
 Open = tuple[str, str]
-"""Path, and who opened it as in `EXCEPTED`."""
+"""Path, and the function that opened it, named as in `EXCEPTED`."""
 
 
 def watched_opens() -> list[Open]:
-    """Grows by every file that this process opens to read, for as long as it lives."""
+    """Return a list that grows by every file that this process opens to read, for as long as it lives."""
     opened: list[Open] = []
 
     def note(event: str, arguments: tuple) -> None:
@@ -49,7 +49,7 @@ def watched_opens() -> list[Open]:
 
 
 def _opener() -> str:
-    """The innermost function on the stack that is ours or megatron.core's."""
+    """Return the innermost function on the stack that is ours or megatron.core's."""
     frame = sys._getframe(2)
     while frame is not None:
         path, name = frame.f_code.co_filename, frame.f_code.co_name
@@ -62,13 +62,13 @@ def _opener() -> str:
 
 
 def opens_of_a_start(config_file: Path) -> list[Open]:
-    """What this rank opens until the first step would come."""
+    """Return the files that this rank opens before the first step."""
     from megatron_llamapro.pretrain import _read
     from megatron_llamapro.runtime.stop import StopRequest
     from megatron_llamapro.training.loop import _saver
     from megatron_llamapro.training.setup import set_up
 
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="1")  # as torchrun does; the world is there already
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="1")  # as torchrun does; the process group already exists
     sys.argv = ["pretrain", "--config", str(config_file)]
     opened = watched_opens()
     config, start = _read(None, StopRequest())
@@ -77,7 +77,7 @@ def opens_of_a_start(config_file: Path) -> list[Open]:
 
 
 def reads_by_rank(config_file: Path, names: set[str]) -> list[Counter[str]]:
-    """How often each rank of two reads each file that has one of the names, without what is excepted."""
+    """Return, for each of two ranks, how often it reads each file with one of the names; exceptions do not count."""
     return [
         Counter(path for path, opener in opened if Path(path).name in names and opener not in EXCEPTED)
         for opened in run_distributed(opens_of_a_start, 2, config_file)
@@ -101,7 +101,7 @@ def test_small_files_are_read_once_on_one_rank(resumed: bool, run_config: Callab
 
 
 def set_up_in(config: RunConfig, folders: tuple[Path, Path]) -> str:
-    """The message of the error that set-up raises, each of two ranks in a folder of its own."""
+    """Return the error message of set-up, with each of two ranks in its own folder."""
     os.chdir(folders[torch.distributed.get_rank()])
     return workers.set_up_errors([config])[0]
 
@@ -110,18 +110,12 @@ def set_up_in(config: RunConfig, folders: tuple[Path, Path]) -> str:
     ("change", "said"),
     [
         ("rm -r other/model", "CheckpointError: model does not exist on this rank: put it where every rank"),
-        ("rm other/a.bin", "DataError: a.bin does not exist on this rank: put it where every rank
-<<<<<<< OURS
- can read it
-=======
-
->>>>>>> THEIRS
-"),
+        ("rm other/a.bin", "DataError: a.bin does not exist on this rank: put it where every rank can read it"),
         ("echo >> other/a.idx", "bytes, but {idx_bytes} on the first rank: copy it again"),
     ],
 )
-def test_a_rank_that_has_other_files_ends_all(change: str, said: str, run_config: Callable, tmp_path: Path) -> None:
-    """Each rank's node has copies of its own; one lies wrong."""
+def test_a_rank_with_other_files_ends_all_ranks(change: str, said: str, run_config: Callable, tmp_path: Path) -> None:
+    """Each rank's node has its own copies; one copy is wrong."""
     given = run_config()
     for name in ("first", "other"):
         shutil.copytree(given.model.checkpoint, tmp_path / name / "model")

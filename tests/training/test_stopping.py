@@ -1,5 +1,5 @@
-"""Signals to a whole run, as a scheduler, a terminal and torchrun send them: to each of its processes. What is saved is
-what the undisturbed run had at that step."""
+"""Signals to a whole run, sent to each of its processes as a scheduler, a terminal and torchrun do. The saved state
+equals that of the undisturbed run at the same step."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from programs import Program
 
 PRETRAIN = ["-m", "megatron_llamapro.pretrain"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *PRETRAIN]
-MANY = 1000  # steps, so that it is the signal that ends it
+MANY = 1000  # enough steps that only the signal ends the run
 
 
 class Started:
-    """A run as a program, in a process group of its own."""
+    """A run as a program, in its own process group."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Started:
         place: Mapping[str, str] | None = None,
         **options: object,
     ) -> None:
-        """`options` are Popen's; without any, and without torchrun, the process needs no imports."""
+        """`options` are Popen's. Without any, and without torchrun, the process needs no imports."""
         folder.mkdir(exist_ok=True)
         (folder / "run.yaml").write_text(dump_yaml(config))
         self.config, self.output = config, folder / "output"
@@ -75,7 +75,7 @@ class Started:
         os.killpg(self.process.pid, number)
 
     def end(self) -> tuple[int, list[str]]:
-        """Exit code and lines, once no process of the run is left."""
+        """Return exit code and lines once no process of the run is left."""
         code = self.process.wait(timeout=120)
         self.wait_until_gone()
         return code, self.output.read_text().splitlines()
@@ -91,7 +91,7 @@ class Started:
 
 
 def processes_of(run: Started) -> list[int]:
-    """Those of its session, and torchrun's ranks, which have sessions of their own."""
+    """Return the processes of its session, and torchrun's ranks, which have sessions of their own."""
     folder = f"{Path(run.config.checkpoint.save).parent}/".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*"):
@@ -129,7 +129,7 @@ def with_workers(config, **checkpoint: object):
 
 
 def losses_of(run: Started) -> list[tuple[int, float, float]]:
-    """Step, loss and gradient norm of every step."""
+    """Return step, loss and gradient norm of every step."""
     lines = (Path(run.config.checkpoint.save) / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     return [(record["iteration"], record["loss"], record["grad_norm"]) for record in records]
@@ -146,7 +146,7 @@ def losses_of(run: Started) -> list[tuple[int, float, float]]:
 def test_a_signal_to_all_processes_saves(
     number: signal.Signals, code: int, asynchronous: bool, run_config: Callable, start: Callable
 ) -> None:
-    """Also to those that load data, and to those that write a checkpoint beside training."""
+    """Including processes that load data and those that write a checkpoint beside training."""
     config = with_workers(run_config(train_iters=MANY), async_save=asynchronous, save_interval=2)
     run = start(config)
     run.wait_for(f"step    3/{MANY}")
@@ -166,7 +166,7 @@ def test_a_signal_to_all_processes_saves(
         assert torch.equal(tensor, theirs[name]), name
 
 
-def test_what_loads_data_ends_with_a_killed_run(run_config: Callable, start: Callable) -> None:
+def test_data_loaders_end_with_a_killed_run(run_config: Callable, start: Callable) -> None:
     config = with_workers(run_config(train_iters=MANY))
     run = start(config)
     run.wait_for(f"step    2/{MANY}")
@@ -175,8 +175,8 @@ def test_what_loads_data_ends_with_a_killed_run(run_config: Callable, start: Cal
     run.wait_until_gone(seconds=3)  # torch's own workers look every 5 seconds
 
 
-def test_a_failed_save_ends_a_run_that_loads_data(run_config: Callable, start: Callable) -> None:
-    """A full disk, as a limit of the size of files: no process waits for one that loads data."""
+def test_a_failed_save_ends_a_run_with_data_loaders(run_config: Callable, start: Callable) -> None:
+    """A file-size limit stands in for a full disk. No process waits for a data loader."""
     run = start(with_workers(run_config(train_iters=MANY), save_interval=20))
     run.wait_for("step    3/")
     resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
@@ -184,7 +184,7 @@ def test_a_failed_save_ends_a_run_that_loads_data(run_config: Callable, start: C
     assert code == TRY_AGAIN and "was not saved in" in lines[-1], lines[-5:]
 
 
-def test_a_bad_sample_ends_a_run_that_loads_data(run_config: Callable, start: Callable, tmp_path: Path) -> None:
+def test_a_bad_sample_ends_a_run_with_data_loaders(run_config: Callable, start: Callable, tmp_path: Path) -> None:
     config = with_workers(run_config(train_iters=MANY))
     for entry in config.data.train:
         for ending in (".bin", ".idx"):
@@ -199,7 +199,7 @@ def test_a_bad_sample_ends_a_run_that_loads_data(run_config: Callable, start: Ca
 
 
 def test_a_second_interrupt_ends_at_once(run_config: Callable, start: Callable) -> None:
-    """In the middle of a step of some seconds."""
+    """In the middle of a step that takes some seconds."""
     config = with_workers(run_config(train_iters=MANY, global_batch_size=250), save_interval=1)
     run = start(config)
     run.wait_for("saved step 1")
@@ -215,8 +215,8 @@ def test_a_second_interrupt_ends_at_once(run_config: Callable, start: Callable) 
     )
 
 
-def test_a_closed_terminal_saves(run_config: Callable, start: Callable) -> None:
-    """It hangs up on the run, and printing to it is an error from then on."""
+def test_closing_the_terminal_saves(run_config: Callable, start: Callable) -> None:
+    """The terminal hangs up on the run; from then on printing is an error."""
     config = run_config(train_iters=MANY)
     ours, theirs = pty.openpty()
     run = start(
@@ -235,8 +235,8 @@ def test_a_closed_terminal_saves(run_config: Callable, start: Callable) -> None:
     assert code == 0 and run.saved_step() == losses_of(run)[-1][0] >= 3
 
 
-def test_a_run_outlives_who_reads_its_output(run_config: Callable, start: Callable) -> None:
-    """As `| tee`, when that is killed."""
+def test_a_run_outlives_the_reader_of_its_output(run_config: Callable, start: Callable) -> None:
+    """For example `| tee` when tee is killed."""
     ear, mouth = os.pipe()
     run = start(run_config(train_iters=4), stdout=mouth, stderr=mouth)
     os.close(mouth)
@@ -247,9 +247,9 @@ def test_a_run_outlives_who_reads_its_output(run_config: Callable, start: Callab
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_below_torchrun(times: int, run_config: Callable, start: Callable) -> None:
-    """A terminal's Ctrl-C comes to torchrun alone, whose ranks are sessions of their own: it passes on the first as
-    SIGINT, the second as SIGTERM, and ends with 1."""
+def test_ctrl_c_below_torchrun_saves_or_ends(times: int, run_config: Callable, start: Callable) -> None:
+    """A terminal's Ctrl-C reaches torchrun only, because its ranks have sessions of their own. It passes the first
+    on as SIGINT, the second as SIGTERM, and exits with 1."""
     batch = 500 if times == 2 else 4  # the second comes in the middle of a step
     config = with_workers(run_config(train_iters=MANY, global_batch_size=batch), save_interval=1)
     run = start(config, command=TORCHRUN)
@@ -266,7 +266,7 @@ def test_ctrl_c_below_torchrun(times: int, run_config: Callable, start: Callable
 
 
 def records_when_told(config, kind: str, iteration: int) -> list[tuple[str, int]]:
-    """What a run records whose first rank is told to stop when it writes a record."""
+    """Return the records of a run whose rank 0 is told to stop when it writes the named record."""
     from megatron_llamapro.runtime.stop import StopRequest
     from megatron_llamapro.training.loop import train
     from megatron_llamapro.training.setup import set_up
@@ -288,7 +288,11 @@ def test_a_stop_in_an_evaluation_or_a_save_needs_no_further_step(asynchronous: b
     start = [("eval", 0), ("train", 1)]
     config = run_config(train_iters=6, eval_interval=2)
     for name, told, rest in (
-        ("step", ("train", 1), [("train", 2), ("save", 2), ("eval", 2)]),  # what is asked for comes first
+        (
+            "step",
+            ("train", 1),
+            [("train", 2), ("save", 2), ("eval", 2)],
+        ),  # the requested save comes before the evaluation
         ("eval", ("eval", 2), [("train", 2), ("eval", 2), ("save", 2)]),
     ):
         kept = dataclasses.replace(config.checkpoint, save=f"{config.checkpoint.save}-{name}", async_save=asynchronous)
@@ -303,8 +307,8 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_that_do_not_come(rank: int, run_config: Callable, start: Callable) -> None:
-    """One line in the configured time; torch itself takes several times as long."""
+def test_a_missing_rank_is_reported_in_the_configured_time(rank: int, run_config: Callable, start: Callable) -> None:
+    """One line; torch itself takes several times as long."""
     config = run_config(parallel=ParallelConfig(distributed_timeout_minutes=0.05))
     place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     run = start(config, place=place)
@@ -314,7 +318,7 @@ def test_ranks_that_do_not_come(rank: int, run_config: Callable, start: Callable
     assert f"rank {rank} of 2, which meet at 127.0.0.1:{place['MASTER_PORT']}" in lines[-1]
 
 
-def test_who_waits_for_ranks_hears_sigterm(run_config: Callable, start: Callable) -> None:
+def test_a_rank_that_waits_for_others_hears_sigterm(run_config: Callable, start: Callable) -> None:
     config, port = run_config(), free_port()
     place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     run = start(config, place=place)

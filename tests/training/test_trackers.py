@@ -1,5 +1,5 @@
-"""TensorBoard and Weights & Biases, the real packages: what is missing is said at once, and what fails on the way ends
-no run."""
+"""TensorBoard and Weights & Biases, the real packages. A missing requirement is reported at once, and a failure during
+the run does not end it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCK = {"kind": "block", "iteration": 7, "layer": 4, "contribution": 0.1, "grad
 HELD_OUT = {"kind": "eval", "iteration": 7, "name": "cpp", "loss": 1.75, "tokens": 10}
 
 
-def test_tensorboard(tmp_path: Path) -> None:
+def test_tensorboard_gets_every_figure(tmp_path: Path) -> None:
     writer = TensorBoardWriter(str(tmp_path), resumed_at=0)
     skip = {"kind": "skip", "iteration": 7, "skipped_steps": 3}
     for record in ({"kind": "run", "iteration": 0}, STEP, HELD_OUT, {**BLOCK, "output_norm": 0.02}, skip):
@@ -37,7 +37,7 @@ def test_tensorboard(tmp_path: Path) -> None:
 
 
 def pretrain(folder: Path, *options: str, site: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
-    """The front door with a run of nothing, since what is looked at comes first."""
+    """Run the front door with an empty run, because trackers are checked first."""
     command = [sys.executable, *(["-S"] if site else []), "-m", "megatron_llamapro.pretrain"]
     run = ["--model.checkpoint=none", "--data.train=[{prefix: none}]", "--data.seq_length=8"]
     training = [f"--training.{name}=1" for name in ("train_iters", "micro_batch_size", "global_batch_size")]
@@ -60,7 +60,7 @@ def said_in_one_line(done: subprocess.CompletedProcess) -> str:
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """Answers, and knows no key."""
+    """A server that answers requests but accepts no key."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -80,7 +80,7 @@ def server() -> Iterator[str]:
         server.shutdown()
 
 
-def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
+def test_a_server_that_does_not_answer_is_reported(tmp_path: Path) -> None:
     done = pretrain(tmp_path, "--logging.wandb_project=pro", WANDB_BASE_URL="http://127.0.0.1:9")
     assert said_in_one_line(done).startswith(
         "error: logging.wandb_project (pro): http://127.0.0.1:9 cannot be reached ([Errno 111] Connection refused): "
@@ -90,7 +90,7 @@ def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "reason"), [({}, "No API key configured"), ({"WANDB_API_KEY": 40 * "a"}, "Failed to authenticate with")]
 )
-def test_a_key_that_is_missing_or_wrong(key: dict, reason: str, server: str, tmp_path: Path) -> None:
+def test_a_missing_or_wrong_key_is_reported(key: dict, reason: str, server: str, tmp_path: Path) -> None:
     done = pretrain(tmp_path, "--logging.wandb_project=pro", WANDB_BASE_URL=server, **key)
     line = said_in_one_line(done)
     assert line.startswith(f"error: logging.wandb_project (pro): {reason}")
@@ -98,7 +98,7 @@ def test_a_key_that_is_missing_or_wrong(key: dict, reason: str, server: str, tmp
 
 
 @pytest.mark.parametrize(("option", "package"), [("wandb_project", "wandb"), ("tensorboard_dir", "tensorboard")])
-def test_a_package_that_is_not_installed(option: str, package: str, tmp_path: Path) -> None:
+def test_a_missing_package_is_reported(option: str, package: str, tmp_path: Path) -> None:
     site = tmp_path / "site"
     site.mkdir()
     for path in Path(pytest.__file__).parents[1].iterdir():
@@ -108,7 +108,7 @@ def test_a_package_that_is_not_installed(option: str, package: str, tmp_path: Pa
     assert line.startswith(f"error: logging.{option}") and f"needs the {package} package: pip install {package}" in line
 
 
-# Records of ten steps, to a tracker that stops working at the fifth.
+# Write records of ten steps to a tracker that stops working at the fifth.
 BROKEN = """
 import os, resource, signal, sys, time
 from pathlib import Path
@@ -142,8 +142,8 @@ print("trained on")
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
-def test_what_fails_on_the_way_ends_no_run(tracker: str, tmp_path: Path) -> None:
-    """TensorBoard's disk is full; the service of wandb gets the SIGTERM that a scheduler sends to all of a job."""
+def test_a_failing_tracker_does_not_end_the_run(tracker: str, tmp_path: Path) -> None:
+    """TensorBoard's disk is full. The wandb service gets the SIGTERM that a scheduler sends to the whole job."""
     run = ["--model.checkpoint=x", "--data.train=[{prefix: x}]", "--data.seq_length=8", "--logging.wandb_project=pro"]
     training = [f"--training.{name}=1" for name in ("train_iters", "micro_batch_size", "global_batch_size")]
     done = subprocess.run(

@@ -1,4 +1,5 @@
-"""What the real wandb package wrote for its server in offline mode: a file of records in LevelDB's log format."""
+"""Reads the files that the real wandb package writes for its server in offline mode: records in LevelDB's log
+format."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ class OfflineRun:
 
 
 def offline_runs(folder: Path) -> list[OfflineRun]:
-    """The starts that are kept in `folder`/wandb, in their order."""
+    """Return the starts kept in `folder`/wandb, in order."""
     return [_read(path) for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))]
 
 
@@ -58,7 +59,7 @@ def _records(data: bytes) -> Iterator:
         _, length, kind = struct.unpack("<IHB", data[at : at + _HEADER])
         whole += data[at + _HEADER : at + _HEADER + length]
         at += _HEADER + length
-        if kind in (1, 4):  # whole, or its last part
+        if kind in (1, 4):  # whole, or the last part of one
             record = wandb_internal_pb2.Record()
             record.ParseFromString(whole)
             yield record

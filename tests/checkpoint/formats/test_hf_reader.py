@@ -42,7 +42,7 @@ def truncate(path: Path) -> None:
 
 
 def edit_header(path: Path, edit: Callable[[dict], object]) -> None:
-    """Change a safetensors header, whatever it then promises."""
+    """Edit a safetensors header; its sizes and offsets need not match the file."""
     data = path.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + length])
@@ -139,7 +139,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("damage", "message", "settings"), CASES.values(), ids=CASES.keys())
-def test_refused_in_one_line(
+def test_a_damaged_checkpoint_is_refused_in_one_line(
     damage: Callable, message: str, settings: dict, damaged: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = damaged(**settings)
@@ -151,7 +151,7 @@ def test_refused_in_one_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
 
 
-def test_several_files_read_as_one(tiny_llama: Callable[..., Path]) -> None:
+def test_several_shards_read_as_one(tiny_llama: Callable[..., Path]) -> None:
     one, several = open_hf(tiny_llama()), open_hf(tiny_llama(max_shard_size="50KB"))
     assert len(shard_names(several.folder)) > 3
     assert one.weight_bytes == several.weight_bytes
@@ -165,7 +165,7 @@ def test_a_megatron_checkpoint_is_recognised(kind: TargetKind, tiny_llama: Calla
         hf_to_megatron(tmp_path / "it", tmp_path / "target")
 
 
-def test_a_manifest_that_does_not_fit(damaged: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_manifest_with_another_layer_count_is_refused(damaged: Callable[..., Path], tmp_path: Path) -> None:
     hf_to_megatron(damaged(), tmp_path / "megatron")
     manifest = json.loads((tmp_path / "megatron" / "llamapro.json").read_text())
     manifest["plan"]["layers"].pop()

@@ -1,5 +1,5 @@
-"""What transformers reads under other names, in other layouts or types is read as it reads it; what it does not read,
-or what is no plain weight, is named, with what to do."""
+"""Tensors under other names, in other layouts or other types are read as transformers reads them. Anything that
+transformers does not read, or that is not a plain weight, is refused with advice."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_config(folder: Path, **fields: object) -> None:
 
 @torch.no_grad()
 def logits_of(folder: Path, dtype: object = "auto") -> torch.Tensor:
-    """By transformers; every tensor must be found, and none left over."""
+    """Return the logits by transformers; no tensor may be missing or left over."""
     model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     return model.eval()(torch.arange(3, 43)[None]).logits
@@ -62,7 +62,7 @@ def head_instead(tensors: Tensors) -> Tensors:
 
 
 def head_in_the_index(folder: Path) -> None:
-    """A shard and an index that names a tied head besides."""
+    """Write a shard and an index that also name a tied head."""
     tensors = load_file(folder / SINGLE)
     (folder / SINGLE).rename(folder / "model-00001-of-00001.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys([*tensors, HEAD], "model-00001-of-00001.safetensors")}
@@ -93,10 +93,10 @@ AS_TRANSFORMERS = {
 
 
 @pytest.mark.parametrize(("settings", "change"), AS_TRANSFORMERS.values(), ids=AS_TRANSFORMERS.keys())
-def test_read_as_transformers_reads_it(
+def test_variants_are_read_as_transformers_reads_them(
     settings: dict, change: Callable[[Path], object], damaged: Tiny, tiny_model: Tiny, tmp_path: Path
 ) -> None:
-    """What comes out has the ordinary names and the same bytes as if nothing had been odd."""
+    """The result has the ordinary names and bytes."""
     source = damaged(**settings)
     change(source)
     hf_to_megatron(source, tmp_path / "megatron", expansion=ADDED)
@@ -110,12 +110,12 @@ def test_read_as_transformers_reads_it(
 
 
 def norms_in_float32(tensors: Tensors) -> Tensors:
-    """Whose values bfloat16 does not hold."""
+    """Give the norms float32 values that bfloat16 cannot hold."""
     return {name: tensor.float() * 1.003 if "norm" in name else tensor for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_mixed_types_become_the_one_that_is_asked_for(dtype: str, damaged: Tiny, tmp_path: Path) -> None:
+def test_mixed_types_are_cast_to_the_requested_type(dtype: str, damaged: Tiny, tmp_path: Path) -> None:
     source = rewrite(damaged(dtype="bfloat16"), norms_in_float32)
     expand_hf(source, tmp_path / "hf", expansion=ADDED, dtype=dtype)
     assert torch.equal(logits_of(tmp_path / "hf"), logits_of(source, dtype))
@@ -127,7 +127,7 @@ def test_mixed_types_become_the_one_that_is_asked_for(dtype: str, damaged: Tiny,
     assert f"after the cast from bfloat16 and float32 to {dtype}" in found["original tensors"].text
 
 
-def test_mixed_types_without_dtype(damaged: Tiny, tmp_path: Path) -> None:
+def test_mixed_types_without_dtype_are_refused(damaged: Tiny, tmp_path: Path) -> None:
     source = rewrite(damaged(dtype="bfloat16"), norms_in_float32)
     with pytest.raises(
         CheckpointError, match=r"mixes types: .*norm\.weight is float32, most are bfloat16: give --dtype bf"
@@ -139,7 +139,7 @@ def test_mixed_types_without_dtype(damaged: Tiny, tmp_path: Path) -> None:
 
 
 def test_a_trained_model_of_mixed_types_is_not_verified(damaged: Tiny, tiny_llama: Tiny, tmp_path: Path) -> None:
-    """A cast could hide that a norm has moved by less than bfloat16 tells apart."""
+    """A cast could hide a norm's change that is too small for bfloat16."""
     original = tiny_llama(dtype="bfloat16")
     expand_hf(original, tmp_path / "hf", expansion=ADDED)
     rewrite(tmp_path / "hf", norms_in_float32)
@@ -183,7 +183,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize(("edit", "message"), FOREIGN.values(), ids=FOREIGN.keys())
-def test_names_that_are_not_the_models_own(edit: Callable, message: str, damaged: Tiny, tmp_path: Path) -> None:
+def test_foreign_tensor_names_are_refused(edit: Callable, message: str, damaged: Tiny, tmp_path: Path) -> None:
     source = rewrite(damaged(), edit)
     with pytest.raises(CheckpointError, match=message) as refusal:
         hf_to_megatron(source, tmp_path / "megatron")
@@ -211,8 +211,10 @@ TWICE = {
 
 
 @pytest.mark.parametrize(("settings", "edit", "message"), TWICE.values(), ids=TWICE.keys())
-def test_a_tensor_under_two_names(settings: dict, edit: Callable, message: str, damaged: Tiny, tmp_path: Path) -> None:
-    """Neither is taken for the other, and none is lost."""
+def test_a_tensor_stored_under_two_names_is_refused(
+    settings: dict, edit: Callable, message: str, damaged: Tiny, tmp_path: Path
+) -> None:
+    """Neither copy is preferred, and none is dropped."""
     with pytest.raises(CheckpointError, match=message):
         hf_to_megatron(rewrite(damaged(**settings), edit), tmp_path / "megatron")
 
@@ -228,8 +230,10 @@ def test_a_tensor_under_two_names(settings: dict, edit: Callable, message: str, 
         ("flax_model.msgpack", "Flax's format"),
     ],
 )
-def test_folders_of_other_formats(name: str, message: str, damaged: Tiny, tmp_path: Path) -> None:
-    """With a config.json or without; where there are safetensors besides, these are taken."""
+def test_other_weight_formats_are_refused_unless_safetensors_exist(
+    name: str, message: str, damaged: Tiny, tmp_path: Path
+) -> None:
+    """With and without a config.json."""
     source = damaged()
     (source / name).touch()
     open_hf(source)
@@ -241,7 +245,7 @@ def test_folders_of_other_formats(name: str, message: str, damaged: Tiny, tmp_pa
         (source / "config.json").unlink(missing_ok=True)
 
 
-def test_every_sign_is_tried_and_none_is_a_familys_own_name(tiny_model: Tiny) -> None:
+def test_every_sign_of_foreign_names_is_tried_and_matches_no_family(tiny_model: Tiny) -> None:
     plain = load_file(tiny_model() / SINGLE)
     said = [str(what_they_are([name for name in edit(plain) if name not in plain], [])) for edit, _ in FOREIGN.values()]
     assert {meaning for _, meaning in SIGNS} == {
@@ -251,7 +255,7 @@ def test_every_sign_is_tried_and_none_is_a_familys_own_name(tiny_model: Tiny) ->
         assert what_they_are(sorted(load_file(tiny_model(**settings) / SINGLE)), []) is None
 
 
-def test_a_tensor_in_two_shards_is_named_with_both(damaged: Tiny, tmp_path: Path) -> None:
+def test_a_tensor_with_different_values_in_two_shards_names_both(damaged: Tiny, tmp_path: Path) -> None:
     source = damaged(max_shard_size="50KB")
     shards = sorted(source.glob("model-*.safetensors"))
     holder = next(shard for shard in shards if UP in load_file(shard))
@@ -263,8 +267,8 @@ def test_a_tensor_in_two_shards_is_named_with_both(damaged: Tiny, tmp_path: Path
 
 
 @pytest.mark.parametrize("named", [0, 1], ids=["the first is named", "the second is named"])
-def test_a_tensor_that_is_the_same_in_two_shards(named: int, damaged: Tiny, tmp_path: Path) -> None:
-    """Whichever the index names."""
+def test_a_tensor_stored_twice_must_be_equal_in_both_shards(named: int, damaged: Tiny, tmp_path: Path) -> None:
+    """The index may name either shard."""
     source = damaged(max_shard_size="50KB")
     hf_to_megatron(source, tmp_path / "expected")
     shards = sorted(source.glob("model-*.safetensors"))
@@ -287,8 +291,8 @@ def test_a_tensor_that_is_the_same_in_two_shards(named: int, damaged: Tiny, tmp_
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
 @pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
-def test_a_classifier_is_called_one(kind: type, family: str, tiny_model: Tiny, tmp_path: Path) -> None:
-    """As transformers saves it; a tied one lacks nothing but has a tensor too many."""
+def test_a_classifier_is_refused_as_one(kind: type, family: str, tiny_model: Tiny, tmp_path: Path) -> None:
+    """As saved by transformers. A tied classifier lacks no tensor but has one too many."""
     for tied in (True, False):
         model = kind.from_pretrained(tiny_model(model_type=family, tie_word_embeddings=tied), num_labels=1)
         model.save_pretrained(tmp_path / "it")
@@ -297,7 +301,7 @@ def test_a_classifier_is_called_one(kind: type, family: str, tiny_model: Tiny, t
 
 
 def to_fp8(tensors: Tensors) -> Tensors:
-    """As FineGrainedFP8 stores a projection: float8 and one scale for each block of 128 × 128."""
+    """Store projections as FineGrainedFP8 does: float8 with one scale per block of 128 × 128."""
     found = dict(tensors)
     for name in [name for name in tensors if "_proj." in name]:
         scale = tensors[name].abs().max().float() / 448
@@ -339,15 +343,17 @@ QUANTISED: Mapping[str, tuple[dict, Callable[[Tensors], Tensors], str]] = {
 
 
 @pytest.mark.parametrize(("config", "edit", "message"), QUANTISED.values(), ids=QUANTISED.keys())
-def test_quantised_weights(config: dict, edit: Callable, message: str, damaged: Tiny, tmp_path: Path) -> None:
+def test_quantised_weights_are_refused(
+    config: dict, edit: Callable, message: str, damaged: Tiny, tmp_path: Path
+) -> None:
     source = rewrite(damaged(config=config), edit)
     with pytest.raises(CheckpointError, match=message) as refusal:
         hf_to_megatron(source, tmp_path / "megatron")
     assert "quantised" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_the_way_out_of_fp8_works(damaged: Tiny, tmp_path: Path) -> None:
-    """What the message says, typed. Without save_original_format=False it would be quantised again."""
+def test_the_advice_for_fp8_works(damaged: Tiny, tmp_path: Path) -> None:
+    """Run the advice of the message. Without save_original_format=False, transformers would quantise again."""
     source = rewrite(
         damaged(dtype="bfloat16", hidden_size=128, intermediate_size=256, config={"quantization_config": FP8}), to_fp8
     )
@@ -362,5 +368,5 @@ def test_the_way_out_of_fp8_works(damaged: Tiny, tmp_path: Path) -> None:
         hf_to_megatron(tmp_path / "again", tmp_path / "other")
 
 
-def test_nothing_is_quantised_where_config_json_says_nothing() -> None:
+def test_weights_are_not_quantised_if_config_json_says_nothing() -> None:
     assert quantised({"quantization_config": None, "quantization": None}) is None

@@ -1,5 +1,5 @@
-"""Models as huggingface_hub stores them: its cache's links, its folders, its ids; and what Git leaves of a model whose
-large files were not fetched."""
+"""Models in the huggingface_hub cache: its links, folders and ids. Also Git LFS pointers left in place of large
+files."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 def download(model: Path, cache: Path, *, subfolder: str = "", shared: bool = True) -> Path:
-    """What `hf download x/y` makes of a model in its cache; every file goes to the shared store, as huggingface_hub
-    itself puts it there, or none does. Returns the snapshot."""
+    """Lay out a model as `hf download x/y` does in its cache, and return the snapshot. If `shared`, every file lies in
+    the shared store, as huggingface_hub puts it there; otherwise none does."""
     repository = cache / "models--x--y"
     snapshot = repository / "snapshots" / REVISION
     for folder in (repository / "blobs", repository / "refs", snapshot):
@@ -53,7 +53,7 @@ def download(model: Path, cache: Path, *, subfolder: str = "", shared: bool = Tr
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the manifest's, which names its source."""
+    """Return every file but the manifest, because that names its source."""
     files = {path for path in folder.rglob("*") if path.is_file() and path.name != "llamapro.json"}
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -77,8 +77,8 @@ def test_every_command_reads_a_snapshot(shared: bool, subfolder: str, tiny_llama
     assert load_tokenizer(snapshot).digest == load_tokenizer(model).digest
 
 
-def test_a_folder_of_links_into_the_cache(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """What `--local-dir` made before huggingface_hub 0.23; what is said to do makes a model of it."""
+def test_a_folder_of_links_into_the_cache_is_refused_with_working_advice(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """`--local-dir` made such folders before huggingface_hub 0.23."""
     snapshot = download(tiny_llama(), tmp_path / "hub", shared=False)
     local = tmp_path / "local"
     local.mkdir()
@@ -105,7 +105,7 @@ OUTSIDE = [
     "secret",
     "hub/secret",
     "hub/blobs/secret",
-    f"hub/blobs/aa/{HASH}",  # not the digits that it begins with
+    f"hub/blobs/aa/{HASH}",  # not the digits that the hash starts with
     f"hub/blobs/{HASH[:2]}/{HASH}.lock",
     f"hub/blobs/{HASH[:2]}/more/{HASH}",
     f"other/blobs/{HASH[:2]}/{HASH}",
@@ -126,8 +126,8 @@ def test_a_link_out_of_the_cache_is_not_followed(place: str, name: str, tiny_lla
     assert not (tmp_path / "it").exists()
 
 
-def test_the_store_is_for_folders_of_the_cache_alone(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """Somebody's folder called snapshots lies beside one called blobs."""
+def test_the_store_is_trusted_only_for_folders_of_the_cache(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """A user's own folder named snapshots may lie beside one named blobs."""
     download(tiny_llama(), tmp_path / "hub")
     mine = tmp_path / "hub" / "mine" / "snapshots" / "first"
     shutil.copytree(tiny_llama(), mine)
@@ -139,7 +139,7 @@ def test_the_store_is_for_folders_of_the_cache_alone(tiny_llama: Tiny, tmp_path:
 
 
 def opened(path: Path) -> dict[str, str]:
-    """What every reader of a model's folder answers to a path."""
+    """Return each reader's error for a path that is not a model folder."""
     readers: dict[str, Callable[[Path], object]] = {
         "convert": lambda path: hf_to_megatron(path, path.parent / "target"),
         "expand": lambda path: expand_hf(path, path.parent / "target", expansion=Expansion.at(1)),
@@ -157,7 +157,7 @@ def opened(path: Path) -> dict[str, str]:
     return answers
 
 
-def test_a_folder_of_the_cache_names_its_snapshots(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_a_folder_of_the_cache_is_refused_with_its_snapshots_named(tiny_llama: Tiny, tmp_path: Path) -> None:
     snapshot = download(tiny_llama(), tmp_path / "hub")
     repository = tmp_path / "hub" / "models--x--y"
     blob = next((repository / "blobs").iterdir())
@@ -194,20 +194,24 @@ def test_a_folder_of_the_cache_names_its_snapshots(tiny_llama: Tiny, tmp_path: P
         "hf://meta-llama/Llama-2-7b-hf",
     ],
 )
-def test_a_hub_id_is_no_folder(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_refused_with_the_download_command(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for answer in opened(Path(given)).values():
         assert "`hf download meta-llama/Llama-2-7b-hf` fetches it and prints the folder" in answer
 
 
-def test_what_looks_like_an_id_in_a_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_in_an_existing_folder_is_not_taken_for_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("models").mkdir()
     assert not any("hf download" in answer for answer in opened(Path("models/llama")).values())
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_file_of_the_folder(name: str, tiny_llama: Tiny) -> None:
+def test_a_file_of_the_model_is_refused_with_its_folder_named(name: str, tiny_llama: Tiny) -> None:
     answers = opened(tiny_llama() / name)
     assert "tokenizer" in answers.pop("tokenize")
     assert all(
@@ -215,15 +219,15 @@ def test_a_file_of_the_folder(name: str, tiny_llama: Tiny) -> None:
     ), answers
 
 
-def test_the_folder_above(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_the_parent_folder_is_refused_with_the_subfolder_named(tiny_llama: Tiny, tmp_path: Path) -> None:
     snapshot = download(tiny_llama(), tmp_path / "hub", subfolder="llm")
     answers = opened(snapshot.parent)
     del answers["train"]
     assert all(f"give the folder in it that has one: {snapshot}" in answer for answer in answers.values()), answers
 
 
-def test_a_snapshot_that_is_not_whole(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """Only some files were asked for, or the download was cut."""
+def test_an_incomplete_snapshot_is_refused_with_the_download_command(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """Either only some files were requested, or the download was interrupted."""
     model = shutil.copytree(tiny_llama(max_shard_size="100KB"), tmp_path / "model")
     shard = sorted(model.glob("model-*.safetensors"))[1].name
     for name in (shard, "model.safetensors.index.json", "config.json", "tokenizer.json"):
@@ -236,13 +240,13 @@ def test_a_snapshot_that_is_not_whole(tiny_llama: Tiny, tmp_path: Path) -> None:
         shutil.copyfile(tiny_llama(max_shard_size="100KB") / name, model / name)
     snapshot = download(model, tmp_path / "other")
     (snapshot / "config.json").resolve().unlink()
-    shutil.copytree(snapshot, tmp_path / "copied", symlinks=True)  # as a container sees it that is given this alone
+    shutil.copytree(snapshot, tmp_path / "copied", symlinks=True)  # as seen by a container that has this folder only
     for folder in (snapshot, tmp_path / "copied"):
         with pytest.raises(CheckpointError, match=r"config\.json is a link to .*, which does not exist: .*cp -rL"):
             inspect(folder)
 
 
-def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+def test_a_broken_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to("nothing")
     answers = opened(tmp_path / "dangling")
     assert all(f"{tmp_path}/dangling is a broken link to nothing" in each for each in answers.values())
@@ -259,7 +263,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
-def test_a_loop_of_links_is_one_line(command: list[str], tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_a_loop_of_links_is_one_line_in_every_command(command: list[str], tiny_llama: Tiny, tmp_path: Path) -> None:
     (tmp_path / "one").symlink_to("other")
     (tmp_path / "other").symlink_to("one")
     program = Path(__file__).parents[3] / "tools" / command[0]
@@ -277,7 +281,7 @@ POINTERS = ["config.json", "model.safetensors.index.json", "tokenizer.json", "ge
 
 
 @pytest.mark.parametrize("name", [*POINTERS, "model-00001-of-"])
-def test_a_git_lfs_pointer(name: str, damaged: Tiny, tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_is_refused(name: str, damaged: Tiny, tmp_path: Path) -> None:
     folder = damaged(max_shard_size="100KB")
     path = next(folder.glob(f"{name}*"))
     path.write_text(POINTER)
@@ -287,8 +291,8 @@ def test_a_git_lfs_pointer(name: str, damaged: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", "no JSON"])
-def test_a_stray_metadata_json(content: str, damaged: Tiny, tmp_path: Path) -> None:
-    """Beside safetensors it does not make a checkpoint megatron.core's."""
+def test_a_stray_metadata_json_does_not_change_the_format(content: str, damaged: Tiny, tmp_path: Path) -> None:
+    """A folder with safetensors remains a Hugging Face checkpoint."""
     folder = damaged()
     (folder / "metadata.json").write_text(content)
     assert inspect(folder).format == Format.HUGGING_FACE

@@ -1,4 +1,4 @@
-"""legacy: every division holds the same model, and Megatron-LM's names and shapes are megatron.core's own."""
+"""legacy checkpoints: every division holds the same model, under Megatron-LM's names and shapes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ MODELS = {
 
 
 def load(path: Path) -> dict:
-    """A rank's file, as Megatron-LM loads it."""
+    """Load a rank's file as Megatron-LM does."""
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, weights_only=True)
 
@@ -73,7 +73,7 @@ def test_every_division_holds_the_same_model(division: str, model: str, tiny_mod
     assert all(check.ok for check in verify(source, tmp_path / "it", quick=True))
 
 
-def test_from_one_division_to_another_and_back_to_hugging_face(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_redividing_and_exporting_keeps_the_model(tiny_llama: Tiny, tmp_path: Path) -> None:
     source, (first, second) = (
         tiny_llama(),
         [DIVISIONS[name] for name in ("tp 2, pp 2, uneven", "tp 2, pp 2, virtual 3")],
@@ -89,7 +89,7 @@ def test_from_one_division_to_another_and_back_to_hugging_face(tiny_llama: Tiny,
         assert path.read_bytes() == (tmp_path / "2" / path.relative_to(tmp_path / "direct")).read_bytes()
 
 
-def test_another_round_on_a_megatron_checkpoint(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_a_second_round_expands_a_divided_checkpoint(tiny_llama: Tiny, tmp_path: Path) -> None:
     hf_to_megatron(tiny_llama(), tmp_path / "1", expansion=ADDED, kind=legacy(tensor_model_parallel_size=2))
     megatron_to_megatron(tmp_path / "1", tmp_path / "2", expansion=Expansion.at(0, 7))
     assert open_checkpoint(tmp_path / "2").plan.added_layers == (0, 3, 6, 7)
@@ -97,7 +97,7 @@ def test_another_round_on_a_megatron_checkpoint(tiny_llama: Tiny, tmp_path: Path
 
 
 def model_states(config: dict, division: dict) -> dict[str, dict[str, tuple]]:
-    """Name and shape of everything in the state dict of each chunk of megatron.core's own model on this rank."""
+    """Return name and shape of every state-dict entry, for each chunk of megatron.core's own model on this rank."""
     from megatron_llamapro.config.schema import ModelConfig, ParallelConfig
     from megatron_llamapro.families.hf_config import model_shape
     from megatron_llamapro.model.build import build_model
@@ -115,8 +115,8 @@ def model_states(config: dict, division: dict) -> dict[str, dict[str, tuple]]:
 
 
 @pytest.mark.parametrize("model", ["untied", "tied", "qwen2", "qwen3", "mixtral", "biases"])
-def test_names_and_shapes_are_those_of_the_ranks_models(model: str, tiny_model: Tiny, tmp_path: Path) -> None:
-    """TP 2 x PP 2 x virtual 2: a rank's file is the state dict of the model that the rank builds."""
+def test_names_and_shapes_are_those_of_each_ranks_model(model: str, tiny_model: Tiny, tmp_path: Path) -> None:
+    """At TP 2 x PP 2 x virtual 2, each file is the state dict of the model that its rank builds."""
     settings = {"untied": {}, "tied": {"tie_word_embeddings": True}, **MODELS}[model]
     division = {**DIVISIONS["pp 2, virtual 2, uneven"], "tensor_model_parallel_size": 2}
     hf_to_megatron(tiny_model(**settings), tmp_path / "it", expansion=ADDED, kind=legacy(**division))
@@ -136,8 +136,9 @@ def test_names_and_shapes_are_those_of_the_ranks_models(model: str, tiny_model: 
         ("biases", {"num_experts": None, "moe_router_topk": None, "add_bias_linear": True}),
     ],
 )
-def test_arguments_say_what_blocks_have(model: str, expected: dict, tiny_model: Tiny, tmp_path: Path) -> None:
-    """With --use-checkpoint-args Megatron-LM builds the model after them, and takes a default for what they lack."""
+def test_the_saved_arguments_describe_the_blocks(model: str, expected: dict, tiny_model: Tiny, tmp_path: Path) -> None:
+    """With --use-checkpoint-args Megatron-LM builds the model from them, and uses a default for each one that is
+    missing."""
     settings = {**MODELS[model], **({"num_experts_per_tok": 3} if model == "mixtral" else {})}
     hf_to_megatron(tiny_model(**settings), tmp_path / "it", kind=legacy())
     arguments = vars(load(tmp_path / "it" / "release" / "mp_rank_00" / "model_optim_rng.pt")["args"])
@@ -164,7 +165,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("division", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_divided(division: dict, message: str, tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_an_impossible_division_is_refused(division: dict, message: str, tiny_llama: Tiny, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         hf_to_megatron(tiny_llama(), tmp_path / "it", expansion=ADDED, kind=legacy(**division))
     assert list(tmp_path.iterdir()) == []
@@ -183,7 +184,7 @@ def rank_file(folder: Path) -> Path:
 
 
 def resave(folder: Path, change: Callable[[dict], object]) -> None:
-    """Change a rank's file and save it with torch."""
+    """Change a rank's file and save it again with torch."""
     state = load(rank_file(folder))
     change(state)
     torch.save(state, rank_file(folder))
@@ -230,7 +231,7 @@ def test_damage_is_one_line(damage: Callable, message: str, divided: Path, tmp_p
     assert not (tmp_path / "hf").exists()
 
 
-def test_a_hostile_file_runs_nothing(divided: Path, tmp_path: Path) -> None:
+def test_a_hostile_file_runs_no_code(divided: Path, tmp_path: Path) -> None:
     state = load(rank_file(divided))
     torch.save({**state, "args": Hostile(tmp_path / "ran")}, rank_file(divided))
     with pytest.raises(CheckpointError, match="was not loaded: it asks for "):
@@ -238,8 +239,8 @@ def test_a_hostile_file_runs_nothing(divided: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["it"]
 
 
-def test_what_megatron_lm_keeps_besides_is_left_out(divided: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
-    """Random states, enumerations, extra states: read as inert records."""
+def test_other_state_of_megatron_lm_is_left_out(divided: Path, tiny_llama: Tiny, tmp_path: Path) -> None:
+    """Random states, enumerations and extra states are read as inert records."""
     import signal
 
     import numpy
@@ -254,23 +255,23 @@ def test_what_megatron_lm_keeps_besides_is_left_out(divided: Path, tiny_llama: T
     assert all(check.ok for check in verify(tiny_llama(), tmp_path / "hf", quick=True))
 
 
-def test_without_a_manifest_it_is_a_model_that_was_never_expanded(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """As Megatron-LM's own checkpoints are, once a config.json lies beside them."""
+def test_a_checkpoint_without_a_manifest_was_never_expanded(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """Megatron-LM's own checkpoints are read this way once a config.json lies beside them."""
     hf_to_megatron(tiny_llama(), tmp_path / "it", kind=legacy(tensor_model_parallel_size=2))
     (tmp_path / "it" / "llamapro.json").unlink()
     megatron_to_hf(tmp_path / "it", tmp_path / "hf")
     assert same(tmp_path / "hf", tiny_llama())
 
 
-def test_more_than_ten_chunks(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_more_than_ten_chunks_keep_their_order(tiny_llama: Tiny, tmp_path: Path) -> None:
     source = tiny_llama(num_hidden_layers=24, hidden_size=32, intermediate_size=32)
     division = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 12}
     hf_to_megatron(source, tmp_path / "it", kind=legacy(**division))
     assert same(tmp_path / "it", source)
 
 
-def test_a_rank_of_a_large_number(divided: Path, tmp_path: Path) -> None:
-    """Its number asks for no memory."""
+def test_a_huge_rank_number_allocates_no_memory(divided: Path, tmp_path: Path) -> None:
+    """The number comes from a folder name."""
     (divided / "release" / "mp_rank_00_000").rename(divided / "release" / "mp_rank_9999999999_000")
     with pytest.raises(CheckpointError, match="lacks tensor rank 0 of stage 0"):
         megatron_to_hf(divided, tmp_path / "hf")

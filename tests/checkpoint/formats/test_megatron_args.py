@@ -1,4 +1,4 @@
-"""A config.json that fits a Megatron-LM checkpoint's tensors, but is not what it was saved with."""
+"""A config.json may fit the tensors of a Megatron-LM checkpoint but contradict the arguments it was saved with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_llamapro.runtime.upstream import import_megatron
 
 Tiny = Callable[..., Path]
 
-# A field of config.json that no tensor's shape depends on, and the argument that contradicts it.
+# Fields of config.json that no tensor shape depends on, and the argument that contradicts each.
 COPIED = {
     "heads": (
         {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
@@ -34,7 +34,7 @@ ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
 
 @pytest.fixture(params=["legacy", "torch_dist"])
 def foreign(request: pytest.FixtureRequest, tiny_llama: Tiny, tmp_path: Path) -> Path:
-    """A checkpoint with Megatron-LM's arguments, and without a manifest."""
+    """Return a checkpoint with Megatron-LM's arguments and no manifest."""
     hf_to_megatron(tiny_llama(**ROPE), tmp_path / "legacy", kind=legacy())
     if request.param == "torch_dist":
         hf_to_megatron(tiny_llama(**ROPE), tmp_path / "torch_dist")
@@ -49,7 +49,7 @@ def saved_args(folder: Path) -> argparse.Namespace:
 
 
 def save_args(folder: Path, args: argparse.Namespace) -> None:
-    """Where a torch_dist checkpoint of Megatron-LM has its arguments."""
+    """Write the arguments where a torch_dist checkpoint of Megatron-LM keeps them."""
     common = torch.load(folder / "common.pt", weights_only=True)
     torch.save({**common, "args": args}, folder / "common.pt")
 
@@ -60,7 +60,9 @@ def set_fields(folder: Path, fields: dict) -> None:
 
 
 @pytest.mark.parametrize(("fields", "message"), COPIED.values(), ids=COPIED.keys())
-def test_what_it_was_saved_with_contradicts_it(fields: dict, message: str, foreign: Path, tmp_path: Path) -> None:
+def test_saved_arguments_that_contradict_config_json_are_refused(
+    fields: dict, message: str, foreign: Path, tmp_path: Path
+) -> None:
     megatron_to_hf(foreign, tmp_path / "right")
     set_fields(foreign, fields)
     with pytest.raises(CheckpointError, match=message) as refusal:
@@ -69,7 +71,7 @@ def test_what_it_was_saved_with_contradicts_it(fields: dict, message: str, forei
     assert not (tmp_path / "wrong").exists()
 
 
-def test_a_base_that_is_no_whole_number_is_kept(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_a_fractional_rotary_base_is_kept(tiny_llama: Tiny, tmp_path: Path) -> None:
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.5}}
     hf_to_megatron(tiny_llama(**rope), tmp_path / "it", kind=legacy())
     assert saved_args(tmp_path / "it").rotary_base == 10000.5
@@ -81,7 +83,7 @@ PLAIN, LINEAR = {"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}
 MISTRAL = {"model_type": "mistral", "sliding_window": 16}
 QWEN = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}
 
-# What Megatron-LM saves → fields of the config.json beside it, and whose function it is then: None, the same.
+# Saved arguments → fields of the config.json beside them, and the error; None if both describe the same function.
 SAVED = {
     "llama3": ({"use_rope_scaling": True, "rope_scaling_factor": 8.0}, LLAMA3, None),
     "llama3 of old": ({"use_rope_scaling": True}, LLAMA3, None),
@@ -163,7 +165,7 @@ MADE = {
 
 
 @pytest.mark.parametrize(("saved", "fields", "message"), MADE.values(), ids=MADE.keys())
-def test_arguments_that_no_tensor_shows(
+def test_arguments_that_no_tensor_shows_are_compared(
     saved: dict, fields: dict, message: str | None, tiny_llama: Tiny, tmp_path: Path
 ) -> None:
     foreign = tmp_path / "foreign"
@@ -178,7 +180,7 @@ def test_arguments_that_no_tensor_shows(
     assert "\n" not in str(refusal.value)
 
 
-def test_what_megatron_core_applies_is_no_argument_of_it() -> None:
+def test_megatron_core_still_applies_the_assumed_rope_constants() -> None:
     import_megatron()
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 

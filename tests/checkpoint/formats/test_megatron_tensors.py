@@ -1,4 +1,4 @@
-"""Layers that megatron.core saved stacked, as it does unless it is told otherwise, are read as layers."""
+"""megatron.core saves layers stacked by default; they are read layer by layer."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ MODELS = {"llama": {}, "qwen2": TINY_FAMILIES["qwen2"], "mixtral": TINY_FAMILIES
 
 
 def save_stacked(source: Path, folder: Path, division: dict) -> None:
-    """Save megatron.core's own model, of its own layers, with the weights of `source`, and what training keeps besides:
-    a moment of every weight and a random state. (The linears have extra states of their own.)"""
+    """Save megatron.core's own model of its own layers with the weights of `source`, plus training state: a moment of
+    every weight and a random state. Its linears add extra states."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
@@ -83,7 +83,7 @@ def save_stacked(source: Path, folder: Path, division: dict) -> None:
 
 
 def _tensors(value: object) -> list:
-    """A gate and its up projection are a list, made of one tensor."""
+    """Flatten; a gate with its up projection is a list made from one tensor."""
     return value if isinstance(value, list) else [value]
 
 
@@ -95,7 +95,7 @@ def resave_stacked(source: Path, folder: Path, division: dict) -> None:
 
 @pytest.fixture(scope="module")
 def stacked(tiny_model: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """A checkpoint of megatron.core's with its config.json beside it; it must not be changed."""
+    """Return a checkpoint saved by megatron.core with its config.json; do not change it."""
     made: dict[tuple[str, str], Path] = {}
 
     def make(model: str, division: str) -> Path:
@@ -115,7 +115,7 @@ def same(one: Path, other: Path) -> bool:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("division", DIVISIONS)
-def test_what_megatron_core_saves_is_read(
+def test_stacked_layers_are_read(
     division: str, model: str, stacked: Callable, tiny_model: Tiny, tmp_path: Path
 ) -> None:
     source, folder = tiny_model(**MODELS[model]), stacked(model, division)
@@ -129,8 +129,8 @@ def test_what_megatron_core_saves_is_read(
     assert inspect(folder).shape.num_layers == 4
 
 
-def test_an_expanded_model_is_proven(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """As Megatron-LM saves one that was converted, once its manifest is put beside it."""
+def test_a_stacked_expanded_model_is_verified(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """As saved by Megatron-LM from a converted one, with its manifest copied beside it."""
     hf_to_megatron(tiny_llama(), tmp_path / "source", expansion=Expansion.at(2, 5))
     resave_stacked(tmp_path / "source", tmp_path / "saved", DIVISIONS["tp 2, pp 2"])
     shutil.copy(tmp_path / "source" / "llamapro.json", tmp_path / "saved")
@@ -138,7 +138,9 @@ def test_an_expanded_model_is_proven(tiny_llama: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_it_is_expanded_into_one_key_a_layer(model: str, stacked: Callable, tiny_model: Tiny, tmp_path: Path) -> None:
+def test_expanding_a_stacked_checkpoint_writes_one_key_per_layer(
+    model: str, stacked: Callable, tiny_model: Tiny, tmp_path: Path
+) -> None:
     folder = stacked(model, "tp 2, pp 2")
     megatron_to_megatron(folder, tmp_path / "expanded", expansion=Expansion.at(1, 4))
     assert not any(map(is_stacked, read_index(tmp_path / "expanded")))
@@ -146,15 +148,15 @@ def test_it_is_expanded_into_one_key_a_layer(model: str, stacked: Callable, tiny
     assert all(check.ok for check in verify(tiny_model(**MODELS[model]), tmp_path / "expanded"))
 
 
-def test_stacks_in_one_piece(tiny_model: Tiny, tmp_path: Path) -> None:
-    """As other programs may save them."""
+def test_stacks_stored_in_one_piece_are_read(tiny_model: Tiny, tmp_path: Path) -> None:
+    """Other programs may save them this way."""
     source = tiny_model(**MODELS["mixtral"])
     hf_to_megatron(source, tmp_path / "megatron")
     stack_layers(tmp_path / "megatron", tmp_path / "stacked")
     assert all(check.ok for check in verify(source, tmp_path / "stacked", quick=True))
 
 
-def test_training_says_what_to_do_with_it(stacked: Callable, tmp_path: Path) -> None:
+def test_training_refuses_a_stacked_checkpoint_with_advice(stacked: Callable, tmp_path: Path) -> None:
     folder = stacked("llama", "one rank")
     with pytest.raises(CheckpointError, match=r"layers stacked.*megatron-to-megatron"):
         check_loadable(SmallFiles(folder))
@@ -185,7 +187,7 @@ def save_a_layer_by_itself_too(index) -> None:
 
 
 def stack_another_number(index) -> None:
-    """Of one weight only."""
+    """Change the stack of one weight only."""
     entry = index.state_dict_metadata[NORM]
     entry.size = torch.Size([3, 64])
     entry.chunks.pop()
@@ -212,7 +214,7 @@ def test_damage_is_one_line(edit: Callable, message: str, stacked: Callable, tmp
 
 
 @pytest.mark.parametrize("num_layers", [3, 5])
-def test_a_configuration_of_another_number_of_layers(num_layers: int, stacked: Callable, tmp_path: Path) -> None:
+def test_another_number_of_layers_in_config_json_is_refused(num_layers: int, stacked: Callable, tmp_path: Path) -> None:
     folder = shutil.copytree(stacked("llama", "one rank"), tmp_path / "damaged")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": num_layers}))
@@ -222,15 +224,17 @@ def test_a_configuration_of_another_number_of_layers(num_layers: int, stacked: C
 
 @st.composite
 def cuts(draw: st.DrawFn, length: int) -> list[tuple[int, int]]:
-    """`length` cut into spans."""
+    """Cut `length` into spans."""
     points = sorted(draw(st.sets(st.integers(1, length - 1), max_size=2))) if length > 1 else []
     return list(itertools.pairwise([0, *points, length]))
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.data(), st.sampled_from([(4, 6), (3, 4, 5), (2, 3, 4, 5)]))
-def test_a_stack_cut_anyhow(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, shape: Cut) -> None:
-    """Vectors, matrices and experts, in parts that hold several layers or a portion of one."""
+def test_a_stack_cut_at_any_place_reads_the_same(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, shape: Cut
+) -> None:
+    """Vectors, matrices and experts; a part may hold several layers or a portion of one."""
     whole = numpy.arange(math.prod(shape), dtype=numpy.uint32).reshape(shape)
     file = tmp_path_factory.getbasetemp() / "stack"
     parts, stored = [], b""

@@ -1,4 +1,4 @@
-"""Opening a checkpoint of any format: what is said of it holds for the bytes that are read later."""
+"""Opening a checkpoint of any format: statements about it hold for the bytes read later."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ KINDS = {"torch_dist": (TORCH_DIST, "torch_dist"), "legacy": (legacy(tensor_mode
 
 
 @pytest.mark.parametrize(("kind", "module"), KINDS.values(), ids=KINDS.keys())
-def test_a_file_that_is_replaced_once_its_header_was_read(
+def test_a_file_replaced_after_its_header_was_read_is_refused(
     kind: TargetKind, module: str, tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the tensors began in the old file says nothing of the new one."""
+    """The old file's offsets mean nothing in the new file."""
     hf_to_megatron(tiny_llama(), tmp_path / "it", kind=kind)
     path = tmp_path / "it" / ("__0_0.distcp" if kind is TORCH_DIST else "release/mp_rank_01/model_optim_rng.pt")
 
@@ -56,7 +56,7 @@ def test_a_file_that_is_replaced_once_its_header_was_read(
 def test_the_configuration_is_read_once(
     format_name: str, tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read twice, it may be two configurations."""
+    """Two reads might return two configurations."""
     folder = tiny_llama()
     if format_name in KINDS:
         folder = tmp_path / "it"
@@ -73,10 +73,8 @@ def test_the_configuration_is_read_once(
 
 
 @pytest.mark.parametrize("format_name", ["hf", *KINDS])
-def test_what_is_wrong_with_a_configuration_names_its_folder(
-    format_name: str, tiny_llama: Tiny, tmp_path: Path
-) -> None:
-    """Verification opens two."""
+def test_an_error_about_a_configuration_names_its_folder(format_name: str, tiny_llama: Tiny, tmp_path: Path) -> None:
+    """Verification opens two folders."""
     folder = tmp_path / "it"
     if format_name in KINDS:
         hf_to_megatron(tiny_llama(), folder, kind=KINDS[format_name][0])
@@ -100,8 +98,8 @@ print([str(check) for check in verify(Path(sys.argv[1]), Path(sys.argv[2]), quic
 """
 
 
-def test_a_checkpoint_of_more_files_than_may_usually_be_open(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """As hundreds of ranks save it: the usual limit is 1024."""
+def test_a_checkpoint_may_have_more_files_than_may_be_open(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """Hundreds of ranks save so many; the usual limit is 1024."""
     kind = TargetKind(partial(torch_dist_layout, max_file_bytes=1))
     hf_to_megatron(tiny_llama(), tmp_path / "it", kind=kind)
     assert len(list((tmp_path / "it").glob("*.distcp"))) > 30
@@ -112,12 +110,12 @@ def test_a_checkpoint_of_more_files_than_may_usually_be_open(tiny_llama: Tiny, t
 
 
 def grow(path: Path) -> None:
-    """By a hole, which takes no disk."""
+    """Extend a file by a hole, which takes no disk space."""
     os.truncate(path, 64 * 2**30)
 
 
 def claim_a_large_directory(path: Path) -> None:
-    """The end of a zip file says that its directory begins a kilobyte after the file's beginning."""
+    """Make the end of a zip file place its directory a kilobyte after the start of the file."""
     grow(path)
     end, start = path.stat().st_size, 1000
     tail = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, end - start, start)
@@ -152,10 +150,10 @@ run_command(lambda: megatron_to_hf(source, target) and 0)
 
 
 @pytest.mark.parametrize(("format_name", "name", "damage"), HOLES.values(), ids=HOLES.keys())
-def test_a_small_file_of_64_gigabytes(
+def test_a_small_file_of_64_gigabytes_is_refused(
     format_name: str, name: str, damage: Callable, tiny_llama: Tiny, tmp_path: Path
 ) -> None:
-    """Of which all but its beginning is a hole: it is not read into memory, nor copied."""
+    """All but its start is a hole; the file is neither read into memory nor copied."""
     folder = tmp_path / "it"
     if format_name == "hf":
         shutil.copytree(tiny_llama(max_shard_size="50KB"), folder)

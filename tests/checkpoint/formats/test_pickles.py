@@ -1,4 +1,4 @@
-"""Pickles without imports: what is written, Python reads; what is read runs nothing."""
+"""Pickles without imports: Python reads what we write, and our reader runs nothing."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ PLAIN = st.recursive(
 
 
 @given(PLAIN)
-def test_plain_values_there_and_back(value: object) -> None:
+def test_plain_values_survive_a_round_trip(value: object) -> None:
     data = dumps(value)
     assert pickle.loads(data) == value
     assert load(data, admitted=()) == value
 
 
-def test_described_objects_are_what_python_makes_of_them() -> None:
+def test_described_objects_load_as_python_makes_them() -> None:
     described = {
         "called": Call(Global("collections", "OrderedDict")),
         "made": instance("argparse", "Namespace", rows=3),
@@ -51,8 +51,8 @@ def test_admitted_classes_become_records() -> None:
 ENUM = "torch.distributed.checkpoint.planner.WriteItemType"
 
 
-def test_a_member_of_an_enumeration_by_name() -> None:
-    """As Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2) pickle it."""
+def test_an_enumeration_member_is_read_by_name() -> None:
+    """Python 3.11.0 to 3.11.3 pickle it this way; Debian 12 has 3.11.2."""
     described = Call(Global("builtins", "getattr"), (Global(*ENUM.rsplit(".", 1)), "SHARD"))
     member = load(dumps(described), admitted={ENUM})
     assert isinstance(member, Record) and (member.path, member.args) == (ENUM, ("SHARD",))
@@ -69,13 +69,13 @@ def test_a_member_of_an_enumeration_by_name() -> None:
         Call(Global("builtins", "getattr"), (Global(*ENUM.rsplit(".", 1)), "SHARD", "default")),
     ],
 )
-def test_no_other_attribute(described: Call) -> None:
+def test_other_attributes_are_refused(described: Call) -> None:
     with pytest.raises(pickle.UnpicklingError):
         load(dumps(described), admitted={ENUM, "pathlib.PosixPath"})
 
 
 class Hostile:
-    """Runs something when it is unpickled the ordinary way."""
+    """Runs a function when it is unpickled the ordinary way."""
 
     def __init__(self, function: object, *args: object) -> None:
         self.call = (function, args)
@@ -94,15 +94,15 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE.keys())
-def test_nothing_runs(make: object, tmp_path: Path) -> None:
+def test_unpickling_runs_nothing(make: object, tmp_path: Path) -> None:
     data = pickle.dumps({"weights": make(tmp_path / "ran")})
     with pytest.raises(pickle.UnpicklingError, match="it asks for "):
         load(data, admitted={"torch.Size"})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_runs_though_its_name_is_admitted(tmp_path: Path) -> None:
-    """A record is not the thing: calling it does nothing."""
+def test_an_admitted_name_runs_nothing(tmp_path: Path) -> None:
+    """It becomes a record; calling the record does nothing."""
     data = pickle.dumps(Hostile(os.system, f"touch {tmp_path / 'ran'}"))
     record = load(data, admitted={"posix.system", "os.system"})
     assert isinstance(record, Record) and record.args == (f"touch {tmp_path / 'ran'}",)
@@ -122,7 +122,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("data", DAMAGED.values(), ids=DAMAGED.keys())
-def test_damage_is_an_error_and_no_memory(data: bytes) -> None:
+def test_damage_raises_without_allocating(data: bytes) -> None:
     try:
         load(data, admitted=())
     except pickle.UnpicklingError as error:
@@ -130,7 +130,7 @@ def test_damage_is_an_error_and_no_memory(data: bytes) -> None:
 
 
 @given(st.binary(max_size=60))
-def test_any_bytes_are_a_value_or_an_error(data: bytes) -> None:
+def test_any_bytes_give_a_value_or_an_error(data: bytes) -> None:
     try:
         load(b"\x80\x02" + data, admitted={"torch.Size"})
     except pickle.UnpicklingError as error:

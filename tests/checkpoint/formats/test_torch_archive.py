@@ -1,4 +1,4 @@
-"""Files of torch.save: torch loads what we lay out, and we find the tensors in what it saves."""
+"""Files of torch.save: torch loads the archives we write, and we find the tensors in the archives it saves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4)])
-def test_torch_loads_what_we_lay_out(dtype: str, shape: tuple, tmp_path: Path) -> None:
+def test_torch_loads_our_archives(dtype: str, shape: tuple, tmp_path: Path) -> None:
     tensors = [torch.randn(shape).to(DTYPES[dtype]), torch.randn(2, 2).to(DTYPES[dtype])]
     described = {str(i): tensor_call(str(i), dtype, tuple(t.shape)) for i, t in enumerate(tensors)}
     layout = archive_layout({"model": described, "iteration": 3}, [t.nbytes for t in tensors])
@@ -46,8 +46,8 @@ def test_torch_loads_what_we_lay_out(dtype: str, shape: tuple, tmp_path: Path) -
             assert torch.equal(loaded["model"][str(i)], tensor)
 
 
-def test_files_beyond_four_gigabytes(tmp_path: Path) -> None:
-    """Sizes and places beyond 32 bits; the file is sparse."""
+def test_archives_beyond_four_gigabytes_load(tmp_path: Path) -> None:
+    """Sizes and offsets exceed 32 bits; the file is sparse."""
     big = 2**32 + 1024
     described = [tensor_call("0", "bfloat16", (big // 2,)), tensor_call("1", "float32", (3,))]
     layout = archive_layout(described, [big, 12])
@@ -77,7 +77,7 @@ def saved(value: object, *, crc: bool = True) -> io.BytesIO:
 
 @pytest.mark.parametrize("crc", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_we_find_what_torch_saves(dtype: str, crc: bool) -> None:
+def test_we_find_the_tensors_torch_saves(dtype: str, crc: bool) -> None:
     storage = torch.randn(40).to(DTYPES[dtype])
     value = {
         "whole": storage,
@@ -109,20 +109,20 @@ class Hostile:
         return (Path.touch, (self.path,))
 
 
-def test_a_hostile_file_runs_nothing(tmp_path: Path) -> None:
+def test_a_hostile_file_runs_no_code(tmp_path: Path) -> None:
     with pytest.raises(DamagedArchiveError, match="it asks for "):
         read_archive(saved({"a": torch.zeros(1), "b": Hostile(tmp_path / "ran")}))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_of_something_else() -> None:
+def test_a_file_that_is_not_an_archive_is_refused() -> None:
     for data in (b"", b"PK", b"x" * 1000):
         with pytest.raises(DamagedArchiveError):
             read_archive(io.BytesIO(data))
 
 
-def test_any_damage_is_one_error() -> None:
-    """Every byte of the directory and the pickle changed in turn, every length."""
+def test_any_damage_raises_one_kind_of_error() -> None:
+    """Change every byte of the directory and the pickle in turn, and cut the file at every length."""
     whole = saved({"a": torch.arange(4, dtype=torch.float32)}).getvalue()
     for position in range(0, len(whole), 3):
         damaged = bytearray(whole)
@@ -148,8 +148,9 @@ def zipped(*records: tuple[str, bytes]) -> io.BytesIO:
 BENIGN = b"\x80\x02}."
 
 
-def test_what_is_checked_is_what_torch_would_read(tmp_path: Path) -> None:
-    """Not a pickle before an archive, which torch reads as one; not another record that ends in data.pkl."""
+def test_we_check_the_record_that_torch_would_read(tmp_path: Path) -> None:
+    """Two traps: a pickle before the archive, which torch reads instead, and another record whose name ends in
+    data.pkl."""
     evil = pickle.dumps(Hostile(tmp_path / "ran"))
     for file in (
         io.BytesIO(evil + zipped(("archive/data.pkl", BENIGN)).getvalue()),
@@ -162,7 +163,7 @@ def test_what_is_checked_is_what_torch_would_read(tmp_path: Path) -> None:
 
 
 def test_shared_containers_are_walked_once() -> None:
-    """Sixty lists, each twice in the next: a copy of every reference would be two to the sixtieth."""
+    """Sixty lists, each twice in the next: copying every reference would make 2**60 copies."""
     value: list = []
     for _ in range(60):
         value = [value, value]
@@ -176,6 +177,6 @@ ODD = {
 
 
 @pytest.mark.parametrize("data", ODD.values(), ids=ODD.keys())
-def test_odd_descriptions_are_damage(data: bytes) -> None:
+def test_malformed_descriptions_are_damage(data: bytes) -> None:
     with pytest.raises(DamagedArchiveError):
         read_archive(zipped(("archive/data.pkl", data)))

@@ -1,4 +1,4 @@
-"""torch_dist: megatron.core reads what we write, we read what it writes, and a hostile index runs no code."""
+"""torch_dist: megatron.core reads our files, we read its files, and a hostile index runs no code."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ WORD_ROWS = 131
 
 @pytest.fixture
 def megatron(tiny_llama: Tiny, tmp_path: Path) -> Path:
-    """A converted tiny model that a test may damage."""
+    """Return a converted tiny model that a test may damage."""
     hf_to_megatron(tiny_llama(), tmp_path / "megatron")
     return tmp_path / "megatron"
 
 
 def load_with_megatron(folder: str) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, read by megatron.core."""
+    """Return every tensor of a checkpoint, read by megatron.core."""
     from megatron.core import dist_checkpointing
 
-    found = dist_checkpointing.load_plain_tensors(folder)  # and what is in common.pt
+    found = dist_checkpointing.load_plain_tensors(folder)  # includes the contents of common.pt
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
 def load_halves_with_megatron(folder: str) -> torch.Tensor:
-    """This rank's half of a weight and of the padded embedding, read by megatron.core."""
+    """Return this rank's half of a weight and of the padded embedding, read by megatron.core."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
 
@@ -55,7 +55,7 @@ def load_halves_with_megatron(folder: str) -> torch.Tensor:
     return [loaded["rows"], loaded["columns"]]
 
 
-def test_megatron_core_reads_what_we_write(megatron: Path) -> None:
+def test_megatron_core_reads_our_checkpoint(megatron: Path) -> None:
     (theirs,) = run_distributed(load_with_megatron, 1, str(megatron))
     ours = read_with_torch(megatron)
     assert theirs.keys() == ours.keys()
@@ -64,7 +64,7 @@ def test_megatron_core_reads_what_we_write(megatron: Path) -> None:
 
 
 def test_megatron_core_reads_it_divided_over_ranks(megatron: Path) -> None:
-    """At tensor-parallel size 2, with a vocabulary padded from 131 to 256."""
+    """At tensor-parallel size 2, with the vocabulary padded from 131 to 256."""
     (top, left), (bottom, right) = run_distributed(load_halves_with_megatron, 2, str(megatron))
     ours = read_with_torch(megatron)
     assert torch.equal(torch.cat([top, bottom])[:WORD_ROWS], ours[EMBEDDING])
@@ -72,7 +72,7 @@ def test_megatron_core_reads_it_divided_over_ranks(megatron: Path) -> None:
 
 
 def save_as_trained(folder: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Save as training at tensor-parallel size 2 does: in halves, the vocabulary padded, with optimizer state."""
+    """Save as training at tensor-parallel size 2 does: in halves, with a padded vocabulary and optimizer state."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -94,8 +94,8 @@ def save_as_trained(folder: str, tensors: dict[str, torch.Tensor]) -> None:
     dist_checkpointing.save({**state, "progress": {"iteration": 3}}, folder)
 
 
-def test_we_read_what_training_writes(megatron: Path, tmp_path: Path) -> None:
-    """Pieces are assembled, padding is cut, optimizer and extra state are left out."""
+def test_we_read_training_checkpoints(megatron: Path, tmp_path: Path) -> None:
+    """Pieces are assembled, padding is cut off, and optimizer and extra state are left out."""
     tensors = read_with_torch(megatron)
     trained = tmp_path / "trained"
     trained.mkdir()
@@ -112,8 +112,8 @@ def test_we_read_what_training_writes(megatron: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in read_tensors(tmp_path / "hf").items())
 
 
-def test_an_index_of_another_python(megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python 3.11.0 to 3.11.3 wrote members of enumerations by name."""
+def test_an_index_of_an_older_python_is_read(megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11.0 to 3.11.3 pickled enumeration members by name."""
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
     folder = shutil.copytree(megatron, tmp_path / "copy")
@@ -191,7 +191,7 @@ def test_a_hostile_index_runs_no_code(hostile: type[Hostile], megatron: Path, tm
 
 
 def test_hostile_tensor_data_and_common_state_run_no_code(megatron: Path, tmp_path: Path) -> None:
-    """common.pt is not read at all; what is in place of a tensor is refused by torch's own restricted loader."""
+    """common.pt is never read. torch's restricted loader refuses a hostile object in place of a tensor."""
     torch.save(Hostile(tmp_path / "ran"), megatron / "common.pt")
     torch.save(Hostile(tmp_path / "ran"), tmp_path / "evil.pt")
     data = next(megatron.glob("*.distcp"))
@@ -204,7 +204,7 @@ def test_hostile_tensor_data_and_common_state_run_no_code(megatron: Path, tmp_pa
 
 
 def entry(index, name: str = NORM):
-    """Where a tensor with one piece is stored."""
+    """Return the storage entry of a tensor with one piece."""
     return index.storage_data[MetadataIndex(name, torch.Size([0] * len(index.state_dict_metadata[name].size)))]
 
 
@@ -213,7 +213,7 @@ def set_path(path: object) -> Callable:
 
 
 def enlarge(index) -> None:
-    """A vocabulary of petabytes, which might be padding."""
+    """Give the vocabulary petabytes, which could be taken for padding."""
     stored = index.state_dict_metadata[EMBEDDING]
     stored.size = torch.Size([10**13, 64])
     stored.chunks[0].sizes = torch.Size([10**13, 64])
@@ -224,7 +224,7 @@ def leave_a_gap(index) -> None:
 
 
 def overlap(index) -> None:
-    """Two pieces at almost the same place make up the right number of values."""
+    """Let two pieces overlap so that their sizes still add up to the whole."""
     stored = index.state_dict_metadata[NORM]
     halves = [type(stored.chunks[0])(torch.Size([start]), torch.Size([32])) for start in (0, 16)]
     for half in halves:
@@ -278,7 +278,9 @@ DAMAGED_INDEX = {
 
 
 @pytest.mark.parametrize(("edit", "message"), DAMAGED_INDEX.values(), ids=DAMAGED_INDEX.keys())
-def test_an_index_that_promises_what_is_not_there(edit: Callable, message: str, megatron: Path, tmp_path: Path) -> None:
+def test_an_index_that_does_not_match_the_files_is_refused(
+    edit: Callable, message: str, megatron: Path, tmp_path: Path
+) -> None:
     edit_dist_index(megatron, edit)
     with pytest.raises(CheckpointError, match=message) as refusal:
         megatron_to_hf(megatron, tmp_path / "hf")
@@ -298,7 +300,9 @@ DAMAGED_FILES = {
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGED_FILES.values(), ids=DAMAGED_FILES.keys())
-def test_a_damaged_folder(damage: Callable, message: str, megatron: Path, tmp_path: Path) -> None:
+def test_a_damaged_folder_is_refused_in_one_line(
+    damage: Callable, message: str, megatron: Path, tmp_path: Path
+) -> None:
     damage(megatron)
     with pytest.raises(CheckpointError, match=message) as refusal:
         megatron_to_hf(megatron, tmp_path / "hf")

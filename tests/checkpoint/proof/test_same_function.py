@@ -1,4 +1,4 @@
-"""What the function line of `verify` stands on: transformers' own forward pass, streamed, beside ours."""
+"""The basis of the function line of `verify`: transformers' own forward pass, streamed, compared with ours."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def streamed(folder: Path, tokens: torch.Tensor = TOKENS) -> TheirModel:
 
 
 @pytest.mark.parametrize("settings", [*TINY_FAMILIES.values(), {"rope_parameters": LINEAR}], ids=str)
-def test_streamed_is_what_transformers_computes(settings: dict, tiny_model: Tiny, tmp_path: Path) -> None:
+def test_the_streamed_pass_equals_transformers(settings: dict, tiny_model: Tiny, tmp_path: Path) -> None:
     folder = tiny_model(**settings)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -67,7 +67,7 @@ print(-peak(sys.argv[1]) + peak(sys.argv[2]))  # the first sets up what is set u
 """
 
 
-def test_no_more_than_a_linear_is_held(tiny_model: Tiny, tmp_path: Path) -> None:
+def test_the_streamed_pass_holds_no_more_than_a_linear(tiny_model: Tiny, tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "large", hidden_size=256, intermediate_size=2048, num_hidden_layers=16)
     num_bytes = (tmp_path / "large" / "model.safetensors").stat().st_size
     command = [sys.executable, "-W", "ignore", "-c", MEMORY, str(tiny_model()), str(tmp_path / "large")]
@@ -77,13 +77,13 @@ def test_no_more_than_a_linear_is_held(tiny_model: Tiny, tmp_path: Path) -> None
 
 
 def function_line(folder: Path, **settings: Any) -> Check:
-    """Of `verify`, for an expansion that is made of this model."""
+    """Return the function line of `verify` for an expansion of this model."""
     expand_hf(folder, folder.parent / "expanded", expansion=Expansion.at(2, 5))
     return {check.name: check for check in verify(folder, folder.parent / "expanded", **settings)}["function"]
 
 
 def with_fields(source: Path, folder: Path, fields: Mapping) -> Path:
-    """A copy, with other fields in its config.json."""
+    """Copy a model with other fields in its config.json."""
     shutil.copytree(source, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **fields}))
@@ -91,13 +91,13 @@ def with_fields(source: Path, folder: Path, fields: Mapping) -> Path:
 
 
 def newer_wins(config: Mapping, *, default_base: float) -> Rope:
-    """The rule that was here once: rope_parameters, whatever rope_scaling says."""
+    """Read as an earlier version did: rope_parameters, regardless of rope_scaling."""
     rope = {**(config.get("rope_scaling") or {}), **config["rope_parameters"]}
     scaling = RopeScaling("linear", rope["factor"]) if rope["rope_type"] == "linear" else None
     return Rope(rope.get("rope_theta") or default_base, scaling)
 
 
-# Of a reading that is wrong: what it takes the place of, itself, a configuration that it misreads, what verify says.
+# Wrong readings: the function that each replaces, itself, a configuration that it misreads, the line of `verify`.
 MISREAD: dict[str, tuple[str, Callable, dict, str]] = {
     "a spelling that transformers replaces": (
         "read_rope",
@@ -131,7 +131,7 @@ MISREAD: dict[str, tuple[str, Callable, dict, str]] = {
 
 @pytest.mark.parametrize(("name", "wrong", "fields", "message"), MISREAD.values(), ids=MISREAD.keys())
 @pytest.mark.filterwarnings("ignore")
-def test_a_misread_configuration_is_seen(
+def test_a_misread_configuration_fails_the_function_line(
     name: str,
     wrong: Callable,
     fields: dict,
@@ -140,7 +140,7 @@ def test_a_misread_configuration_is_seen(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Our own pass reads both sides alike, and finds them equal: so it was before."""
+    """Our own pass reads both sides alike and finds them equal, so comparing it with itself misses the error."""
     monkeypatch.setattr(families, name, wrong)
     monkeypatch.setattr("megatron_llamapro.checkpoint.convert.spelled_for_all", dict)
     line = function_line(with_fields(tiny_model(), tmp_path / "source", fields))
@@ -150,10 +150,8 @@ def test_a_misread_configuration_is_seen(
 
 
 @pytest.mark.parametrize("model_type", families.FAMILIES)
-def test_a_window_that_is_absent_is_shortened_where_the_family_has_one(
-    model_type: str, tiny_model: Tiny, tmp_path: Path
-) -> None:
-    """A family's default is what transformers says. Where that is no window, all tokens stay in sight."""
+def test_a_default_window_is_shortened_for_the_proof(model_type: str, tiny_model: Tiny, tmp_path: Path) -> None:
+    """The family's default is transformers' default. Without a default window, every token stays in view."""
     switch = {"use_sliding_window": True} if "qwen" in model_type else {}
     source = with_fields(tiny_model(model_type=model_type), tmp_path / "source", {})
     path = source / "config.json"
@@ -169,7 +167,7 @@ def test_a_window_that_is_absent_is_shortened_where_the_family_has_one(
     assert default or torch.allclose(found, whole, rtol=1e-5, atol=1e-5)
 
 
-def test_without_transformers_it_says_what_is_not_shown(
+def test_without_transformers_it_says_what_is_unproven(
     tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -178,7 +176,7 @@ def test_without_transformers_it_says_what_is_not_shown(
     assert "not that config.json is read correctly: install transformers 4.56 or newer" in line.text
 
 
-def test_code_that_a_configuration_names_is_not_looked_for(tiny_model: Tiny) -> None:
+def test_code_named_in_the_configuration_is_not_loaded(tiny_model: Tiny) -> None:
     names = {
         "auto_map": {"AutoConfig": "nobody/nothing--code.Config", "AutoModelForCausalLM": "code.Model"},
         "attn_implementation": "nobody/nothing",
@@ -192,7 +190,7 @@ def test_code_that_a_configuration_names_is_not_looked_for(tiny_model: Tiny) -> 
         assert torch.equal(found.logits, their_model(config, model, TOKENS).logits)
 
 
-def test_what_transformers_fails_on_is_one_line(tiny_model: Tiny, tmp_path: Path) -> None:
+def test_an_error_of_transformers_is_one_line(tiny_model: Tiny, tmp_path: Path) -> None:
     with SourceFiles() as files:
         model = OpenTensors(open_checkpoint(tiny_model()), files)
         config = model.checkpoint.config

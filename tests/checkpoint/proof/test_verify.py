@@ -1,4 +1,4 @@
-"""What verification proves, and that it fails where it should, naming what differs."""
+"""Verification proves what it claims, fails where it should, and names what differs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def failures(original: Path, expanded: Path, **settings: Any) -> dict[str, str]:
 
 @pytest.fixture
 def expanded(tiny_llama: Tiny, tmp_path: Path) -> Path:
-    """4 → 6 layers, 2 a copy of 1, 5 of 4, which was 3; a test may damage it."""
+    """Return an expanded model, 4 → 6 layers: 2 copies 1, 5 copies 4 (originally 3). A test may damage it."""
     expand_hf(tiny_llama(), tmp_path / "expanded", expansion=Expansion.at(2, 5))
     return tmp_path / "expanded"
 
@@ -46,7 +46,7 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> N
 
 
 def flip(folder: Path, name: str, *, mask: int = 1) -> None:
-    """Flip bits of the last byte of a tensor's first row, in a checkpoint of any format."""
+    """Flip bits in the last byte of a tensor's first row, in a checkpoint of any format."""
     tensor = open_checkpoint(folder)
     piece = tensor.tensors[name].pieces[0]
     with piece.file.open("r+b") as file:
@@ -63,7 +63,7 @@ def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
 
 
 def train(tensors: dict[str, torch.Tensor], *layers: int) -> None:
-    """What training does to blocks: every weight moves."""
+    """Move every weight of these blocks, as training does."""
     for name, tensor in tensors.items():
         if any(name.startswith(f"model.layers.{layer}.") for layer in layers):
             tensor += 0.01
@@ -81,7 +81,7 @@ def train(tensors: dict[str, torch.Tensor], *layers: int) -> None:
     ],
     ids=["1", "2", "qwen3", "mixtral", "biases"],
 )
-def test_an_untrained_expansion(format_name: str, settings: dict, tiny_model: Tiny, tmp_path: Path) -> None:
+def test_an_untrained_expansion_passes(format_name: str, settings: dict, tiny_model: Tiny, tmp_path: Path) -> None:
     convert = {"hf": expand_hf, "megatron": hf_to_megatron}[format_name]
     convert(tiny_model(**settings), tmp_path / "expanded", expansion=Expansion.at(0, 3))
     found = checked(tiny_model(**settings), tmp_path / "expanded")
@@ -92,7 +92,7 @@ def test_an_untrained_expansion(format_name: str, settings: dict, tiny_model: Ti
     assert re.fullmatch(f"logits are equal, bit for bit, on 32 random tokens, {agree}", found["function"].text)
 
 
-def test_windows_of_original_blocks_that_changed(tiny_model: Tiny, tmp_path: Path) -> None:
+def test_changed_windows_of_original_blocks_are_found(tiny_model: Tiny, tmp_path: Path) -> None:
     source = tiny_model(**TINY_FAMILIES["qwen3, alternating windows"])
     expand_hf(source, tmp_path / "expanded", expansion=Expansion.at(0, 3))
     path = tmp_path / "expanded" / "config.json"
@@ -102,21 +102,21 @@ def test_windows_of_original_blocks_that_changed(tiny_model: Tiny, tmp_path: Pat
     assert found == {"lineage": "config.json differs from the original's in window_attn_skip_freq"}
 
 
-def test_a_model_without_added_blocks(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_a_model_without_added_blocks_passes(tiny_llama: Tiny, tmp_path: Path) -> None:
     hf_to_megatron(tiny_llama(), tmp_path / "megatron")
     found = checked(tiny_llama(), tmp_path / "megatron")
     assert list(found) == ["lineage", "original tensors", "manifest", "function"]
     assert all(check.ok for check in found.values())
 
 
-def test_a_cast_is_said(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_a_cast_is_reported(tiny_llama: Tiny, tmp_path: Path) -> None:
     hf_to_megatron(tiny_llama(), tmp_path / "megatron", expansion=Expansion.at(4), dtype="bfloat16")
     found = checked(tiny_llama(), tmp_path / "megatron")
     assert all(check.ok for check in found.values()), found
     assert "after the cast from float32 to bfloat16" in found["original tensors"].text
 
 
-def test_a_trained_model(expanded: Path, tiny_llama: Tiny) -> None:
+def test_a_trained_model_passes(expanded: Path, tiny_llama: Tiny) -> None:
     edit(expanded, lambda tensors: train(tensors, 5))
     found = checked(tiny_llama(), expanded)
     assert all(check.ok for check in found.values()), found
@@ -132,7 +132,7 @@ def test_an_original_that_moved_is_named(expanded: Path, tiny_llama: Tiny) -> No
     assert all(text.startswith("model.layers.3.mlp.up_proj.weight ") for text in found.values())
 
 
-def test_many_that_moved_are_counted(expanded: Path, tiny_llama: Tiny) -> None:
+def test_many_originals_that_moved_are_counted(expanded: Path, tiny_llama: Tiny) -> None:
     edit(expanded, lambda tensors: train(tensors, *range(6)))
     assert "and 31 more of 39 moved" in failures(tiny_llama(), expanded)["original tensors"]
 
@@ -142,7 +142,7 @@ def test_a_negative_zero_is_found(expanded: Path, tiny_llama: Tiny) -> None:
     assert failures(tiny_llama(), expanded).keys() == {"added blocks"}
 
 
-def test_a_block_that_was_not_zeroed_is_found(expanded: Path, tiny_llama: Tiny) -> None:
+def test_an_added_block_that_is_not_zeroed_is_found(expanded: Path, tiny_llama: Tiny) -> None:
     def forget(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.2.mlp.down_proj.weight"] = tensors["model.layers.1.mlp.down_proj.weight"].clone()
 
@@ -152,14 +152,14 @@ def test_a_block_that_was_not_zeroed_is_found(expanded: Path, tiny_llama: Tiny) 
     assert found["function"].startswith("logits differ by up to ")
 
 
-def test_an_identity_that_is_no_copy_is_found(expanded: Path, tiny_llama: Tiny) -> None:
+def test_an_identity_block_that_is_not_a_copy_is_found(expanded: Path, tiny_llama: Tiny) -> None:
     edit(expanded, lambda tensors: tensors["model.layers.5.self_attn.k_proj.weight"].add_(1))
     assert failures(tiny_llama(), expanded) == {
         "added blocks": "block 5: model.layers.5.self_attn.k_proj.weight is not what init copy makes of block 4"
     }
 
 
-def test_hashes_are_held_against_the_manifest(expanded: Path, tiny_llama: Tiny) -> None:
+def test_hashes_are_compared_with_the_manifest(expanded: Path, tiny_llama: Tiny) -> None:
     def change(manifest: dict) -> None:
         manifest["original_hashes"]["model.norm.weight"] = "0" * 64
         del manifest["original_hashes"]["lm_head.weight"]
@@ -170,7 +170,7 @@ def test_hashes_are_held_against_the_manifest(expanded: Path, tiny_llama: Tiny) 
     }
 
 
-def test_another_original_is_noticed(expanded: Path, tiny_llama: Tiny) -> None:
+def test_a_wrong_original_is_noticed(expanded: Path, tiny_llama: Tiny) -> None:
     assert failures(tiny_llama(num_hidden_layers=3), expanded).keys() == {"lineage"}
     assert "rotary_base" in failures(tiny_llama(rope_theta=5e5), expanded)["lineage"]
     assert failures(tiny_llama(seed=1), expanded).keys() == {"original tensors", "added blocks", "function"}
@@ -178,16 +178,16 @@ def test_another_original_is_noticed(expanded: Path, tiny_llama: Tiny) -> None:
 
 @pytest.mark.parametrize("convert", [expand_hf, hf_to_megatron])
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_means_are_computed_again(convert: Callable, dtype: str | None, tiny_llama: Tiny, tmp_path: Path) -> None:
-    """2 is the mean of 1 and 2, which is now 3; 5 is what was 3: nothing is behind it."""
+def test_mean_blocks_are_recomputed(convert: Callable, dtype: str | None, tiny_llama: Tiny, tmp_path: Path) -> None:
+    """Block 2 is the mean of 1 and 2 (now 3). Block 5 copies the old 3, because no block follows it."""
     convert(tiny_llama(), tmp_path / "it", expansion=Expansion.at(2, 5, init=Init.MEAN), dtype=dtype)
     found = checked(tiny_llama(), tmp_path / "it", trained=Trained.NOTHING)
     assert all(check.ok for check in found.values()), found
     assert found["added blocks"].text == "2, 5: identity, as when added"
 
 
-def test_means_that_were_cast_later(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """Which are not the means of what was cast."""
+def test_mean_blocks_cast_later_pass(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """They differ from the means of the cast blocks."""
     hf_to_megatron(tiny_llama(), tmp_path / "it", expansion=Expansion.at(2, 5, init=Init.MEAN))
     megatron_to_megatron(tmp_path / "it", tmp_path / "cast", dtype="bfloat16")
     assert failures(tiny_llama(), tmp_path / "cast", trained=Trained.NOTHING) == {}
@@ -207,7 +207,7 @@ def test_random_blocks_are_drawn_again(convert: Callable, dtype: str | None, tin
 
 
 def test_random_blocks_of_every_round_are_drawn_again(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """Under the names that they had then, and in the type that they had before a cast."""
+    """They are drawn under the names and in the type that they had before later rounds and casts."""
     first, second = (Expansion.at(*at, init=Init.RANDOM, seed=seed) for at, seed in (((2, 5), 3), ((0, 7), 4)))
     hf_to_megatron(tiny_llama(), tmp_path / "1", expansion=first)
     megatron_to_megatron(tmp_path / "1", tmp_path / "2", expansion=second)
@@ -225,7 +225,7 @@ def test_random_blocks_of_every_round_are_drawn_again(tiny_llama: Tiny, tmp_path
     }
 
 
-def test_of_random_blocks_without_a_seed_zeros_norms_and_shapes_are_proven(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_random_blocks_without_a_seed_are_proven_by_zeros_norms_and_shapes(tiny_llama: Tiny, tmp_path: Path) -> None:
     expand_hf(tiny_llama(), tmp_path / "it", expansion=Expansion.at(2, 5, init=Init.RANDOM))
     edit_manifest(tmp_path / "it", lambda manifest: manifest.pop("init_seeds"))
     flip(tmp_path / "it", "model.layers.2.mlp.up_proj.weight")
@@ -264,20 +264,20 @@ def test_a_flipped_bit_of_an_added_block_is_named(
 
 @pytest.fixture
 def second(expanded: Path, tmp_path: Path) -> Path:
-    """The first round's blocks are trained, then more are added: 0 the mean of 0 and 1, which are now 1 and 2; 7 what
-    the trained 5 was, which is now 6."""
+    """Return a second round on trained blocks of the first: block 0 is the mean of 0 and 1 (now 1
+    and 2). Block 7 copies the trained 5 (now 6)."""
     edit(expanded, lambda tensors: train(tensors, 2, 5))
     expand_hf(expanded, tmp_path / "second", expansion=Expansion.at(0, 7, init=Init.MEAN))
     return tmp_path / "second"
 
 
-def test_a_second_round_against_the_first_source(second: Path, tiny_llama: Tiny) -> None:
+def test_a_second_round_passes_against_the_first_source(second: Path, tiny_llama: Tiny) -> None:
     found = checked(tiny_llama(), second)
     assert all(check.ok for check in found.values()), found
     assert found["added blocks"].text == "0, 7: identity, as when added; 3, 6: trained"
 
 
-def test_a_second_round_against_the_first_round(second: Path, expanded: Path) -> None:
+def test_a_second_round_passes_against_the_first_round(second: Path, expanded: Path) -> None:
     found = checked(expanded, second, trained=Trained.NOTHING)
     assert all(check.ok for check in found.values()), found
     assert found["earlier rounds"].text == "18 tensors of their blocks bit-identical"
@@ -295,7 +295,7 @@ def test_a_flipped_bit_of_an_earlier_rounds_block_is_named(name: str, second: Pa
     }
 
 
-def test_rounds_that_were_trained_together(second: Path, expanded: Path) -> None:
+def test_rounds_trained_together_pass(second: Path, expanded: Path) -> None:
     edit(second, lambda tensors: train(tensors, 0, 3, 6, 7))
     assert failures(expanded, second).keys() == {"earlier rounds"}
     found = checked(expanded, second, trained=Trained.ADDED_BLOCKS)
@@ -303,8 +303,10 @@ def test_rounds_that_were_trained_together(second: Path, expanded: Path) -> None
     assert found["earlier rounds"].text == "18 of 18 tensors trained since"
 
 
-def test_an_earlier_round_that_was_trained_alone(second: Path, expanded: Path, tiny_llama: Tiny) -> None:
-    """7 began as what 6 no longer is: the model that it was added to proves it, the first source cannot."""
+def test_an_earlier_round_trained_alone_needs_the_model_it_expanded(
+    second: Path, expanded: Path, tiny_llama: Tiny
+) -> None:
+    """Block 7 copied an earlier state of 6. Only the model that the round expanded proves it, not the first source."""
     edit(second, lambda tensors: train(tensors, 6))
     found = checked(expanded, second, trained=Trained.ADDED_BLOCKS)
     assert all(check.ok for check in found.values()), found
@@ -315,21 +317,21 @@ def test_an_earlier_round_that_was_trained_alone(second: Path, expanded: Path, t
     )
 
 
-def test_a_plan_that_no_rounds_make(second: Path, tiny_llama: Tiny) -> None:
+def test_a_plan_that_no_rounds_produce_is_found(second: Path, tiny_llama: Tiny) -> None:
     edit_manifest(second, lambda manifest: manifest["plan"]["layers"][7].update(parent_layer=3))
     assert failures(tiny_llama(), second) == {"lineage": "its plan does not follow from its rounds"}
 
 
-def test_an_original_of_more_rounds(second: Path, expanded: Path) -> None:
+def test_an_original_with_more_rounds_is_refused(second: Path, expanded: Path) -> None:
     assert failures(second, expanded) == {"lineage": "its plan does not start from the original's 8 blocks"}
 
 
-def test_a_folder_without_a_manifest(tiny_llama: Tiny) -> None:
+def test_a_folder_without_a_manifest_is_refused(tiny_llama: Tiny) -> None:
     with pytest.raises(CheckpointError, match="has no manifest to say which blocks were added"):
         checked(tiny_llama(), tiny_llama())
 
 
-def test_progress_reports_what_is_read(expanded: Path, tiny_llama: Tiny) -> None:
+def test_progress_reports_the_bytes_read(expanded: Path, tiny_llama: Tiny) -> None:
     seen: list[int] = []
     list(verify(tiny_llama(), expanded, progress=seen.append))
     assert sum(seen) > sum(path.stat().st_size for path in expanded.glob("*.safetensors"))

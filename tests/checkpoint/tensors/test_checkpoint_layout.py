@@ -1,4 +1,4 @@
-"""Maps of where tensors lie: pieces of any division make the whole again, and gaps are seen."""
+"""Maps of tensor positions: the pieces of any division make up the whole, and gaps are found."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATH = Path("file")
 
 @st.composite
 def cuts(draw: st.DrawFn, length: int) -> list[tuple[int, int]]:
-    """`length` cut into spans."""
+    """Cut `length` into spans."""
     points = sorted(draw(st.sets(st.integers(1, length - 1), max_size=3))) if length > 1 else []
     edges = [0, *points, length]
     return list(itertools.pairwise(edges))
@@ -31,7 +31,7 @@ def cuts(draw: st.DrawFn, length: int) -> list[tuple[int, int]]:
 @settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_pieces_of_any_division_make_every_part_whole(data: st.DataObject) -> None:
-    """A Megatron tensor is cut by rows and columns anyhow; Hugging Face's tensors are found in the pieces."""
+    """Cut a Megatron tensor by rows and columns at any place, and find Hugging Face's tensors in the pieces."""
     for weight in weights_of(SHAPE):
         rows, columns = weight.megatron_shape[0], (*weight.megatron_shape, 1)[1]
         merged = numpy.arange(rows * columns, dtype=numpy.uint16).reshape(rows, columns)
@@ -46,11 +46,11 @@ def test_pieces_of_any_division_make_every_part_whole(data: st.DataObject) -> No
         expected = iter(parts_of(weight, [Piece((0, rows), (0, columns), PATH, 0)], shape=SHAPE, itemsize=2).values())
         for part in parts_of(weight, pieces, shape=SHAPE, itemsize=2).values():
             assert is_whole(part)
-            assert (gathered(part, content) == gathered(next(expected), merged.tobytes())).all()
+            assert (gather(part, content) == gather(next(expected), merged.tobytes())).all()
 
 
-def gathered(tensor: StoredTensor, content: bytes) -> numpy.ndarray:
-    """A tensor's values, two bytes each, out of its pieces."""
+def gather(tensor: StoredTensor, content: bytes) -> numpy.ndarray:
+    """Assemble a tensor's values, two bytes each, from its pieces."""
     values = numpy.zeros((tensor.num_rows, tensor.num_columns), numpy.uint16)
     for piece in tensor.pieces:
         data = content[piece.offset :][: 2 * piece.num_elements]
@@ -71,21 +71,21 @@ UNSOUND = {
 
 
 @pytest.mark.parametrize("pieces", UNSOUND.values(), ids=UNSOUND.keys())
-def test_gaps_and_overlaps_are_seen(pieces: list) -> None:
+def test_gaps_and_overlaps_are_found(pieces: list) -> None:
     tensor = StoredTensor((4, 3), tuple(Piece(rows, columns, PATH, 0) for rows, columns in pieces))
     assert not is_whole(tensor)
 
 
 @pytest.fixture
 def stored(tmp_path: Path) -> tuple[numpy.ndarray, StoredTensor]:
-    """A matrix of 9 x 5 two-byte values in a file, its left and right columns apart."""
+    """Store a matrix of 9 x 5 two-byte values, its left and right columns apart."""
     values = numpy.arange(45, dtype=numpy.uint16).reshape(9, 5)
     (tmp_path / "data").write_bytes(values[:, :2].tobytes() + values[:, 2:].tobytes())
     pieces = (Piece((0, 9), (0, 2), tmp_path / "data", 0), Piece((0, 9), (2, 5), tmp_path / "data", 36))
     return values, StoredTensor((9, 5), pieces)
 
 
-def test_rows_can_be_had_in_any_portion(stored: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_portion_of_rows_can_be_read(stored: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     values, tensor = stored
     with SourceFiles() as files:
         assert (read_whole(tensor, files, 2).view(numpy.uint16) == values).all()
@@ -99,7 +99,7 @@ def test_rows_can_be_had_in_any_portion(stored: tuple, monkeypatch: pytest.Monke
         assert hashes == {stored_hash(tensor, files, 2)}
 
 
-def test_a_file_that_is_cut_or_changed_or_gone(stored: tuple) -> None:
+def test_a_file_cut_changed_or_removed_is_noticed(stored: tuple) -> None:
     _, tensor = stored
     path = tensor.pieces[0].file
     with SourceFiles() as files:
@@ -119,8 +119,8 @@ def test_a_file_that_is_cut_or_changed_or_gone(stored: tuple) -> None:
         read_whole(tensor, files, 2)
 
 
-def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
-    """A pipe would be waited for."""
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    """Reading it would wait forever."""
     import os
 
     os.mkfifo(tmp_path / "pipe")

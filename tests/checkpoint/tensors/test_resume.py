@@ -1,4 +1,5 @@
-"""A conversion that was cut goes on behind what is done for good; what another one left is not taken."""
+"""An interrupted conversion resumes after the work that is safely on disk, and never uses another conversion's
+leftovers."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ from megatron_llamapro.expansion.round import Expansion
 
 Tiny = Callable[..., Path]
 
-# Written so that a batch is a tensor or two: with the tiny model, everything would be one batch.
+# One or two tensors per batch; otherwise a tiny model would be a single batch.
 CONVERT = """
 import sys, time
 from pathlib import Path
@@ -62,9 +63,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_killed_at_fifty_moments(tiny_llama: Tiny, server: Path, tmp_path: Path) -> None:
-    """SIGKILL at a random moment, again and again into the same target: it is absent or complete, and the work that was
-    done stays done."""
+def test_a_conversion_killed_at_fifty_moments_completes(tiny_llama: Tiny, server: Path, tmp_path: Path) -> None:
+    """Send SIGKILL at random moments, again and again into the same target. The target is absent or complete, and
+    finished work is not repeated."""
     source, dice = tiny_llama(), random.Random(0)
     expected = {}
     for kind, function in (("hf", expand_hf), ("megatron", hf_to_megatron)):
@@ -92,8 +93,8 @@ def test_killed_at_fifty_moments(tiny_llama: Tiny, server: Path, tmp_path: Path)
         assert contents(tmp_path / kind) == expected[kind]
 
 
-def cut_short(function: Callable, source: Path, target: Path, after_bytes: int, **settings: object) -> None:
-    """A conversion that is interrupted (Ctrl-C) once so much is written."""
+def convert_and_interrupt(function: Callable, source: Path, target: Path, after_bytes: int, **settings: object) -> None:
+    """Interrupt a conversion (Ctrl-C) once `after_bytes` are written."""
     written = 0
 
     def progress(num_bytes: int) -> None:
@@ -108,12 +109,12 @@ def cut_short(function: Callable, source: Path, target: Path, after_bytes: int, 
 
 
 @pytest.mark.parametrize("function", [expand_hf, hf_to_megatron])
-def test_what_is_done_is_not_done_again(
+def test_finished_work_is_not_repeated(
     function: Callable, tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron_llamapro.checkpoint.tensors.transfer.BATCH_BYTES", 20_000)
     expansion = {"expansion": Expansion.at(2, 5)}
-    cut_short(function, tiny_llama(), tmp_path / "it", 300_000, **expansion)
+    convert_and_interrupt(function, tiny_llama(), tmp_path / "it", 300_000, **expansion)
     journal = tmp_path / ".it.partial" / JOURNAL
     names = [name for line in journal.read_text().splitlines()[1:] for name in json.loads(line)["hashes"]]
     assert len(names) > 5
@@ -135,13 +136,13 @@ def test_what_is_done_is_not_done_again(
 
 
 @pytest.mark.parametrize("function", [expand_hf, hf_to_megatron])
-def test_what_a_power_cut_took_back_is_done_again(
+def test_work_lost_in_a_power_cut_is_repeated(
     function: Callable, tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The journal names tensors of which the disk has zeros."""
+    """The journal names tensors that read as zeros from the disk."""
     monkeypatch.setattr("megatron_llamapro.checkpoint.tensors.transfer.BATCH_BYTES", 20_000)
     expansion = {"expansion": Expansion.at(2, 5)}
-    cut_short(function, tiny_llama(), tmp_path / "it", 300_000, **expansion)
+    convert_and_interrupt(function, tiny_llama(), tmp_path / "it", 300_000, **expansion)
     largest = max((tmp_path / ".it.partial").iterdir(), key=lambda path: path.stat().st_size)
     with largest.open("r+b") as file:
         file.seek(100_000)
@@ -152,8 +153,8 @@ def test_what_a_power_cut_took_back_is_done_again(
     assert contents(tmp_path / "it") == contents(tmp_path / "fresh")
 
 
-def test_without_resume_it_begins_anew(tiny_llama: Tiny, tmp_path: Path) -> None:
-    cut_short(hf_to_megatron, tiny_llama(), tmp_path / "it", 200_000)
+def test_without_resume_it_starts_over(tiny_llama: Tiny, tmp_path: Path) -> None:
+    convert_and_interrupt(hf_to_megatron, tiny_llama(), tmp_path / "it", 200_000)
     done = hf_to_megatron(tiny_llama(), tmp_path / "it")
     assert done.num_resumed_bytes == 0
 
@@ -166,11 +167,11 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("settings", OTHERS.values(), ids=OTHERS.keys())
-def test_another_conversions_leftovers_are_not_gone_on_with(
+def test_another_conversions_leftovers_are_not_resumed(
     settings: dict, tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron_llamapro.checkpoint.tensors.transfer.BATCH_BYTES", 20_000)
-    cut_short(hf_to_megatron, tiny_llama(), tmp_path / "it", 300_000)
+    convert_and_interrupt(hf_to_megatron, tiny_llama(), tmp_path / "it", 300_000)
     settings = dict(settings)
     source = tiny_llama(seed=settings.pop("seed_of_source", 0))
     done = hf_to_megatron(source, tmp_path / "it", options=Options(resume=True), **settings)
@@ -179,15 +180,15 @@ def test_another_conversions_leftovers_are_not_gone_on_with(
     assert contents(tmp_path / "it") == contents(tmp_path / "fresh")
 
 
-def test_a_source_that_changed_since_is_not_gone_on_with(damaged: Tiny, tmp_path: Path) -> None:
+def test_a_changed_source_is_not_resumed(damaged: Tiny, tmp_path: Path) -> None:
     source = damaged()
-    cut_short(hf_to_megatron, source, tmp_path / "it", 300_000)
+    convert_and_interrupt(hf_to_megatron, source, tmp_path / "it", 300_000)
     os.utime(source / "model.safetensors", (1, 1))
     assert hf_to_megatron(source, tmp_path / "it", options=Options(resume=True)).num_resumed_bytes == 0
 
 
 @pytest.mark.parametrize("kind", [TORCH_DIST, legacy(tensor_model_parallel_size=2)], ids=["torch_dist", "legacy"])
-def test_files_that_the_source_lost_since_are_not_in_the_target(
+def test_files_removed_from_the_source_are_not_in_the_target(
     kind: TargetKind, damaged: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron_llamapro.checkpoint.tensors.transfer.BATCH_BYTES", 20_000)
@@ -195,7 +196,7 @@ def test_files_that_the_source_lost_since_are_not_in_the_target(
     (source / "LICENSE.txt").write_text("of another model")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "rag.jinja").write_text("template")
-    cut_short(hf_to_megatron, source, tmp_path / "it", 300_000, kind=kind)
+    convert_and_interrupt(hf_to_megatron, source, tmp_path / "it", 300_000, kind=kind)
     assert (tmp_path / ".it.partial" / "LICENSE.txt").exists()
     (source / "LICENSE.txt").unlink()
     shutil.rmtree(source / "additional_chat_templates")
@@ -205,7 +206,7 @@ def test_files_that_the_source_lost_since_are_not_in_the_target(
     assert not any(path.is_dir() for path in (tmp_path / "it").iterdir() if path.name != "release")
 
 
-def test_a_journal_whose_last_line_was_cut(tmp_path: Path) -> None:
+def test_a_journal_with_a_cut_last_line_is_read(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j", "plan")
     journal.note({"a": "1"})
     journal.note({"b": "2"})
@@ -229,8 +230,8 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED.keys())
-def test_a_journal_with_damage_in_the_middle(damage: bytes, tmp_path: Path) -> None:
-    """What comes before it counts."""
+def test_a_journal_damaged_in_the_middle_counts_up_to_there(damage: bytes, tmp_path: Path) -> None:
+    """The lines before the damage count."""
     Journal(tmp_path / "j", "plan").note({"a": "1"})
     with (tmp_path / "j").open("ab") as file:
         file.write(damage + b'{"hashes": {"b": "2"}}\n')
@@ -239,7 +240,7 @@ def test_a_journal_with_damage_in_the_middle(damage: bytes, tmp_path: Path) -> N
     assert Journal(tmp_path / "j", "plan").is_new
 
 
-def test_a_batch_that_was_all_there_adds_nothing_to_the_journal(tmp_path: Path) -> None:
+def test_a_batch_that_is_already_written_adds_nothing_to_the_journal(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j", "plan")
     journal.note({"a": "1"})
     before = (tmp_path / "j").read_bytes()
@@ -247,10 +248,10 @@ def test_a_batch_that_was_all_there_adds_nothing_to_the_journal(tmp_path: Path) 
     assert (tmp_path / "j").read_bytes() == before
 
 
-def test_cut_while_the_disk_catches_up_nothing_is_done_again(
+def test_an_interrupt_during_the_final_sync_repeats_nothing(
     tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Everything is written then; to sync a large checkpoint takes minutes."""
+    """Everything is written at that point; syncing a large checkpoint takes minutes."""
 
     def interrupt(folder: Path) -> None:
         raise KeyboardInterrupt
@@ -264,47 +265,49 @@ def test_cut_while_the_disk_catches_up_nothing_is_done_again(
     assert contents(tmp_path / "it") == contents(tmp_path / "fresh")
 
 
-def test_another_division_of_the_same_sizes_is_not_gone_on_with(
+def test_another_division_of_the_same_sizes_is_not_resumed(
     tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stages of 1, 2, 2, 1 and 2, 1, 1, 2 layers over two ranks: every file has the same name and size."""
+    """Stages of 1, 2, 2, 1 and of 2, 1, 1, 2 layers over two ranks: every file has the same name and size."""
     monkeypatch.setattr("megatron_llamapro.checkpoint.tensors.transfer.BATCH_BYTES", 20_000)
     ranks = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
     source, expansion = tiny_llama(), {"expansion": Expansion.at(2, 5)}
     first = legacy(**ranks, pipeline_stage_layers=(1, 2, 2, 1))
-    cut_short(hf_to_megatron, source, tmp_path / "it", 500_000, kind=first, **expansion)
+    convert_and_interrupt(hf_to_megatron, source, tmp_path / "it", 500_000, kind=first, **expansion)
     second = legacy(**ranks, pipeline_stage_layers=(2, 1, 1, 2))
     done = hf_to_megatron(source, tmp_path / "it", kind=second, options=Options(resume=True), **expansion)
     assert done.num_resumed_bytes == 0
     assert all(check.ok for check in verify(source, tmp_path / "it", quick=True))
 
 
-def test_a_configuration_corrected_in_between_is_not_gone_on_with(
+def test_a_configuration_corrected_meanwhile_is_not_resumed(
     damaged: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same shapes, but rows of queries, keys and values lie otherwise."""
+    """The shapes are equal, but rows of queries, keys and values lie elsewhere."""
     monkeypatch.setattr("megatron_llamapro.checkpoint.tensors.transfer.BATCH_BYTES", 20_000)
     source = damaged(config={"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8})
-    cut_short(hf_to_megatron, source, tmp_path / "it", 300_000)
+    convert_and_interrupt(hf_to_megatron, source, tmp_path / "it", 300_000)
     config = json.loads((source / "config.json").read_text())
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     (source / "config.json").write_text(json.dumps(config))
     assert hf_to_megatron(source, tmp_path / "it", options=Options(resume=True)).num_resumed_bytes == 0
 
 
-def test_a_draft_that_lost_a_file_is_not_gone_on_with(
+def test_a_draft_that_lost_a_file_is_not_resumed(
     tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron_llamapro.checkpoint.tensors.transfer.BATCH_BYTES", 20_000)
-    cut_short(hf_to_megatron, tiny_llama(), tmp_path / "it", 300_000)
+    convert_and_interrupt(hf_to_megatron, tiny_llama(), tmp_path / "it", 300_000)
     (tmp_path / ".it.partial" / "__0_0.distcp").unlink()
     assert hf_to_megatron(tiny_llama(), tmp_path / "it", options=Options(resume=True)).num_resumed_bytes == 0
     assert all(check.ok for check in verify(tiny_llama(), tmp_path / "it", quick=True))
 
 
-def test_a_mistake_on_resuming_loses_nothing(tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_when_resuming_loses_nothing(
+    tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("megatron_llamapro.checkpoint.tensors.transfer.BATCH_BYTES", 20_000)
-    cut_short(hf_to_megatron, tiny_llama(), tmp_path / "it", 300_000)
+    convert_and_interrupt(hf_to_megatron, tiny_llama(), tmp_path / "it", 300_000)
     resume = Options(resume=True)
     with pytest.raises(CheckpointError, match="cannot be divided"):
         hf_to_megatron(tiny_llama(), tmp_path / "it", kind=legacy(tensor_model_parallel_size=3), options=resume)

@@ -1,4 +1,4 @@
-"""What is read and written: sources that change meanwhile, disks that fail, memory, workers."""
+"""Reading and writing: sources that change meanwhile, failing disks, memory and workers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_a_shard_that_changes_while_it_is_read(damaged: Tiny, tmp_path: Path) -> None:
+def test_a_shard_that_grows_while_it_is_read_is_noticed(damaged: Tiny, tmp_path: Path) -> None:
     source = damaged()
 
     def change(num_bytes: int) -> None:
@@ -44,7 +44,9 @@ def test_a_shard_that_changes_while_it_is_read(damaged: Tiny, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("change", [Path.unlink, lambda path: os.truncate(path, 1000)], ids=["vanishes", "shrinks"])
-def test_a_shard_that_goes_while_it_is_read(change: Callable, damaged: Tiny, tmp_path: Path) -> None:
+def test_a_shard_that_shrinks_or_vanishes_while_it_is_read_is_noticed(
+    change: Callable, damaged: Tiny, tmp_path: Path
+) -> None:
     source = damaged()
     todo = [source / "model.safetensors"]
 
@@ -57,10 +59,10 @@ def test_a_shard_that_goes_while_it_is_read(change: Callable, damaged: Tiny, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
 
 
-def test_a_disk_that_gives_back_something_else(
+def test_a_disk_that_returns_other_bytes_is_noticed(
     tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One bit of what is read back is another than the one that was written."""
+    """Flip one bit of the bytes read back."""
     original = TargetFiles.read
 
     def read(self: TargetFiles, path: Path, offset: int, out: memoryview) -> None:
@@ -74,7 +76,7 @@ def test_a_disk_that_gives_back_something_else(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_too_small_is_noticed_first(
+def test_too_small_a_disk_is_noticed_before_writing(
     tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -91,8 +93,8 @@ def test_the_number_of_workers_changes_nothing(tiny_llama: Tiny, tmp_path: Path)
     assert contents(tmp_path / "1") == contents(tmp_path / "3") == contents(tmp_path / "8")
 
 
-def test_added_zeros_take_no_room(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """They are holes in the file: nothing is written."""
+def test_added_zeros_take_no_disk_space(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """They are holes in the file; nothing is written."""
     source = tiny_llama(hidden_size=512, num_attention_heads=4, intermediate_size=512, vocab_size=131)
     expand_hf(source, tmp_path / "it", expansion=Expansion.at(4, 5, 6, 7))
     status = (tmp_path / "it" / "model.safetensors").stat()
@@ -100,8 +102,8 @@ def test_added_zeros_take_no_room(tiny_llama: Tiny, tmp_path: Path) -> None:
     assert status.st_blocks * 512 < status.st_size - zeros * 0.9
 
 
-def test_a_shard_that_is_replaced_before_it_is_read(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """Its header was read at the start, its tensors come last."""
+def test_a_shard_replaced_before_it_is_read_is_noticed(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """Its header is read at the start, its tensors last."""
     source = shutil.copytree(tiny_llama(max_shard_size="50KB"), tmp_path / "source")
     other = tiny_llama(max_shard_size="50KB", seed=1)
     last = sorted(path.name for path in source.glob("*.safetensors"))[-1]
@@ -129,7 +131,7 @@ print(next(line for line in Path("/proc/self/status").read_text().splitlines() i
 
 
 def test_memory_does_not_grow_with_the_model(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """A model of 340 MB, in tensors of 67 MB, takes hardly more than one of 200 kB. (It is all zeros, in a hole.)"""
+    """A model of 340 MB in tensors of 67 MB takes hardly more memory than one of 200 kB. It is all zeros, in a hole."""
     large = tmp_path / "large"
     shutil.copytree(tiny_llama(num_hidden_layers=1), large)
     config = json.loads((large / "config.json").read_text())

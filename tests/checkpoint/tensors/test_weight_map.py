@@ -1,4 +1,4 @@
-"""Rows of both sides match one to one, whatever the shape; the rows of the weight map are complete."""
+"""The weight map matches rows of both formats one to one for any shape, and is complete."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def shapes(draw: st.DrawFn) -> ModelShape:
 
 
 def merged(weight: Weight, parts: dict[str, numpy.ndarray], shape: ModelShape) -> numpy.ndarray:
-    """megatron.core's rows, put together as the row blocks say."""
+    """Assemble megatron.core's rows as the row blocks say."""
     return numpy.concatenate([parts[b.part][b.part_start :][: b.num_rows] for b in row_blocks(weight, shape)])
 
 
 @given(shapes())
-def test_every_row_has_one_place(shape: ModelShape) -> None:
-    """Blocks follow each other in megatron.core's tensor, and take every row of every part once."""
+def test_every_row_has_exactly_one_place(shape: ModelShape) -> None:
+    """Blocks are contiguous in megatron.core's tensor, and cover every row of every part once."""
     for weight in weights_of(shape):
         blocks = list(row_blocks(weight, shape))
         ends = [block.merged_start + block.num_rows for block in blocks]
@@ -61,7 +61,7 @@ def test_every_row_has_one_place(shape: ModelShape) -> None:
 
 @given(shapes())
 def test_every_query_head_lies_with_its_key_and_value(shape: ModelShape) -> None:
-    """Row by row, of weights and biases: each row of q, k and v is marked with its group."""
+    """Mark each row of q, k and v with its group, for weights and biases."""
     groups = numpy.arange(shape.num_query_groups)
     weights = [weight for weight in weights_of(shape) if weight.row.merge is Merge.QKV]
     assert len(weights) == shape.num_layers * (2 if shape.add_qkv_bias else 1)
@@ -89,14 +89,14 @@ def test_names_are_distinct_in_both_directions(shape: ModelShape) -> None:
     assert len(zeroed) == shape.num_layers * (1 + (shape.num_moe_experts or 1) + 2 * shape.add_bias_linear)
 
 
-def test_layers_are_told_apart_by_number() -> None:
+def test_layers_are_matched_by_whole_number() -> None:
     """Not by substring: 4 is not 40."""
     assert hf_name_in_layer("model.layers.4.mlp.up_proj.weight", 40) == "model.layers.40.mlp.up_proj.weight"
     assert hf_name_in_layer("model.layers.40.mlp.up_proj.weight", 4) == "model.layers.4.mlp.up_proj.weight"
     assert hf_name_in_layer("model.norm.weight", 4) == "model.norm.weight"
 
 
-def test_known_extras() -> None:
+def test_rotary_buffers_and_tied_heads_are_known_extras() -> None:
     untied, tied = tiny_shape(), tiny_shape(tie_word_embeddings=True)
     assert is_known_extra("lm_head.weight", tied) and not is_known_extra("lm_head.weight", untied)
     assert is_known_extra("model.layers.3.self_attn.rotary_emb.inv_freq", untied)

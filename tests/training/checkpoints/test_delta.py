@@ -1,4 +1,4 @@
-"""Delta checkpoints of real runs: what is in them, how many bytes, what they are read as, what stands in the way."""
+"""Delta checkpoints of real runs: their contents and size, how they are read, and what is refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture
 def trained(run_config: Callable) -> Callable[..., RunConfig]:
-    """A run of two steps that is over, its checkpoint fields as given."""
+    """Finish a run of two steps with the given checkpoint fields."""
 
     def make(ranks: int = 1, *, delta: bool = True, **settings: object) -> RunConfig:
         config = with_checkpoint(run_config(**{"train_iters": 2, **settings}), delta=delta)
@@ -51,7 +51,7 @@ def trained(run_config: Callable) -> Callable[..., RunConfig]:
     return make
 
 
-def test_a_rank_that_looks_late(run_config: Callable) -> None:
+def test_a_rank_may_look_for_the_base_late(run_config: Callable) -> None:
     """The first rank has made the base before the second one looks for it."""
     late, usual = (run_config(train_iters=1, save=name) for name in ("late", "usual"))
     ranks = run_distributed(late_worker, 2, late)
@@ -82,8 +82,8 @@ TRAINABLE = {
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("what", TRAINABLE)
-def test_exactly_what_trains_is_written(what: str, tied: bool, trained: Callable, models: Callable) -> None:
-    """TP 2 x PP 2, DP 1, tied embeddings that two stages hold: key by key, and byte by byte."""
+def test_exactly_the_trainable_part_is_written(what: str, tied: bool, trained: Callable, models: Callable) -> None:
+    """TP 2 x PP 2, DP 1, with tied embeddings on two stages: key by key, and byte by byte."""
     folder = models(tie_word_embeddings=tied).expanded_megatron
     both = {"trainable": TRAINABLE[what], "parallel": TP2_PP2, "checkpoint": folder}
     full = trained(4, delta=False, save="full", **both)
@@ -97,20 +97,20 @@ def test_exactly_what_trains_is_written(what: str, tied: bool, trained: Callable
     frozen_bytes = sum(size for name, size in num_bytes.items() if name not in moved and "optimizer." not in name)
     assert frozen_bytes > 0
     assert sum(tensor.nbytes for tensor in in_delta.values()) == sum(num_bytes.values()) - frozen_bytes
-    # weight, float32 master and two moments of what trains, and nothing else (the padded vocabulary included)
+    # weight, float32 master and two moments of the trainable part, and nothing else (including the padded vocabulary)
     assert sum(tensor.nbytes for tensor in in_delta.values()) == 4 * sum(num_bytes[name] for name in moved)
     assert same(read_tensors(last_of(delta)), read_tensors(last_of(full)))
 
 
-def test_where_everything_trains_it_is_full(trained: Callable) -> None:
+def test_a_run_that_trains_everything_writes_full_checkpoints(trained: Callable) -> None:
     config = trained(trainable=("everything",))
     assert not (Path(config.checkpoint.save) / "base").exists()
     assert not (last_of(config) / "llamapro_delta.json").exists()
 
 
-def test_the_base_costs_no_disk(trained: Callable, tmp_path: Path) -> None:
-    """On one file system the weights' file is a clone of the starting checkpoint's, or where there is no copy-on-write
-    the same file."""
+def test_the_base_takes_no_disk_space(trained: Callable, tmp_path: Path) -> None:
+    """On one file system the base's weights are a clone of the starting checkpoint's file. Without copy-on-write they
+    are the same file."""
     from megatron_llamapro.training.checkpoints.delta_parts import _clone
 
     config = trained()
@@ -130,8 +130,10 @@ def test_the_base_costs_no_disk(trained: Callable, tmp_path: Path) -> None:
     [(TP2_PP2, 4, ParallelConfig(), 1), (TP2_PP2, 4, ParallelConfig(), 2), (ParallelConfig(), 2, TP2_PP2, 4)],
     ids=["tp2 pp2 to one", "tp2 pp2 to dp2", "dp2 to tp2 pp2"],
 )
-def test_suffix_at_another_layout(saved_with, saved_ranks, loaded_with, loaded_ranks, run_config, suffix: Path) -> None:
-    """Blocks added at the end only, so that the first stage has nothing to train, to save or to load of a delta."""
+def test_a_stage_without_added_blocks_resumes_at_another_layout(
+    saved_with, saved_ranks, loaded_with, loaded_ranks, run_config, suffix: Path
+) -> None:
+    """Blocks are added at the end only, so the first stage trains, saves and loads nothing of a delta."""
     whole = run_distributed(workers.train, 1, run_config(checkpoint=suffix, save="whole"))[0].figures
     first = run_config(checkpoint=suffix, parallel=saved_with, save="cut", exit_interval=2)
     run_distributed(workers.train, saved_ranks, first)
@@ -145,8 +147,8 @@ def test_suffix_at_another_layout(saved_with, saved_ranks, loaded_with, loaded_r
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_resume_is_exact(dtype: str, run_config: Callable) -> None:
-    """TP 2 x PP 2, saved beside training: steps 2 to 4 after the cut are bit-equal."""
+def test_resume_is_bit_exact(dtype: str, run_config: Callable) -> None:
+    """TP 2 x PP 2, saved beside training: steps 2 to 4 after the interruption are bit-equal."""
     whole = run_distributed(workers.train, 4, run_config(dtype=dtype, parallel=TP2_PP2, save="whole"))[0].figures
     cut = run_config(dtype=dtype, parallel=TP2_PP2, save="cut", exit_interval=1)
     cut = with_checkpoint(cut, async_save=True)
@@ -162,7 +164,7 @@ def suffix(models: Callable, tmp_path: Path) -> Path:
     return folder
 
 
-def test_experts(trained: Callable, models: Callable) -> None:
+def test_experts_are_in_a_delta(trained: Callable, models: Callable) -> None:
     folder = models(**TINY_FAMILIES["mixtral"]).expanded_megatron
     delta = trained(4, checkpoint=folder, save="delta", parallel=TP2_PP2)
     full = trained(4, checkpoint=folder, save="full", parallel=TP2_PP2, delta=False)
@@ -171,8 +173,8 @@ def test_experts(trained: Callable, models: Callable) -> None:
     assert {int(name.split(".")[2]) for name in record["trained"]} == {2, 5}
 
 
-def test_full_and_delta_go_on_from_each_other(run_config: Callable) -> None:
-    """A run whose earlier checkpoints are full ones: from then on deltas, whose base is made of the last full one."""
+def test_a_run_resumes_from_full_and_delta_alike(run_config: Callable) -> None:
+    """A run with full checkpoints switches to deltas; their base is made from the last full one."""
     whole = run_distributed(workers.train, 1, run_config(save="whole"))[0].figures
     figures = []
     for step, delta in ((1, False), (2, True), (3, False), (4, True)):
@@ -183,8 +185,8 @@ def test_full_and_delta_go_on_from_each_other(run_config: Callable) -> None:
     assert figures == whole
 
 
-def test_the_starting_checkpoint_may_go(run_config: Callable, models: Callable, tmp_path: Path) -> None:
-    """A run goes on where the starting checkpoint was deleted, and the run's folder moved."""
+def test_the_starting_checkpoint_may_be_deleted(run_config: Callable, models: Callable, tmp_path: Path) -> None:
+    """A run resumes after its starting checkpoint was deleted and its own folder moved."""
     whole = run_distributed(workers.train, 1, run_config(save="whole"))[0].figures
     start = shutil.copytree(models().expanded_megatron, tmp_path / "start")
     run_distributed(workers.train, 1, run_config(checkpoint=start, save="cut", exit_interval=2))
@@ -194,8 +196,8 @@ def test_the_starting_checkpoint_may_go(run_config: Callable, models: Callable, 
     assert rest == whole[2:]
 
 
-def test_a_run_starts_from_another_runs_delta(trained: Callable, tmp_path: Path) -> None:
-    """Its base is the whole model: deltas of deltas there are none."""
+def test_a_run_may_start_from_another_runs_delta(trained: Callable, tmp_path: Path) -> None:
+    """Its base is the whole model; there are no deltas of deltas."""
     first = trained(save="first")
     second = trained(save="second", checkpoint=Path(first.checkpoint.save), trainable=("embedding",))
     shutil.rmtree(first.checkpoint.save)
@@ -222,8 +224,8 @@ def test_every_tool_reads_base_and_delta(trained: Callable, models: Callable, tm
     assert "for 39 tensors" in str(described) and described.to_json()["base"] == str(described.base)
 
 
-def test_a_lost_base(trained: Callable, tmp_path: Path) -> None:
-    """One line that says where it was looked for; the starting checkpoint, copied there, takes its place."""
+def test_a_lost_base_is_named_and_can_be_replaced(trained: Callable, tmp_path: Path) -> None:
+    """One line names the place. A copy of the starting checkpoint there replaces the base."""
     config = trained()
     folder, base = last_of(config), Path(config.checkpoint.save) / "base"
     base.rename(tmp_path / "elsewhere")
@@ -237,9 +239,9 @@ def test_a_lost_base(trained: Callable, tmp_path: Path) -> None:
     megatron_to_hf(folder, tmp_path / "hf")
 
 
-def test_another_base(trained: Callable, models: Callable, tmp_path: Path) -> None:
-    """One bit of a frozen tensor: resuming, converting and verifying say so; one of a tensor that the delta replaces:
-    nobody minds."""
+def test_a_changed_base_is_noticed(trained: Callable, models: Callable, tmp_path: Path) -> None:
+    """One changed bit of a frozen tensor: resuming, converting and verifying say so. A bit of a tensor that the delta
+    replaces does not matter."""
     config = trained()
     folder, base = last_of(config), Path(config.checkpoint.save) / "base"
     flip(base, "decoder.layers.2.mlp.linear_fc2.weight")
@@ -255,8 +257,8 @@ def test_another_base(trained: Callable, models: Callable, tmp_path: Path) -> No
     assert failed == ["original tensors", "manifest", "base"]
 
 
-def test_a_base_of_another_run_is_kept(trained: Callable, models: Callable, run_config: Callable) -> None:
-    """A folder whose checkpoints were forgotten: a run from other weights does not write over their base."""
+def test_the_base_of_another_run_is_kept(trained: Callable, models: Callable, run_config: Callable) -> None:
+    """The folder's checkpoints were deleted but not its base: a run from other weights does not overwrite that base."""
     config = trained()
     (Path(config.checkpoint.save) / "latest_checkpointed_iteration.txt").unlink()
     other = run_config(checkpoint=models(seed=1).expanded_megatron, train_iters=2)
@@ -266,7 +268,7 @@ def test_a_base_of_another_run_is_kept(trained: Callable, models: Callable, run_
 
 
 def flip(folder: Path, name: str) -> None:
-    """Change one bit of a tensor of a checkpoint, in a file of its own: links are left alone."""
+    """Change one bit of a tensor of a checkpoint, in a file of its own: hard links are left unchanged."""
     from megatron_llamapro.checkpoint.formats.torch_dist_index import read_index
 
     section = read_index(folder)[name].sections[0]

@@ -1,4 +1,4 @@
-"""Which checkpoints go. Properties over any set of steps, and the folders of a run."""
+"""Which checkpoints are removed: properties over any set of steps, and the folders of a run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ STEPS = st.sets(st.integers(1, 60), min_size=1)
 
 
 @given(STEPS, st.integers(1, 70), st.none() | st.integers(1, 8))
-def test_what_stays(steps: set[int], keep_last: int, keep_every: int | None) -> None:
-    """The newest `keep_last` stay, the multiples of `keep_every` stay, and what is newer than the newest complete one
-    is nobody's to remove; everything else goes."""
+def test_the_newest_and_the_multiples_are_kept(steps: set[int], keep_last: int, keep_every: int | None) -> None:
+    """The newest `keep_last` and the multiples of `keep_every` are kept. Anything newer than the newest complete one is
+    never removed. Everything else is removed."""
     newest = sorted(steps)[len(steps) // 2]
     gone = superseded(steps, newest=newest, keep_last=keep_last, keep_every=keep_every)
     complete = sorted(step for step in steps if step <= newest)
@@ -28,7 +28,7 @@ def test_what_stays(steps: set[int], keep_last: int, keep_every: int | None) -> 
 
 
 @given(STEPS)
-def test_all_stay_by_default(steps: set[int]) -> None:
+def test_all_checkpoints_are_kept_by_default(steps: set[int]) -> None:
     assert superseded(steps, newest=max(steps), keep_last=None, keep_every=None) == []
 
 
@@ -46,7 +46,7 @@ def test_only_checkpoints_are_removed(save: Path) -> None:
     assert left == {"base", "iter_0000001", "iter_0000003", "iter_0000004.ab12cd34.tmp", "iter_old"}
 
 
-def test_leftovers(save: Path) -> None:
+def test_incomplete_checkpoints_are_cleared(save: Path) -> None:
     clear_leftovers(save)
     assert {path.name for path in save.iterdir()} == {
         "base",

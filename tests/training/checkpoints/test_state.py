@@ -1,5 +1,5 @@
-"""A run that is killed while it saves, or cannot save, goes on from its last complete checkpoint as if nothing had
-been; whatever the checkpoints are: full or delta, written at once or beside training."""
+"""A run that is killed while it saves, or cannot save, resumes from its last complete checkpoint as if nothing had
+happened. Checkpoints are full or delta, synchronous or asynchronous."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from megatron_llamapro.config.schema import ParallelConfig, RunConfig
 from megatron_llamapro.testing.checkpoints import read_with_torch
 from megatron_llamapro.testing.distributed import run_distributed
 
-# The front door, killed at the second checkpoint in a function that saving calls; asynchronously, the fork is stopped
-# first, so that the checkpoint is half written for as long as the test lasts.
+# The front door, killed at the second checkpoint in a function that saving calls. With asynchronous saves the fork is
+# stopped first, so that the checkpoint remains half written during the test.
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
@@ -59,7 +59,7 @@ def steps_in(save: Path) -> list[str]:
     return sorted(path.name for path in save.glob("iter_*"))
 
 
-# Where the second checkpoint is cut: module, function, how often it is called before, asynchronously.
+# Where the second checkpoint is interrupted: module, function, number of earlier calls, asynchronous.
 PLACES = {
     "before the tensors": ("saver", "training_state", 1, False),
     "before it is published": ("saver", "publish", 1, False),
@@ -69,7 +69,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_killed_while_saving(place: str, run_config: Callable, tmp_path: Path) -> None:
+def test_a_run_killed_while_saving_resumes(place: str, run_config: Callable, tmp_path: Path) -> None:
     module, function, calls, asynchronous = PLACES[place]
     config = run_config(train_iters=3, save="killed")
     config = with_checkpoint(config, save_interval=1, async_save=asynchronous)
@@ -85,8 +85,8 @@ def test_killed_while_saving(place: str, run_config: Callable, tmp_path: Path) -
     assert steps_in(save) == [f"iter_000000{step}" for step in (1, 2, 3)]
 
 
-def test_a_rank_that_does_not_see_the_newest_checkpoint_yet(run_config: Callable) -> None:
-    """As on a network file system: all go on from the one that the first rank sees."""
+def test_a_rank_may_not_see_the_newest_checkpoint_yet(run_config: Callable) -> None:
+    """For example on a network file system: all resume from the checkpoint that rank 0 sees."""
     config = with_checkpoint(run_config(train_iters=3), save_interval=1)
     whole = run_distributed(workers.train, 2, config)[0].figures
     save = Path(config.checkpoint.save)
@@ -109,12 +109,12 @@ def stale_worker(config: RunConfig) -> workers.Result:
     return workers.train(config)
 
 
-def test_killed_while_a_fork_writes(run_config: Callable, tmp_path: Path) -> None:
-    """The run is killed from its own fork, which ends with it: it would hold its memory, also of a GPU."""
+def test_a_fork_that_writes_ends_with_its_killed_run(run_config: Callable, tmp_path: Path) -> None:
+    """Otherwise the fork would hold its memory, including that of a GPU. It kills the run itself."""
     config = with_checkpoint(run_config(train_iters=2, save="killed"), save_interval=1, async_save=True)
     (tmp_path / "run.yaml").write_text(dump_yaml(config))
     (tmp_path / "killed.py").write_text(KILLED)
-    # Every fork inherits a count of 0 calls, so the first save is cut.
+    # Every fork inherits a count of 0 calls, so the first save is interrupted.
     arguments = ("writer", "_write", 0, tmp_path / "run.yaml")
     assert programs.run(tmp_path / "killed.py", *arguments).returncode == -signal.SIGKILL
     save = Path(config.checkpoint.save)
@@ -127,9 +127,9 @@ def test_killed_while_a_fork_writes(run_config: Callable, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-def test_full_disk(asynchronous: bool, run_config: Callable) -> None:
-    """From step 2 on the kernel lets the second rank write no file above 20 kB, as a full disk or a quota would: both
-    ranks raise the same line, and the checkpoint of step 1 is there to go on from."""
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(asynchronous: bool, run_config: Callable) -> None:
+    """From step 2 on, the kernel lets the second rank write no file above 20 kB, like a full disk or a quota. Both
+    ranks raise the same line, and the checkpoint of step 1 can be resumed."""
     parallel = ParallelConfig(pipeline_model_parallel_size=2)
     config = run_config(train_iters=3, save="full", parallel=parallel)
     config = with_checkpoint(config, save_interval=1, async_save=asynchronous)
@@ -144,9 +144,9 @@ def test_full_disk(asynchronous: bool, run_config: Callable) -> None:
     assert rest == whole[1:]
 
 
-def test_asynchronously_saved_is_the_same(run_config: Callable) -> None:
-    """Tensor by tensor, weights and optimizer state, at every step, while training goes on and moves them; the second
-    save of a step waits for the first."""
+def test_an_asynchronous_save_is_the_same(run_config: Callable) -> None:
+    """Every tensor of weights and optimizer state, at every step, while training changes them. The second save of a
+    step waits for the first."""
     saves = []
     for name, asynchronous in (("at_once", False), ("beside", True)):
         config = run_config(train_iters=3, save=name, dtype="bfloat16")
@@ -184,8 +184,8 @@ def test_a_save_is_reported_and_holds_the_models_other_files(
     assert capsys.readouterr().out == "saved step 1: 0.4 s stall, 1.8 s in all, 1.2 GB\n"
 
 
-def test_a_stage_without_anything_to_train_is_no_warning(run_config: Callable) -> None:
-    """Else every rank would write a line at every save."""
+def test_a_stage_with_nothing_to_train_logs_no_warning(run_config: Callable) -> None:
+    """Otherwise every rank would log a line at every save."""
     config = run_config(
         train_iters=1, trainable=("final_norm",), parallel=ParallelConfig(pipeline_model_parallel_size=2)
     )
@@ -204,7 +204,7 @@ def warnings_worker(config: RunConfig) -> list[str]:
     return lines
 
 
-def test_old_checkpoints_go(run_config: Callable) -> None:
+def test_old_checkpoints_are_removed(run_config: Callable) -> None:
     config = run_config(train_iters=5)
     config = with_checkpoint(config, save_interval=1, keep_last=1, keep_every=2)
     run_distributed(workers.train, 1, config)
