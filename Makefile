@@ -19,7 +19,7 @@ help:
 	@echo "make test-all   those tests too, if this machine can run them"
 	@echo "make fuzz       thousands of damaged checkpoints, configurations and texts (FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) of each kind)"
 	@echo "make smoke      every step with a tiny random LLaMA, in a minute"
-	@echo "make check      lint, format and types"
+	@echo "make check      lint, format, types, shell scripts"
 	@echo "make hooks      install these checks to run before every commit (pre-commit)"
 
 demo: $(DEMO_READY)
@@ -46,6 +46,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
+	$(BIN)/shellcheck examples/*/*.sh docker/*.sh .ci/run
 
 hooks: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pre-commit==4.7.0

@@ -16,7 +16,7 @@ from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.expansion.plan import ExpansionPlan, placed_positions
 from megatron_llamapro.families.hf_config import model_shape
-from megatron_llamapro.planning.duration import EFFICIENCY, PEAK_TFLOPS, run_cost
+from megatron_llamapro.planning.job import EFFICIENCY, PEAK_TFLOPS, run_cost
 from megatron_llamapro.planning.network import Network
 from megatron_llamapro.planning.parallelism import Cluster, best_parallelisms
 from random_llama import SHAPES, LlamaShape, hf_config

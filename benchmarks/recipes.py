@@ -95,7 +95,7 @@ def main() -> int:
 def figures(recipe: Recipe) -> str:
     """Return memory and time, as in the recipe's header."""
     from megatron_llamapro.dry_run.run import distinct_ranks, dry_run
-    from megatron_llamapro.planning.duration import EFFICIENCY, PEAK_TFLOPS
+    from megatron_llamapro.planning.job import EFFICIENCY, PEAK_TFLOPS
     from megatron_llamapro.training.report import work_per_token
 
     config = parse_run_config(["--config", str(recipe.path)])

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from megatron_llamapro.config.checks import data_parallel_size
-from megatron_llamapro.config.command import INTERRUPTED, in_one_line, is_first_of_node, run_command
+from megatron_llamapro.config.command import INTERRUPTED, in_one_line, run_command
 from megatron_llamapro.config.errors import LlamaProError, RunError
 from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.config.schema import RunConfig
@@ -44,29 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _read(arguments: Sequence[str] | None, stop: StopRequest) -> tuple[RunConfig, Start | None]:
     """Return the configuration and its `Start`, both checked. This runs seconds before the world starts.
 
-    The first rank of each node reads the small files; the other ranks get None. So every node reports an error, and
-    ends with its exit code. Rank 0's `Start` is passed to all ranks later. After an error, torchrun ends the other
-    ranks of the node; ranks of other nodes end when start_world times out, at the latest.
+    `Start` is None on all but the first rank of each node. Rank 0's is passed to all ranks later.
     """
-    launched, start = world_of_environment(os.environ), None  # may fail on this rank alone
+    launched = world_of_environment(os.environ)  # may fail on this rank alone
     try:
         config = parse_run_config(arguments)
 
         from megatron_llamapro.checkpoint.formats.folders import what_is_kept
-        from megatron_llamapro.training.start import read_start
-        from megatron_llamapro.training.trackers import check_trackers
+        from megatron_llamapro.training.start import read_start_of_node
 
-        if os.environ.get("RANK", "0") == "0":  # the rank that reports
-            check_trackers(config.logging)
         stop.kept = partial(what_is_kept, config.checkpoint.save)
-        world_size = launched.world_size if launched else 1
-        data_parallel_size(config, world_size)  # every rank knows that, without a file
-        if is_first_of_node():
-            start = read_start(config, world_size=world_size)
+        return config, read_start_of_node(config, world_size=launched.world_size if launched else 1)
     except LlamaProError as error:
         error.on_all_of_node = True
         raise
-    return config, start
 
 
 def _run(config: RunConfig, start: Start | None, stop: StopRequest) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import megatron_llamapro.commands.checkpoint_options as shared
+import megatron_llamapro.commands.options as shared
 from megatron_llamapro.checkpoint.report import summary
 from megatron_llamapro.config.command import CommandParser
 

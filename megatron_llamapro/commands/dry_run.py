@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_llamapro.checkpoint.description import DescribedModel, check_runs_dry, describe_model
-from megatron_llamapro.commands.expansion_options import read_expansion_options
-from megatron_llamapro.commands.planning_options import add_job_options
+from megatron_llamapro.commands.options import add_job_options, read_expansion_options
 from megatron_llamapro.config.command import CommandParser, check_positive
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.io import parse_run_config

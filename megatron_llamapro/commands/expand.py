@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import megatron_llamapro.commands.checkpoint_options as shared
+import megatron_llamapro.commands.options as shared
 from megatron_llamapro.checkpoint.report import summary
 from megatron_llamapro.config.command import CommandParser
 

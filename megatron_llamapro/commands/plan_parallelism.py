@@ -16,12 +16,16 @@ from pathlib import Path
 import yaml
 
 from megatron_llamapro.checkpoint.description import describe_model
-from megatron_llamapro.commands.expansion_options import read_expansion_options
-from megatron_llamapro.commands.planning_options import add_duration_options, add_job_options, check_duration_options
+from megatron_llamapro.commands.options import (
+    add_duration_options,
+    add_job_options,
+    check_duration_options,
+    read_expansion_options,
+)
 from megatron_llamapro.config.command import CommandParser, check_positive
 from megatron_llamapro.config.files import write_atomically
 from megatron_llamapro.config.io import parse_run_config, to_plain
-from megatron_llamapro.planning.duration import run_cost
+from megatron_llamapro.planning.job import run_cost
 from megatron_llamapro.planning.network import Network
 from megatron_llamapro.planning.parallelism import Cluster, Parallelism, best_parallelisms
 

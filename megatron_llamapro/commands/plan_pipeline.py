@@ -19,16 +19,19 @@ from pathlib import Path
 import yaml
 
 from megatron_llamapro.checkpoint.description import DescribedModel, check_fits, describe_model
-from megatron_llamapro.commands.expansion_options import read_expansion_options
-from megatron_llamapro.commands.planning_options import add_duration_options, add_job_options, check_duration_options
+from megatron_llamapro.commands.options import (
+    add_duration_options,
+    add_job_options,
+    check_duration_options,
+    read_expansion_options,
+)
 from megatron_llamapro.config.command import CommandParser, check_positive
 from megatron_llamapro.config.errors import ConfigError, PipelinePlanError
 from megatron_llamapro.config.files import check_can_hold, write_atomically
 from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.config.stages import draw
-from megatron_llamapro.planning.duration import run_cost
-from megatron_llamapro.planning.job import Job, job_of, time_from_calibration
+from megatron_llamapro.planning.job import Job, job_of, run_cost, time_from_calibration
 from megatron_llamapro.planning.splits import Plan, best_plan, even_plan
 from megatron_llamapro.runtime.upstream import import_megatron
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_llamapro.commands.checkpoint_options import add_workers_option
+from megatron_llamapro.commands.options import add_workers_option
 from megatron_llamapro.config.command import CommandParser
 from megatron_llamapro.expansion.plan import Trained
 

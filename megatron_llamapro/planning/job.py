@@ -1,6 +1,6 @@
-"""A training job for planning: the seconds and bytes that any range of its layers costs on a stage.
+"""A training job for planning: the cost of its layers on a stage in seconds and bytes, and speed and cost of the run.
 
-Seconds come from FLOPs, or from the measurements of a short run on the machine.
+Seconds come from FLOPs, or from what a short run on the machine measured.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.expansion.trains import Trains
 from megatron_llamapro.families.hf_config import ITEMSIZES
 from megatron_llamapro.families.shape import ModelShape
-from megatron_llamapro.planning.flops import Work, head_work, layer_work
+from megatron_llamapro.planning.flops import Work, head_work, layer_work, step_work
 from megatron_llamapro.planning.memory import (
     KEEP_ALL,
     ChunkBytes,
@@ -199,3 +199,28 @@ def job_of(
         recompute=config.recompute,
         memory_bytes=memory_bytes,
     )
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """Speed and cost of a run."""
+
+    tokens_per_second: float
+    """Over all ranks."""
+    model_flops_utilization: float
+    """FLOPs that the training needs, as a fraction of the ranks' peak."""
+    gpu_hours: float
+    """For the requested tokens."""
+
+
+PEAK_TFLOPS, EFFICIENCY, TOKENS = 989, 0.4, 80e9
+"""An H100's dense bfloat16 from its data sheet; a round number (docs/planning.md); the paper's tokens."""
+
+
+def run_cost(job: Job, seconds: float, *, peak_tflops: float = PEAK_TFLOPS, tokens: float = TOKENS) -> RunCost:
+    """Return speed and cost of a job whose step takes `seconds`."""
+    division = job.division
+    num_ranks = division.tensor_size * job.num_stages * division.data_size
+    speed = job.num_microbatches * division.tokens * division.data_size / seconds
+    work = step_work(job.shape, seq_length=division.seq_length, trains=job.trains).total
+    return RunCost(speed, work * speed / (num_ranks * peak_tflops * 1e12), tokens / speed / 3600 * num_ranks)

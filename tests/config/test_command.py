@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llamapro.commands.checkpoint_options import add_change_options, read_change_options
+from megatron_llamapro.commands.options import add_change_options, read_change_options
 from megatron_llamapro.config.command import CommandParser, in_one_line, run_command
 from megatron_llamapro.config.errors import CheckpointError, DivergedError, RunError
 

@@ -13,8 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint, Format
 from megatron_llamapro.checkpoint.formats.folders import LATEST, TORCH_DIST_MARK
-from megatron_llamapro.checkpoint.formats.hf_foreign import FOLDERS
-from megatron_llamapro.checkpoint.formats.hf_tensors import HeaderEntry, are_same, check_tensors, named
+from megatron_llamapro.checkpoint.formats.hf_tensors import FOLDERS, HeaderEntry, are_same, check_tensors, named
 from megatron_llamapro.checkpoint.tensors.layout import StoredTensor, whole
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, state_of, stored_hash
 from megatron_llamapro.checkpoint.tensors.weight_map import EMBEDDING, OUTPUT_LAYER, hf_shapes, is_known_extra

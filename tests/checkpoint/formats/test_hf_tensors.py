@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, megatron_to_hf
-from megatron_llamapro.checkpoint.formats.hf_foreign import SIGNS, quantised, what_they_are
 from megatron_llamapro.checkpoint.formats.hf_reader import open_hf
+from megatron_llamapro.checkpoint.formats.hf_tensors import SIGNS, quantised, what_they_are
 from megatron_llamapro.checkpoint.inspection import inspect
 from megatron_llamapro.checkpoint.proof.verify import verify
 from megatron_llamapro.config.errors import CheckpointError

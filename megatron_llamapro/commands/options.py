@@ -1,4 +1,4 @@
-"""Options shared by the commands that write checkpoints."""
+"""Options that several commands share: of writing checkpoints, of added blocks, and of planning a job."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_llamapro.checkpoint.report import byte_bar
 from megatron_llamapro.checkpoint.tensors.layout import DEFAULT_MAX_SHARD_BYTES
-from megatron_llamapro.commands.expansion_options import add_expansion_options, read_expansion_options
-from megatron_llamapro.config.command import CommandParser
+from megatron_llamapro.config.command import CommandParser, check_positive
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.files import check_can_hold
 from megatron_llamapro.config.values import LARGEST_VOCAB_MULTIPLE, spelled_as
+from megatron_llamapro.expansion.plan import Placement
+from megatron_llamapro.expansion.round import Expansion, Init, check_init
 from megatron_llamapro.families.hf_config import WEIGHT_DTYPES
+from megatron_llamapro.planning.job import EFFICIENCY, PEAK_TFLOPS, TOKENS
 
 if TYPE_CHECKING:
     from megatron_llamapro.checkpoint.convert import Options, TargetKind
@@ -168,3 +173,125 @@ def _counts(text: str) -> tuple[int, ...]:
     if min(counts) < 0:
         raise argparse.ArgumentTypeError(f"'{text}' is not a list of counts such as 12,10,10,8")
     return counts
+
+
+def add_expansion_options(parser: argparse.ArgumentParser) -> None:
+    """Add --num_added_blocks, --placement, --blocks_per_group, --init, --init_seed, --force and --positions."""
+    group = parser.add_argument_group("added blocks")
+    group.add_argument(
+        "--num_added_blocks",
+        type=int,
+        metavar="N",
+        help="blocks to add; interleaved blocks are spread as evenly as N allows",
+    )
+    group.add_argument(
+        "--placement",
+        choices=[placement.value for placement in Placement],
+        help="interleaved (the paper's, default): a copy after every group of blocks; prefix: copies of the first N "
+        "blocks before block 0; suffix: copies of the last N blocks after the last",
+    )
+    group.add_argument(
+        "--blocks_per_group",
+        type=int,
+        metavar="P",
+        help="interleaved: copy the last P blocks of a group after it (default: 1); P must divide N",
+    )
+    group.add_argument(
+        "--init",
+        choices=[init.value for init in Init],
+        help="initial weights of an added block. copy (the paper's, default): its source block; random; mean: the mean "
+        "of its source and the next block; all with zeroed output projections. zero_norm: a copy with zeroed norms",
+    )
+    group.add_argument("--init_seed", type=int, metavar="N", help="seed of --init random (default: 0)")
+    group.add_argument("--force", action="store_true", help="allow --init zero_norm, which cannot learn")
+    group.add_argument(
+        "--positions",
+        type=_layer_indices,
+        metavar="4,9,14",
+        help="instead of a number and a placement: layer indices of the added blocks in the expanded model, from 0, "
+        "ascending",
+    )
+
+
+def read_expansion_options(parser: CommandParser, args: argparse.Namespace) -> Expansion | None:
+    """Return the expansion that the options ask for, or None for no added blocks. Contradictory options end the
+    program with a usage error.
+
+    Raises:
+        ExpansionError: an init that cannot learn.
+    """
+    if not _asks_for_blocks(parser, args):
+        given = [name for name in ("init", "init_seed") if getattr(args, name) is not None]
+        if given:
+            parser.error(f"--{given[0]} needs --num_added_blocks or --positions")
+        return None
+    init = Init(args.init or Init.COPY.value)
+    if args.init_seed is not None and init is not Init.RANDOM:
+        parser.error(f"--init_seed is for --init random: {init.value} uses no random numbers")
+    if (args.init_seed or 0) < 0:
+        parser.error(f"--init_seed is {args.init_seed}: it cannot be negative")
+    check_init(init, force=args.force)
+    return Expansion(
+        positions=args.positions,
+        num_added_blocks=args.num_added_blocks,
+        placement=Placement(args.placement or Placement.INTERLEAVED.value),
+        blocks_per_group=1 if args.blocks_per_group is None else args.blocks_per_group,
+        init=init,
+        seed=args.init_seed or 0,
+    )
+
+
+def _asks_for_blocks(parser: CommandParser, args: argparse.Namespace) -> bool:
+    counted = [
+        name for name in ("num_added_blocks", "placement", "blocks_per_group") if getattr(args, name) is not None
+    ]
+    if args.positions is not None and counted:
+        parser.error(f"--positions already places every added block: leave out --{counted[0]}")
+    if args.positions is None and args.num_added_blocks is None and counted:
+        parser.error(f"--{counted[0]} needs --num_added_blocks")
+    return args.positions is not None or args.num_added_blocks is not None
+
+
+def _layer_indices(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of layer indices such as 4,9,14") from None
+
+
+def add_job_options(parser: CommandParser) -> None:
+    """Add --world_size, --hf_config, --json and the options for added blocks."""
+    parser.add_argument("--world_size", type=int, required=True, metavar="N", help="ranks of the job")
+    parser.add_argument(
+        "--hf_config", type=Path, metavar="DIR", help="folder of a model that is not converted yet (config.json)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, in seconds, bytes and FLOPs")
+    add_expansion_options(parser)
+
+
+def add_duration_options(parser: CommandParser) -> None:
+    """Add the assumptions about a rank and the run, and --output."""
+    parser.add_argument(
+        "--tokens", type=float, default=TOKENS, metavar="N", help="training tokens (default: the paper's 80e9)"
+    )
+    parser.add_argument(
+        "--peak_tflops",
+        type=float,
+        default=PEAK_TFLOPS,
+        metavar="N",
+        help="peak TFLOP/s of a rank (default: H100, bf16)",
+    )
+    parser.add_argument(
+        "--efficiency", type=float, default=EFFICIENCY, metavar="PART", help="fraction of the peak that a block reaches"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.yaml", help="write the best one, as another --config of the run"
+    )
+
+
+def check_duration_options(args: argparse.Namespace) -> None:
+    """Raise `ConfigError` if --world_size or an option of `add_duration_options` has an impossible value."""
+    check_positive(args, "world_size", "peak_tflops", "efficiency", "tokens")
+    check_can_hold(args.output)
+    if args.efficiency > 1:
+        raise ConfigError(f"--efficiency is {args.efficiency:g}: it must be at most 1, e.g. 0.4")
