@@ -29,7 +29,7 @@ from megatron_llamapro.config.schema import (
     TrainingConfig,
 )
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.expansion.trains import Trains
+from megatron_llamapro.expansion.trainable_part import TrainablePart
 from megatron_llamapro.families.hf_config import model_shape
 from megatron_llamapro.planning.job import Job, time_from_calibration
 from megatron_llamapro.planning.memory import Division
@@ -111,7 +111,7 @@ def planned_job(setting: Setting, measured: list[dict]) -> Job:
         kind: {way: max(rank[kind][way] for rank in measured) for way in ("forward", "backward")} for kind in kinds
     }
     shape, plan = setting.model.shape, setting.model.plan
-    trains = Trains(frozenset(plan.added_layers))
+    trains = TrainablePart(frozenset(plan.added_layers))
     return Job(
         shape=shape,
         trains=trains,

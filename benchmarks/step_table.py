@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_llamapro.expansion.trains import Trains
+from megatron_llamapro.expansion.trainable_part import TrainablePart
 from megatron_llamapro.families.shape import ModelShape
 from megatron_llamapro.planning.flops import step_work
 from step_models import StepModel
@@ -46,8 +46,8 @@ def model_shape(model: StepModel) -> ModelShape:
 def flop_ratio(model: StepModel) -> float:
     """Return the work of a step that trains the added blocks, divided by that of a step that trains everything."""
     shape = model_shape(model)
-    added = step_work(shape, seq_length=model.seq_length, trains=Trains(frozenset(model.added_layers)))
-    whole = Trains(frozenset(range(shape.num_layers)), embedding=True, output_layer=True)
+    added = step_work(shape, seq_length=model.seq_length, trains=TrainablePart(frozenset(model.added_layers)))
+    whole = TrainablePart(frozenset(range(shape.num_layers)), embedding=True, output_layer=True)
     everything = step_work(shape, seq_length=model.seq_length, trains=whole)
     return added.total / everything.total
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:  # the same names as in the table, for type checkers and edito
     from megatron_llamapro.config.errors import LlamaProError
     from megatron_llamapro.config.schema import LoraConfig, ParamGroupRule
     from megatron_llamapro.expansion.manifest import Manifest
-    from megatron_llamapro.expansion.plan import ExpansionPlan
-    from megatron_llamapro.expansion.round import Expansion
+    from megatron_llamapro.expansion.plan import ExpansionPlan, Placement
+    from megatron_llamapro.expansion.round import Expansion, Init
     from megatron_llamapro.families.hf_config import read_hf_model
     from megatron_llamapro.model.freeze import freeze
     from megatron_llamapro.model.lora import add_adapters
@@ -37,6 +37,8 @@ _PUBLIC = {
     "verify": "checkpoint.proof.verify",
     # descriptions of a checkpoint
     "Expansion": "expansion.round",
+    "Init": "expansion.round",
+    "Placement": "expansion.plan",
     "ExpansionPlan": "expansion.plan",
     "Manifest": "expansion.manifest",
     "read_hf_model": "families.hf_config",
@@ -57,10 +59,12 @@ __all__ = [
     "ConversionOptions",
     "Expansion",
     "ExpansionPlan",
+    "Init",
     "LlamaProError",
     "LoraConfig",
     "Manifest",
     "ParamGroupRule",
+    "Placement",
     "add_adapters",
     "allow_cpu",
     "expand_hf",

@@ -79,12 +79,12 @@ def _run(config: RunConfig, start: Start | None, stop: StopRequest) -> None:
 def _train(config: RunConfig, start: Start | None, stop: StopRequest) -> None:
     from megatron_llamapro.runtime.watchdog import Watchdog
     from megatron_llamapro.training.loop import train
-    from megatron_llamapro.training.records import claimed, open_writers
+    from megatron_llamapro.training.outputs import claimed, open_writers
     from megatron_llamapro.training.report import print_report
     from megatron_llamapro.training.setup import set_up
 
     with claimed(config):
-        run = set_up(config, known=start)
+        run = set_up(config, read_by_rank_0=start)
         record = print_report(run)
         with open_writers(config, resumed_at=run.state.iteration) as writers:
             for writer in writers:

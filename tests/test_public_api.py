@@ -42,6 +42,9 @@ allow_cpu()
 """  # noqa: E501
 
 
+ENUMS = {"Init": ["copy", "random", "mean", "zero_norm"], "Placement": ["interleaved", "prefix", "suffix"]}
+
+
 class Shown:
     """Shows a default as the text above does."""
 
@@ -78,9 +81,14 @@ def test_signatures_are_as_written(line: str) -> None:
 
 def test_every_public_name_has_a_signature() -> None:
     names = {line.partition("(")[0].partition(".")[0] for line in SIGNATURES.strip().splitlines()}
-    names.add("LlamaProError")  # caught by users, never called
+    names |= {"LlamaProError", *ENUMS}  # an error is caught, never called
     assert set(megatron_llamapro.__all__) == set(megatron_llamapro._PUBLIC) == names
     assert names < set(dir(megatron_llamapro))
+
+
+@pytest.mark.parametrize("name", ENUMS)
+def test_enums_have_the_written_values(name: str) -> None:
+    assert [member.value for member in getattr(megatron_llamapro, name)] == ENUMS[name]
 
 
 def test_type_checkers_see_the_imported_names() -> None:

@@ -35,8 +35,8 @@ from megatron_llamapro.checkpoint.tensors.layout import DEFAULT_MAX_SHARD_BYTES,
 from megatron_llamapro.checkpoint.tensors.streaming import Progress, SourceFiles, nothing, stored_hash
 from megatron_llamapro.checkpoint.tensors.transfer import Journal, TensorJob, are_complete, default_workers, transfer
 from megatron_llamapro.checkpoint.tensors.weight_map import iter_hf, weights_of
+from megatron_llamapro.config.drafts import clear, draft_of, staged
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
-from megatron_llamapro.config.staging import clear, draft_of, staged
 from megatron_llamapro.config.values import decimal_size
 from megatron_llamapro.expansion.manifest import Manifest
 from megatron_llamapro.expansion.plan import ExpansionPlan
@@ -177,6 +177,8 @@ def _convert(
     )
     with SourceFiles(checkpoint.states) as files, staging as draft:
         check_stored_head(checkpoint, files)
+        # The transfer hashes every tensor, so the tensors of a base are checked after it. Hashes of cast tensors say
+        # nothing about the source, so a cast reads and checks the source first.
         if model.dtype != checkpoint.dtype:
             check_base_tensors(
                 checkpoint, lambda name: stored_hash(checkpoint.tensors[name], files, checkpoint.itemsize)
@@ -196,8 +198,9 @@ def _convert(
         files.check_unchanged()
         hashes = {job.name: journal.hashes[job.name] for job in jobs}
         if model.dtype == checkpoint.dtype:
-            kept = {name: hashes[name_now(name, model.plan, checkpoint.plan.num_rounds)] for name in checkpoint.tensors}
-            check_base_tensors(checkpoint, lambda name: unmerged_hash(checkpoint, name, kept, files))
+            rounds = checkpoint.plan.num_rounds
+            source_hashes = {name: hashes[name_now(name, model.plan, rounds)] for name in checkpoint.tensors}
+            check_base_tensors(checkpoint, lambda name: unmerged_hash(checkpoint, name, source_hashes, files))
         manifest = target_manifest(checkpoint, model.plan, dtype=model.dtype, expansion=model.expansion, hashes=hashes)
         _write_small_files(draft, layout, kind, model, manifest)
     return Conversion(

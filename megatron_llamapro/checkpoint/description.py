@@ -13,7 +13,7 @@ from megatron_llamapro.expansion.manifest import MANIFEST_NAME, Manifest
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.expansion.trainable import check_lora, check_trainable, what_trains
-from megatron_llamapro.expansion.trains import Trains
+from megatron_llamapro.expansion.trainable_part import TrainablePart
 from megatron_llamapro.families.hf_config import model_shape, read_hf_config
 from megatron_llamapro.families.shape import ModelShape
 
@@ -37,7 +37,7 @@ def check_fits(config: RunConfig, shape: ModelShape, plan: ExpansionPlan) -> Non
         )
 
 
-def trains_of(config: RunConfig, shape: ModelShape, plan: ExpansionPlan) -> Trains:
+def trains_of(config: RunConfig, shape: ModelShape, plan: ExpansionPlan) -> TrainablePart:
     """Return the trainable part of the model, for estimates of its cost."""
     return what_trains(config.model.trainable, plan, tie_word_embeddings=shape.tie_word_embeddings, lora=config.lora)
 

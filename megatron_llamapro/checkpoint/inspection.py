@@ -17,7 +17,7 @@ from megatron_llamapro.checkpoint.tensors.weight_map import (
     iter_hf,
     weights_of,
 )
-from megatron_llamapro.config.stages import draw
+from megatron_llamapro.config.pipeline_stages import draw
 from megatron_llamapro.config.values import decimal_size
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.families.hf_config import ITEMSIZES

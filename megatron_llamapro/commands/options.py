@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from megatron_llamapro.checkpoint.report import byte_bar
 from megatron_llamapro.checkpoint.tensors.layout import DEFAULT_MAX_SHARD_BYTES
 from megatron_llamapro.config.command import CommandParser, check_positive
-from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.errors import ConfigError, ExpansionError
 from megatron_llamapro.config.files import check_can_hold
 from megatron_llamapro.config.values import LARGEST_VOCAB_MULTIPLE, spelled_as
 from megatron_llamapro.expansion.plan import Placement
-from megatron_llamapro.expansion.round import Expansion, Init, check_init
+from megatron_llamapro.expansion.round import Expansion, Init
 from megatron_llamapro.families.hf_config import WEIGHT_DTYPES
 from megatron_llamapro.planning.job import EFFICIENCY, PEAK_TFLOPS, TOKENS
 
@@ -239,6 +239,15 @@ def read_expansion_options(parser: CommandParser, args: argparse.Namespace) -> E
         init=init,
         seed=args.init_seed or 0,
     )
+
+
+def check_init(init: Init, *, force: bool) -> None:
+    """Raise `ExpansionError` if blocks with this initialisation cannot learn in any known family, unless `force`."""
+    if init is Init.ZERO_NORM and not force:
+        raise ExpansionError(
+            "init zero_norm cannot learn in a SwiGLU block: with its input at 0 the feed-forward is of second order, "
+            "so its norm's gradient stays 0 (arXiv 2401.02415, section 3.2): use copy, or give --force to compare"
+        )
 
 
 def _asks_for_blocks(parser: CommandParser, args: argparse.Namespace) -> bool:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from numpy.lib.format import open_memmap
 
+from megatron_llamapro.config.drafts import is_of_the_path, reason_of, sync
 from megatron_llamapro.config.errors import DataError, LlamaProError, RunError
-from megatron_llamapro.config.staging import is_of_the_path, reason_of, sync
 
 _CONTENTS = "files.json"
 """Names and sizes of the other files; written last."""

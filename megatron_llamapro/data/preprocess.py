@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy
 
+from megatron_llamapro.config.drafts import draft_folder, sync, writing
 from megatron_llamapro.config.errors import DataError
-from megatron_llamapro.config.staging import draft_folder, sync, writing
 from megatron_llamapro.data.encoding import EncodedChunk, chunks_of
 from megatron_llamapro.data.text_files import check_request, paths_of
 from megatron_llamapro.data.token_files import TokenFileInfo

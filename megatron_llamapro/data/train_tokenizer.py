@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from megatron_llamapro.config.drafts import folder_made, writing
 from megatron_llamapro.config.errors import DataError, LlamaProError
-from megatron_llamapro.config.staging import folder_made, writing
 from megatron_llamapro.data.text_files import check_text_files, decoded, field_of, is_jsonl, json_name, valid_unicode
 from megatron_llamapro.data.tokenizer import MODEL_NAME
 from megatron_llamapro.data.workers import Helper

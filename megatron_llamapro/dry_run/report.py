@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from megatron_llamapro.checkpoint.description import DescribedModel
+from megatron_llamapro.config.pipeline_stages import draw, stage_layers
 from megatron_llamapro.config.schema import RunConfig
-from megatron_llamapro.config.stages import draw, stage_layers
 from megatron_llamapro.config.values import GIB, binary_size
 from megatron_llamapro.dry_run.counting import Kind, Product
 from megatron_llamapro.dry_run.run import RankReport

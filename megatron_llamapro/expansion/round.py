@@ -51,7 +51,7 @@ class Expansion:
     """Seed of random blocks."""
 
     def __post_init__(self) -> None:
-        """Raise `ExpansionError` if the positions are not given in exactly one way, or a value has another type."""
+        """Raise `ExpansionError` if positions are not given in exactly one way, or an enum's value is not a member."""
         if (self.positions is None) is (self.num_added_blocks is None):
             raise ExpansionError("an expansion needs either positions or num_added_blocks")
         if self.positions is not None and (self.placement is not Placement.INTERLEAVED or self.blocks_per_group != 1):
@@ -84,15 +84,6 @@ class Expansion:
         return plan.expand(positions)
 
 
-def check_init(init: Init, *, force: bool) -> None:
-    """Raise `ExpansionError` if blocks with this initialisation cannot learn in any known family, unless `force`."""
-    if init is Init.ZERO_NORM and not force:
-        raise ExpansionError(
-            "init zero_norm cannot learn in a SwiGLU block: with its input at 0 the feed-forward is of second order, "
-            "so its norm's gradient stays 0 (arXiv 2401.02415, section 3.2): use copy, or give --force to compare"
-        )
-
-
 def expanded_hf_config(config: Mapping, plan: ExpansionPlan) -> dict:
     """Return `config` for the model after the latest round of `plan`, without a manifest.
 
@@ -112,6 +103,6 @@ def expanded_hf_config(config: Mapping, plan: ExpansionPlan) -> dict:
             expanded[name] = [values[layer.parent_layer] for layer in plan.layers]
     for name in family.layer_count_fields:
         if type(config.get(name)) is int:
-            beyond = max(0, config[name] - old_count)
+            beyond = max(0, config[name] - old_count)  # a field may count more layers than exist: keep the surplus
             expanded[name] = sum(layer.parent_layer < config[name] for layer in plan.layers) + beyond
     return expanded

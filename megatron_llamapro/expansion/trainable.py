@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import LoraConfig
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.expansion.trains import Adapters, Trains
+from megatron_llamapro.expansion.trainable_part import Adapters, TrainablePart
 from megatron_llamapro.families.shape import ModelShape
 
 ADDED_BLOCKS = "added_blocks"
@@ -134,7 +134,7 @@ def trainable_layers(
 
 def what_trains(
     trainable: Sequence[str], plan: ExpansionPlan, *, tie_word_embeddings: bool, lora: LoraConfig = NO_ADAPTERS
-) -> Trains:
+) -> TrainablePart:
     """Return the trainable part of the model for planning/flops.py: parts of each layer, embedding, norm and head."""
     everything = EVERYTHING in trainable
     embedding = everything or "embedding" in trainable
@@ -144,7 +144,7 @@ def what_trains(
     adapters = None
     if LORA in trainable and lora.rank is not None:
         adapters = Adapters(adapted_layers(lora, plan), lora.rank, frozenset(lora.targets))
-    return Trains(
+    return TrainablePart(
         layers,
         embedding=embedding,
         output_layer=everything or "output_layer" in trainable or (embedding and tie_word_embeddings),

@@ -13,8 +13,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
+from megatron_llamapro.config.pipeline_stages import stage_layers, to_megatron_layout
 from megatron_llamapro.config.schema import CrossEntropy, ModelConfig, ParallelConfig, Precision, RecomputeConfig
-from megatron_llamapro.config.stages import stage_layers, to_megatron_layout
 from megatron_llamapro.config.values import DTYPES
 from megatron_llamapro.families.rotary import inverse_frequencies
 from megatron_llamapro.families.shape import ModelShape, padded_vocab_size

@@ -21,8 +21,8 @@ from megatron_llamapro.expansion.trainable import OUTSIDE_PARTS
 from megatron_llamapro.model.names import NamedParameter, named_parameters, unwrapped
 from megatron_llamapro.runtime.upstream import become
 
-# The start of names of parameters that come after the layers; what else lies outside them comes before.
-_BEHIND_LAYERS = (OUTSIDE_PARTS["final_norm"], OUTSIDE_PARTS["output_layer"])
+# Name prefixes of parameters after the layers. The only other part outside them, the embedding, comes before.
+_AFTER_LAYERS = (OUTSIDE_PARTS["final_norm"], OUTSIDE_PARTS["output_layer"])
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def reach_of(chunk: torch.nn.Module, first_trainable_layer: int) -> Reach:
 
 
 def find_first_trainable_layer(chunks: Sequence[torch.nn.Module]) -> int:
-    """The first layer of the whole model that trains, as `reach_of` takes it, from what requires grad. All ranks call
-    it."""
+    """Return the index of the first trainable layer in the whole model, by `requires_grad`. `reach_of` explains the
+    numbering. All ranks call it."""
     first = min(map(_first_trainable_layer_of, chunks))
     if torch.distributed.is_initialized():
         of_all_ranks = [first] * torch.distributed.get_world_size()
@@ -66,7 +66,7 @@ def _first_trainable_layer_of(chunk: torch.nn.Module) -> int:
     def layer_of(named: NamedParameter) -> int:
         if named.layer is not None:
             return named.layer
-        return behind_layers if named.name.startswith(_BEHIND_LAYERS) else -1
+        return behind_layers if named.name.startswith(_AFTER_LAYERS) else -1
 
     training = (named for named in named_parameters([chunk]) if named.parameter.requires_grad)
     return min(map(layer_of, training), default=behind_layers)
@@ -74,7 +74,7 @@ def _first_trainable_layer_of(chunk: torch.nn.Module) -> int:
 
 def skip_frozen_work(chunks: Sequence[torch.nn.Module], first_trainable_layer: int | None = None) -> None:
     """Make this rank's GPTModels run without autograd below `first_trainable_layer`. Their `reach` tells the schedule
-    which gradients exist. Without that number the ranks look for it together, in what requires grad.
+    which gradients exist. If None, `find_first_trainable_layer` finds it.
     Call this once on every rank, after `freeze` and before DDP wraps the models.
 
     Raises:

@@ -1,8 +1,4 @@
-"""Communication between data-parallel replicas, and an optimizer step in two halves.
-
-`ChainedOptimizer.step` of megatron.core 0.16.1 does both halves at once, in this order. It skips the update only if a
-gradient scaler found an overflow; bf16 and fp32 have no scaler.
-"""
+"""Communication between data-parallel replicas: collectives of one rank, and pending parameter gathers."""
 
 from __future__ import annotations
 
@@ -11,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_llamapro.runtime.upstream import become
 
@@ -56,23 +50,3 @@ def finish_param_gathers(chunks: Sequence[torch.nn.Module]) -> None:
             for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
                 if group.param_gather_handle is not None or not group.param_gather_dispatched:
                     group.start_param_sync(force_sync=True)
-
-
-def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """Hand the gradients to the optimizer and return their global norm. All ranks call it and get the same norm."""
-    optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
-
-
-def update(optimizer: MegatronOptimizer, *, grad_norm: float) -> None:
-    """Clip the gradients, whose norm is `grad_norm`, and update parameters and moments."""
-    for part in optimizer.chained_optimizers:
-        parameters = part.get_parameters()
-        if parameters and part.config.clip_grad > 0.0:
-            clip_grad_by_total_norm_fp32(
-                parameters,
-                max_norm=part.config.clip_grad,
-                total_norm=grad_norm,
-                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
-            )
-    optimizer.step_with_ready_grads()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_llamapro.expansion.trains import Linear, Trains, linears
+from megatron_llamapro.expansion.trainable_part import Linear, TrainablePart, linears
 from megatron_llamapro.families.shape import ModelShape
 
 
@@ -39,13 +39,13 @@ def block_attention_flops(shape: ModelShape, seq_length: int, layer: int = 0) ->
     return 4.0 * keys * shape.num_attention_heads * shape.kv_channels
 
 
-def linear_flops(linear: Linear, layer: int, *, trains: Trains) -> float:
+def linear_flops(linear: Linear, layer: int, *, trains: TrainablePart) -> float:
     """Return forward FLOP per token of one layer's linear, with its adapter."""
     rank = trains.adapters.rank if trains.adapters and trains.has_adapter(layer, linear.name) else 0
     return linear.forward_flops + 2.0 * rank * (linear.num_inputs + linear.num_outputs)
 
 
-def layer_work(shape: ModelShape, layer: int, *, seq_length: int, trains: Trains) -> Work:
+def layer_work(shape: ModelShape, layer: int, *, seq_length: int, trains: TrainablePart) -> Work:
     """Return FLOP per token of one block. Below the first trainable block it is forward only; above it the input
     gradient is added, and for trainable weights the weight gradient."""
     attention = block_attention_flops(shape, seq_length, layer)
@@ -65,14 +65,14 @@ def _adapter_work(linear: Linear, rank: int, *, is_reached: bool) -> Work:
     return Work(down + up, up + (down if is_reached else 0.0), down + up)
 
 
-def head_work(shape: ModelShape, *, trains: Trains) -> Work:
+def head_work(shape: ModelShape, *, trains: TrainablePart) -> Work:
     """Return FLOP per token of the output layer."""
     head = 2.0 * shape.hidden_size * shape.vocab_size
     has_backward = trains.final_norm or trains.first_layer(shape.num_layers) < shape.num_layers
     return Work(head, head if has_backward else 0.0, head if trains.output_layer else 0.0)
 
 
-def step_work(shape: ModelShape, *, seq_length: int, trains: Trains) -> Work:
+def step_work(shape: ModelShape, *, seq_length: int, trains: TrainablePart) -> Work:
     """Return FLOP per token of the whole model in a training step."""
     layers = (layer_work(shape, layer, seq_length=seq_length, trains=trains) for layer in range(shape.num_layers))
     return sum(layers, start=head_work(shape, trains=trains))

@@ -15,7 +15,7 @@ from megatron_llamapro.config.errors import PipelinePlanError
 from megatron_llamapro.config.schema import RecomputeConfig, RunConfig
 from megatron_llamapro.config.values import DTYPES
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.expansion.trains import Trains
+from megatron_llamapro.expansion.trainable_part import TrainablePart
 from megatron_llamapro.families.hf_config import ITEMSIZES
 from megatron_llamapro.families.shape import ModelShape
 from megatron_llamapro.planning.flops import Work, head_work, layer_work, step_work
@@ -57,7 +57,7 @@ class Job:
     """A model, how it is divided, and its costs: the planner's input."""
 
     shape: ModelShape
-    trains: Trains
+    trains: TrainablePart
     division: Division
     time: ModelTime
     num_stages: int
@@ -122,7 +122,9 @@ class Job:
 KINDS = ("below", "frozen", "trainable", "head", "embedding")
 
 
-def time_from_flops(shape: ModelShape, trains: Trains, division: Division, *, flops_per_second: float) -> ModelTime:
+def time_from_flops(
+    shape: ModelShape, trains: TrainablePart, division: Division, *, flops_per_second: float
+) -> ModelTime:
     """Return times by arithmetic. `flops_per_second` is a rank's real rate: its peak times the fraction it reaches."""
 
     def of(work: Work) -> ChunkTime:
@@ -135,14 +137,14 @@ def time_from_flops(shape: ModelShape, trains: Trains, division: Division, *, fl
     return ModelTime(layers, ChunkTime(0.0, 0.0), of(head_work(shape, trains=trains)))
 
 
-def kind_of(layer: int, shape: ModelShape, trains: Trains) -> str:
+def kind_of(layer: int, shape: ModelShape, trains: TrainablePart) -> str:
     """Return the layer's kind, one of `KINDS`."""
     if layer in trains.layers:
         return "trainable"
     return "frozen" if layer >= trains.first_layer(shape.num_layers) else "below"
 
 
-def time_from_calibration(shape: ModelShape, trains: Trains, measured: Mapping[str, object]) -> ModelTime:
+def time_from_calibration(shape: ModelShape, trains: TrainablePart, measured: Mapping[str, object]) -> ModelTime:
     """Return times from `measured`: forward and backward seconds of each kind, as `training.calibration` writes them.
 
     Raises:

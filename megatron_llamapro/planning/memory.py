@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_llamapro.config.schema import RecomputeConfig
-from megatron_llamapro.expansion.trains import Trains, is_row_parallel, linears
+from megatron_llamapro.expansion.trainable_part import TrainablePart, is_row_parallel, linears
 from megatron_llamapro.families.shape import ModelShape
 from megatron_llamapro.planning.flops import block_attention_flops, linear_flops
 
@@ -53,7 +53,7 @@ def state_bytes(parameters: float, trainable: float, division: Division) -> floa
 
 
 def block_activations(
-    shape: ModelShape, division: Division, *, trains: Trains, layer: int, recompute: RecomputeConfig = KEEP_ALL
+    shape: ModelShape, division: Division, *, trains: TrainablePart, layer: int, recompute: RecomputeConfig = KEEP_ALL
 ) -> float:
     """Return the bytes that one block with a backward pass keeps per micro-batch, unless it is recomputed whole.
 
@@ -106,7 +106,7 @@ def chunk_bytes(
     *,
     is_first: bool,
     is_last: bool,
-    trains: Trains,
+    trains: TrainablePart,
     division: Division,
     recompute: RecomputeConfig = KEEP_ALL,
 ) -> ChunkBytes:
@@ -147,7 +147,7 @@ def recomputed_groups(layers: Sequence[int], recompute: RecomputeConfig) -> list
 
 
 def share_of_forward(
-    shape: ModelShape, layer: int, recompute: RecomputeConfig, *, seq_length: int, trains: Trains
+    shape: ModelShape, layer: int, recompute: RecomputeConfig, *, seq_length: int, trains: TrainablePart
 ) -> float:
     """Return the part of a layer's forward FLOPs that selective recomputation repeats."""
     if recompute.granularity != "selective":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_llamapro.expansion.trains import Trains, is_row_parallel
+from megatron_llamapro.expansion.trainable_part import TrainablePart, is_row_parallel
 from megatron_llamapro.families.shape import ModelShape
 from megatron_llamapro.planning.job import ModelTime
 from megatron_llamapro.planning.memory import GRADIENT, Division
@@ -46,7 +46,7 @@ class Network:
         return num_bytes / (self.within_node if stride < self.ranks_per_node else self.between_nodes)
 
 
-def tensor_parallel_time(shape: ModelShape, trains: Trains, division: Division, network: Network) -> ModelTime:
+def tensor_parallel_time(shape: ModelShape, trains: TrainablePart, division: Division, network: Network) -> ModelTime:
     """Return the seconds of the tensor-parallel collectives per micro-batch, with no overlap with computation.
 
     With sequence parallelism, a column-parallel linear gathers its input and scatters its input's gradient; a trainable

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_llamapro.config.errors import PipelinePlanError
-from megatron_llamapro.config.stages import even_stage_layers
+from megatron_llamapro.config.pipeline_stages import even_stage_layers
 from megatron_llamapro.config.values import GIB
 from megatron_llamapro.planning.job import ChunkCost, Job
 from megatron_llamapro.planning.memory import ChunkBytes

@@ -179,7 +179,7 @@ _OPTIMIZER = (
         "copies gradients that are accumulated in a higher precision.",
     ),
     Change(
-        ours="optimizer.replicas.update",
+        ours="optimizer.update.update",
         upstream="megatron.core.optimizer.optimizer.ChainedOptimizer",
         replaces={"step": "7f8c72f2"},
         how=How.INSTEAD,
@@ -209,7 +209,7 @@ _TRAINING = (
         until="Stays while FrozenAwareCommunicator does.",
     ),
     Change(
-        ours="training.checkpoints.writer.plan_writing",
+        ours="training.checkpoints.torch_dist_save.plan_writing",
         upstream="megatron.core.dist_checkpointing.serialization",
         replaces={"save": "977482f0"},
         how=How.INSTEAD,
@@ -218,7 +218,7 @@ _TRAINING = (
         "not in common.pt.",
     ),
     Change(
-        ours="training.checkpoints.writer.plan_writing",
+        ours="training.checkpoints.torch_dist_save.plan_writing",
         upstream="megatron.core.dist_checkpointing.strategies.filesystem_async",
         replaces={"_get_write_results_queue": "349269cb"},
         how=How.ATTRIBUTE,
@@ -227,7 +227,7 @@ _TRAINING = (
         until="Stays: the same in main.",
     ),
     Change(
-        ours="training.checkpoints.writer._Strategy",
+        ours="training.checkpoints.torch_dist_save._Strategy",
         upstream="megatron.core.dist_checkpointing.strategies.torch.TorchDistSaveShardedStrategy",
         replaces={"_get_save_and_finalize_callbacks": "098f6acc"},
         how=How.SUBCLASS,
@@ -235,7 +235,7 @@ _TRAINING = (
         until="Stays while plan_writing does.",
     ),
     Change(
-        ours="training.checkpoints.writer._write",
+        ours="training.checkpoints.torch_dist_save._write",
         upstream="megatron.core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync",
         replaces={"write_preloaded_data_multiproc": "bef05e8d"},
         how=How.INSTEAD,

@@ -1,6 +1,7 @@
 """Process groups: torch's world, and megatron.core's tensor-, pipeline- and data-parallel groups in it.
 
-No other module reads `megatron.core.parallel_state`.
+Everything else takes ranks from a `ParallelLayout`. `model/build.py` alone asks `megatron.core.parallel_state` for its
+stage, and `dry_run/fake_world.py` removes the groups of its fake world.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from megatron_llamapro.training.evaluation import evaluate
 from megatron_llamapro.training.metrics import MetricsWriter
 from megatron_llamapro.training.report import peak_memory_gib, work_per_token
 from megatron_llamapro.training.setup import Run
-from megatron_llamapro.training.step import StepResult, check_converges, leave_out_step, skip_record, train_step
+from megatron_llamapro.training.step import StepResult, check_not_diverged, leave_out_step, skip_record, train_step
 
 
 def train(run: Run, writers: Sequence[MetricsWriter], stop: StopRequest, watchdog: Watchdog | None = None) -> None:
@@ -95,7 +95,7 @@ def _loop(
         last = state.iteration == total
         if result.outcome is not Outcome.UPDATED:
             _write(writers, skip_record(result, state))
-            check_converges(result, state, max_skipped_steps=config.training.max_skipped_steps)
+            check_not_diverged(result, state, max_skipped_steps=config.training.max_skipped_steps)
             if result.outcome is Outcome.LEFT_OUT:
                 timer.leave_out()
         elif last or state.iteration % config.logging.log_interval == 0:

@@ -103,14 +103,11 @@ def connect(
     overlap_param_gather: bool,
 ) -> None:
     """Tell megatron.core's schedules how to scale, synchronise and finalise gradients."""
-
-    def one_or_all(functions: list) -> object:
-        return functions[0] if len(functions) == 1 else functions
-
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
     if overlap_grad_reduce:
-        config.no_sync_func = one_or_all([chunk.no_sync for chunk in chunks])
-        config.grad_sync_func = one_or_all([chunk.start_grad_sync for chunk in chunks]) if len(chunks) > 1 else None
+        no_syncs = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_syncs if len(chunks) > 1 else no_syncs[0]
+        config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks] if len(chunks) > 1 else None
     if overlap_param_gather:
-        config.param_sync_func = one_or_all([chunk.start_param_sync for chunk in chunks]) if len(chunks) > 1 else None
+        config.param_sync_func = [chunk.start_param_sync for chunk in chunks] if len(chunks) > 1 else None

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_llamapro.checkpoint.description import trains_of
+from megatron_llamapro.config.pipeline_stages import draw, stage_layers
 from megatron_llamapro.config.schema import RunConfig
-from megatron_llamapro.config.stages import draw, stage_layers
 from megatron_llamapro.config.values import GIB, binary_size
 from megatron_llamapro.data.dataset import conversation_sets
 from megatron_llamapro.expansion.plan import ExpansionPlan

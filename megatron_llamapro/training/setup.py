@@ -1,4 +1,5 @@
-"""Builds a run, in order: checks, model, trainable part, optimizer, data, and the checkpoint to resume from."""
+"""Builds a run on every rank: read and check the small files, open the held-out data, build the model, load, and open
+the training data."""
 
 from __future__ import annotations
 
@@ -57,21 +58,21 @@ class Run:
         )
 
 
-def set_up(config: RunConfig, *, known: Start | None = None) -> Run:
-    """Build the run on every rank of the started world, or raise the same error on all of them.
+def set_up(config: RunConfig, *, read_by_rank_0: Start | None = None) -> Run:
+    """Build the run on every rank, after `start_world`, or raise the same error on all of them.
 
-    Rank 0 alone reads the small files, and passes their contents to the others. `known` is what rank 0 read before the
-    world started; the other ranks' `known` is ignored.
+    Rank 0 alone reads the small files, and passes their contents to the others. `read_by_rank_0` is what it read before
+    the world started; it is ignored on other ranks.
 
     Raises:
         LlamaProError: the configuration, the checkpoint or the data cannot be trained with.
     """
     world_size = torch.distributed.get_world_size()
-    start = ask_first_rank(lambda: known or read_start(config, world_size=world_size))
+    start = ask_first_rank(lambda: read_by_rank_0 or read_start(config, world_size=world_size))
     tokenizer = ask_first_rank(lambda: load_tokenizer(start.tokenizer))
     identity = run_identity(config, start.token_files)
     resume_from = ask_first_rank(lambda: checkpoint_to_resume(config, start.source, identity))
-    held_out = _checked_here(config, start, resume_from, tokenizer)
+    held_out = _check_this_rank(config, start, resume_from, tokenizer)
 
     def load(models: Sequence[LlamaModel]) -> None:
         if resume_from is None:
@@ -90,7 +91,7 @@ def set_up(config: RunConfig, *, known: Start | None = None) -> Run:
     )
 
 
-def _checked_here(
+def _check_this_rank(
     config: RunConfig, start: Start, resume_from: SmallFiles | None, tokenizer: Tokenizer
 ) -> Mapping[str, Dataset]:
     """Check what may differ between ranks: installed packages and visible files. All ranks agree on the result before a

@@ -18,7 +18,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_llamapro.config.errors import DivergedError
-from megatron_llamapro.optimizer.replicas import gradient_norm, update
+from megatron_llamapro.optimizer.update import gradient_norm, update
 from megatron_llamapro.runtime.distributed import ParallelLayout, for_all_ranks
 from megatron_llamapro.training.checkpoints.state import Outcome, TrainingState
 from megatron_llamapro.training.communication import communication
@@ -182,7 +182,7 @@ def skip_record(result: StepResult, state: TrainingState) -> dict[str, object]:
     }
 
 
-def check_converges(result: StepResult, state: TrainingState, *, max_skipped_steps: int) -> None:
+def check_not_diverged(result: StepResult, state: TrainingState, *, max_skipped_steps: int) -> None:
     """Raise `DivergedError`, on all ranks, if too many steps in a row were skipped."""
     if result.outcome is not Outcome.SKIPPED or state.skipped_in_a_row < max_skipped_steps:
         return

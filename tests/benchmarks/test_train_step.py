@@ -71,7 +71,7 @@ def count_worker(folder: Path) -> tuple[int, Counter, int, Counter]:
 
 def test_the_floor_does_the_same_work_as_our_step(tmp_path: Path) -> None:
     """Exactly the same products; their sum equals the cost model."""
-    from megatron_llamapro.expansion.trains import Trains
+    from megatron_llamapro.expansion.trainable_part import TrainablePart
     from megatron_llamapro.planning.flops import block_attention_flops, step_work
     from step_models import MODELS
     from step_table import model_shape
@@ -80,7 +80,7 @@ def test_the_floor_does_the_same_work_as_our_step(tmp_path: Path) -> None:
     assert attention == floor_attention and sum(attention.values()) > 0
     model = MODELS["tiny"]
     shape = model_shape(model)
-    work = step_work(shape, seq_length=model.seq_length, trains=Trains(frozenset(model.added_layers)))
+    work = step_work(shape, seq_length=model.seq_length, trains=TrainablePart(frozenset(model.added_layers)))
     backward = shape.num_layers - min(model.added_layers)
     attention_flops = block_attention_flops(shape, model.seq_length) * (shape.num_layers + 2 * backward)
     tokens = model.batch_size * model.seq_length

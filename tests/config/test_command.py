@@ -159,7 +159,7 @@ def test_line_breaks_in_a_message_are_replaced() -> None:
 
 
 HEAVY = ("torch", "megatron.core", "numpy", "transformers")
-LIGHT = ("config.io", "config.checks", "config.command", "expansion.plan", "planning.flops", "config.stages")
+LIGHT = ("config.io", "config.checks", "config.command", "expansion.plan", "planning.flops", "config.pipeline_stages")
 
 
 def test_light_modules_import_nothing_heavy() -> None:

@@ -201,7 +201,7 @@ def test_the_planner_predicts_memory_and_work(layout: str, what: str, recomputed
     """State and kept activations of every stage match to the byte, apart from vectors, padding and labels. Work matches
     exactly, apart from two cases with adapters: input gradients that recomputation needs in the first layer with
     adapters, and matrices that every tensor-parallel rank copies."""
-    from megatron_llamapro.config.stages import stage_layers
+    from megatron_llamapro.config.pipeline_stages import stage_layers
     from megatron_llamapro.expansion.trainable import what_trains
     from megatron_llamapro.planning.job import Job, time_from_flops
     from megatron_llamapro.planning.memory import Division

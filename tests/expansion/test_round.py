@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, megatron_to_hf
 from megatron_llamapro.checkpoint.proof.verify import verify
+from megatron_llamapro.commands.options import check_init
 from megatron_llamapro.config.errors import ExpansionError
 from megatron_llamapro.expansion.manifest import Manifest
 from megatron_llamapro.expansion.plan import ExpansionPlan, Placement
-from megatron_llamapro.expansion.round import Expansion, Init, check_init
+from megatron_llamapro.expansion.round import Expansion, Init
 from megatron_llamapro.testing.checkpoints import read_tensors
 
 Tiny = Callable[..., Path]

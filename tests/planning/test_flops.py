@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_llamapro.expansion.trains import Trains, linears
+from megatron_llamapro.expansion.trainable_part import TrainablePart, linears
 from megatron_llamapro.families.shape import ModelShape
 from megatron_llamapro.planning.flops import block_attention_flops, step_work
 
@@ -27,7 +27,7 @@ ADDED = (4, 9, 14, 19, 24, 29, 34, 39)
 
 def test_the_work_of_llama_pro_8b() -> None:
     """32 + 8 blocks at 4,096 tokens. Block 4 and all above it run backward; the head's weights do not train."""
-    work = step_work(LLAMA2_7B, seq_length=4096, trains=Trains(frozenset(ADDED)))
+    work = step_work(LLAMA2_7B, seq_length=4096, trains=TrainablePart(frozenset(ADDED)))
     assert work.forward / 1e9 == pytest.approx(17.79, abs=0.01)
     assert work.input_gradient / 1e9 == pytest.approx(17.25, abs=0.01)
     assert work.weight_gradient / 1e9 == pytest.approx(3.24, abs=0.01)
@@ -37,7 +37,7 @@ def test_the_work_of_full_training() -> None:
     work = step_work(
         LLAMA2_7B,
         seq_length=4096,
-        trains=Trains(frozenset(range(40)), embedding=True, output_layer=True),
+        trains=TrainablePart(frozenset(range(40)), embedding=True, output_layer=True),
     )
     assert work.total / 1e9 == pytest.approx(53.38, abs=0.02)
 
@@ -68,6 +68,6 @@ def test_attention_counts_the_keys_in_the_window(window: int, seq_length: int) -
     assert block_attention_flops(shape, seq_length, layer=0) == pytest.approx(4 * keys * 4096)
     full = block_attention_flops(LLAMA2_7B, seq_length)
     assert block_attention_flops(shape, seq_length, layer=1) == full == 2 * seq_length * 4096
-    work = step_work(dataclasses.replace(shape, num_layers=2), seq_length=seq_length, trains=Trains(frozenset()))
+    work = step_work(dataclasses.replace(shape, num_layers=2), seq_length=seq_length, trains=TrainablePart(frozenset()))
     head = 2 * 4096 * 32000
     assert work.forward == pytest.approx(2 * block_matrix_flops(shape) + 4 * keys * 4096 + full + head)

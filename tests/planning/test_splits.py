@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from test_flops import ADDED, LLAMA2_7B
 
 from megatron_llamapro.config.errors import PipelinePlanError
-from megatron_llamapro.expansion.trains import Trains
+from megatron_llamapro.expansion.trainable_part import TrainablePart
 from megatron_llamapro.planning.job import KINDS, Job, ModelTime, time_from_calibration, time_from_flops
 from megatron_llamapro.planning.memory import Division, block_activations, chunk_bytes
 from megatron_llamapro.planning.simulate import ChunkTime
 from megatron_llamapro.planning.splits import Plan, balanced_plan, best_plan, even_plan, plan_of
 
 GIB = 2**30
-PRO = Trains(frozenset(ADDED))
+PRO = TrainablePart(frozenset(ADDED))
 
 
 def job(num_stages: int, *, num_chunks: int = 1, world_size: int = 16, batch: int = 1024, **settings: object) -> Job:
@@ -77,7 +77,7 @@ def test_no_split_is_better(kinds: list, layout: tuple[int, int], head: float, g
     kinds = [(forward, 0.0 if i < first else max(backward, 1.0)) for i, (forward, backward) in enumerate(kinds)]
     shape = dataclasses.replace(LLAMA2_7B, num_layers=len(kinds))
     time = ModelTime(tuple(ChunkTime(*kind) for kind in kinds), ChunkTime(0.0, 0.0), ChunkTime(head, head))
-    trains = Trains(frozenset(range(first, len(kinds))))
+    trains = TrainablePart(frozenset(range(first, len(kinds))))
     small = Job(shape, trains, Division(), time, num_stages, num_chunks, groups * num_stages)
     plan = best_plan(small)
     best = min(plan_of(small, counts).seconds for counts in splits(len(kinds), num_stages * num_chunks))

@@ -28,7 +28,7 @@ EXCEPTED = {
     "megatron/core": "loads checkpoints and maps token files with its own readers, on every rank",
     "config/files.py check_fetched": "looks for a Git LFS pointer in a file that a library reads or that is copied",
     "checkpoint/side_files.py copy_side_files": "copies files into the run's base",
-    "config/staging.py sync": "syncs the copied files to the disk",
+    "config/drafts.py sync": "syncs the copied files to the disk",
     "training/checkpoints/delta_parts.py make_base": "copies files into the run's base",
 }
 
@@ -72,7 +72,7 @@ def opens_of_a_start(config_file: Path) -> list[Open]:
     sys.argv = ["pretrain", "--config", str(config_file)]
     opened = watched_opens()
     config, start = _read(None, StopRequest())
-    _saver(set_up(config, known=start))
+    _saver(set_up(config, read_by_rank_0=start))
     return [*opened]
 
 

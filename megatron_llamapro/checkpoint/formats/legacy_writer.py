@@ -17,7 +17,7 @@ from megatron_llamapro.checkpoint.formats.torch_archive import archive_layout, t
 from megatron_llamapro.checkpoint.tensors.layout import Piece, StoredTensor, TargetFile, TargetLayout, parts_of
 from megatron_llamapro.checkpoint.tensors.weight_map import OUTPUT_LAYER, Sharding, weights_of
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.stages import even_stage_layers
+from megatron_llamapro.config.pipeline_stages import even_stage_layers
 from megatron_llamapro.families.hf_config import ITEMSIZES
 from megatron_llamapro.families.shape import ModelShape, padded_vocab_size
 

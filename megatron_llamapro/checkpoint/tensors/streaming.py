@@ -1,6 +1,6 @@
 """Reads and hashes tensors in files, a few megabytes of rows at a time.
 
-Nothing needs torch, and only `read_whole` holds a whole tensor. Reading and hashing release Python's global lock.
+Nothing needs torch, and only `read_whole` holds a whole tensor. Reading and hashing release the GIL.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Tensors are written in batches. Each batch is written, read back, compared by its hashes and noted in a journal. A
 resumed run compares the noted tensors again, and rewrites those that a power cut has undone. Tensors are read back from
 the page cache, so the disk moves each byte only once; `llamapro verify` proves that the disk kept them. (Reading,
-writing and hashing release Python's global lock, so threads use all cores.)
+writing and hashing release the GIL, so threads use all cores.)
 """
 
 from __future__ import annotations
@@ -48,15 +48,18 @@ class TensorJob:
 
 
 class Journal:
-    """The tensors that a target already has: a line `{"plan": …}`, then per batch `{"hashes": {tensor: hash}}`."""
+    """The tensors that a target already has.
 
-    def __init__(self, path: Path, plan: str) -> None:
-        """`plan` identifies the conversion. A journal of another conversion is replaced by an empty one."""
+    The file has a line `{"plan": fingerprint}`, then a line per batch, `{"hashes": {tensor: hash}}`.
+    """
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        """`fingerprint` identifies the conversion. A journal of another conversion is replaced by an empty one."""
         self._path, self._lock = path, threading.Lock()
         self.hashes: dict[str, str] = {}
         lines = self._whole_lines()
-        if not lines or lines[0].get("plan") != plan:
-            lines = [{"plan": plan}]
+        if not lines or lines[0].get("plan") != fingerprint:
+            lines = [{"plan": fingerprint}]
         for line in lines[1:]:
             self.hashes.update(line["hashes"])  # type: ignore[arg-type]
         draft = path.with_name(f"{path.name}.tmp")
@@ -100,14 +103,21 @@ class TargetFiles:
     def __init__(self, files: Iterable[TargetFile]) -> None:
         self._open: dict[Path, int] = {}
         allow_many_open_files()
-        for file in files:
-            file.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(file.path, os.O_RDWR | os.O_CREAT, 0o666)
-            self._open[file.path] = descriptor
-            with naming(file.path):
-                os.ftruncate(descriptor, file.num_bytes)
-            for offset, data in file.fixed:
-                self._write(descriptor, file.path, memoryview(data), offset)
+        try:
+            for file in files:
+                self._create(file)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _create(self, file: TargetFile) -> None:
+        file.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file.path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._open[file.path] = descriptor
+        with naming(file.path):
+            os.ftruncate(descriptor, file.num_bytes)
+        for offset, data in file.fixed:
+            self._write(descriptor, file.path, memoryview(data), offset)
 
     def __enter__(self) -> TargetFiles:
         return self
@@ -163,7 +173,7 @@ def transfer(
         OSError: the disk is full, or fails.
     """
     with TargetFiles(files) as target:
-        worker = _Worker(target, journal, itemsize, progress)
+        worker = _Transfer(target, journal, itemsize, progress)
         return sum(_run_all([partial(worker.write, batch) for batch in _batches(jobs)], num_workers))
 
 
@@ -181,7 +191,7 @@ def _batches(jobs: Iterable[TensorJob]) -> Iterator[list[TensorJob]]:
         yield batch
 
 
-class _Worker:
+class _Transfer:
     """Writes batches of tensors. All threads share one worker."""
 
     def __init__(self, target: TargetFiles, journal: Journal, itemsize: int, progress: Progress) -> None:

@@ -29,9 +29,9 @@ from megatron_llamapro.checkpoint.formats.torch_dist_index import is_training_st
 from megatron_llamapro.checkpoint.side_files import copy_side_files
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, stored_hash
 from megatron_llamapro.checkpoint.tensors.weight_map import frozen_names
+from megatron_llamapro.config.drafts import staged
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside
-from megatron_llamapro.config.staging import staged
 from megatron_llamapro.expansion.manifest import MANIFEST_NAME
 from megatron_llamapro.families.hf_config import CONFIG_NAME
 from megatron_llamapro.runtime.distributed import ask_first_rank, failing_together, from_first_rank

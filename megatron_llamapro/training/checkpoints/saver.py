@@ -24,17 +24,17 @@ from megatron_llamapro.checkpoint.formats.delta import Delta
 from megatron_llamapro.checkpoint.formats.folders import LATEST, iteration_folder
 from megatron_llamapro.checkpoint.formats.small_files import SmallFiles
 from megatron_llamapro.checkpoint.side_files import copy_side_files
+from megatron_llamapro.config.drafts import sync, sync_tree
 from megatron_llamapro.config.errors import LlamaProError, RunError
 from megatron_llamapro.config.io import dump_yaml
 from megatron_llamapro.config.schema import RunConfig
-from megatron_llamapro.config.staging import sync, sync_tree
 from megatron_llamapro.expansion.manifest import MANIFEST_NAME
 from megatron_llamapro.families.hf_config import CONFIG_NAME
 from megatron_llamapro.runtime.distributed import failing_together, from_first_rank
 from megatron_llamapro.training.checkpoints.delta_parts import delta_of_run, trained_keys
 from megatron_llamapro.training.checkpoints.resume import RunIdentity
 from megatron_llamapro.training.checkpoints.state import TrainingState, model_state, training_state
-from megatron_llamapro.training.checkpoints.writer import plan_writing, write_beside, write_now
+from megatron_llamapro.training.checkpoints.torch_dist_save import plan_writing, write_beside, write_now
 from megatron_llamapro.training.machine import Machine
 
 

@@ -27,8 +27,13 @@ from megatron_llamapro.training.checkpoints.resume import PROGRESS, RunIdentity
 from megatron_llamapro.training.machine import Machine
 
 # Optimizer state is stored in the shape of the parameters it belongs to, so that any layout can read it. (Upstream's
-# default cannot be saved at all; its faster "dp_reshardable" does not resume exactly.)
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+# default cannot be saved at all; its faster "dp_reshardable" does not resume exactly.) Every layer has its own keys;
+# `non_homogeneous_layers` tells a stock GPTModel so.
+_METADATA = {
+    "non_homogeneous_layers": True,
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
 
 
 def model_state(chunks: Sequence[torch.nn.Module]) -> dict:

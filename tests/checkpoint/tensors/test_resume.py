@@ -257,7 +257,7 @@ def test_an_interrupt_during_the_final_sync_repeats_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("megatron_llamapro.config.staging.sync_tree", interrupt)
+        patch.setattr("megatron_llamapro.config.drafts.sync_tree", interrupt)
         hf_to_megatron(tiny_llama(), tmp_path / "it")
     done = hf_to_megatron(tiny_llama(), tmp_path / "it", options=Options(resume=True))
     assert done.num_resumed_bytes == done.num_bytes

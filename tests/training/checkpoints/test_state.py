@@ -63,7 +63,7 @@ def steps_in(save: Path) -> list[str]:
 PLACES = {
     "before the tensors": ("saver", "training_state", 1, False),
     "before it is published": ("saver", "publish", 1, False),
-    "in the middle of the tensors": ("writer", "_write", 1, False),
+    "in the middle of the tensors": ("torch_dist_save", "_write", 1, False),
     "asynchronously, before it is published": ("saver", "publish", 1, True),
 }
 
@@ -115,7 +115,7 @@ def test_a_fork_that_writes_ends_with_its_killed_run(run_config: Callable, tmp_p
     (tmp_path / "run.yaml").write_text(dump_yaml(config))
     (tmp_path / "killed.py").write_text(KILLED)
     # Every fork inherits a count of 0 calls, so the first save is interrupted.
-    arguments = ("writer", "_write", 0, tmp_path / "run.yaml")
+    arguments = ("torch_dist_save", "_write", 0, tmp_path / "run.yaml")
     assert programs.run(tmp_path / "killed.py", *arguments).returncode == -signal.SIGKILL
     save = Path(config.checkpoint.save)
     assert not (save / "latest_checkpointed_iteration.txt").exists()

@@ -92,7 +92,7 @@ class Adapters:
 
 
 @dataclass(frozen=True)
-class Trains:
+class TrainablePart:
     """The trainable part of a model, for estimates of its cost."""
 
     layers: frozenset[int]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_llamapro.config.drafts import staged
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.staging import staged
 
 
 def contents(folder: Path) -> dict[str, bytes]:

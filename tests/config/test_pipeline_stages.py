@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_llamapro.config.pipeline_stages import draw, even_stage_layers, stage_layers, to_megatron_layout
 from megatron_llamapro.config.schema import ParallelConfig
-from megatron_llamapro.config.stages import draw, even_stage_layers, stage_layers, to_megatron_layout
 
 
 @given(st.integers(1, 200), st.integers(1, 32))
