@@ -15,7 +15,8 @@ import torch
 from pages import ROOT, blocks, lines, workplace
 
 import megatron_llamapro
-from megatron_llamapro import verify
+import workers
+from megatron_llamapro import megatron_to_hf, megatron_to_megatron, verify
 from megatron_llamapro.model.names import named_parameters
 from megatron_llamapro.testing.distributed import run_distributed
 
@@ -90,6 +91,34 @@ def test_the_pages_parts_train_the_added_blocks_only(tiny_llama: Callable[..., P
     for layer, moving in ((2, first[4]), (5, last[4])):
         block = f"decoder.layers.{layer}"
         assert moving == [f"{block}.mlp.linear_fc2.weight", f"{block}.self_attention.linear_proj.weight"]
+
+
+def load_worker(folder: Path) -> torch.Tensor:
+    """Load a checkpoint into megatron.core's own GPTModel as the page does, in one process."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from megatron_llamapro.testing.gather import whole_logits
+
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    page = page_code()
+    model = page["build"](page["transformer_config"](folder), folder)
+    page["load"]([model], folder)
+    return whole_logits([model], torch.arange(3, 35)[None], vocab_size=131)
+
+
+def test_a_runs_converted_checkpoint_loads_into_a_stock_model(run_config: Callable, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    config = run_config(train_iters=1)
+    run_distributed(workers.train, 1, config)
+    megatron_to_megatron(config.checkpoint.save, tmp_path / "whole")
+    megatron_to_hf(config.checkpoint.save, tmp_path / "hf")
+    [logits] = run_distributed(load_worker, 1, tmp_path / "whole")
+    with torch.no_grad():
+        expected = LlamaForCausalLM.from_pretrained(tmp_path / "hf")(torch.arange(3, 35)[None]).logits
+    torch.testing.assert_close(logits[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_script_runs_as_typed(tmp_path: Path) -> None:
