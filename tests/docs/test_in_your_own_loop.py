@@ -118,7 +118,7 @@ def test_a_runs_converted_checkpoint_loads_into_a_stock_model(run_config: Callab
     [logits] = run_distributed(load_worker, 1, tmp_path / "whole")
     with torch.no_grad():
         expected = LlamaForCausalLM.from_pretrained(tmp_path / "hf")(torch.arange(3, 35)[None]).logits
-    torch.testing.assert_close(logits[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_script_runs_as_typed(tmp_path: Path) -> None:
