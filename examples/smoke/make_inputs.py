@@ -17,6 +17,7 @@ def main() -> int:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="folder to write into")
     args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"text": text}) for _, text in sorted(topics.items()))
     (args.output_dir / "text.jsonl").write_text("".join(line + "\n" for line in lines))
 

@@ -34,9 +34,10 @@ def print_report(run: Run) -> dict[str, object]:
             print(_stage_line(number, stage, run.layout.data_size))
         share = trainable / parameters
         layout = run.layout
+        ranks = f"{layout.world_size} rank{'s' * (layout.world_size > 1)}"
         print(
-            f"{trainable:,} of {parameters:,} parameters train ({share:.1%}); {layout.world_size} ranks: "
-            f"TP {layout.tensor_size} x PP {layout.pipeline_size} x DP {layout.data_size}",
+            f"{trainable:,} of {parameters:,} parameters train ({share:.1%}); {ranks}: TP {layout.tensor_size} "
+            f"x PP {layout.pipeline_size} x DP {layout.data_size}",
             flush=True,
         )
         for conversations in conversation_sets(run.train_set):

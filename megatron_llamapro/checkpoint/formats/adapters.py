@@ -6,12 +6,12 @@ weights, which are computed a few rows at a time.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_llamapro.checkpoint.formats.checkpoint import Adapter, Checkpoint
+from megatron_llamapro.checkpoint.formats.folders import read_record, write_record
 from megatron_llamapro.checkpoint.formats.megatron_tensors import MegatronTensor
 from megatron_llamapro.checkpoint.tensors.computed import MergedRows, cast
 from megatron_llamapro.checkpoint.tensors.layout import StoredTensor, is_whole, parts_of
@@ -25,7 +25,6 @@ from megatron_llamapro.checkpoint.tensors.streaming import (
 )
 from megatron_llamapro.checkpoint.tensors.weight_map import Weight, weights_of
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import read_inside
 from megatron_llamapro.expansion.trainable import LORA_A, LORA_B
 from megatron_llamapro.families.hf_config import ITEMSIZES
 
@@ -54,27 +53,18 @@ class AdapterRecord:
         Raises:
             CheckpointError: the record is damaged, or of another version.
         """
-        path, content = Path(folder) / RECORD_NAME, read_inside(folder, RECORD_NAME)
-        if content is None:
-            return None
-        try:
-            data = json.loads(content)
-            if data["format_version"] != FORMAT_VERSION:
-                raise CheckpointError(
-                    f"{path} has format {data['format_version']!r}, this version reads {FORMAT_VERSION}: use the "
-                    "version of megatron-llamapro that wrote it"
-                )
-            rank, alpha = data["rank"], data["alpha"]
-            if type(rank) is not int or rank < 1 or not 0 < float(alpha) < float("inf"):
-                raise ValueError(f"rank {rank!r}, alpha {alpha!r}")
-            return cls(rank, float(alpha))
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is damaged ({error!r}): restore it from a copy of {folder}") from None
+        return read_record(folder, RECORD_NAME, format_version=FORMAT_VERSION, build=cls._of)
+
+    @classmethod
+    def _of(cls, data: dict) -> AdapterRecord:
+        rank, alpha = data["rank"], data["alpha"]
+        if type(rank) is not int or rank < 1 or not 0 < float(alpha) < float("inf"):
+            raise ValueError(f"rank {rank!r}, alpha {alpha!r}")
+        return cls(rank, float(alpha))
 
     def write(self, folder: Path) -> None:
         """Write `llamapro_lora.json`."""
-        record = {"format_version": FORMAT_VERSION, **asdict(self)}
-        (Path(folder) / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(folder, RECORD_NAME, format_version=FORMAT_VERSION, fields=asdict(self))
 
 
 def with_adapters(

@@ -7,14 +7,12 @@ same tensors can replace it; one with other tensors is refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.formats.folders import is_torch_dist
+from megatron_llamapro.checkpoint.formats.folders import is_torch_dist, read_record, write_record
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.config.files import read_inside
 
 DELTA_NAME = "llamapro_delta.json"
 BASE = "base"
@@ -41,29 +39,20 @@ class Delta:
         Raises:
             CheckpointError: the record is damaged, or of another version.
         """
-        path, content = Path(folder) / DELTA_NAME, read_inside(folder, DELTA_NAME)
-        if content is None:
-            return None
-        try:
-            data = json.loads(content)
-            if data["format_version"] != FORMAT_VERSION:
-                raise CheckpointError(
-                    f"{path} has format {data['format_version']!r}, this version reads {FORMAT_VERSION}: use the "
-                    "version of megatron-llamapro that wrote it"
-                )
-            return cls(
-                base=_folder_name(data["base"]),
-                base_hashes={_text(name): _text(value) for name, value in data["base_hashes"].items()},
-                trained=tuple(map(_text, data["trained"])),
-                made_from=_text(data["made_from"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path} is damaged ({error!r}): restore it from a copy of {folder}") from None
+        return read_record(folder, DELTA_NAME, format_version=FORMAT_VERSION, build=cls._of)
+
+    @classmethod
+    def _of(cls, data: dict) -> Delta:
+        return cls(
+            base=_folder_name(data["base"]),
+            base_hashes={_text(name): _text(value) for name, value in data["base_hashes"].items()},
+            trained=tuple(map(_text, data["trained"])),
+            made_from=_text(data["made_from"]),
+        )
 
     def write(self, folder: Path) -> None:
         """Write `llamapro_delta.json`."""
-        record = {"format_version": FORMAT_VERSION, **asdict(self)}
-        (Path(folder) / DELTA_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(folder, DELTA_NAME, format_version=FORMAT_VERSION, fields=asdict(self))
 
     def base_of(self, folder: Path) -> Path:
         """Return the base of the delta checkpoint in `folder`.

@@ -1,8 +1,11 @@
-"""Checkpoint folders: the newest checkpoint of a run, and the format of a folder. Imports no torch."""
+"""Checkpoint folders: the newest one of a run, the format of one, and small JSON records in it. Imports no torch."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import hint_where_nothing_is, read_inside
@@ -17,6 +20,8 @@ INDEX_NAME = ".metadata"
 COMMON_STATE = "common.pt"
 """The part of torch_dist that is not tensors."""
 _HUGGING_FACE = ("*.safetensors", "pytorch_model*.bin")
+
+Record = TypeVar("Record")
 
 
 def iteration_folder(save: Path, iteration: int) -> Path:
@@ -91,3 +96,30 @@ def what_is_kept(save: str | None) -> str:
         return f"nothing was saved yet in {save}"
     step = RELEASE if folder.name == RELEASE else f"step {int(folder.name.removeprefix('iter_'))}"
     return f"checkpoint: {save}, {step}; the same command resumes from it"
+
+
+def read_record(folder: Path, name: str, *, format_version: int, build: Callable[[dict], Record]) -> Record | None:
+    """Return what `build` makes of a JSON record in a checkpoint folder, or None if the folder has no such file.
+
+    Raises:
+        CheckpointError: the record is damaged, or of another version.
+    """
+    path, content = Path(folder) / name, read_inside(folder, name)
+    if content is None:
+        return None
+    try:
+        data = json.loads(content)
+        if data["format_version"] != format_version:
+            raise CheckpointError(
+                f"{path} has format {data['format_version']!r}, this version reads {format_version}: use the version "
+                "of megatron-llamapro that wrote it"
+            )
+        return build(data)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}): restore it from a copy of {folder}") from None
+
+
+def write_record(folder: Path, name: str, *, format_version: int, fields: dict) -> None:
+    """Write a record that `read_record` reads."""
+    record = {"format_version": format_version, **fields}
+    (Path(folder) / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
