@@ -7,6 +7,8 @@ this package. Each is imported on first use, so importing the package does not l
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from megatron_llamapro.config.version import VERSION
+
 if TYPE_CHECKING:  # the same names as in the table, for type checkers and editors
     from megatron_llamapro.checkpoint.convert import Options as ConversionOptions
     from megatron_llamapro.checkpoint.convert import expand_hf, hf_to_megatron, megatron_to_hf, megatron_to_megatron
@@ -24,7 +26,7 @@ if TYPE_CHECKING:  # the same names as in the table, for type checkers and edito
     from megatron_llamapro.runtime.cpu import install as allow_cpu
     from megatron_llamapro.training.communication import communication as schedule_arguments
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 # Public name -> module, with ":name" if its name in the module differs.
 _PUBLIC = {

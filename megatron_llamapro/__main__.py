@@ -10,8 +10,8 @@ from functools import partial
 from importlib import import_module
 from typing import NamedTuple, NoReturn
 
-from megatron_llamapro import __version__
 from megatron_llamapro.config.command import CommandParser, run_command
+from megatron_llamapro.config.version import VERSION
 
 
 class Command(NamedTuple):
@@ -61,7 +61,7 @@ def main(*before: str) -> NoReturn:
 def run(arguments: Sequence[str]) -> int:
     """Run the command that the first word names. Only its module is imported, so that others cost no time."""
     parser = CommandParser(prog="llamapro", usage="llamapro COMMAND [option …]", description=DESCRIPTION, epilog=LIST)
-    parser.add_argument("--version", action="version", version=f"megatron-llamapro {__version__}")
+    parser.add_argument("--version", action="version", version=f"megatron-llamapro {VERSION}")
     parser.add_argument("command", type=_command, metavar="COMMAND", help=argparse.SUPPRESS)
     num_ours = next((count for count, word in enumerate(arguments, 1) if not word.startswith("-")), len(arguments))
     args = parser.parse_args(arguments[:num_ours] or ["--help"])

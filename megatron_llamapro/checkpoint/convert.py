@@ -19,7 +19,6 @@ from typing import Any
 
 from blake3 import blake3
 
-import megatron_llamapro
 from megatron_llamapro.checkpoint.formats.adapters import unmerged_hash
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint, Format
 from megatron_llamapro.checkpoint.formats.hf_reader import check_stored_head, open_hf
@@ -38,6 +37,7 @@ from megatron_llamapro.checkpoint.tensors.weight_map import iter_hf, weights_of
 from megatron_llamapro.config.drafts import clear, draft_of, staged
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
 from megatron_llamapro.config.values import decimal_size
+from megatron_llamapro.config.version import VERSION
 from megatron_llamapro.expansion.manifest import Manifest
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.expansion.round import Expansion, Init, expanded_hf_config
@@ -288,7 +288,7 @@ def _fingerprint(source: Checkpoint, model: _Model, layout: TargetLayout) -> str
     """Return a hash that a journal must match. It covers the source's state and the target's bytes and places."""
     hasher = blake3()
     states = [(str(path.resolve()), state) for path, state in sorted(source.states.items())]
-    what = [megatron_llamapro.__version__, states, source.config, model.config, model.plan.to_json(), model.dtype]
+    what = [VERSION, states, source.config, model.config, model.plan.to_json(), model.dtype]
     if model.expansion is not None:
         what += [model.expansion.init.value, model.expansion.seed]
     hasher.update(json.dumps(what).encode())

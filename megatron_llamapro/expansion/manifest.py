@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
-import megatron_llamapro
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
 from megatron_llamapro.config.files import read_inside
+from megatron_llamapro.config.version import VERSION
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.expansion.round import Init
 from megatron_llamapro.families.hf_config import MANIFEST_KEY, WEIGHT_DTYPES
@@ -208,4 +208,4 @@ def config_sha256(config: Mapping) -> str:
 def tool_versions() -> dict[str, str]:
     """Return the versions of the packages that write checkpoints."""
     others = {name: metadata.version(name) for name in ("torch", "numpy")}
-    return {"megatron_llamapro": megatron_llamapro.__version__, **others}
+    return {"megatron_llamapro": VERSION, **others}
