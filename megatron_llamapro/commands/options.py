@@ -165,14 +165,18 @@ def read_format_options(parser: CommandParser, args: argparse.Namespace) -> Targ
     return legacy(**{name: getattr(args, name) for name in given})
 
 
-def _counts(text: str) -> tuple[int, ...]:
+def _integers(text: str, *, called: str, least: float = float("-inf")) -> tuple[int, ...]:
     try:
-        counts = tuple(int(part) for part in text.split(","))
+        values = tuple(int(part) for part in text.split(","))
     except ValueError:
-        counts = (-1,)
-    if min(counts) < 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of counts such as 12,10,10,8")
-    return counts
+        values = ()
+    if not values or min(values) < least:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of {called}")
+    return values
+
+
+_counts = partial(_integers, called="counts such as 12,10,10,8", least=0)
+_layer_indices = partial(_integers, called="layer indices such as 4,9,14")
 
 
 def add_expansion_options(parser: argparse.ArgumentParser) -> None:
@@ -259,13 +263,6 @@ def _asks_for_blocks(parser: CommandParser, args: argparse.Namespace) -> bool:
     if args.positions is None and args.num_added_blocks is None and counted:
         parser.error(f"--{counted[0]} needs --num_added_blocks")
     return args.positions is not None or args.num_added_blocks is not None
-
-
-def _layer_indices(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of layer indices such as 4,9,14") from None
 
 
 def add_job_options(parser: CommandParser) -> None:

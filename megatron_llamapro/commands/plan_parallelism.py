@@ -25,11 +25,12 @@ from megatron_llamapro.commands.options import (
 from megatron_llamapro.config.command import CommandParser, check_positive
 from megatron_llamapro.config.files import write_atomically
 from megatron_llamapro.config.io import parse_run_config, to_plain
+from megatron_llamapro.config.values import GIB
 from megatron_llamapro.planning.job import run_cost
 from megatron_llamapro.planning.network import Network
 from megatron_llamapro.planning.parallelism import Cluster, Parallelism, best_parallelisms
 
-GIB, GB = 2**30, 1e9
+GB = 1e9
 
 # Options about a rank, besides those of every planning command: option, type, default, metavar, help.
 RANK_OPTIONS = (

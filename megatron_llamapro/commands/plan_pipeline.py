@@ -31,11 +31,10 @@ from megatron_llamapro.config.files import check_can_hold, write_atomically
 from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.config.pipeline_stages import draw
 from megatron_llamapro.config.schema import RunConfig
+from megatron_llamapro.config.values import GIB
 from megatron_llamapro.planning.job import Job, job_of, run_cost, time_from_calibration
 from megatron_llamapro.planning.splits import Plan, best_plan, even_plan
 from megatron_llamapro.runtime.upstream import import_megatron
-
-GIB = 2**30
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -169,6 +169,11 @@ def _output_is_closed() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+def is_first_rank() -> bool:
+    """Return whether this process reports for all ranks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def is_first_of_node() -> bool:
     """Return whether this process reports for all ranks of its node."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
@@ -179,7 +184,7 @@ def _is_silent(error: BaseException) -> bool:
     if not isinstance(error, LlamaProError):
         return False
     if error.on_all_ranks:
-        return os.environ.get("RANK", "0") != "0"
+        return not is_first_rank()
     return error.on_all_of_node and not is_first_of_node()
 
 

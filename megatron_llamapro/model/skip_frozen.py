@@ -61,21 +61,21 @@ def find_first_trainable_layer(chunks: Sequence[torch.nn.Module]) -> int:
 
 
 def _first_trainable_layer_of(chunk: torch.nn.Module) -> int:
-    behind_layers = unwrapped(chunk).config.num_layers
+    after_layers = unwrapped(chunk).config.num_layers
 
     def layer_of(named: NamedParameter) -> int:
         if named.layer is not None:
             return named.layer
-        return behind_layers if named.name.startswith(_AFTER_LAYERS) else -1
+        return after_layers if named.name.startswith(_AFTER_LAYERS) else -1
 
     training = (named for named in named_parameters([chunk]) if named.parameter.requires_grad)
-    return min(map(layer_of, training), default=behind_layers)
+    return min(map(layer_of, training), default=after_layers)
 
 
 def skip_frozen_work(chunks: Sequence[torch.nn.Module], first_trainable_layer: int | None = None) -> None:
-    """Make this rank's GPTModels run without autograd below `first_trainable_layer`. Their `reach` tells the schedule
-    which gradients exist. If None, `find_first_trainable_layer` finds it.
-    Call this once on every rank, after `freeze` and before DDP wraps the models.
+    """Make this rank's GPTModels run without autograd below `first_trainable_layer`; if None, all ranks find it
+    together. The models' `reach` tells the schedule which gradients exist. Call this once on every rank, after `freeze`
+    and before DDP wraps the models.
 
     Raises:
         ConfigError: a decoder is not megatron.core's own TransformerBlock.

@@ -28,15 +28,11 @@ _MEGATRON_MODULES = (
 # Warnings of newer torch versions about megatron.core 0.16.1: start of the message, category.
 UPSTREAM_WARNINGS = (
     (r"`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning),
-    (
-        r"The .grad attribute of a Tensor that is not a leaf",
-        UserWarning,
-    ),  # its optimizer reads .grad of views of parameters
+    (r"The .grad attribute of a Tensor that is not a leaf", UserWarning),  # its optimizer asks views of parameters
     (r"WARNING: there is no optimizer on RANK", UserWarning),  # a rank that trains nothing: its stage report says so
     (r"`load_state_dict` is deprecated", FutureWarning),  # its checkpoint loader
     (r"torch.distributed.(_all_gather_base|_reduce_scatter_base) is a private function", FutureWarning),
 )
-
 
 # Names that 0.16.1 compares with None, but does not define if their import failed: module, name.
 _FORGOTTEN_NAMES = (

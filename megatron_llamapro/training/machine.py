@@ -53,13 +53,7 @@ def build_machine(
     )
     load(models)
     add_adapters(models, plan, config.lora, seed=config.training.seed)
-    report = freeze(
-        models,
-        plan,
-        config.model.trainable,
-        tie_word_embeddings=shape.tie_word_embeddings,
-        tensor_size=layout.tensor_size,
-    )
+    report = freeze(models, plan, config.model.trainable)
     skip_frozen_work(models, first_trainable_layer(config.model.trainable, plan, lora=config.lora))
     chunks = [wrapped(model, config.parallel) for model in models]
     optimizer = build_optimizer(chunks, config.optimizer, precision=config.training.precision)

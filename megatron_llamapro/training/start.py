@@ -3,7 +3,6 @@ trained as configured, and whether the data and the tokenizer exist."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from megatron_llamapro.checkpoint.formats.folders import is_torch_dist, resolve_
 from megatron_llamapro.checkpoint.formats.small_files import SmallFiles, check_loadable
 from megatron_llamapro.checkpoint.side_files import side_files
 from megatron_llamapro.config.checks import data_parallel_size
-from megatron_llamapro.config.command import is_first_of_node
+from megatron_llamapro.config.command import is_first_of_node, is_first_rank
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.config.values import DTYPES
@@ -58,10 +57,12 @@ def read_start_of_node(config: RunConfig, *, world_size: int) -> Start | None:
     So every node reports an error, and ends with its exit code. After an error, torchrun ends the other ranks of the
     node; ranks of other nodes end when start_world times out, at the latest. Errors as for `read_start`.
     """
-    if os.environ.get("RANK", "0") == "0":  # the rank that reports
+    if is_first_rank():
         check_trackers(config.logging)
+    if is_first_of_node():
+        return read_start(config, world_size=world_size)
     data_parallel_size(config, world_size)  # every rank knows this without a file
-    return read_start(config, world_size=world_size) if is_first_of_node() else None
+    return None
 
 
 def read_start(config: RunConfig, *, world_size: int) -> Start:
