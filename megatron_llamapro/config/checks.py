@@ -239,14 +239,7 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
         ConfigError: the ranks, the batch or the micro-batches cannot be divided evenly.
     """
     parallel, training = config.parallel, config.training
-    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if world_size % model_ranks:
-        raise ConfigError(
-            f"{world_size} ranks cannot be divided into replicas of {parallel.tensor_model_parallel_size} "
-            f"tensor-parallel x {parallel.pipeline_model_parallel_size} pipeline ranks: start a multiple of "
-            f"{model_ranks} processes"
-        )
-    replicas = world_size // model_ranks
+    replicas = count_replicas(parallel, world_size)
     micro_batches = count_microbatches(
         training.global_batch_size, micro_batch_size=training.micro_batch_size, data_parallel_size=replicas
     )
@@ -257,6 +250,18 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
             "change training.global_batch_size"
         )
     return replicas
+
+
+def count_replicas(parallel: ParallelConfig, world_size: int) -> int:
+    """Return the number of replicas that `world_size` ranks form, or raise `ConfigError` if one is incomplete."""
+    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if world_size % model_ranks:
+        raise ConfigError(
+            f"{world_size} rank{'s' * (world_size > 1)} cannot be divided into replicas of "
+            f"{parallel.tensor_model_parallel_size} tensor-parallel x {parallel.pipeline_model_parallel_size} pipeline "
+            f"ranks: start a multiple of {model_ranks} processes"
+        )
+    return world_size // model_ranks
 
 
 def check_model(

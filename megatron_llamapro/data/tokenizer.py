@@ -34,6 +34,8 @@ class _Backend(Protocol):
 
     def token_id(self, token: str) -> int | None: ...
 
+    def token_bytes(self) -> list[int]: ...
+
 
 class Tokenizer:
     """Text to token ids and back.
@@ -77,6 +79,10 @@ class Tokenizer:
         """Return the text of `ids`."""
         return self._backend.decode(ids)
 
+    def token_bytes(self) -> list[int]:
+        """Return the number of UTF-8 bytes of text that each id stands for. Special tokens stand for none."""
+        return self._backend.token_bytes()
+
 
 class _JsonBackend:
     def __init__(self, path: Path) -> None:
@@ -106,6 +112,17 @@ class _JsonBackend:
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
+    def token_bytes(self) -> list[int]:
+        definition = json.loads(self._tokenizer.to_str())
+        steps = json.dumps([definition.get("pre_tokenizer"), definition.get("decoder")])
+        length = len if '"ByteLevel"' in steps else _piece_bytes  # each of its characters is a byte
+        sizes = [0] * self.vocab_size
+        for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            sizes[index] = length(token)
+        for added in definition["added_tokens"]:
+            sizes[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+        return sizes
+
 
 class _SentencePieceBackend:
     def __init__(self, path: Path) -> None:
@@ -129,6 +146,19 @@ class _SentencePieceBackend:
     def token_id(self, token: str) -> int | None:
         found = self._processor.piece_to_id(token)
         return None if self._processor.id_to_piece(found) != token else found
+
+    def token_bytes(self) -> list[int]:
+        pieces = self._processor
+        is_text = [not (pieces.is_control(index) or pieces.is_unknown(index)) for index in range(self.vocab_size)]
+        return [_piece_bytes(pieces.id_to_piece(index)) if text else 0 for index, text in enumerate(is_text)]
+
+
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+
+
+def _piece_bytes(piece: str) -> int:
+    """Return the bytes of text of one of sentencepiece's pieces, which write a space as ▁."""
+    return 1 if _BYTE_PIECE.fullmatch(piece) else len(piece.replace("▁", " ").encode())
 
 
 def load_tokenizer(path: Path, *, eod_token: str | None = None) -> Tokenizer:

@@ -40,6 +40,8 @@ class Run:
     identity: RunIdentity
     train_set: CheckedDataset
     held_out: Mapping[str, Dataset]
+    token_bytes: torch.Tensor
+    """Bytes of text that each token stands for [vocabulary]; empty if no set is held out."""
     state: TrainingState
 
     @property
@@ -88,6 +90,7 @@ def set_up(config: RunConfig, *, read_by_rank_0: Start | None = None) -> Run:
         state=load_checkpoint(machine, resume_from) if resume_from else TrainingState(),
         train_set=_train_set(config, start, tokenizer),
         held_out=held_out,
+        token_bytes=torch.tensor(tokenizer.token_bytes() if held_out else [], device="cpu"),
     )
 
 
