@@ -42,6 +42,8 @@ COMMANDS = {
     "dry-run": Command("commands.dry_run", "show what each rank of a job would hold, execute and send, without a GPU"),
     "train": Command("pretrain", "train in one process; for several: torchrun -m megatron_llamapro.pretrain"),
     "launch": Command("commands.launch", "print or submit the SLURM job that trains a run to its end"),
+    "evaluate": Command("commands.evaluate", "evaluate checkpoints on held-out sets, side by side"),
+    "sweep": Command("commands.sweep", "evaluate a checkpoint along its dial, and choose a scale"),
     "plot": Command("commands.plot", "plot the metrics of runs: losses, gradient norm, learning rate, speed"),
 }
 

@@ -78,9 +78,7 @@ class EvaluationJob:
         """Return the configuration of a run that only evaluates this checkpoint."""
         return RunConfig(
             model=ModelConfig(checkpoint=str(checkpoint.folder)),
-            data=DataConfig(
-                train=(), seq_length=self.seq_length, valid=dict(self.sets), format=self.data_format
-            ),
+            data=DataConfig(train=(), seq_length=self.seq_length, valid=dict(self.sets), format=self.data_format),
             training=TrainingConfig(train_iters=1, micro_batch_size=1, global_batch_size=1),
             parallel=self.parallel_of(checkpoint),
         )

@@ -33,9 +33,7 @@ class EvaluatedModel:
     """Bytes of text that each token stands for [vocabulary]."""
 
     @classmethod
-    def load(
-        cls, checkpoint: Checkpoint, job: EvaluationJob, token_files: Mapping[str, TokenFile]
-    ) -> EvaluatedModel:
+    def load(cls, checkpoint: Checkpoint, job: EvaluationJob, token_files: Mapping[str, TokenFile]) -> EvaluatedModel:
         """Build the model, load it, and open the sets. All ranks of the started world call it.
 
         Raises:

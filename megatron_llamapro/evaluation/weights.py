@@ -41,7 +41,8 @@ def fill(
     for sharded in _parts(chunks):
         weight = weights[sharded.key]
         if only is None or not {*weight.hf_names}.isdisjoint(only):
-            sharded.data.copy_(_read(weight, sharded, checkpoint, files, dtype))
+            with torch.no_grad():
+                sharded.data.copy_(_read(weight, sharded, checkpoint, files, dtype))
 
 
 def _parts(chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
@@ -53,19 +54,18 @@ def _parts(chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
         yield part
 
 
-def _read(
-    weight: Weight, part: ShardedTensor, checkpoint: Checkpoint, files: SourceFiles, dtype: str
-) -> torch.Tensor:
+def _read(weight: Weight, part: ShardedTensor, checkpoint: Checkpoint, files: SourceFiles, dtype: str) -> torch.Tensor:
     """Return one part of a weight, in the part's shape. Rows beyond the vocabulary are zeros."""
     itemsize = ITEMSIZES[dtype]
     columns = num_columns(weight.hf_shapes[0])
     first, num_rows = _rows_of_part(weight, part)
     whole_rows = numpy.zeros((num_rows, columns * itemsize), numpy.uint8)
+    parts = {name: rows_of(checkpoint, name, files, dtype=dtype) for name in weight.hf_names}
     for block in row_blocks(weight, checkpoint.shape):
         start, stop = max(first, block.merged_start), min(first + num_rows, block.merged_start + block.num_rows)
         if start < stop:
-            rows = rows_of(checkpoint, block.part, files, dtype=dtype)
-            rows.fill(block.part_start + start - block.merged_start, whole_rows[start - first : stop - first])
+            offset = block.part_start + start - block.merged_start
+            parts[block.part].fill(offset, whole_rows[start - first : stop - first])
     values = torch.from_numpy(whole_rows).view(getattr(torch, dtype))
     is_matrix = len(part.local_shape) > 1
     if is_matrix:

@@ -1,0 +1,157 @@
+"""Turn a trained checkpoint's dial: evaluate it at several scales, and name the one that gains most at no loss.
+
+llamapro sweep --checkpoint runs/first --new cpp=data/cpp --known english=data/english python=data/python
+
+At scale 0 the model is the original, at 1 it is the checkpoint. Of added blocks, the dial multiplies the output
+projections; of trained original weights, the change (then give --original). Export the chosen scale with
+`llamapro convert megatron-to-hf --added_block_scale`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_llamapro.commands.evaluation_options import (
+    add_evaluation_options,
+    check_output,
+    job_of,
+    launched_world_size,
+    read_sets,
+)
+from megatron_llamapro.config.command import CommandParser, is_first_rank
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.files import write_atomically
+from megatron_llamapro.evaluation.picture import draw_curves
+from megatron_llamapro.evaluation.results import Curve, losses_json, settings_json
+
+DEFAULT_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+DEFAULT_TOLERANCE = 0.01
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Evaluate every scale, print the table and the choice, draw, write the JSON."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.tolerance < 0:
+        raise ConfigError(f"--tolerance is {args.tolerance:g}: it cannot be negative")
+    check_output(args.output, overwrite=args.overwrite)
+    check_output(args.picture, overwrite=args.overwrite)
+    new, known = read_sets(args.new, option="--new"), read_sets(args.known, option="--known")
+    if both := sorted({*new} & {*known}):
+        raise ConfigError(f"'{both[0]}' is in --new and in --known: a set is one or the other")
+    job = job_of(args, {**new, **known})
+    scales = sorted({0.0, *args.scales})
+
+    def read() -> tuple:
+        from megatron_llamapro.checkpoint.formats.open import open_checkpoint
+
+        checkpoint = open_checkpoint(args.checkpoint)
+        original = open_checkpoint(args.original) if args.original else None
+        return checkpoint, original, job.check([checkpoint], world_size=launched_world_size())
+
+    on_first_rank = read() if is_first_rank() else None
+
+    from megatron_llamapro.runtime.distributed import ask_first_rank
+    from megatron_llamapro.runtime.world import running_world
+
+    with running_world():
+        from megatron_llamapro.evaluation.run import sweep
+
+        checkpoint, original, token_files = ask_first_rank(lambda: on_first_rank)
+        figures: dict[float, dict[str, dict[str, Any]]] = {}
+        for scale, losses in sweep(checkpoint, job, token_files, scales=scales, original=original):
+            figures[scale] = losses_json(losses)
+    if is_first_rank():
+        curve = curve_of(figures, new=[*new], known=[*known])
+        print(curve.table())
+        print(conclusion(curve, tolerance=args.tolerance))
+        if args.output:
+            content = {
+                **settings_json(job, token_files),
+                "checkpoint": str(checkpoint.folder),
+                **sweep_json(figures, curve, tolerance=args.tolerance),
+            }
+            write_atomically(args.output, json.dumps(content, indent=1) + "\n")
+        if args.picture:
+            draw_curves({"": curve}, args.picture, tolerance=args.tolerance)
+    return 0
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="llamapro sweep", description=__doc__)
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="trained checkpoint in any format, or a run"
+    )
+    parser.add_argument(
+        "--original",
+        type=Path,
+        metavar="DIR",
+        help="the model before training, in any format; needed if original weights were trained",
+    )
+    parser.add_argument(
+        "--new", nargs="+", required=True, metavar="NAME=PREFIX", help="held-out sets of the new domain"
+    )
+    parser.add_argument(
+        "--known", nargs="+", required=True, metavar="NAME=PREFIX", help="held-out sets of what the model knew"
+    )
+    parser.add_argument(
+        "--scales",
+        type=_scales,
+        default=DEFAULT_SCALES,
+        metavar="0,0.5,1",
+        help=f"scales to evaluate (default: {','.join(f'{scale:g}' for scale in DEFAULT_SCALES)}); 0 always is",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=DEFAULT_TOLERANCE,
+        metavar="NATS",
+        help=f"how much worse a known set may be, in nats per token (default: {DEFAULT_TOLERANCE})",
+    )
+    add_evaluation_options(parser)
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the new domain against each known set")
+    return parser
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    try:
+        scales = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        scales = ()
+    if not scales or not all(0 <= scale <= 2 for scale in scales):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of scales from 0 to 2, e.g. 0,0.5,1")
+    return scales
+
+
+def curve_of(figures: Mapping[float, Mapping[str, Mapping[str, Any]]], *, new: list[str], known: list[str]) -> Curve:
+    """Return the curve of a sweep's figures."""
+    losses = {scale: {name: held["loss"] for name, held in sets.items()} for scale, sets in figures.items()}
+    return Curve(losses, new, known)
+
+
+def conclusion(curve: Curve, *, tolerance: float) -> str:
+    """Return the sentence that names the scale to choose."""
+    choice = curve.choice(tolerance)
+    if not choice.scale:
+        return f"every scale above 0 makes a known set worse by more than {tolerance:g}: try smaller scales"
+    known = f"no known set is worse than the original by more than {max(choice.worst_known, 0):.4f}"
+    return (
+        f"--added_block_scale {choice.scale:g} gains most within the tolerance: the new domain's loss falls by "
+        f"{choice.gain:.4f}, and {known}"
+    )
+
+
+def sweep_json(figures: Mapping, curve: Curve, *, tolerance: float) -> dict[str, Any]:
+    """Return the figures of a sweep and its choice."""
+    return {
+        "new": list(curve.new),
+        "known": list(curve.known),
+        "tolerance": tolerance,
+        "scales": [{"scale": scale, "losses": figures[scale]} for scale in sorted(figures)],
+        "choice": curve.choice(tolerance).to_json(),
+        "gain_at_no_loss": curve.gain_at_no_loss(tolerance),
+    }

@@ -1,0 +1,147 @@
+"""The results of evaluations: JSON, tables, and what a new domain gains at no loss of the known ones. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+from megatron_llamapro.config.version import VERSION
+from megatron_llamapro.data.token_files import TokenFile
+from megatron_llamapro.evaluation.job import EvaluationJob
+
+Losses = Mapping[str, float]
+"""Loss in nats per token, by set."""
+
+
+class SetLoss(Protocol):
+    """`training.evaluation.HeldOutLoss`, which needs torch to be imported."""
+
+    loss: float
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def perplexity(self) -> float: ...
+
+    @property
+    def bits_per_byte(self) -> float: ...
+
+
+def losses_json(losses: Mapping[str, SetLoss]) -> dict[str, dict[str, Any]]:
+    """Return the figures of every set: nats per token, perplexity, bits per byte, tokens, bytes."""
+    return {
+        name: {
+            "loss": held.loss,
+            "perplexity": held.perplexity,
+            "bits_per_byte": held.bits_per_byte,
+            "tokens": held.num_tokens,
+            "bytes": held.num_bytes,
+        }
+        for name, held in losses.items()
+    }
+
+
+def settings_json(job: EvaluationJob, token_files: Mapping[str, TokenFile]) -> dict[str, Any]:
+    """Return what the losses depend on besides the checkpoint. Two results with equal settings can be compared."""
+    return {
+        "version": VERSION,
+        "seq_length": job.seq_length,
+        "num_samples": job.num_samples,
+        "format": job.data_format,
+        "sets": {name: {"prefix": prefix, "digest": token_files[prefix].digest} for name, prefix in job.sets.items()},
+    }
+
+
+def table(losses: Mapping[str, Mapping[str, SetLoss]]) -> str:
+    """Return one row per set and checkpoint, given the losses by checkpoint and set. Changes are from the first one."""
+    first = next(iter(losses.values()))
+    rows = [("set", "checkpoint", "loss", "change", "perplexity", "bits/byte", "tokens")]
+    for name in first:
+        for label, held in losses.items():
+            own = held[name]
+            change = "" if held is first else f"{own.loss - first[name].loss:+.4f}"
+            figures = (f"{own.loss:.4f}", change, f"{own.perplexity:.3f}", f"{own.bits_per_byte:.4f}")
+            rows.append((name, label, *figures, f"{own.num_tokens:,}"))
+    return aligned(rows, num_left=2)
+
+
+def aligned(rows: Sequence[Sequence[str]], *, num_left: int) -> str:
+    """Return the rows in columns of equal width, of which the first `num_left` are aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = zip(row, widths, strict=True)
+        padded = [cell.ljust(width) if i < num_left else cell.rjust(width) for i, (cell, width) in enumerate(cells)]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join(map(line, rows))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The scale to choose, by a sweep."""
+
+    scale: float
+    gain: float
+    """Decrease of the new domains' mean loss, in nats per token."""
+    worst_known: float
+    """Increase of the loss of the known set that got worse most; negative if all got better."""
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The losses along the dial."""
+
+    losses: Mapping[float, Losses]
+    """By scale. Scale 0, the original, is among them."""
+    new: Sequence[str]
+    """Names of the sets of new domains."""
+    known: Sequence[str]
+
+    def gain(self, scale: float) -> float:
+        """Return the decrease of the new domains' mean loss."""
+        return sum(self.losses[0.0][name] - self.losses[scale][name] for name in self.new) / len(self.new)
+
+    def worst_known(self, scale: float) -> float:
+        """Return the largest increase of a known set's loss."""
+        return max(self.losses[scale][name] - self.losses[0.0][name] for name in self.known)
+
+    def choice(self, tolerance: float) -> Choice:
+        """Return the measured scale with the most gain at which no known set is worse than the original by more than
+        `tolerance`. The original is one of them."""
+        allowed = [scale for scale in self.losses if self.worst_known(scale) <= tolerance]
+        best = max(allowed, key=lambda scale: (self.gain(scale), -scale))
+        return Choice(best, self.gain(best), self.worst_known(best))
+
+    def gain_at_no_loss(self, tolerance: float) -> float:
+        """Return the most gain at which no known set is worse by more than `tolerance`, with losses interpolated
+        linearly between the measured scales. Losses are convex along the dial, so it is slightly too low."""
+        scales = sorted(self.losses)
+        gains = [self.choice(tolerance).gain]
+        for low, high in pairwise(scales):
+            part = min((self._part_within(name, low, high, tolerance) for name in self.known), default=1.0)
+            if part > 0:
+                gains.append(self.gain(low) + part * (self.gain(high) - self.gain(low)))
+        return max(gains)
+
+    def _part_within(self, name: str, low: float, high: float, tolerance: float) -> float:
+        """Return the part of the way from one scale to the next that a known set stays within the tolerance."""
+        limit = self.losses[0.0][name] + tolerance
+        at_low, at_high = self.losses[low][name], self.losses[high][name]
+        if at_low > limit:
+            return 0.0
+        return 1.0 if at_high <= limit else (limit - at_low) / (at_high - at_low)
+
+    def table(self) -> str:
+        """Return one row per scale: the loss of each set, and its change."""
+        names = [*self.new, *self.known]
+        rows = [("scale", *(cell for name in names for cell in (name, "change")))]
+        for scale in sorted(self.losses):
+            pairs = [(self.losses[scale][name], self.losses[scale][name] - self.losses[0.0][name]) for name in names]
+            rows.append((f"{scale:g}", *(cell for loss, change in pairs for cell in (f"{loss:.4f}", f"{change:+.4f}"))))
+        return aligned(rows, num_left=0)
