@@ -9,10 +9,9 @@ Several ranks: torchrun --nproc-per-node 8 -m megatron_llamapro evaluate … --t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint
 from megatron_llamapro.commands.evaluation_options import (
     add_evaluation_options,
     check_output,
@@ -23,7 +22,6 @@ from megatron_llamapro.commands.evaluation_options import (
 from megatron_llamapro.config.command import CommandParser, is_first_rank
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.files import write_atomically
-from megatron_llamapro.evaluation.results import losses_json, settings_json, table
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,6 +50,7 @@ def main(arguments: Sequence[str]) -> int:
 
     on_first_rank = read() if is_first_rank() else None
 
+    from megatron_llamapro.evaluation.results import losses_json, settings_json, table
     from megatron_llamapro.runtime.distributed import ask_first_rank
     from megatron_llamapro.runtime.world import running_world
 
@@ -63,7 +62,11 @@ def main(arguments: Sequence[str]) -> int:
         if is_first_rank():
             print(table(losses), flush=True)
             if args.output:
-                content = {**settings_json(job, token_files), "checkpoints": _entries(checkpoints, losses)}
+                entries = [
+                    {"label": label, "folder": str(checkpoint.folder), "losses": losses_json(losses[label])}
+                    for label, checkpoint in checkpoints.items()
+                ]
+                content = {**settings_json(job, token_files), "checkpoints": entries}
                 write_atomically(args.output, json.dumps(content, indent=1) + "\n")
     return 0
 
@@ -71,10 +74,3 @@ def main(arguments: Sequence[str]) -> int:
 def _label(path: Path, paths: Sequence[Path]) -> str:
     name = path.resolve().name
     return name if sum(other.resolve().name == name for other in paths) == 1 else str(path)
-
-
-def _entries(checkpoints: Mapping[str, Checkpoint], losses: Mapping[str, Mapping]) -> list[dict]:
-    return [
-        {"label": label, "folder": str(checkpoint.folder), "losses": losses_json(losses[label])}
-        for label, checkpoint in checkpoints.items()
-    ]

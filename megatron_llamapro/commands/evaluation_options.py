@@ -7,15 +7,17 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from megatron_llamapro.config.command import CommandParser
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.files import check_can_hold
 from megatron_llamapro.config.schema import DataFormat, ParallelConfig, Precision
 from megatron_llamapro.config.values import expand_user, spelled_as
-from megatron_llamapro.evaluation.job import EvaluationJob
 from megatron_llamapro.runtime.launched import world_of_environment
+
+if TYPE_CHECKING:
+    from megatron_llamapro.evaluation.job import EvaluationJob
 
 DEFAULT_SEQ_LENGTH = 2048
 
@@ -58,6 +60,8 @@ def add_evaluation_options(parser: CommandParser) -> None:
 
 def job_of(args: argparse.Namespace, sets: dict[str, str]) -> EvaluationJob:
     """Return the evaluation that the options describe. Raises `ConfigError` if a number is out of range."""
+    from megatron_llamapro.evaluation.job import EvaluationJob
+
     return EvaluationJob(
         sets=sets,
         seq_length=args.seq_length,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ from megatron_llamapro.commands.evaluation_options import (
 from megatron_llamapro.config.command import CommandParser, is_first_rank
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.files import write_atomically
-from megatron_llamapro.evaluation.picture import draw_curves
-from megatron_llamapro.evaluation.results import Curve, losses_json, settings_json
 
 DEFAULT_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 DEFAULT_TOLERANCE = 0.01
@@ -55,6 +53,8 @@ def main(arguments: Sequence[str]) -> int:
 
     on_first_rank = read() if is_first_rank() else None
 
+    from megatron_llamapro.evaluation.picture import draw_curves
+    from megatron_llamapro.evaluation.results import Curve, losses_json, settings_json
     from megatron_llamapro.runtime.distributed import ask_first_rank
     from megatron_llamapro.runtime.world import running_world
 
@@ -66,14 +66,14 @@ def main(arguments: Sequence[str]) -> int:
         for scale, losses in sweep(checkpoint, job, token_files, scales=scales, original=original):
             figures[scale] = losses_json(losses)
     if is_first_rank():
-        curve = curve_of(figures, new=[*new], known=[*known])
+        curve = Curve.of(figures, new=[*new], known=[*known])
         print(curve.table())
-        print(conclusion(curve, tolerance=args.tolerance))
+        print(curve.conclusion(args.tolerance))
         if args.output:
             content = {
                 **settings_json(job, token_files),
                 "checkpoint": str(checkpoint.folder),
-                **sweep_json(figures, curve, tolerance=args.tolerance),
+                **curve.to_json(figures, tolerance=args.tolerance),
             }
             write_atomically(args.output, json.dumps(content, indent=1) + "\n")
         if args.picture:
@@ -125,33 +125,3 @@ def _scales(text: str) -> tuple[float, ...]:
     if not scales or not all(0 <= scale <= 2 for scale in scales):
         raise argparse.ArgumentTypeError(f"'{text}' is not a list of scales from 0 to 2, e.g. 0,0.5,1")
     return scales
-
-
-def curve_of(figures: Mapping[float, Mapping[str, Mapping[str, Any]]], *, new: list[str], known: list[str]) -> Curve:
-    """Return the curve of a sweep's figures."""
-    losses = {scale: {name: held["loss"] for name, held in sets.items()} for scale, sets in figures.items()}
-    return Curve(losses, new, known)
-
-
-def conclusion(curve: Curve, *, tolerance: float) -> str:
-    """Return the sentence that names the scale to choose."""
-    choice = curve.choice(tolerance)
-    if not choice.scale:
-        return f"every scale above 0 makes a known set worse by more than {tolerance:g}: try smaller scales"
-    known = f"no known set is worse than the original by more than {max(choice.worst_known, 0):.4f}"
-    return (
-        f"--added_block_scale {choice.scale:g} gains most within the tolerance: the new domain's loss falls by "
-        f"{choice.gain:.4f}, and {known}"
-    )
-
-
-def sweep_json(figures: Mapping, curve: Curve, *, tolerance: float) -> dict[str, Any]:
-    """Return the figures of a sweep and its choice."""
-    return {
-        "new": list(curve.new),
-        "known": list(curve.known),
-        "tolerance": tolerance,
-        "scales": [{"scale": scale, "losses": figures[scale]} for scale in sorted(figures)],
-        "choice": curve.choice(tolerance).to_json(),
-        "gain_at_no_loss": curve.gain_at_no_loss(tolerance),
-    }

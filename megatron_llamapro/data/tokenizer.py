@@ -80,7 +80,10 @@ class Tokenizer:
         return self._backend.decode(ids)
 
     def token_bytes(self) -> list[int]:
-        """Return the number of UTF-8 bytes of text that each id stands for. Special tokens stand for none."""
+        """Return the number of UTF-8 bytes of text that each id stands for. Special tokens stand for none.
+
+        A sentencepiece tokenizer puts a space before every text, which counts too.
+        """
         return self._backend.token_bytes()
 
 

@@ -13,6 +13,8 @@ from megatron_llamapro.evaluation.job import EvaluationJob
 
 Losses = Mapping[str, float]
 """Loss in nats per token, by set."""
+Figures = Mapping[str, Mapping[str, Any]]
+"""`losses_json` of an evaluation."""
 
 
 class SetLoss(Protocol):
@@ -89,9 +91,6 @@ class Choice:
     worst_known: float
     """Increase of the loss of the known set that got worse most; negative if all got better."""
 
-    def to_json(self) -> dict[str, float]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Curve:
@@ -102,6 +101,23 @@ class Curve:
     new: Sequence[str]
     """Names of the sets of new domains."""
     known: Sequence[str]
+
+    @classmethod
+    def of(cls, figures: Mapping[float, Figures], *, new: Sequence[str], known: Sequence[str]) -> Curve:
+        """Return the curve of a sweep, given its figures by scale."""
+        losses = {scale: {name: held["loss"] for name, held in sets.items()} for scale, sets in figures.items()}
+        return cls(losses, new, known)
+
+    def to_json(self, figures: Mapping[float, Figures], *, tolerance: float) -> dict[str, Any]:
+        """Return the sets, the figures of every scale, and the choice."""
+        return {
+            "new": [*self.new],
+            "known": [*self.known],
+            "tolerance": tolerance,
+            "scales": [{"scale": scale, "losses": figures[scale]} for scale in sorted(figures)],
+            "choice": asdict(self.choice(tolerance)),
+            "gain_at_no_loss": self.gain_at_no_loss(tolerance),
+        }
 
     def gain(self, scale: float) -> float:
         """Return the decrease of the new domains' mean loss."""
@@ -136,6 +152,17 @@ class Curve:
         if at_low > limit:
             return 0.0
         return 1.0 if at_high <= limit else (limit - at_low) / (at_high - at_low)
+
+    def conclusion(self, tolerance: float) -> str:
+        """Return the sentence that names the scale to choose."""
+        choice = self.choice(tolerance)
+        if not choice.scale:
+            return f"every scale above 0 makes a known set worse by more than {tolerance:g}: try smaller scales"
+        return (
+            f"--added_block_scale {choice.scale:g} gains most within the tolerance: the new domain's loss falls by "
+            f"{choice.gain:.4f}, and no known set is worse than the original by more than "
+            f"{max(choice.worst_known, 0):.4f}"
+        )
 
     def table(self) -> str:
         """Return one row per scale: the loss of each set, and its change."""

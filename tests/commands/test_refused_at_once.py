@@ -26,7 +26,7 @@ REFUSED = {
     PRETRAIN + "--data.tokenizer nowhere": "nowhere does not exist: give a tokenizer file",
     PRETRAIN + "--data.seq_length 4096": "data.seq_length is 4096, but the model supports at most",
     PRETRAIN + "--training.precision bf16": "holds float32 weights",
-    PRETRAIN + "--parallel.tensor_model_parallel_size 2": "1 ranks cannot be divided",
+    PRETRAIN + "--parallel.tensor_model_parallel_size 2": "1 rank cannot be divided",
     "-m megatron_llamapro.pretrain --config nowhere.yaml": "nowhere.yaml",
     LLAMAPRO + "train --config {run} --training.train_iters 0": "training.train_iters is 0",
     LLAMAPRO + "preprocess --input nowhere --tokenizer {model} --output_prefix x": "nowhere does not exist",
