@@ -19,6 +19,7 @@ from megatron_llamapro.checkpoint.tensors.weight_map import (
 )
 from megatron_llamapro.config.pipeline_stages import draw
 from megatron_llamapro.config.values import decimal_size
+from megatron_llamapro.expansion.dial_record import DialRecord
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.families.hf_config import ITEMSIZES
 from megatron_llamapro.families.shape import ModelShape
@@ -60,6 +61,8 @@ class Inspection:
     """The types of the tensors that are not stored in `dtype`, by name."""
     num_adapters: int = 0
     """The number of low-rank adapters stored beside the weights. Every reader merges them."""
+    dial: DialRecord | None = None
+    """How the checkpoint was dialed, or None."""
 
     @property
     def trains(self) -> str:
@@ -90,6 +93,7 @@ class Inspection:
             "stage_layers": self.stage_layers,
             "base": str(self.base) if self.base else None,
             "adapters": self.num_adapters,
+            "dial": self.dial.to_json() if self.dial else None,
         }
 
     def __str__(self) -> str:
@@ -97,6 +101,7 @@ class Inspection:
         rows = [
             ("folder", f"{self.folder} ({self.format})"),
             *([("adapters", f"{self.num_adapters} low-rank; every tool merges them")] if self.num_adapters else []),
+            *([("dialed", f"{self.dial} ({len(self.dial.undialed_hashes)} tensors)")] if self.dial else []),
             *([("delta of", f"{self.base}, for {self.num_base_tensors} tensors")] if self.base else []),
             (
                 "family",
@@ -176,6 +181,7 @@ def inspect(folder: Path) -> Inspection:
         stage_layers=checkpoint.stage_layers,
         base=checkpoint.base.folder if checkpoint.base else None,
         num_adapters=checkpoint.num_adapters,
+        dial=checkpoint.manifest.dial if checkpoint.manifest else None,
         num_base_tensors=len(checkpoint.base.delta.base_hashes) if checkpoint.base else 0,
         parts=tuple(_part(name, belongs, checkpoint) for name, belongs in _PARTS.items()),
     )
