@@ -46,9 +46,12 @@ class BlockPenalty:
         self.total = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
 
 
-def penalise_added_blocks(chunks: Sequence[torch.nn.Module], plan: ExpansionPlan, *, weight: float) -> None:
-    """Give the added blocks with trainable parameters a penalty of `weight`. Call it once on every rank, after
-    `freeze` and before DDP wraps the models. `penalty_arguments` says which tokens count.
+def penalise_added_blocks(
+    chunks: Sequence[torch.nn.Module], plan: ExpansionPlan, *, weight: float, num_blocks: int | None = None
+) -> None:
+    """Give the added blocks with trainable parameters a penalty of `weight`. `num_blocks` is their number in the whole
+    model; if None, all ranks count them together. Call this once on every rank, after `freeze` and before DDP wraps the
+    models. Pass `penalty_arguments` in every call of a model that trains.
 
     Raises:
         ConfigError: no added block trains.
@@ -58,11 +61,11 @@ def penalise_added_blocks(chunks: Sequence[torch.nn.Module], plan: ExpansionPlan
         for chunk in map(unwrapped, chunks)
     }
     training = {chunk: [layer for layer in of_chunk if _trains(layer)] for chunk, of_chunk in layers.items()}
-    num_blocks = _count_on_all_ranks(layer for of_chunk in training.values() for layer in of_chunk)
+    if num_blocks is None:
+        num_blocks = _count_on_all_ranks(layer for of_chunk in training.values() for layer in of_chunk)
     if not num_blocks:
         raise ConfigError(
-            "keep.penalty_weight is for added blocks, but none trains: set it to 0, or add added_blocks to "
-            "model.trainable"
+            "no added block trains, so there is nothing to penalise: name added_blocks in trainable, or have no penalty"
         )
     for chunk, of_chunk in training.items():
         chunk.penalty = penalty = BlockPenalty(weight, num_blocks, chunk.config.sequence_parallel)

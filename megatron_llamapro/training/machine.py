@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.expansion.trainable import first_trainable_layer
+from megatron_llamapro.expansion.trainable import first_trainable_layer, trainable_layers
 from megatron_llamapro.families.shape import ModelShape
 from megatron_llamapro.model.build import LlamaModel, build_model
 from megatron_llamapro.model.freeze import StageReport, freeze
@@ -58,7 +58,8 @@ def build_machine(
     report = freeze(models, plan, config.model.trainable)
     skip_frozen_work(models, first_trainable_layer(config.model.trainable, plan, lora=config.lora))
     if config.keep.penalty_weight:
-        penalise_added_blocks(models, plan, weight=config.keep.penalty_weight)
+        blocks = trainable_layers(config.model.trainable, plan, lora=config.lora) & set(plan.added_layers)
+        penalise_added_blocks(models, plan, weight=config.keep.penalty_weight, num_blocks=len(blocks))
     chunks = [wrapped(model, config.parallel) for model in models]
     optimizer = build_optimizer(chunks, config.optimizer, precision=config.training.precision)
     scheduler = build_scheduler(optimizer, config.optimizer, train_iters=config.training.train_iters)

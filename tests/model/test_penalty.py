@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from gradients import BATCH, SEQ_LENGTH, batch, gradients_worker, parallel
 from megatron_llamapro.config.schema import RecomputeConfig
 from megatron_llamapro.expansion.round import Expansion
+from megatron_llamapro.model.penalty import BlockPenalty, _PenaltyGradient
 from megatron_llamapro.testing.distributed import run_distributed
 
 WEIGHT = 3.0
@@ -135,6 +136,13 @@ LAYOUTS = {
 NUM_RANKS = {"one process": 1, "tp2 pp2": 4, "pp2 dp2": 4}  # otherwise 2
 
 
+def test_the_penalty_is_a_large_part_of_the_references_gradient(trained: Callable) -> None:
+    hf, _ = trained(2, 5)
+    (*_, with_it), (*_, without) = (reference(hf, (2, 5), FIELDS["all"], weight=weight) for weight in (WEIGHT, 0.0))
+    for name, gradient in with_it.items():
+        assert (gradient - without[name]).norm() > 0.1 * without[name].norm(), name
+
+
 @pytest.mark.parametrize("positions", [(2, 5), (0, 3)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_equal_plain_autograd(layout: str, positions: tuple[int, ...], trained: Callable) -> None:
@@ -144,3 +152,76 @@ def test_gradients_equal_plain_autograd(layout: str, positions: tuple[int, ...],
     ranks = run_distributed(worker, NUM_RANKS.get(layout, 2), megatron, settings)
     for number, setting in enumerate(settings):
         check([rank[number] for rank in ranks], reference(hf, positions, setting["fields"]), megatron)
+
+
+def test_upstreams_own_recomputation_carries_the_token_weights(trained: Callable) -> None:
+    """Without `skip_frozen_work`: gradients are bit-equal to those without recomputation. The embedding trains, because
+    otherwise upstream gives recomputed layers no gradient."""
+    _, megatron = trained(2, 5)
+    recomputed = [RecomputeConfig(), FULL, RecomputeConfig("full", "block", 3)]
+    settings = [
+        {
+            "config": parallel(),
+            "skip": False,
+            "recompute": recompute,
+            "trainable": ("embedding", "added_blocks"),
+            "fields": FIELDS["known"],
+        }
+        for recompute in recomputed
+    ]
+    [[(kept, penalty), *others]] = run_distributed(worker, 1, megatron, settings)
+    for step, its_penalty in others:
+        assert (*step[:2], its_penalty) == (*kept[:2], penalty)
+        assert all(torch.equal(ours.data, its.data) for ours, its in zip(step[2], kept[2], strict=True))
+
+
+def test_a_token_whose_stream_is_zero_has_no_penalty() -> None:
+    """It has no relative contribution. Other tokens have their gradient, and a weight of 0 leaves a token out."""
+    before = torch.randn(3, 1, 8).requires_grad_()
+    with torch.no_grad():
+        before[0] = 0.0
+    after = (before.detach() + 1.0).requires_grad_()
+    penalty = BlockPenalty(WEIGHT, num_blocks=2, is_divided=False)
+    output = _PenaltyGradient.apply(before, after, torch.tensor([[1.0], [1.0], [0.0]]), penalty)
+    output.backward(torch.zeros_like(output))
+    expected = WEIGHT / 2 * 2 / before[1].detach().square().sum()  # of every element, whose contribution is 1
+    assert torch.allclose(after.grad[:, 0], torch.stack([torch.zeros(8), expected.expand(8), torch.zeros(8)]))
+    assert torch.equal(before.grad, -after.grad)
+    assert penalty.total.item() == pytest.approx(8 / before[1].detach().square().sum().item())
+
+
+def test_outputs_that_megatron_core_frees_do_not_share_the_kept_tensor() -> None:
+    """`deallocate_output_tensor` refuses a view, and gives a stage's output other bytes."""
+    from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
+
+    before, after = (torch.randn(4, 2, 8, requires_grad=True) for _ in range(2))
+    gradients = []
+    for frees in (False, True):
+        penalty = BlockPenalty(WEIGHT, num_blocks=1, is_divided=False)
+        output = _PenaltyGradient.apply(before * 1, after * 1, torch.ones(4, 2), penalty)
+        before.grad = after.grad = None
+        if frees:
+            deallocate_output_tensor(output, deallocate_pipeline_outputs=True)
+            custom_backward(output, torch.ones(4, 2, 8))
+        else:
+            output.backward(torch.ones(4, 2, 8))
+        gradients.append((before.grad, after.grad))
+    assert all(torch.equal(kept, freed) for kept, freed in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("trainable", [("embedding",), ("final_norm",)])
+def test_a_penalty_on_nothing_is_refused(trainable: tuple[str, ...], trained: Callable) -> None:
+    _, megatron = trained(2, 5)
+    [message] = run_distributed(refused, 1, megatron, trainable)
+    assert message.startswith("no added block trains, so there is nothing to penalise")
+
+
+def refused(folder: Path, trainable: tuple[str, ...]) -> str:
+    from gradients import load_chunks
+    from megatron_llamapro.config.errors import ConfigError
+
+    try:
+        load_chunks(folder, parallel(), trainable, penalty_weight=WEIGHT)
+    except ConfigError as error:
+        return str(error)
+    return "no error"
