@@ -6,6 +6,7 @@ the model's shape. All run before anything is built or written.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -65,6 +66,7 @@ def check_run_config(config: RunConfig) -> None:
     check_ranges(config, {f"{section}.{name}": 0 for section, name in _NOT_NEGATIVE}, _AT_MOST)
     _check_optimizer(config)
     _check_data(config)
+    _check_keep(config)
     _check_parallel(config.parallel)
     _check_retention(config.checkpoint)
     _check_recompute(config.recompute)
@@ -125,6 +127,14 @@ def _check_data(config: RunConfig) -> None:
         check_samples(config)
     if config.training.eval_interval and not data.valid:
         raise ConfigError("training.eval_interval is set, but data.valid names no held-out set")
+
+
+def _check_keep(config: RunConfig) -> None:
+    keep = config.keep
+    if not (math.isfinite(keep.penalty_weight) and keep.penalty_weight >= 0):
+        raise ConfigError(f"keep.penalty_weight is {keep.penalty_weight}: it must be a number from 0 on, e.g. 3")
+    if keep.penalty_weight and keep.penalty_on == "known" and not any(entry.known for entry in config.data.train):
+        raise ConfigError("keep.penalty_on is known, but no source of data.train is: mark one with known: true")
 
 
 def check_samples(config: RunConfig, *, iteration: int = 0, consumed_samples: int = 0) -> None:

@@ -226,6 +226,7 @@ class StepTimer:
             "kind": "train",
             "iteration": run.state.iteration,
             "loss": result.loss.loss,
+            **({} if result.loss.penalty is None else {"penalty": result.loss.penalty}),
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
             "tokens_per_second": tokens,

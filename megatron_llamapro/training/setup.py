@@ -127,6 +127,7 @@ def _train_set(config: RunConfig, start: Start, tokenizer: Tokenizer) -> Checked
         vocab_size=start.shape.vocab_size,
         cache_dir=_cache_dir(config),
         checked=start.token_files,
+        mark_known=config.keep.penalty_weight > 0 and config.keep.penalty_on == "known",
     )
 
 
