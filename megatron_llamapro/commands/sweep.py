@@ -13,7 +13,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_llamapro.commands.evaluation_options import (
     add_evaluation_options,
@@ -42,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     if both := sorted({*new} & {*known}):
         raise ConfigError(f"'{both[0]}' is in --new and in --known: a set is one or the other")
     job = job_of(args, {**new, **known})
-    scales = sorted({0.0, *args.scales})
+    scales = sorted({*args.scales, *(() if args.reference else (0.0,))})
 
     def read() -> tuple:
         from megatron_llamapro.checkpoint.formats.open import open_checkpoint
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     on_first_rank = read() if is_first_rank() else None
 
     from megatron_llamapro.evaluation.picture import draw_curves
-    from megatron_llamapro.evaluation.results import Curve, losses_json, settings_json
+    from megatron_llamapro.evaluation.results import Curve, Figures, losses_json, read_reference, settings_json
     from megatron_llamapro.runtime.distributed import ask_first_rank
     from megatron_llamapro.runtime.world import running_world
 
@@ -62,7 +61,10 @@ def main(arguments: Sequence[str]) -> int:
         from megatron_llamapro.evaluation.run import sweep
 
         checkpoint, original, token_files = ask_first_rank(lambda: on_first_rank)
-        figures: dict[float, dict[str, dict[str, Any]]] = {}
+        settings = settings_json(job, token_files)
+        figures: dict[float, Figures] = {}
+        if args.reference:
+            figures[0.0] = ask_first_rank(lambda: read_reference(args.reference, settings))
         for scale, losses in sweep(checkpoint, job, token_files, scales=scales, original=original):
             figures[scale] = losses_json(losses)
     if is_first_rank():
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
         print(curve.conclusion(args.tolerance))
         if args.output:
             content = {
-                **settings_json(job, token_files),
+                **settings,
                 "checkpoint": str(checkpoint.folder),
                 **curve.to_json(figures, tolerance=args.tolerance),
             }
@@ -104,6 +106,12 @@ def _parser() -> CommandParser:
         default=DEFAULT_SCALES,
         metavar="0,0.5,1",
         help=f"scales to evaluate (default: {','.join(f'{scale:g}' for scale in DEFAULT_SCALES)}); 0 always is",
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="FILE.json",
+        help="the original's losses on the same sets, from llamapro evaluate --output, instead of evaluating scale 0",
     )
     parser.add_argument(
         "--tolerance",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.version import VERSION
 from megatron_llamapro.data.token_files import TokenFile
 from megatron_llamapro.evaluation.job import EvaluationJob
@@ -54,6 +57,30 @@ def settings_json(job: EvaluationJob, token_files: Mapping[str, TokenFile]) -> d
         "format": job.data_format,
         "sets": {name: {"prefix": prefix, "digest": token_files[prefix].digest} for name, prefix in job.sets.items()},
     }
+
+
+def read_reference(path: Path, settings: Mapping[str, Any]) -> Figures:
+    """Return the figures of the only checkpoint in a JSON file of `llamapro evaluate`, for the sets of `settings`.
+
+    Raises:
+        ConfigError: the file has other content, or other settings: its losses could not be compared.
+    """
+    wrong = f"{path} cannot be the reference:"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        [entry] = content["checkpoints"]
+        figures = {name: entry["losses"][name] for name in settings["sets"]}
+        for name in ("seq_length", "num_samples", "format"):
+            if content[name] != settings[name]:
+                raise ConfigError(f"{wrong} its {name} is {content[name]}, but here it is {settings[name]}")
+        for name, held in settings["sets"].items():
+            if content["sets"][name]["digest"] != held["digest"]:
+                raise ConfigError(f"{wrong} its set {name} has other tokens: evaluate the original again")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{wrong} it must be written by llamapro evaluate --output, for one checkpoint and all these sets ({error})"
+        ) from None
+    return figures
 
 
 def table(losses: Mapping[str, Mapping[str, SetLoss]]) -> str:

@@ -68,6 +68,30 @@ def test_sweep_names_a_scale_and_draws(models: Callable, token_files: tuple[Path
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_sweep_takes_the_original_from_a_reference(
+    models: Callable, token_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    made, reference, output = models(), tmp_path / "original.json", tmp_path / "sweep.json"
+    size = ("--seq_length", 32, "--num_samples", 2)
+    a, b = (f"{name}={prefix}" for name, prefix in zip("ab", token_files, strict=True))
+    assert not evaluate("--checkpoint", made.original_hf, "--set", a, b, *size, "--output", reference).returncode
+    sets = ("--new", a, "--known", b)
+    arguments = ("--checkpoint", made.expanded_hf, *sets, "--scales", "1", "--reference", reference)
+    done = sweep(*arguments, *size, "--output", output)
+    assert done.returncode == 0, done.stderr
+    before, after = json.loads(output.read_text())["scales"]
+    assert (before["scale"], after["scale"]) == (0.0, 1.0)
+    assert before["losses"] == json.loads(reference.read_text())["checkpoints"][0]["losses"]
+    assert after["losses"]["a"]["loss"] == before["losses"]["a"]["loss"]
+    for wrong, message in (
+        (("--seq_length", 32, "--num_samples", 1), "its num_samples is 2, but here it is 1"),
+        ((*size, "--known", f"b={token_files[0]}"), "its set b has other tokens: evaluate the original again"),
+        ((*size, "--known", f"c={token_files[0]}"), "it must be written by llamapro evaluate --output"),
+    ):
+        refused = sweep(*arguments, *wrong)
+        assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
+
+
 EVALUATE_REFUSES = {
     "no such checkpoint": (["--checkpoint", "/nowhere", "--set", "a={a}"], "/nowhere"),
     "a word that is no set": (["--checkpoint", "{model}", "--set", "a"], "--set: 'a' is not NAME=PREFIX"),
