@@ -8,18 +8,24 @@ runs/evidence. A run of 50 steps takes about ten minutes on two cores.
 
 from __future__ import annotations
 
+import json
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 from cells import KNOWN_SETS, NEW_DOMAINS, Cell, cells_of
+from measure import NUM_SAMPLES, SCALES, result_of
 
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.config.files import write_atomically
 
 WORK = Path("runs/evidence")
+RESULTS = Path("evidence/results")
+ORIGINAL = RESULTS / "original.json"
 EXAMPLE = Path("examples/smollm2_pro")
 SEQ_LENGTH = 256
 SAMPLES_PER_STEP = 4
@@ -107,8 +113,44 @@ def train(cell: Cell) -> None:
     config = WORK / "work" / f"{cell.name}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(config, yaml.safe_dump(config_of(cell), sort_keys=False))
-    run("torchrun", "--nproc-per-node", NUM_RANKS, "-m", "megatron_llamapro.pretrain", "--config", config)
+    torchrun("megatron_llamapro.pretrain", "--config", config)
     (folder / "trained").touch()
+
+
+def evaluate_original() -> None:
+    """Evaluate the original on every set, if it is not evaluated yet."""
+    if not ORIGINAL.exists():
+        model = WORK / "smollm2"
+        sets = held_out((*KNOWN_SETS, *NEW_DOMAINS))
+        torchrun("megatron_llamapro", "evaluate", "--checkpoint", model, "--set", *sets, *sizes(), "--output", ORIGINAL)
+
+
+def sweep(cell: Cell) -> Path:
+    """Evaluate a trained run along its dial. Return the file with the losses."""
+    output = WORK / "work" / f"{cell.name}.sweep.json"
+    original = () if cell.adds_blocks else ("--original", WORK / "smollm2")
+    torchrun(
+        *("megatron_llamapro", "sweep", "--checkpoint", WORK / "work" / cell.name, *original),
+        *("--new", *held_out(cell.domains), "--known", *held_out(KNOWN_SETS)),
+        *("--scales", ",".join(map(str, SCALES)), "--reference", ORIGINAL, *sizes()),
+        *("--output", output, "--overwrite"),
+    )
+    return output
+
+
+def held_out(domains: Sequence[str]) -> list[str]:
+    """Return the held-out sets of domains as options."""
+    return [f"{domain}={WORK}/data/{domain}.held_out" for domain in domains]
+
+
+def sizes() -> list[object]:
+    """Return the options of an evaluation's size."""
+    return ["--seq_length", SEQ_LENGTH, "--num_samples", NUM_SAMPLES, "--micro_batch_size", SAMPLES_PER_STEP]
+
+
+def torchrun(module: str, *arguments: object) -> None:
+    """Run a module of this project on two ranks."""
+    run("torchrun", "--nproc-per-node", NUM_RANKS, "-m", module, *arguments)
 
 
 def run(*command: object) -> None:
@@ -125,8 +167,18 @@ def main() -> int:
     parser.add_argument("--question", required=True, metavar="NAME", help="a file of evidence/questions")
     args = parser.parse_args()
     prepare()
-    for cell in cells_of(args.question):
-        train(cell)
+    evaluate_original()
+    cells = cells_of(args.question)
+    for number, cell in enumerate(cells, 1):
+        result = RESULTS / f"{cell.name}.json"
+        print(f"# run {number} of {len(cells)}: {cell.name}{' exists' * result.exists()}", flush=True)
+        if not result.exists():
+            train(cell)
+            losses = result_of(cell, json.loads(sweep(cell).read_text()), json.loads(ORIGINAL.read_text()))
+            write_atomically(result, json.dumps(losses, indent=1) + "\n")
+            print(f"# gain {losses['gain']:.3f}, at no loss {losses['gain_at_no_loss']:.3f}", flush=True)
+            if not cell.adds_blocks:  # its checkpoint is large, and no other question needs it
+                shutil.rmtree(WORK / "work" / cell.name)
     return 0
 
 
