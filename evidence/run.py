@@ -18,8 +18,8 @@ from pathlib import Path
 
 import yaml
 from cells import KNOWN_SETS, NEW_DOMAINS, Cell, cells_of
-from measure import NUM_SAMPLES, SCALES, result_of
 
+from measure import NUM_SAMPLES, SCALES, result_of
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.config.files import write_atomically
 
