@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from cells import KNOWN_SETS, NEW_DOMAINS, Cell, cells_of
 
-from measure import NUM_SAMPLES, SCALES, result_of
+from cells import KNOWN_SETS, NEW_DOMAINS, Cell, cells_of
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.config.files import write_atomically
+from outcomes import NUM_SAMPLES, SCALES, result_of
 
 WORK = Path("runs/evidence")
 RESULTS = Path("evidence/results")
