@@ -86,6 +86,8 @@ def description(cell: Cell) -> str:
         parts.append(f"penalty {cell.penalty_weight:g}{' on known text' * (cell.penalty_on == 'known')}")
     if cell.replay:
         parts.append(f"replay {cell.replay:g}{' generated' * (cell.replay_from == 'generated')}")
+    if cell.kl_weight:
+        parts.append(f"distilled with weight {cell.kl_weight:g}")
     if cell.steps != 50:
         parts.append(f"{cell.steps} steps")
     return ", ".join(parts)
