@@ -51,6 +51,7 @@ WITHOUT_TORCH = (
     "__main__",
 )
 WITHOUT_TORCH_TOO = (
+    "data.generate",
     "data.preprocess",
     "data.tokenizer",
     "data.train_tokenizer",

@@ -159,8 +159,9 @@ def test_prompts_start_the_documents_in_turn(request_: TextRequest, tmp_path: Pa
     done = generate_text(steered, tmp_path / "text.jsonl")
     found = texts(tmp_path / "text.jsonl")
     assert [text[:8] for text in found] == (["The firs", "Second, ", "A third "] * 3)[:7]
-    assert max(map(len, found)) == 20
-    assert done.written.num_tokens + done.written.num_cut == sum(len(text) + 1 for text in found)
+    lengths = [len(load_tokenizer(steered.model).encode(text)) for text in found]
+    assert max(lengths) == 20
+    assert done.written.num_tokens + done.written.num_cut == sum(length + 1 for length in lengths)
 
 
 def test_the_start_of_a_document_is_the_tokenizers_or_the_given_one(
