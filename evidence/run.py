@@ -31,7 +31,8 @@ SEQ_LENGTH = 256
 SAMPLES_PER_STEP = 4
 NUM_RANKS = 2
 WARMUP = 0.06
-GENERATED_TOKENS = 60_000
+# The instruct model would begin with a conversation, not with a document.
+GENERATED = ("--num_tokens", 60_000, "--eod_token", "<|endoftext|>")
 # As many trainable parameters as six added blocks have.
 LORA_RANK = 84
 
@@ -54,7 +55,7 @@ def generate() -> None:
     text = WORK / "text/generated.train.jsonl"
     if not text.exists():
         model = WORK / "smollm2"
-        run("llamapro", "generate-text", "--model", model, "--output", text, "--num_tokens", GENERATED_TOKENS)
+        run("llamapro", "generate-text", "--model", model, "--output", text, *GENERATED)
     tokenise("generated.train")
 
 
