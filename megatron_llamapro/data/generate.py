@@ -144,7 +144,7 @@ def generate_text(
     sampling = Sampling(
         ends=frozenset({starts[0][0], *tokenizer.all_ends}),
         vocab_size=tokenizer.vocab_size,
-        max_tokens=request.max_document_tokens + 1 - len(starts[0]),
+        max_document_tokens=request.max_document_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
     )

@@ -76,10 +76,14 @@ class Sampling:
     """The ids that end a document. One that has no token yet does not end."""
     vocab_size: int
     """Number of the tokenizer's ids. A model's embedding may have more rows, to pad it; they are never drawn."""
-    max_tokens: int
-    """Most tokens that are drawn for a document, including its end."""
+    max_document_tokens: int
+    """Most tokens of a document. The token that starts it does not count, the one that ends it does."""
     temperature: float = 1.0
     top_p: float = 1.0
+
+    def num_new_tokens(self, prompt: list[int]) -> int:
+        """The most tokens to draw after a prompt, which starts with the start token."""
+        return self.max_document_tokens + 1 - len(prompt)
 
 
 Progress = Callable[[int, int], object]
@@ -163,7 +167,7 @@ class TransformersSampler:
         documents: list[list[int]] = [[] for _ in prompts]
         rows = list(range(len(prompts)))  # the documents of the rows of `tokens` and the cache
         tokens, cache = torch.tensor(prompts, device=self._device), None  # [rows, new tokens]
-        for step in range(self._sampling.max_tokens):
+        for step in range(self._sampling.num_new_tokens(prompts[0])):
             output = self._model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
             may_end = step > 0 or len(prompts[0]) > 1
@@ -217,6 +221,7 @@ class VllmSampler:
         self._model = LLM(
             model=str(model),
             dtype=dtype,
+            max_model_len=sampling.max_document_tokens + 1,
             load_format="safetensors",
             trust_remote_code=False,
             skip_tokenizer_init=True,  # it gets ids and returns ids
@@ -231,7 +236,7 @@ class VllmSampler:
                 temperature=self._sampling.temperature,
                 top_p=self._sampling.top_p,
                 seed=each,
-                max_tokens=self._sampling.max_tokens,
+                max_tokens=self._sampling.num_new_tokens(prompt),
                 min_tokens=0 if len(prompt) > 1 else 1,
                 stop_token_ids=sorted(self._sampling.ends),
                 detokenize=False,

@@ -54,7 +54,7 @@ class TextDraft:
         if lines:
             _check_settings(folder, json.loads(lines[0]), settings)
         with self._text.open("ab") as file:
-            batches = _complete(map(_batch, lines[1:]), num_bytes=file.tell())
+            batches = _complete(lines[1:], num_bytes=file.tell())
             self.num_batches, self.written = len(batches), sum(batches, Written())
             file.truncate(self.written.num_bytes)
         head = [json.dumps(settings), *(json.dumps(asdict(batch)) for batch in batches)]
@@ -110,14 +110,14 @@ def _check_settings(folder: Path, earlier: Mapping[str, object], settings: Mappi
             )
 
 
-def _batch(line: bytes) -> Written:
-    return Written(**json.loads(line))
-
-
-def _complete(batches: Iterable[Written], *, num_bytes: int) -> list[Written]:
-    """Return the first batches, as many as the text file has in full."""
+def _complete(lines: Iterable[bytes], *, num_bytes: int) -> list[Written]:
+    """Return the batches of these lines up to the first that is damaged, or of which the text file has only a part."""
     found: list[Written] = []
-    for batch in batches:
+    for line in lines:
+        try:
+            batch = Written(**json.loads(line))
+        except (ValueError, TypeError):
+            break
         num_bytes -= batch.num_bytes
         if num_bytes < 0:
             break

@@ -4,10 +4,13 @@ For the input x and the output y of a block, both [s, b, h], a token's relative 
 
     r = |y - x|^2 / |x|^2,    with the denominator held constant, and 0 if x is 0.
 
-The penalty is penalty_weight times the mean of r over tokens and over all added blocks that train, on all stages. Its
-gradient with respect to y, and negated with respect to x, is a closed form in x and y. Each block adds it in its own
-backward pass: there is no second forward pass, no message, and no matrix product. It works in float32 and at any
-layout, and with recomputation. Works with any megatron.core GPTModel; see docs/in_your_own_loop.md.
+The penalty is its weight times the mean of r over tokens and over all added blocks that train, on all stages. If only
+tokens of known sources count, the sum over them is still divided by the number of all tokens that have a loss, so the
+share of these sources acts as a part of the weight.
+
+The gradient with respect to y, and negated with respect to x, is a closed form in x and y. Each block adds it in its
+own backward pass, in float32: there is no second forward pass, no message, and no matrix product. It is exact at any
+layout and with recomputation. Works with any megatron.core GPTModel; see docs/in_your_own_loop.md.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.expansion.plan import ExpansionPlan
@@ -102,7 +104,7 @@ def _trains(layer: torch.nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in layer.parameters())
 
 
-def _count_on_all_ranks(layers: Iterable[TransformerLayer]) -> int:
+def _count_on_all_ranks(layers: Iterable[torch.nn.Module]) -> int:
     """Return the number of different layers on all ranks. All ranks call it."""
     mine = sorted(map(global_layer_index, layers))
     of_all_ranks = [mine]

@@ -36,7 +36,7 @@ REFUSED = {
     LLAMAPRO + "generate-text --model {model} --output x": "give either --num_documents or --num_tokens",
     LLAMAPRO + "generate-text --model {model} --output x --num_tokens 9": "must be below the 128 positions",
     LLAMAPRO
-    + "generate-text --model {model} --output x --num_tokens 9 --max_document_tokens 9 --eod_token y": "no token 'y'",
+    + "generate-text --model {model} --output x --num_tokens 9 --max_document_tokens 9 --eod_token yy": "no token 'yy'",
     LLAMAPRO + "convert hf-to-megatron --source nowhere --target x": "nowhere is not a folder",
     LLAMAPRO + "convert hf-to-megatron --source {model} --target {model}": "overlap",
     LLAMAPRO + "convert hf-to-megatron --source {model} --target x --num_added_blocks 99": "99",

@@ -25,9 +25,11 @@ def nothing(num_documents: int, num_tokens: int) -> None:
 
 
 def sampler(
-    model: Path, *, ends: set[int] = frozenset({2}), vocab_size: int = VOCABULARY, **fields
+    model: Path, *, max_tokens: int, ends: set[int] = frozenset({2}), vocab_size: int = VOCABULARY, **fields
 ) -> TransformersSampler:
-    return TransformersSampler(model, Sampling(frozenset(ends), vocab_size, **fields), dtype="auto")
+    """Return a sampler that draws `max_tokens` after each of the prompts."""
+    sampling = Sampling(frozenset(ends), vocab_size, max_tokens + len(PROMPTS[0]) - 1, **fields)
+    return TransformersSampler(model, sampling, dtype="auto")
 
 
 def greedy(model: Path, prompt: list[int], ends: set[int], *, max_tokens: int) -> list[int]:

@@ -17,6 +17,7 @@ from megatron_llamapro.config.schema import RecomputeConfig
 from megatron_llamapro.expansion.round import Expansion
 from megatron_llamapro.model.penalty import BlockPenalty, _PenaltyGradient
 from megatron_llamapro.testing.distributed import run_distributed
+from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
 WEIGHT = 3.0
 OUTPUTS = ("o_proj.weight", "down_proj.weight")
@@ -173,6 +174,15 @@ def test_upstreams_own_recomputation_carries_the_token_weights(trained: Callable
     for step, its_penalty in others:
         assert (*step[:2], its_penalty) == (*kept[:2], penalty)
         assert all(torch.equal(ours.data, its.data) for ours, its in zip(step[2], kept[2], strict=True))
+
+
+def test_token_weights_change_no_routing(models: Callable) -> None:
+    """A weight of (almost) 0 changes nothing in a model with experts, whatever tokens count."""
+    folder = models(**TINY_FAMILIES["mixtral"]).expanded_megatron
+    settings = [{"config": parallel(), "penalty_weight": weight, "fields": FIELDS["known"]} for weight in (0.0, 1e-12)]
+    [[(without, nothing), (with_it, penalty)]] = run_distributed(worker, 1, folder, settings)
+    assert (nothing, penalty) == (None, 0.0) and with_it[:2] == without[:2]
+    assert all(torch.equal(ours.data, its.data) for ours, its in zip(with_it[2], without[2], strict=True))
 
 
 def test_a_token_whose_stream_is_zero_has_no_penalty() -> None:
