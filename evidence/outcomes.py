@@ -13,7 +13,8 @@ from megatron_llamapro.evaluation.results import Curve
 TOLERANCE = 0.01
 """How much worse a known set may be, in nats per token."""
 SCALES = (0.5, 0.75, 1.0)
-"""Scales of the dial at which every run is evaluated. At 0 every run is the original, which is evaluated once."""
+"""Scales of the dial at which a run is evaluated: from the largest down to the first within the tolerance. At 0 every
+run is the original, which is evaluated once."""
 NUM_SAMPLES = 100
 """Samples of every held-out set: 25,600 tokens."""
 

@@ -21,7 +21,7 @@ import yaml
 from cells import KNOWN_SETS, NEW_DOMAINS, Cell, cells_of
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.config.files import write_atomically
-from outcomes import NUM_SAMPLES, SCALES, result_of
+from outcomes import NUM_SAMPLES, SCALES, TOLERANCE, result_of
 
 WORK = Path("runs/evidence")
 RESULTS = Path("evidence/results")
@@ -149,7 +149,8 @@ def sweep(cell: Cell) -> Path:
     torchrun(
         *("megatron_llamapro", "sweep", "--checkpoint", WORK / "work" / cell.name, *original),
         *("--new", *held_out(cell.domains), "--known", *held_out(KNOWN_SETS)),
-        *("--scales", ",".join(map(str, SCALES)), "--reference", ORIGINAL, *sizes()),
+        *("--scales", ",".join(map(str, SCALES)), "--descend", "--tolerance", TOLERANCE),
+        *("--reference", ORIGINAL, *sizes()),
         *("--output", output, "--overwrite"),
     )
     return output

@@ -41,7 +41,9 @@ def main(arguments: Sequence[str]) -> int:
     if both := sorted({*new} & {*known}):
         raise ConfigError(f"'{both[0]}' is in --new and in --known: a set is one or the other")
     job = job_of(args, {**new, **known})
-    scales = sorted({*args.scales, *(() if args.reference else (0.0,))})
+    scales = sorted({*args.scales} - {0.0}, reverse=args.descend)
+    if not args.reference:
+        scales.insert(0, 0.0)
 
     def read() -> tuple:
         from megatron_llamapro.checkpoint.formats.open import open_checkpoint
@@ -67,8 +69,10 @@ def main(arguments: Sequence[str]) -> int:
             figures[0.0] = ask_first_rank(lambda: read_reference(args.reference, settings))
         for scale, losses in sweep(checkpoint, job, token_files, scales=scales, original=original):
             figures[scale] = losses_json(losses)
+            curve = Curve.of(figures, new=[*new], known=[*known])
+            if args.descend and scale and curve.worst_known(scale) <= args.tolerance:
+                break
     if is_first_rank():
-        curve = Curve.of(figures, new=[*new], known=[*known])
         print(curve.table())
         print(curve.conclusion(args.tolerance))
         if args.output:
@@ -106,6 +110,11 @@ def _parser() -> CommandParser:
         default=DEFAULT_SCALES,
         metavar="0,0.5,1",
         help=f"scales to evaluate (default: {','.join(f'{scale:g}' for scale in DEFAULT_SCALES)}); 0 always is",
+    )
+    parser.add_argument(
+        "--descend",
+        action="store_true",
+        help="evaluate the largest scale first, and stop at the first one within the tolerance",
     )
     parser.add_argument(
         "--reference",

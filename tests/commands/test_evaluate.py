@@ -68,6 +68,17 @@ def test_sweep_names_a_scale_and_draws(models: Callable, token_files: tuple[Path
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_descending_sweep_stops_at_the_first_scale_within_the_tolerance(
+    models: Callable, token_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Blocks that are not trained lose nothing, so the largest scale is within it."""
+    sets = ("--new", f"a={token_files[0]}", "--known", f"b={token_files[1]}", "--seq_length", 32, "--num_samples", 2)
+    output = tmp_path / "sweep.json"
+    arguments = ("--checkpoint", models().expanded_hf, *sets, "--scales", "0.5,2,1", "--output", output)
+    assert sweep(*arguments, "--descend").returncode == 0
+    assert [entry["scale"] for entry in json.loads(output.read_text())["scales"]] == [0.0, 2.0]
+
+
 def test_a_sweep_takes_the_original_from_a_reference(
     models: Callable, token_files: tuple[Path, Path], tmp_path: Path
 ) -> None:
