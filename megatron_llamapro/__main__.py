@@ -31,6 +31,7 @@ COMMANDS = {
     "inspect": Command(
         "commands.inspect", "describe a checkpoint: family, layers, added blocks, trainable part, sizes"
     ),
+    "average": Command("commands.average", "write the mean of several checkpoints of a run"),
     "train-tokenizer": Command("commands.train_tokenizer", "train a sentencepiece tokenizer on text"),
     "preprocess": Command(
         "commands.preprocess", "convert jsonl documents or conversations to token files (.bin, .idx)"

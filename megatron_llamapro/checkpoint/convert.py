@@ -68,7 +68,8 @@ def legacy(**division: Any) -> TargetKind:
     return TargetKind(partial(legacy_layout, target=LegacyTarget(**division)))
 
 
-def _hugging_face(max_shard_bytes: int) -> TargetKind:
+def hugging_face(max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> TargetKind:
+    """Return the kind with safetensors files of at most `max_shard_bytes`."""
     return TargetKind(partial(hf_layout, max_shard_bytes=max_shard_bytes), manifest_in_config=True)
 
 
@@ -92,6 +93,9 @@ class Options:
         return self.num_workers or default_workers()
 
 
+DEFAULTS = Options()
+
+
 def hf_to_megatron(
     source: str | Path,
     target: str | Path,
@@ -110,7 +114,7 @@ def hf_to_megatron(
         ExpansionError: the blocks cannot be added as requested.
     """
     checkpoint = open_hf(Path(source))
-    return _convert(checkpoint, Path(target), kind, expansion=expansion, dtype=dtype, options=options)
+    return write_checkpoint(checkpoint, Path(target), kind, expansion=expansion, dtype=dtype, options=options)
 
 
 def megatron_to_megatron(
@@ -130,7 +134,7 @@ def megatron_to_megatron(
     checkpoint = open_megatron_checkpoint(Path(source))
     if not merge_adapters:
         checkpoint = dataclasses.replace(checkpoint, adapters={})
-    return _convert(checkpoint, Path(target), kind, expansion=expansion, dtype=dtype, options=options)
+    return write_checkpoint(checkpoint, Path(target), kind, expansion=expansion, dtype=dtype, options=options)
 
 
 def expand_hf(
@@ -143,8 +147,10 @@ def expand_hf(
     options: Options = Options(),
 ) -> Conversion:
     """Expand a Hugging Face checkpoint to another one. Arguments and errors: see `hf_to_megatron`."""
-    kind = _hugging_face(max_shard_bytes)
-    return _convert(open_hf(Path(source)), Path(target), kind, expansion=expansion, dtype=dtype, options=options)
+    kind = hugging_face(max_shard_bytes)
+    return write_checkpoint(
+        open_hf(Path(source)), Path(target), kind, expansion=expansion, dtype=dtype, options=options
+    )
 
 
 def megatron_to_hf(
@@ -156,10 +162,10 @@ def megatron_to_hf(
 ) -> Conversion:
     """Convert a Megatron checkpoint, trained or not, to Hugging Face. Arguments and errors: see `hf_to_megatron`."""
     checkpoint = open_megatron_checkpoint(Path(source))
-    return _convert(checkpoint, Path(target), _hugging_face(max_shard_bytes), options=options)
+    return write_checkpoint(checkpoint, Path(target), hugging_face(max_shard_bytes), options=options)
 
 
-def _convert(
+def write_checkpoint(
     checkpoint: Checkpoint,
     target: Path,
     kind: TargetKind,
@@ -168,13 +174,16 @@ def _convert(
     dtype: str | None = None,
     options: Options,
 ) -> Conversion:
+    """Write an opened checkpoint to `target`, as `kind`. Other arguments and errors: see `hf_to_megatron`.
+
+    A checkpoint may have tensors in several folders, and computed ones: see `formats.adapters.rows_of`.
+    """
     started = time.monotonic()
     model = _target_model(checkpoint, expansion, dtype)
     layout = kind.layout(draft_of(target), model.shape, model.dtype)
     options.on_total(model.num_bytes)
-    staging = staged(
-        target, overwrite=options.overwrite, resume=options.resume, sources=(checkpoint.folder,), journal=JOURNAL
-    )
+    sources = tuple(dict.fromkeys([checkpoint.folder, *(path.parent for path in checkpoint.states)]))
+    staging = staged(target, overwrite=options.overwrite, resume=options.resume, sources=sources, journal=JOURNAL)
     with SourceFiles(checkpoint.states) as files, staging as draft:
         check_stored_head(checkpoint, files)
         # The transfer hashes every tensor, so the tensors of a base are checked after it. Hashes of cast tensors say
@@ -288,7 +297,8 @@ def _fingerprint(source: Checkpoint, model: _Model, layout: TargetLayout) -> str
     """Return a hash that a journal must match. It covers the source's state and the target's bytes and places."""
     hasher = blake3()
     states = [(str(path.resolve()), state) for path, state in sorted(source.states.items())]
-    what = [VERSION, states, source.config, model.config, model.plan.to_json(), model.dtype]
+    lineage = source.manifest and source.manifest.to_json()
+    what = [VERSION, states, source.config, lineage, model.config, model.plan.to_json(), model.dtype]
     if model.expansion is not None:
         what += [model.expansion.init.value, model.expansion.seed]
     hasher.update(json.dumps(what).encode())

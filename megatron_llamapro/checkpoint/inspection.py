@@ -58,6 +58,8 @@ class Inspection:
     num_base_tensors: int = 0
     other_dtypes: Mapping[str, str] = field(default_factory=dict)
     """The types of the tensors that are not stored in `dtype`, by name."""
+    averaged: tuple[str, ...] = ()
+    """The names of the checkpoints that it is the mean of."""
     num_adapters: int = 0
     """The number of low-rank adapters stored beside the weights. Every reader merges them."""
 
@@ -90,6 +92,7 @@ class Inspection:
             "stage_layers": self.stage_layers,
             "base": str(self.base) if self.base else None,
             "adapters": self.num_adapters,
+            "averaged": list(self.averaged),
         }
 
     def __str__(self) -> str:
@@ -97,6 +100,7 @@ class Inspection:
         rows = [
             ("folder", f"{self.folder} ({self.format})"),
             *([("adapters", f"{self.num_adapters} low-rank; every tool merges them")] if self.num_adapters else []),
+            *([("mean of", ", ".join(self.averaged))] if self.averaged else []),
             *([("delta of", f"{self.base}, for {self.num_base_tensors} tensors")] if self.base else []),
             (
                 "family",
@@ -176,6 +180,7 @@ def inspect(folder: Path) -> Inspection:
         stage_layers=checkpoint.stage_layers,
         base=checkpoint.base.folder if checkpoint.base else None,
         num_adapters=checkpoint.num_adapters,
+        averaged=tuple(each.name for each in checkpoint.manifest.averaged) if checkpoint.manifest else (),
         num_base_tensors=len(checkpoint.base.delta.base_hashes) if checkpoint.base else 0,
         parts=tuple(_part(name, belongs, checkpoint) for name, belongs in _PARTS.items()),
     )

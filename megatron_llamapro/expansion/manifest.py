@@ -16,6 +16,7 @@ from megatron_llamapro.config.errors import CheckpointError, ExpansionError
 from megatron_llamapro.config.files import read_inside
 from megatron_llamapro.config.version import VERSION
 from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.expansion.provenance import AveragedCheckpoint
 from megatron_llamapro.expansion.round import Init
 from megatron_llamapro.families.hf_config import MANIFEST_KEY, WEIGHT_DTYPES
 from megatron_llamapro.families.shape import ModelShape
@@ -58,6 +59,8 @@ class Manifest:
     tool_versions: Mapping[str, str] = field(default_factory=dict)
     hashed_as: str | None = None
     """`hash_dtype` if it is not `dtype`: the weights were cast after they were hashed."""
+    averaged: tuple[AveragedCheckpoint, ...] = ()
+    """The checkpoints that it is the mean of, if it is a mean."""
 
     @property
     def hash_dtype(self) -> str:
@@ -92,6 +95,7 @@ class Manifest:
             **hashed_as,
             "original_hashes": dict(self.original_hashes),
             "tool_versions": dict(self.tool_versions),
+            **({"averaged": [vars(each) for each in self.averaged]} if self.averaged else {}),
         }
 
     @classmethod
@@ -122,6 +126,7 @@ class Manifest:
                 original_hashes={_text(k): _text(v) for k, v in data["original_hashes"].items()},
                 tool_versions={_text(k): _text(v) for k, v in data["tool_versions"].items()},
                 hashed_as=_dtype(data["hash_dtype"]) if version == 2 else None,
+                averaged=tuple(map(AveragedCheckpoint.from_json, data.get("averaged", ()))),
             )
         except (KeyError, TypeError, ValueError, AttributeError, ExpansionError) as error:
             raise CheckpointError(f"{where}: the manifest is damaged ({error!r}): convert the model again") from None

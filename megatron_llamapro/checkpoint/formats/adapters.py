@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_llamapro.checkpoint.formats.checkpoint import Adapter, Checkpoint
 from megatron_llamapro.checkpoint.formats.folders import read_record, write_record
 from megatron_llamapro.checkpoint.formats.megatron_tensors import MegatronTensor
-from megatron_llamapro.checkpoint.tensors.computed import MergedRows, cast
+from megatron_llamapro.checkpoint.tensors.computed import MeanRows, MergedRows, cast
 from megatron_llamapro.checkpoint.tensors.layout import StoredTensor, is_whole, parts_of
 from megatron_llamapro.checkpoint.tensors.streaming import (
     FileState,
@@ -120,13 +120,20 @@ def _adapters_of(
 
 
 def rows_of(checkpoint: Checkpoint, name: str, files: SourceFiles, *, dtype: str | None = None) -> Rows:
-    """Return the rows of a checkpoint's tensor, merged with its adapter if it has one, in `dtype` (default: the type
-    that it is stored in)."""
+    """Return the rows of a checkpoint's tensor in `dtype` (default: the type that it is stored in).
+
+    They are merged with the tensor's adapter, then averaged with the same tensor of other checkpoints, if there are
+    any.
+    """
     stored = checkpoint.dtype_of(name)
-    return cast(_stored_rows(checkpoint, name, files), source=stored, target=dtype or stored, name=name)
+    rows = _merged_rows(checkpoint, name, files)
+    others = [_merged_rows(other, name, files) for other in checkpoint.averaged_with.get(name, ())]
+    if others:
+        rows = MeanRows(rows, *others, dtype=stored)
+    return cast(rows, source=stored, target=dtype or stored, name=name)
 
 
-def _stored_rows(checkpoint: Checkpoint, name: str, files: SourceFiles) -> Rows:
+def _merged_rows(checkpoint: Checkpoint, name: str, files: SourceFiles) -> Rows:
     itemsize = ITEMSIZES[checkpoint.dtype_of(name)]
     rows = StoredRows(checkpoint.tensors[name], files, itemsize)
     adapter = checkpoint.adapters.get(name)
