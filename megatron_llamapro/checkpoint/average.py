@@ -19,7 +19,7 @@ from megatron_llamapro.checkpoint.hashes import tensor_hashes
 from megatron_llamapro.checkpoint.report import Conversion
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, combined_hash
 from megatron_llamapro.config.errors import CheckpointError
-from megatron_llamapro.expansion.manifest import tool_versions
+from megatron_llamapro.expansion.manifest import Manifest, tool_versions
 from megatron_llamapro.expansion.provenance import AveragedCheckpoint
 
 
@@ -81,12 +81,16 @@ def _trained_names(checkpoint: Checkpoint) -> list[str]:
 # What the checkpoints of a run have in common.
 _SAME: dict[str, Callable[[Checkpoint], object]] = {
     "family and shape": lambda each: (each.config["model_type"], each.shape),
-    "added blocks": lambda each: each.manifest and (each.manifest.plan, each.manifest.inits, each.manifest.init_seeds),
+    "added blocks": lambda each: each.manifest and _blocks(each.manifest),
     "type": lambda each: each.dtype,
     "original model": lambda each: each.manifest and dict(each.manifest.original_hashes),
     "trainable part": lambda each: (each.base is None, _trained_names(each), each.adapters.keys()),
     "base": lambda each: each.base and dict(each.base.delta.base_hashes),
 }
+
+
+def _blocks(manifest: Manifest) -> tuple[object, ...]:
+    return manifest.plan, manifest.inits, manifest.init_seeds, manifest.dial
 
 
 def _check_same(first: Checkpoint, other: Checkpoint) -> None:

@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,14 @@ from typing import Any
 
 from blake3 import blake3
 
+from megatron_llamapro.checkpoint.dial import DialSetting, dialed
 from megatron_llamapro.checkpoint.formats.adapters import unmerged_hash
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint, Format
 from megatron_llamapro.checkpoint.formats.hf_reader import check_stored_head, open_hf
 from megatron_llamapro.checkpoint.formats.hf_writer import config_text, hf_layout
 from megatron_llamapro.checkpoint.formats.legacy_grid import LayerSpec
 from megatron_llamapro.checkpoint.formats.legacy_writer import LegacyTarget, legacy_layout
-from megatron_llamapro.checkpoint.formats.open import open_megatron_checkpoint
+from megatron_llamapro.checkpoint.formats.open import open_checkpoint, open_megatron_checkpoint
 from megatron_llamapro.checkpoint.formats.torch_dist import torch_dist_layout
 from megatron_llamapro.checkpoint.lineage import Origins, check_base_tensors, name_now, target_manifest
 from megatron_llamapro.checkpoint.report import Conversion
@@ -38,6 +40,7 @@ from megatron_llamapro.config.drafts import clear, draft_of, staged
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
 from megatron_llamapro.config.values import decimal_size
 from megatron_llamapro.config.version import VERSION
+from megatron_llamapro.expansion.dial_record import block_scale
 from megatron_llamapro.expansion.manifest import Manifest
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.expansion.round import Expansion, Init, expanded_hf_config
@@ -102,19 +105,24 @@ def hf_to_megatron(
     *,
     expansion: Expansion | None = None,
     dtype: str | None = None,
+    dial: DialSetting | None = None,
     kind: TargetKind = TORCH_DIST,
     options: Options = Options(),
 ) -> Conversion:
     """Convert a Hugging Face LLaMA to a Megatron checkpoint of either format. An `expansion` adds blocks on the way.
 
-    `dtype` (float32, bfloat16, float16) casts the weights. By default they keep the source's type.
+    `dtype` (float32, bfloat16, float16) casts the weights. By default they keep the source's type. `dial` dials a
+    trained model; it cannot be combined with an `expansion`.
 
     Raises:
-        CheckpointError: the source cannot be converted, or the target cannot be written.
+        CheckpointError: the source cannot be converted or dialed, or the target cannot be written.
+        ConfigError: the dial is out of range.
         ExpansionError: the blocks cannot be added as requested.
     """
     checkpoint = open_hf(Path(source))
-    return write_checkpoint(checkpoint, Path(target), kind, expansion=expansion, dtype=dtype, options=options)
+    return write_checkpoint(
+        checkpoint, Path(target), kind, expansion=expansion, dtype=dtype, dial=dial, options=options
+    )
 
 
 def megatron_to_megatron(
@@ -123,6 +131,7 @@ def megatron_to_megatron(
     *,
     expansion: Expansion | None = None,
     dtype: str | None = None,
+    dial: DialSetting | None = None,
     kind: TargetKind = TORCH_DIST,
     merge_adapters: bool = True,
     options: Options = Options(),
@@ -134,7 +143,9 @@ def megatron_to_megatron(
     checkpoint = open_megatron_checkpoint(Path(source))
     if not merge_adapters:
         checkpoint = dataclasses.replace(checkpoint, adapters={})
-    return write_checkpoint(checkpoint, Path(target), kind, expansion=expansion, dtype=dtype, options=options)
+    return write_checkpoint(
+        checkpoint, Path(target), kind, expansion=expansion, dtype=dtype, dial=dial, options=options
+    )
 
 
 def expand_hf(
@@ -153,16 +164,32 @@ def expand_hf(
     )
 
 
+def hf_to_hf(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: str | None = None,
+    dial: DialSetting | None = None,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    options: Options = Options(),
+) -> Conversion:
+    """Dial a Hugging Face checkpoint, cast it, or divide it into other files. Arguments and errors: see
+    `hf_to_megatron`."""
+    kind = hugging_face(max_shard_bytes)
+    return write_checkpoint(open_hf(Path(source)), Path(target), kind, dtype=dtype, dial=dial, options=options)
+
+
 def megatron_to_hf(
     source: str | Path,
     target: str | Path,
     *,
+    dial: DialSetting | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     options: Options = Options(),
 ) -> Conversion:
     """Convert a Megatron checkpoint, trained or not, to Hugging Face. Arguments and errors: see `hf_to_megatron`."""
     checkpoint = open_megatron_checkpoint(Path(source))
-    return write_checkpoint(checkpoint, Path(target), hugging_face(max_shard_bytes), options=options)
+    return write_checkpoint(checkpoint, Path(target), hugging_face(max_shard_bytes), dial=dial, options=options)
 
 
 def write_checkpoint(
@@ -172,6 +199,7 @@ def write_checkpoint(
     *,
     expansion: Expansion | None = None,
     dtype: str | None = None,
+    dial: DialSetting | None = None,
     options: Options,
 ) -> Conversion:
     """Write an opened checkpoint to `target`, as `kind`. Other arguments and errors: see `hf_to_megatron`.
@@ -181,10 +209,20 @@ def write_checkpoint(
     started = time.monotonic()
     model = _target_model(checkpoint, expansion, dtype)
     layout = kind.layout(draft_of(target), model.shape, model.dtype)
+    original = _original(checkpoint, expansion, dial)
+    before = checkpoint.manifest and checkpoint.manifest.dial
     options.on_total(model.num_bytes)
-    sources = tuple(dict.fromkeys([checkpoint.folder, *(path.parent for path in checkpoint.states)]))
+    folders = [
+        checkpoint.folder,
+        *(path.parent for path in checkpoint.states),
+        *([original.folder] if original else []),
+    ]
+    sources = tuple(dict.fromkeys(folders))
     staging = staged(target, overwrite=options.overwrite, resume=options.resume, sources=sources, journal=JOURNAL)
-    with SourceFiles(checkpoint.states) as files, staging as draft:
+    with staging as draft, ExitStack() as stack:
+        if dial:  # reads tensors: only after the target's checks
+            checkpoint = dialed(checkpoint, dial.scale, original=original)
+        files = stack.enter_context(SourceFiles(checkpoint.states))
         check_stored_head(checkpoint, files)
         # The transfer hashes every tensor, so the tensors of a base are checked after it. Hashes of cast tensors say
         # nothing about the source, so a cast reads and checks the source first.
@@ -222,9 +260,20 @@ def write_checkpoint(
         is_foreign=checkpoint.manifest is None and checkpoint.format is not Format.HUGGING_FACE,
         seconds=time.monotonic() - started,
         num_merged=checkpoint.num_adapters,
+        dial=manifest.dial if manifest.dial != before else None,
         left_out_code=without_code(checkpoint.config) != checkpoint.config,
         left_out_notices=notices_left_out(checkpoint.folder),
     )
+
+
+def _original(checkpoint: Checkpoint, expansion: Expansion | None, dial: DialSetting | None) -> Checkpoint | None:
+    """Open the original that a dial names. Raise the errors of a dial that no tensor needs to be read for."""
+    if dial is None:
+        return None
+    if expansion is not None:
+        raise ExpansionError("blocks cannot be added to a model while it is dialed: dial it, then expand the result")
+    block_scale(dial.scale, num_added_blocks=len(checkpoint.plan.added_layers))
+    return open_checkpoint(Path(dial.original)) if dial.original else None
 
 
 @dataclass(frozen=True)

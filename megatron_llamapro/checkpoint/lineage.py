@@ -49,6 +49,7 @@ def after_rounds(checkpoint: Checkpoint, num_rounds: int) -> Checkpoint:
     manifest = known and dataclasses.replace(
         known,
         plan=plan.after(num_rounds),
+        dial=None,
         inits=known.inits[:num_rounds],
         init_seeds=known.init_seeds[:num_rounds],
     )
@@ -58,6 +59,7 @@ def after_rounds(checkpoint: Checkpoint, num_rounds: int) -> Checkpoint:
         manifest=manifest,
         tensors={name: checkpoint.tensors[now] for name, now in names.items()},
         adapters={name: adapters[now] for name, now in names.items() if now in adapters},
+        dialed={name: checkpoint.dialed[now] for name, now in names.items() if now in checkpoint.dialed},
     )
 
 
@@ -67,8 +69,8 @@ def target_manifest(
     """Return the manifest of a model that was made of `source`, with another round if there is an `expansion`.
 
     `hashes` are those of the model's tensors. If the source was expanded before, its manifest's facts about the
-    original tensors are kept: the tensors may have been trained or cast since. A source that was never expanded is its
-    own original.
+    original tensors are kept: the tensors may have been trained or cast since. So they are if it was dialed. Any other
+    source that was never expanded is its own original.
     """
     known = source.manifest
     if known and expansion is None and known.dtype == dtype:
@@ -77,8 +79,10 @@ def target_manifest(
     if expansion is not None:
         seed = expansion.seed if expansion.init is Init.RANDOM else None
         rounds = {"inits": (*rounds["inits"], expansion.init.value), "init_seeds": (*rounds["init_seeds"], seed)}
-    if known and known.plan.num_rounds:
-        return dataclasses.replace(known.stored_as(dtype), plan=plan, tool_versions=tool_versions(), **rounds)
+    dial = known.dial if known and expansion is None else None
+    if known and (known.plan.num_rounds or dial):
+        since = {"tool_versions": tool_versions(), "dial": dial, **rounds}
+        return dataclasses.replace(known.stored_as(dtype), plan=plan, **since)
     names = {name: original_name(name, plan) for name in hashes}
     return Manifest(
         family=source.config["model_type"],

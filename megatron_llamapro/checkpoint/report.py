@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_llamapro.config.values import decimal_size
+from megatron_llamapro.expansion.dial_record import DialRecord
 from megatron_llamapro.expansion.plan import ExpansionPlan
 
 
@@ -56,6 +57,11 @@ def summary(conversion: Conversion) -> str:
     )
     if conversion.num_merged:
         lines.append(f"{conversion.num_merged} low-rank adapters were merged into their weights")
+    if conversion.dial:
+        lines.append(
+            f"dialed {conversion.dial}: {len(conversion.dial.undialed_hashes)} tensors, as llamapro.json records "
+            "(llamapro verify --undialed proves it)"
+        )
     if conversion.left_out_code:
         lines.append("auto_map in config.json names the model's own code, which is left out (docs/converter.md)")
     if conversion.left_out_notices:
@@ -89,6 +95,8 @@ class Conversion:
     seconds: float
     num_merged: int = 0
     """The number of adapters that were merged into their weights."""
+    dial: DialRecord | None = None
+    """How the weights were dialed on the way; None if they were not."""
     left_out_code: bool = False
     """Whether config.json named the model's own code, which `without_code` left out."""
     left_out_notices: tuple[str, ...] = ()

@@ -32,6 +32,12 @@ DIRECTIONS = {
         "[--num_added_blocks N | --positions 4,9]",
     ),
     "megatron-to-hf": Direction("Megatron → Hugging Face", "DIR", "HF_DIR", "[--max_shard_size 5GB]"),
+    "hf-to-hf": Direction(
+        "Hugging Face → Hugging Face, dialed or cast",
+        "HF_DIR",
+        "HF_DIR",
+        "--added_block_scale 0.75",
+    ),
     "megatron-to-megatron": Direction(
         "Megatron → another format, parallel layout, or round of added blocks", "DIR", "DIR", "--format legacy"
     ),
@@ -73,10 +79,16 @@ def _add_options(parser: CommandParser, name: str) -> None:
     else:
         shared.add_change_options(parser)
         shared.add_format_options(parser)
+    if name == "hf-to-hf":
+        shared.add_dtype_option(parser)
+    shared.add_dial_options(parser)
     shared.add_writing_options(parser)
 
 
 def _read(parser: CommandParser, args: argparse.Namespace) -> dict:
+    settings = {"dial": shared.read_dial_options(parser, args)}
     if args.direction == "megatron-to-hf":
-        return {"max_shard_bytes": args.max_shard_bytes}
-    return {**shared.read_change_options(parser, args), "kind": shared.read_format_options(parser, args)}
+        return {**settings, "max_shard_bytes": args.max_shard_bytes}
+    if args.direction == "hf-to-hf":
+        return {**settings, "max_shard_bytes": args.max_shard_bytes, "dtype": args.dtype}
+    return {**settings, **shared.read_change_options(parser, args), "kind": shared.read_format_options(parser, args)}

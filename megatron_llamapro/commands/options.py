@@ -23,6 +23,7 @@ from megatron_llamapro.planning.job import EFFICIENCY, PEAK_TFLOPS, TOKENS
 
 if TYPE_CHECKING:
     from megatron_llamapro.checkpoint.convert import Options, TargetKind
+    from megatron_llamapro.checkpoint.dial import DialSetting
 
 
 def add_writing_options(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +67,11 @@ def writing_options(description: str, args: argparse.Namespace) -> Iterator[Opti
 def add_change_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that change the model: added blocks and --dtype."""
     add_expansion_options(parser)
+    add_dtype_option(parser)
+
+
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    """Add --dtype."""
     parser.add_argument(
         "--dtype",
         type=partial(spelled_as, WEIGHT_DTYPES),
@@ -78,6 +84,37 @@ def read_change_options(parser: CommandParser, args: argparse.Namespace) -> dict
     """Return the options of `add_change_options`, as keyword arguments of a conversion. Raises the errors of
     `read_expansion_options`."""
     return {"expansion": read_expansion_options(parser, args), "dtype": args.dtype}
+
+
+def add_dial_options(parser: argparse.ArgumentParser) -> None:
+    """Add --added_block_scale and --original."""
+    group = parser.add_argument_group("dial")
+    group.add_argument(
+        "--added_block_scale",
+        type=_scales,
+        metavar="0.75",
+        help="W0 + scale * (W1 - W0), from 0 (the original) through 1 (as trained) to 2: scales the output projections "
+        "of added blocks, and what training changed in others. One value, or one for each added block: 0.5,1,0.75",
+    )
+    group.add_argument(
+        "--original",
+        type=Path,
+        metavar="DIR",
+        help="the model before training, in any format: needed if original weights were trained, unless the run's base "
+        "has them",
+    )
+
+
+def read_dial_options(parser: CommandParser, args: argparse.Namespace) -> DialSetting | None:
+    """Return the dial that the options ask for, or None for none. Contradictory options end the program with a usage
+    error."""
+    from megatron_llamapro.checkpoint.dial import DialSetting
+
+    if args.added_block_scale is not None:
+        return DialSetting(args.added_block_scale, args.original)
+    if args.original is not None:
+        parser.error("--original needs --added_block_scale: without it nothing is dialed")
+    return None
 
 
 def add_shard_option(parser: argparse.ArgumentParser) -> None:
@@ -195,6 +232,13 @@ def _integers(text: str, *, called: str, least: float = float("-inf")) -> tuple[
     if not values or min(values) < least:
         raise argparse.ArgumentTypeError(f"'{text}' is not a list of {called}")
     return values
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of scales such as 0.75 or 0.5,1,0.75") from None
 
 
 _counts = partial(_integers, called="counts such as 12,10,10,8", least=0)

@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
 from megatron_llamapro.config.files import read_inside
 from megatron_llamapro.config.version import VERSION
+from megatron_llamapro.expansion.dial_record import DialRecord
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.expansion.provenance import AveragedCheckpoint
 from megatron_llamapro.expansion.round import Init
@@ -24,7 +25,8 @@ from megatron_llamapro.families.shape import ModelShape
 MANIFEST_NAME = "llamapro.json"
 FORMAT_VERSIONS = (1, 2)
 """The lowest format that can hold a manifest is written, so that older versions of this program can read it. Format 2
-has a `hash_dtype`. Format 1 has none, because it equals `dtype`."""
+has a `hash_dtype`. Format 1 has none, because it equals `dtype`. Either may have a `dial`: older versions leave it out,
+and read and convert the weights correctly."""
 HASH_FUNCTION = "blake3"
 """Four times as fast as SHA-256, so that a conversion never waits for hashing."""
 
@@ -61,6 +63,8 @@ class Manifest:
     """`hash_dtype` if it is not `dtype`: the weights were cast after they were hashed."""
     averaged: tuple[AveragedCheckpoint, ...] = ()
     """The checkpoints that it is the mean of, if it is a mean."""
+    dial: DialRecord | None = None
+    """How the checkpoint was dialed, or None if it was not. A further round of blocks starts without it."""
 
     @property
     def hash_dtype(self) -> str:
@@ -83,6 +87,7 @@ class Manifest:
     def to_json(self) -> dict:
         """Return plain data. `from_json` turns it back into an equal manifest."""
         hashed_as = {"hash_dtype": self.hashed_as} if self.hashed_as else {}
+        dial = {"dial": self.dial.to_json()} if self.dial else {}
         return {
             "format_version": FORMAT_VERSIONS[bool(hashed_as)],
             "family": self.family,
@@ -94,6 +99,7 @@ class Manifest:
             "hash_function": HASH_FUNCTION,
             **hashed_as,
             "original_hashes": dict(self.original_hashes),
+            **dial,
             "tool_versions": dict(self.tool_versions),
             **({"averaged": [vars(each) for each in self.averaged]} if self.averaged else {}),
         }
@@ -127,6 +133,7 @@ class Manifest:
                 tool_versions={_text(k): _text(v) for k, v in data["tool_versions"].items()},
                 hashed_as=_dtype(data["hash_dtype"]) if version == 2 else None,
                 averaged=tuple(map(AveragedCheckpoint.from_json, data.get("averaged", ()))),
+                dial=_dial(data.get("dial"), plan),
             )
         except (KeyError, TypeError, ValueError, AttributeError, ExpansionError) as error:
             raise CheckpointError(f"{where}: the manifest is damaged ({error!r}): convert the model again") from None
@@ -196,6 +203,14 @@ def _init_seeds(seeds: object, plan: ExpansionPlan) -> tuple[int | None, ...]:
     if len(seeds) != plan.num_rounds:
         raise ValueError(f"{len(seeds)} seeds for {plan.num_rounds} rounds")
     return tuple(seeds)
+
+
+def _dial(data: object, plan: ExpansionPlan) -> DialRecord | None:
+    if data is None:
+        return None
+    if not isinstance(data, Mapping):
+        raise TypeError(f"dial {str(data)[:40]}")
+    return DialRecord.from_json(data, num_added_blocks=len(plan.added_layers))
 
 
 def _source(data: Mapping) -> Source:

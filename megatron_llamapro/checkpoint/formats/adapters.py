@@ -1,7 +1,7 @@
 """Low-rank adapters of a training checkpoint: their record, and the weights with the adapters merged.
 
 A checkpoint with adapters is opened as the model that it computes, W + alpha / rank * B A. Every tool sees merged
-weights, which are computed a few rows at a time.
+weights, and dialed ones if the checkpoint is dialed. They are computed a few rows at a time.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.formats.checkpoint import Adapter, Checkpoint
+from blake3 import blake3
+
+from megatron_llamapro.checkpoint.formats.checkpoint import Adapter, Checkpoint, OriginalTensor
 from megatron_llamapro.checkpoint.formats.folders import read_record, write_record
 from megatron_llamapro.checkpoint.formats.megatron_tensors import MegatronTensor
-from megatron_llamapro.checkpoint.tensors.computed import MeanRows, MergedRows, cast
+from megatron_llamapro.checkpoint.tensors.computed import DialedRows, MeanRows, MergedRows, ZeroRows, cast, cast_along
 from megatron_llamapro.checkpoint.tensors.layout import StoredTensor, is_whole, parts_of
 from megatron_llamapro.checkpoint.tensors.streaming import (
     FileState,
@@ -122,15 +124,31 @@ def _adapters_of(
 def rows_of(checkpoint: Checkpoint, name: str, files: SourceFiles, *, dtype: str | None = None) -> Rows:
     """Return the rows of a checkpoint's tensor in `dtype` (default: the type that it is stored in).
 
-    They are merged with the tensor's adapter, then averaged with the same tensor of other checkpoints, if there are
-    any.
+    It is merged with its adapter, averaged with the same tensor of other checkpoints, and dialed, if the checkpoint has
+    these; then it is cast.
     """
     stored = checkpoint.dtype_of(name)
-    rows = _merged_rows(checkpoint, name, files)
-    others = [_merged_rows(other, name, files) for other in checkpoint.averaged_with.get(name, ())]
-    if others:
-        rows = MeanRows(rows, *others, dtype=stored)
-    return cast(rows, source=stored, target=dtype or stored, name=name)
+    return cast(_dialed_rows(checkpoint, name, files), source=stored, target=dtype or stored, name=name)
+
+
+def original_rows(tensor: OriginalTensor, name: str, files: SourceFiles) -> Rows:
+    """Return the rows of a tensor as it was before training, in the last of its types."""
+    return cast_along(StoredRows(tensor.stored, files, ITEMSIZES[tensor.types[0]]), types=tensor.types, name=name)
+
+
+def _dialed_rows(checkpoint: Checkpoint, name: str, files: SourceFiles) -> Rows:
+    dial, rows = checkpoint.dialed.get(name), _mean_rows(checkpoint, name, files)
+    if dial is None:
+        return rows
+    original = original_rows(dial.original, name, files) if dial.original else None
+    if dial.scale == 0:
+        return original or ZeroRows()
+    return DialedRows(rows, original=original, scale=dial.scale, dtype=checkpoint.dtype_of(name), name=name)
+
+
+def _mean_rows(checkpoint: Checkpoint, name: str, files: SourceFiles) -> Rows:
+    rows = [_merged_rows(each, name, files) for each in (checkpoint, *checkpoint.averaged_with.get(name, ()))]
+    return MeanRows(*rows, dtype=checkpoint.dtype_of(name)) if len(rows) > 1 else rows[0]
 
 
 def _merged_rows(checkpoint: Checkpoint, name: str, files: SourceFiles) -> Rows:
@@ -149,7 +167,16 @@ def _merged_rows(checkpoint: Checkpoint, name: str, files: SourceFiles) -> Rows:
 
 
 def unmerged_hash(checkpoint: Checkpoint, name: str, hashes: Mapping[str, str], files: SourceFiles) -> str:
-    """Return the hash of a tensor as it is stored. `hashes` are the hashes of the merged tensors."""
-    if name not in checkpoint.adapters:
+    """Return the hash of a tensor as it is stored. `hashes` are the hashes of the merged and dialed tensors."""
+    if name not in checkpoint.adapters and name not in checkpoint.dialed:
         return hashes[name]
-    return stored_hash(checkpoint.tensors[name], files, checkpoint.itemsize)
+    return stored_hash(checkpoint.tensors[name], files, ITEMSIZES[checkpoint.dtype_of(name)])
+
+
+def undialed_hash(checkpoint: Checkpoint, name: str, files: SourceFiles) -> str:
+    """Return the hash of a tensor as it is stored, before any dial. With an adapter, it is the hash of the hashes of W,
+    A and B: the bits of a merged tensor may differ between machines."""
+    itemsize, adapter = ITEMSIZES[checkpoint.dtype_of(name)], checkpoint.adapters.get(name)
+    stored = [checkpoint.tensors[name], *([adapter.a, adapter.b] if adapter else [])]
+    hashes = [stored_hash(tensor, files, itemsize) for tensor in stored]
+    return hashes[0] if adapter is None else blake3(" ".join(hashes).encode()).hexdigest()

@@ -48,6 +48,24 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class OriginalTensor:
+    """A tensor as it was before training."""
+
+    stored: StoredTensor
+    types: tuple[str, ...]
+    """The type that it is stored in, and those that it is cast to, in turn. The last is that of the trained tensor."""
+
+
+@dataclass(frozen=True)
+class DialedTensor:
+    """The dial of a tensor W, merged with its adapter. The model computes with W0 + scale * (W - W0)."""
+
+    scale: float
+    original: OriginalTensor | None = None
+    """W0; None if it is 0."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint. Every name, shape and type is checked; no tensor is read yet."""
 
@@ -77,6 +95,8 @@ class Checkpoint:
     """The types of the tensors that are not stored in `dtype`, by name."""
     averaged_with: Mapping[str, tuple[Checkpoint, ...]] = field(default_factory=dict)
     """The checkpoints whose tensors `formats.adapters.rows_of` averages with this one's, by tensor name."""
+    dialed: Mapping[str, DialedTensor] = field(default_factory=dict)
+    """Dials of some tensors, by the same names. `formats.adapters.rows_of` applies them."""
 
     @property
     def plan(self) -> ExpansionPlan:

@@ -1,4 +1,4 @@
-"""Rows that are computed when they are read: casts, means, random numbers. Only these rows need torch."""
+"""Rows that are computed when they are read: casts, means, dials, random numbers. Only these rows need torch."""
 
 from __future__ import annotations
 
@@ -43,13 +43,7 @@ class CastRows:
 
     def fill(self, start: int, out: numpy.ndarray) -> None:
         before = _values(self._rows, start, out, self._source, ITEMSIZES[self._target])
-        after = before.to(_dtype(self._target))
-        if _num_infinite(after) > _num_infinite(before):
-            raise CheckpointError(
-                f"{self._name} has values that {self._target} cannot hold (they become infinite): keep the source's "
-                "type, or choose bfloat16 or float32"
-            )
-        out[:] = _raw(after)
+        out[:] = _raw(_narrowed(before, self._target, name=self._name))
 
 
 class MeanRows:
@@ -98,6 +92,31 @@ class MergedRows:
         added = self._scaling * (_values(self._b, start, narrow, self._dtype, itemsize).float() @ self._a)
         merged = (weight.float() + added).to(weight.dtype)
         out[:] = _raw(_torch().where(added == 0, weight, merged))
+
+
+class DialedRows:
+    """Rows of W0 + scale * (W - W0), computed in float32. Where W equals W0, W0 keeps its exact bits.
+
+    Raises (from `fill`):
+        CheckpointError: a finite value becomes infinite in `dtype`.
+    """
+
+    is_zero = False
+
+    def __init__(self, rows: Rows, *, original: Rows | None, scale: float, dtype: str, name: str) -> None:
+        """Both have type `dtype`. Without an `original`, W0 is 0."""
+        self._rows, self._original, self._scale = rows, original, scale
+        self._dtype, self._name = dtype, name
+
+    def fill(self, start: int, out: numpy.ndarray) -> None:
+        itemsize = ITEMSIZES[self._dtype]
+        after = _values(self._rows, start, out, self._dtype, itemsize)
+        if self._original is None:
+            out[:] = _raw(_narrowed(self._scale * after.float(), self._dtype, name=self._name))
+            return
+        before = _values(self._original, start, out, self._dtype, itemsize)
+        wide = before.float() + self._scale * (after.float() - before.float())
+        out[:] = _raw(_torch().where(after == before, before, _narrowed(wide, self._dtype, name=self._name)))
 
 
 class NormalRows:
@@ -167,6 +186,16 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
     """Return the values' bits as integers. Unlike the values, equal NaNs are equal, and zeros of two signs are not."""
     torch = _torch()
     return values.view(torch.int32 if values.itemsize == 4 else torch.int16)
+
+
+def _narrowed(values: torch.Tensor, dtype: str, *, name: str) -> torch.Tensor:
+    after = values.to(_dtype(dtype))
+    if _num_infinite(after) > _num_infinite(values):
+        raise CheckpointError(
+            f"{name} has values that {dtype} cannot hold (they become infinite): keep the source's type, or choose "
+            "bfloat16 or float32"
+        )
+    return after
 
 
 def _raw(values: torch.Tensor) -> numpy.ndarray:

@@ -1,0 +1,258 @@
+"""The dial: a trained checkpoint moved back towards its original, W0 + scale * (W1 - W0), without training.
+
+- Of added blocks, the output projections are multiplied by the scale. Their other tensors stay.
+- Of original tensors that were trained, and of their low-rank adapters, the change is multiplied by the scale.
+
+At 0 the model computes what the original does, bit for bit. At 1 it is the checkpoint itself. Every reader of a dialed
+checkpoint sees dialed weights (`formats.adapters.rows_of`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from megatron_llamapro.checkpoint.formats.adapters import original_rows, undialed_hash
+from megatron_llamapro.checkpoint.formats.checkpoint import Adapter, Checkpoint, DialedTensor, OriginalTensor
+from megatron_llamapro.checkpoint.formats.torch_dist import open_torch_dist
+from megatron_llamapro.checkpoint.lineage import original_name
+from megatron_llamapro.checkpoint.tensors.streaming import FileState, SourceFiles, hash_rows, stored_hash
+from megatron_llamapro.checkpoint.tensors.transfer import default_workers
+from megatron_llamapro.checkpoint.tensors.weight_map import weights_of
+from megatron_llamapro.config.errors import CheckpointError, ConfigError
+from megatron_llamapro.expansion.dial_record import BlockScale, DialRecord, block_scale
+from megatron_llamapro.expansion.manifest import Manifest
+from megatron_llamapro.families.hf_config import ITEMSIZES
+
+
+@dataclass(frozen=True)
+class DialSetting:
+    """What a conversion does with the dial."""
+
+    scale: float | Sequence[float]
+    """One number from 0 to 2, or one for each added block."""
+    original: str | Path | None = None
+    """The folder of the model before training, in any format. See `dialed`."""
+
+
+def dialed(checkpoint: Checkpoint, scale: float | Sequence[float], *, original: Checkpoint | None = None) -> Checkpoint:
+    """Return the opened checkpoint with its dial at `scale`: one number from 0 to 2, or one for each added block.
+
+    `original` is the model before training, in any format. It is needed if original tensors were trained, unless the
+    run's base still holds them. For several scales, use `Dial.of(checkpoint).at(scale)`, which reads tensors only once.
+
+    Raises:
+        ConfigError: a scale is out of range; there are too few or too many; or there is one for each block, but the run
+            trained other parts too.
+        CheckpointError: nothing was trained; `original` is needed and missing; or it is another model.
+    """
+    block_scale(scale, num_added_blocks=len(checkpoint.plan.added_layers))
+    return Dial.of(checkpoint, original=original).at(scale)
+
+
+@dataclass(frozen=True)
+class Dial:
+    """The dial of an opened checkpoint: what it moves, and where it moves to."""
+
+    checkpoint: Checkpoint
+    manifest: Manifest
+    outputs: Mapping[str, int]
+    """The output projections of added blocks, each with the index of its block among the added ones."""
+    trained: Mapping[str, OriginalTensor]
+    """The original tensors that were trained, as they were before. Their names are those in the checkpoint."""
+    undialed_hashes: Mapping[str, str]
+    """`undialed_hash` of every tensor that the dial can move."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, *, original: Checkpoint | None = None) -> Dial:
+        """Find what was trained: hash the tensors of the checkpoint that may have been. Raises what `dialed` raises."""
+        manifest = checkpoint.manifest
+        if checkpoint.other_dtypes:
+            raise CheckpointError(f"{checkpoint.folder} mixes types: convert it with --dtype, then dial the result")
+        if manifest is None:
+            raise CheckpointError(
+                f"{checkpoint.folder} has no llamapro.json, so nothing says what was trained: dial a checkpoint that "
+                "has one"
+            )
+        outputs = _outputs(checkpoint)
+        originals = [name for name in checkpoint.tensors if original_name(name, checkpoint.plan) is not None]
+        with (
+            SourceFiles({**checkpoint.states, **(original.states if original else {})}) as files,
+            ThreadPoolExecutor(default_workers()) as pool,
+        ):
+            finder = _Finder(checkpoint, manifest, files, pool)
+            before = finder.before(originals, original)
+            adapted = [name for name in originals if name in checkpoint.adapters]
+            if not (outputs or before.tensors or adapted):
+                raise CheckpointError(
+                    f"{checkpoint.folder} has no added blocks, no adapters and no trained weights: there is nothing to "
+                    "dial"
+                )
+            moved = [name for name in checkpoint.tensors if name in {*outputs, *before.tensors, *adapted}]
+            hashes = finder.hashes(moved, lambda name: undialed_hash(checkpoint, name, files))
+        states = {**checkpoint.states, **before.states}
+        return cls(dataclasses.replace(checkpoint, states=states), manifest, outputs, before.tensors, hashes)
+
+    def at(self, scale: float | Sequence[float]) -> Checkpoint:
+        """Return the checkpoint dialed to `scale`, with the record in its manifest; at 1, the checkpoint itself.
+
+        Raises:
+            ConfigError: the scales are out of range, or do not match the blocks.
+        """
+        plan = self.checkpoint.plan
+        chosen = block_scale(scale, num_added_blocks=len(plan.added_layers))
+        if chosen == 1:
+            return self.checkpoint
+        others = [name for name in self.undialed_hashes if name not in self.outputs]
+        if isinstance(chosen, tuple) and others:
+            raise ConfigError(
+                f"added_block_scale has one value for each block, but original weights were trained too, such as "
+                f"{others[0]}: give one value for all"
+            )
+        record = DialRecord(chosen, {})
+        scales = {name: record.of_block(self.outputs.get(name, 0)) for name in self.undialed_hashes}
+        moved = {name: value for name, value in scales.items() if value != 1}
+        return dataclasses.replace(
+            self.checkpoint,
+            manifest=dataclasses.replace(self.manifest, dial=self._record(chosen, moved)),
+            adapters=self._adapters(moved),
+            dialed={
+                name: DialedTensor(value, self.trained.get(name))
+                for name, value in moved.items()
+                if name in self.outputs or name in self.trained
+            },
+        )
+
+    def _record(self, scale: BlockScale, moved: Collection[str]) -> DialRecord:
+        before = self.manifest.dial
+        earlier = (*before.earlier, before.added_block_scale) if before else ()
+        return DialRecord(scale, {name: self.undialed_hashes[name] for name in moved}, earlier)
+
+    def _adapters(self, moved: Mapping[str, float]) -> dict[str, Adapter]:
+        """Return the adapters. Those of original weights that were not trained are scaled, and left out at 0. (A
+        trained weight, or an output projection, is dialed after the merge.)"""
+        kept = {}
+        for name, adapter in self.checkpoint.adapters.items():
+            scaled = name in moved and name not in self.outputs and name not in self.trained
+            factor = moved[name] if scaled else 1.0
+            if factor:
+                kept[name] = dataclasses.replace(adapter, scaling=adapter.scaling * factor)
+        return kept
+
+
+def _outputs(checkpoint: Checkpoint) -> dict[str, int]:
+    place = {layer: index for index, layer in enumerate(checkpoint.plan.added_layers)}
+    return {
+        name: place[weight.layer]
+        for weight in weights_of(checkpoint.shape)
+        if weight.layer in place and weight.row.zero_in_added
+        for name in weight.hf_names
+    }
+
+
+@dataclass(frozen=True)
+class _Before:
+    """The original tensors that were trained, as they were before, and the states of their files."""
+
+    tensors: Mapping[str, OriginalTensor]
+    states: Mapping[Path, FileState]
+
+
+@dataclass(frozen=True)
+class _Finder:
+    """Finds the original tensors that were trained. The manifest's hashes prove their values before training."""
+
+    checkpoint: Checkpoint
+    manifest: Manifest
+    files: SourceFiles
+    pool: ThreadPoolExecutor
+
+    def before(self, originals: Sequence[str], original: Checkpoint | None) -> _Before:
+        """Find those of `originals` that were trained. Raises what `dialed` raises."""
+        if original is not None:
+            return _Before(self._differing_from(self._proven(originals, original)), original.states)
+        if self.manifest.hash_dtype != self.checkpoint.dtype:
+            raise CheckpointError(
+                f"{self.checkpoint.folder} was cast from {self.manifest.hash_dtype} to {self.checkpoint.dtype}, so its "
+                "hashes do not show which original weights were trained: give --original, the model before training"
+            )
+        now, noted = self._hashes_now(originals), self.manifest.original_hashes
+        moved = [name for name in originals if now[name] != noted.get(self._first(name))]
+        return self._in_base(moved) if moved else _Before({}, {})
+
+    def hashes(self, names: Iterable[str], hash_of: Callable[[str], str]) -> dict[str, str]:
+        """Return the hash of every name, computed on all threads."""
+        names = list(names)
+        return dict(zip(names, self.pool.map(hash_of, names), strict=True))
+
+    def _first(self, name: str) -> str:
+        return str(original_name(name, self.checkpoint.plan))
+
+    def _hashes_now(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the hashes of stored tensors. A delta has noted those of its base."""
+        base = self.checkpoint.base
+        noted = base.delta.base_hashes if base else {}
+        itemsize = self.checkpoint.itemsize
+        return self.hashes(
+            names, lambda name: noted.get(name) or stored_hash(self.checkpoint.tensors[name], self.files, itemsize)
+        )
+
+    def _differing_from(self, before: Mapping[str, OriginalTensor]) -> dict[str, OriginalTensor]:
+        """Return those of `before` that are not the tensors of this checkpoint."""
+        now = self._hashes_now(before)
+        then = self.hashes(before, lambda name: self._hash_before(before[name], name, before[name].types))
+        return {name: tensor for name, tensor in before.items() if now[name] != then[name]}
+
+    def _hash_before(self, tensor: OriginalTensor, name: str, types: tuple[str, ...]) -> str:
+        rows = original_rows(dataclasses.replace(tensor, types=types), name, self.files)
+        return hash_rows(rows, tensor.stored, ITEMSIZES[types[-1]])
+
+    def _proven(self, names: Sequence[str], model: Checkpoint) -> dict[str, OriginalTensor]:
+        """Return the tensors of another checkpoint by their names in this one.
+
+        Raises:
+            CheckpointError: one does not have the hash in the manifest.
+        """
+        there = {original_name(name, model.plan): name for name in model.tensors}
+        found: dict[str, OriginalTensor] = {}
+        for name in names:
+            other = there.get(self._first(name))
+            if other is None or model.tensors[other].shape != self.checkpoint.tensors[name].shape:
+                raise self._another_model(model, name)
+            types = (model.dtype_of(other), *self.manifest.casts)
+            found[name] = OriginalTensor(model.tensors[other], tuple(dtype for dtype, _ in groupby(types)))
+        hashed_as = self.manifest.hash_dtype
+
+        def hash_of(name: str) -> str:
+            stored = found[name].types[0]
+            types = (stored,) if stored == hashed_as else (stored, hashed_as)
+            return self._hash_before(found[name], name, types)
+
+        for name, value in self.hashes(names, hash_of).items():
+            if value != self.manifest.original_hashes.get(self._first(name)):
+                raise self._another_model(model, name)
+        return found
+
+    def _another_model(self, model: Checkpoint, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{model.folder} is not the original of {self.checkpoint.folder}: its {self._first(name)} is not the one "
+            "whose hash llamapro.json has: give --original, the model before training"
+        )
+
+    def _in_base(self, moved: Sequence[str]) -> _Before:
+        """Find tensors in the base of a delta, if it holds them as they were before training."""
+        part = self.checkpoint.base
+        if part is not None and not any(name in part.delta.base_hashes for name in moved):
+            base = open_torch_dist(part.folder)
+            with contextlib.suppress(CheckpointError):  # the base was itself made from a trained checkpoint
+                return _Before(self._proven(moved, base), base.states)
+        more = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
+        raise CheckpointError(
+            f"{self.checkpoint.folder}: the original tensor {moved[0]}{more} was trained, so the dial needs its value "
+            "before training: give --original, the model before training"
+        )
