@@ -11,13 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.convert import DEFAULTS, Options, TargetKind, hugging_face, write_checkpoint
+from megatron_llamapro.checkpoint.convert import TargetKind, hugging_face, write_checkpoint
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint
 from megatron_llamapro.checkpoint.formats.folders import iteration_of
 from megatron_llamapro.checkpoint.formats.open import open_megatron_checkpoint
 from megatron_llamapro.checkpoint.hashes import tensor_hashes
 from megatron_llamapro.checkpoint.report import Conversion
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, combined_hash
+from megatron_llamapro.checkpoint.writing import DEFAULTS, Options
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.manifest import Manifest, tool_versions
 from megatron_llamapro.expansion.provenance import AveragedCheckpoint
