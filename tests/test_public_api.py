@@ -19,11 +19,11 @@ import megatron_llamapro
 
 # A class is listed with the methods that a user calls.
 SIGNATURES = """
-hf_to_megatron(source, target, *, expansion=None, dtype=None, kind=TargetKind(), options=Options())
-megatron_to_hf(source, target, *, max_shard_bytes=5000000000, options=Options())
-megatron_to_megatron(source, target, *, expansion=None, dtype=None, kind=TargetKind(), merge_adapters=True, options=Options())
+hf_to_megatron(source, target, *, expansion=None, dtype=None, dial=None, kind=TargetKind(), options=Options())
+megatron_to_hf(source, target, *, dial=None, max_shard_bytes=5000000000, options=Options())
+megatron_to_megatron(source, target, *, expansion=None, dtype=None, dial=None, kind=TargetKind(), merge_adapters=True, options=Options())
 expand_hf(source, target, *, expansion, dtype=None, max_shard_bytes=5000000000, options=Options())
-verify(original, expanded, *, quick=False, trained=Trained.NEW_BLOCKS, num_workers=0, progress=nothing)
+verify(original, expanded, *, quick=False, trained=Trained.NEW_BLOCKS, undialed=None, num_workers=0, progress=nothing)
 ConversionOptions(overwrite=False, resume=False, num_workers=0, progress=nothing, on_total=nothing)
 Expansion(*, positions=None, num_added_blocks=None, placement=Placement.INTERLEAVED, blocks_per_group=1, init=Init.COPY, seed=0)
 Expansion.at(*positions, init=Init.COPY, seed=0)

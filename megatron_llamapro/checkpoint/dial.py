@@ -62,7 +62,7 @@ class Dial:
     checkpoint: Checkpoint
     manifest: Manifest
     outputs: Mapping[str, int]
-    """The output projections of added blocks, each with the index of its block among the added ones."""
+    """`output_projections`"""
     trained: Mapping[str, OriginalTensor]
     """The original tensors that were trained, as they were before. Their names are those in the checkpoint."""
     undialed_hashes: Mapping[str, str]
@@ -79,7 +79,7 @@ class Dial:
                 f"{checkpoint.folder} has no llamapro.json, so nothing says what was trained: dial a checkpoint that "
                 "has one"
             )
-        outputs = _outputs(checkpoint)
+        outputs = output_projections(checkpoint)
         originals = [name for name in checkpoint.tensors if original_name(name, checkpoint.plan) is not None]
         with (
             SourceFiles({**checkpoint.states, **(original.states if original else {})}) as files,
@@ -145,7 +145,8 @@ class Dial:
         return kept
 
 
-def _outputs(checkpoint: Checkpoint) -> dict[str, int]:
+def output_projections(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the output projections of added blocks, each with the index of its block among the added ones."""
     place = {layer: index for index, layer in enumerate(checkpoint.plan.added_layers)}
     return {
         name: place[weight.layer]

@@ -19,6 +19,7 @@ from megatron_llamapro.checkpoint.tensors.weight_map import (
 )
 from megatron_llamapro.config.pipeline_stages import draw
 from megatron_llamapro.config.values import decimal_size
+from megatron_llamapro.expansion.dial_record import DialRecord
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.expansion.provenance import ComposedPack
 from megatron_llamapro.families.hf_config import ITEMSIZES
@@ -65,6 +66,8 @@ class Inspection:
     """The names of the checkpoints that it is the mean of."""
     num_adapters: int = 0
     """The number of low-rank adapters stored beside the weights. Every reader merges them."""
+    dial: DialRecord | None = None
+    """How the checkpoint was dialed, or None."""
 
     @property
     def trains(self) -> str:
@@ -97,6 +100,7 @@ class Inspection:
             "adapters": self.num_adapters,
             "averaged": list(self.averaged),
             "packs": [asdict(pack) for pack in self.packs],
+            "dial": self.dial.to_json() if self.dial else None,
         }
 
     def __str__(self) -> str:
@@ -106,6 +110,7 @@ class Inspection:
             *([("adapters", f"{self.num_adapters} low-rank; every tool merges them")] if self.num_adapters else []),
             *([("packs", ", ".join(map(str, self.packs)))] if self.packs else []),
             *([("mean of", ", ".join(self.averaged))] if self.averaged else []),
+            *([("dialed", f"{self.dial} ({len(self.dial.undialed_hashes)} tensors)")] if self.dial else []),
             *([("delta of", f"{self.base}, for {self.num_base_tensors} tensors")] if self.base else []),
             (
                 "family",
@@ -187,6 +192,7 @@ def inspect(folder: Path) -> Inspection:
         num_adapters=checkpoint.num_adapters,
         packs=checkpoint.manifest.packs if checkpoint.manifest else (),
         averaged=tuple(each.name for each in checkpoint.manifest.averaged) if checkpoint.manifest else (),
+        dial=checkpoint.manifest.dial if checkpoint.manifest else None,
         num_base_tensors=len(checkpoint.base.delta.base_hashes) if checkpoint.base else 0,
         parts=tuple(_part(name, belongs, checkpoint) for name, belongs in _PARTS.items()),
     )

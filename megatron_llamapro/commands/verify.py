@@ -34,6 +34,12 @@ def main(arguments: Sequence[str]) -> int:
         help="which blocks may have been trained. nothing: none, as after the conversion; new_blocks (default): those "
         "that were added to the original; added_blocks: also those that earlier rounds had added to it",
     )
+    parser.add_argument(
+        "--undialed",
+        type=Path,
+        metavar="DIR",
+        help="of a dialed model: the checkpoint that was dialed (the run, or its export), to prove the dial",
+    )
     add_workers_option(parser)
     args = parser.parse_args(arguments)
 
@@ -41,7 +47,8 @@ def main(arguments: Sequence[str]) -> int:
     from megatron_llamapro.checkpoint.report import byte_bar
 
     all_ok = True
-    settings = {"quick": args.quick, "trained": Trained(args.trained), "num_workers": args.num_workers}
+    settings = {name: getattr(args, name) for name in ("quick", "undialed", "num_workers")}
+    settings["trained"] = Trained(args.trained)
     with byte_bar("verifying") as bar:
         for check in verify(args.original, args.expanded, progress=bar.progress, **settings):
             bar.write(str(check))

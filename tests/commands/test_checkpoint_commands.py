@@ -210,6 +210,67 @@ def test_every_mistake_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture(scope="module")
+def trained(tiny_llama: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a Hugging Face model with added blocks 2 and 5, of which the output projections are trained."""
+    folder = tmp_path_factory.mktemp("trained") / "model"
+    ended = run_as_a_program("expand", "--source", tiny_llama(), "--target", folder, "--positions", "2,5")
+    assert ended.returncode == 0, ended.stderr
+    tensors = load_file(folder / "model.safetensors")
+    for layer in (2, 5):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            tensors[f"model.layers.{layer}.{name}.weight"] += 0.25
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_dialed_export_is_proven(
+    run: Run, run_well: Callable[..., str], trained: Path, tmp_path: Path, tiny_llama: Tiny
+) -> None:
+    target = tmp_path / "dialed"
+    dial = ("convert", "hf-to-hf", "--source", trained, "--target", target, "--added_block_scale", "0.5,0")
+    assert "dialed × 0.5, 0: 4 tensors, as llamapro.json records" in run_well(*dial)
+    found = load_file(target / "model.safetensors")
+    for layer, value in ((2, 0.125), (5, 0)):
+        assert (found[f"model.layers.{layer}.mlp.down_proj.weight"] == value).all()
+    prove = ("verify", "--original", tiny_llama(), "--expanded", target, "--undialed", trained)
+    assert "ok   dial: 4 tensors are × 0.5, 0 of " in run_well(*prove)
+    assert "dialed          × 0.5, 0 (4 tensors)" in run_well("inspect", "--checkpoint", target)
+    assert json.loads(run_well("inspect", "--checkpoint", target, "--json"))["dial"]["added_block_scale"] == [0.5, 0]
+
+
+DIALS = {
+    "below 0": (("--added_block_scale", "-1"), "added_block_scale is -1: it must be from 0"),
+    "nan": (("--added_block_scale", "nan"), "added_block_scale is nan: it must be from 0"),
+    "above 2": (("--added_block_scale", "0.5,3"), "added_block_scale is 3: it must be from 0"),
+    "too many": (("--added_block_scale", "0.5,1,1"), "has 3 values, but the model has 2 added blocks"),
+    "no number": (("--added_block_scale", "0.5,x"), "'0.5,x' is not a list of scales such as 0.75"),
+    "only an original": (("--original", "nowhere"), "--original needs --added_block_scale"),
+    "no original": (("--added_block_scale", "0.5", "--original", "nowhere"), "nowhere is not a folder"),
+    "another original": (("--added_block_scale", "0.5", "--original", "."), "config.json"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), DIALS.values(), ids=DIALS.keys())
+def test_a_wrong_dial_is_one_line(run: Run, options: tuple, message: str, trained: Path, tmp_path: Path) -> None:
+    ended = run("convert", "hf-to-hf", "--source", trained, "--target", tmp_path / "target", *options)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1, ended.stderr
+    assert message in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dial_of_nothing_is_one_line(run: Run, tiny_llama: Tiny, trained: Path, tmp_path: Path) -> None:
+    dial = ("--target", tmp_path / "target", "--added_block_scale", "0.5")
+    ended = run("convert", "hf-to-hf", "--source", tiny_llama(), *dial)
+    assert ended.returncode == 2 and "has no llamapro.json, so nothing says what was trained" in ended.stderr
+    ended = run("convert", "hf-to-hf", "--source", trained, *dial, "--original", tiny_llama(seed=1))
+    assert ended.returncode == 2 and f"{tiny_llama(seed=1)} is not the original of {trained}" in ended.stderr
+    ended = run("verify", "--original", tiny_llama(), "--expanded", trained, "--undialed", trained)
+    assert ended.returncode == 2 and ended.stderr.startswith(f"error: {trained} is not dialed")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_interrupt_says_how_to_resume(
     run: Run, tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

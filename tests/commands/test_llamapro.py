@@ -103,7 +103,8 @@ for name in sys.argv[1:]:
         run([*name.split(), "--help"])
     print("imported:", *{"torch", "numpy", "transformers", "megatron.core"} & sys.modules.keys())
 """
-EXPLAINED = [*COMMANDS, "convert hf-to-megatron", "convert megatron-to-hf", "convert megatron-to-megatron"]
+DIRECTIONS = ("hf-to-megatron", "megatron-to-hf", "megatron-to-megatron", "hf-to-hf")
+EXPLAINED = [*COMMANDS, *(f"convert {direction}" for direction in DIRECTIONS)]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ def whole(command: str) -> str:
 
 
 def test_its_commands_run(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
-    to_megatron, to_hf, divided, expanded = map(whole, commands(PAGE)[:4])
+    to_megatron, to_hf, divided, expanded, dialed = map(whole, commands(PAGE)[:5])
     source, folders = tiny_llama(num_hidden_layers=8), {name: tmp_path / name for name in "abcd"}
     run(to_megatron.replace("HF_DIR", str(source)).replace(" DIR", f" {folders['a']}"), ROOT)
     run(to_hf.replace("HF_DIR", str(folders["b"])).replace(" DIR", f" {folders['a']}"), ROOT)
@@ -30,6 +30,8 @@ def test_its_commands_run(tiny_llama: Callable[..., Path], tmp_path: Path) -> No
         ROOT,
     )
     run(expanded.replace("--source HF_DIR", f"--source {source}").replace("HF_DIR", str(folders["d"])), ROOT)
+    run(dialed.replace("--source HF_DIR", f"--source {folders['b']}").replace("HF_DIR", str(tmp_path / "e")), ROOT)
+    assert str(inspect(tmp_path / "e").dial) == "× 0.75"
     formats = [inspect(folder).format for folder in folders.values()]
     assert formats == [Format.TORCH_DIST, Format.HUGGING_FACE, Format.LEGACY, Format.HUGGING_FACE]
     for folder in folders.values():
@@ -42,6 +44,7 @@ def test_every_option_it_names_exists() -> None:
         *(f"llamapro {name}" for name in ("convert", "expand", "verify", "inspect")),
         "llamapro convert hf-to-megatron",
         "llamapro convert megatron-to-hf",
+        "llamapro convert hf-to-hf",
         "python benchmarks/convert.py",
     ]
     known = set(re.findall(r"--\w+", " ".join(run(f"{program} --help", ROOT) for program in programs)))

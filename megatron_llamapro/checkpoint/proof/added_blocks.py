@@ -12,10 +12,11 @@ from itertools import groupby
 
 import numpy
 
+from megatron_llamapro.checkpoint.dial import output_projections
 from megatron_llamapro.checkpoint.formats.adapters import rows_of
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint
 from megatron_llamapro.checkpoint.lineage import Origins, after_rounds, is_zeroed
-from megatron_llamapro.checkpoint.tensors.computed import NormalRows, cast_along
+from megatron_llamapro.checkpoint.tensors.computed import NormalRows, ZeroRows, cast_along
 from megatron_llamapro.checkpoint.tensors.streaming import Progress, Rows, SourceFiles, hash_rows, nothing
 from megatron_llamapro.checkpoint.tensors.weight_map import hf_name_in_layer, iter_hf, weights_of
 from megatron_llamapro.expansion.round import Init
@@ -26,6 +27,7 @@ class BlockState(Enum):
 
     IDENTITY = "identity, as when added"
     RANDOM = "identity by its zeros; of its other values only norms and shapes are proven: their seed was not recorded"
+    OFF = "identity, dialed to 0"
     TRAINED = "trained"
     WRONG = "wrong"
 
@@ -72,8 +74,11 @@ class AddedBlocks:
 
         Training first moves the zeroed weights: at step 0 only their gradients are not zero. If they are still zero,
         the block is untrained and must have all of its initial bits. If more than one round was added to `original`,
-        the initial values of the later rounds are computed from the blocks that `expanded` has now.
+        the initial values of the later rounds are computed from the blocks that `expanded` has now. A block that the
+        manifest says was dialed to 0 needs only the zeros.
         """
+        if self._is_off(layer):
+            return BlockReport(layer, BlockState.OFF, "it was trained, then dialed to 0")
         parent, initials = self._parent(layer), list(self._initial_tensors(layer))
         moved = [initial.name for initial in initials if initial.is_zeroed and not self._holds(initial)]
         for name in moved:
@@ -88,6 +93,15 @@ class AddedBlocks:
                 return BlockReport(layer, BlockState.WRONG, self._problem(layer, initial.name, parent))
         is_random = any(not initial.rows for initial in initials)
         return BlockReport(layer, BlockState.RANDOM if is_random else BlockState.IDENTITY)
+
+    def _is_off(self, layer: int) -> bool:
+        assert self.expanded.manifest is not None
+        dial, index = self.expanded.manifest.dial, self.expanded.plan.added_layers.index(layer)
+        if dial is None or not dial.is_off(index):
+            return False
+        outputs = [name for name, block in output_projections(self.expanded).items() if block == index]
+        tensors, itemsize = self.expanded.tensors, self.expanded.itemsize
+        return all(self.hashes[name] == hash_rows(ZeroRows(), tensors[name], itemsize) for name in outputs)
 
     def _problem(self, layer: int, name: str, parent: int) -> str:
         text = f"{name} is not what init {self._init(layer).value} makes of block {parent}"

@@ -20,10 +20,12 @@ from megatron_llamapro.checkpoint.formats.open import open_checkpoint
 from megatron_llamapro.checkpoint.hashes import tensor_hashes
 from megatron_llamapro.checkpoint.lineage import name_now, original_name
 from megatron_llamapro.checkpoint.proof.added_blocks import AddedBlocks, BlockReport, BlockState
+from megatron_llamapro.checkpoint.proof.dialed import DialProof
 from megatron_llamapro.checkpoint.proof.same_function import CastTensors, Check, check_function
 from megatron_llamapro.checkpoint.tensors.streaming import Progress, SourceFiles, nothing
 from megatron_llamapro.checkpoint.tensors.transfer import default_workers
 from megatron_llamapro.config.errors import CheckpointError
+from megatron_llamapro.expansion.dial_record import DialRecord
 from megatron_llamapro.expansion.plan import Trained
 from megatron_llamapro.families.shape import ModelShape
 
@@ -34,24 +36,28 @@ def verify(
     *,
     quick: bool = False,
     trained: Trained = Trained.NEW_BLOCKS,
+    undialed: str | Path | None = None,
     num_workers: int = 0,
     progress: Progress = nothing,
 ) -> Iterator[Check]:
     """Compare `expanded` (any format, trained or not) with the checkpoint that it was made from. Yield:
 
     1. the lineage,
-    2. the original tensors,
-    3. their hashes in the manifest,
-    4. the base, if `expanded` is a delta checkpoint,
-    5. blocks that earlier rounds had added,
-    6. blocks added since,
-    7. the function, if no block is trained yet and not `quick`.
+    2. the dial, if `expanded` is dialed,
+    3. the original tensors,
+    4. their hashes in the manifest,
+    5. the base, if `expanded` is a delta checkpoint,
+    6. blocks that earlier rounds had added,
+    7. blocks added since,
+    8. the function, if no block is trained yet, or all are dialed to 0, and not `quick`.
 
-    `trained` says which blocks may have moved. `progress` is called with the number of bytes that were read. Nothing is
-    compared until the caller iterates.
+    `trained` says which blocks may have moved. `undialed` is the checkpoint that was dialed, to prove the dial:
+    original tensors that it moved are then left out of checks 3 and 4. `progress` is called with the number of bytes
+    that were read. Nothing is compared until the caller iterates.
 
     Raises:
-        CheckpointError: one of the two cannot be read, or `expanded` does not say which blocks were added.
+        CheckpointError: one of them cannot be read; `expanded` does not say which blocks were added; or it is not
+            dialed, but `undialed` is given.
     """
     source, result = open_checkpoint(Path(original)), open_checkpoint(Path(expanded))
     if result.manifest is None:
@@ -59,18 +65,26 @@ def verify(
     if result.other_dtypes:
         other = next(iter(result.other_dtypes.values()))
         raise CheckpointError(f"{expanded} mixes {result.dtype} and {other}: convert it with --dtype, then verify")
+    run = _undialed(undialed, result)
     lineage = _check_lineage(source, result)
     yield lineage
     if not lineage.ok:
         return
     with (
-        SourceFiles({**source.states, **result.states}) as files,
+        SourceFiles({**source.states, **result.states, **(run.states if run else {})}) as files,
         ThreadPoolExecutor(num_workers or default_workers()) as pool,
     ):
         for checkpoint in (source, result):
             check_stored_head(checkpoint, files)
+        dialed: frozenset[str] = frozenset()
+        if result.manifest.dial:
+            dial = _check_dial(
+                DialProof(source, run, result, files, progress) if run else None, result.manifest.dial, pool
+            )
+            yield dial
+            dialed = frozenset(result.manifest.dial.undialed_hashes if run and dial.ok else ())
         hashes = tensor_hashes(result, result.tensors, files, pool, types=(result.dtype,), progress=progress)
-        kept = _kept(source, result, hashes, files, pool, progress)
+        kept = dataclasses.replace(_kept(source, result, hashes, files, pool, progress), dialed=dialed)
         yield _check_originals(kept)
         yield _check_manifest(kept, _hashes_as_noted(kept, files, pool, progress))
         if result.base is not None:
@@ -81,11 +95,26 @@ def verify(
         blocks = list(pool.map(added.judge, added.layers))
         if blocks:
             yield _check_blocks(blocks, trained)
-        may_differ = trained is Trained.ADDED_BLOCKS and kept.moved(kept.earlier)
+        may_differ = (trained is Trained.ADDED_BLOCKS and kept.moved(kept.earlier)) or kept.moved(kept.dialed_originals)
         if not quick and not may_differ and not any(block.state is BlockState.TRAINED for block in blocks):
             yield check_function(
                 CastTensors(source, files, kept.types, progress), CastTensors(result, files, (result.dtype,), progress)
             )
+
+
+def _undialed(folder: str | Path | None, result: Checkpoint) -> Checkpoint | None:
+    if folder is None:
+        return None
+    if result.manifest is None or result.manifest.dial is None:
+        raise CheckpointError(f"{result.folder} is not dialed, its llamapro.json records no dial: leave out --undialed")
+    return open_checkpoint(Path(folder))
+
+
+def _check_dial(proof: DialProof | None, record: DialRecord, pool: ThreadPoolExecutor) -> Check:
+    if proof is not None:
+        return proof.check(pool)
+    text = f"recorded as {record}, but nothing is proven: give --undialed, the checkpoint that was dialed"
+    return Check("dial", ok=True, text=text)
 
 
 def _check_lineage(source: Checkpoint, result: Checkpoint) -> Check:
@@ -121,6 +150,9 @@ class _SharedTensors:
     actual: Mapping[str, str]
     """Hashes of the result's tensors, by their names in `result`."""
 
+    dialed: frozenset[str] = frozenset()
+    """Tensors whose dial is proven, by their names in `result`."""
+
     @cached_property
     def earlier(self) -> list[str]:
         """Tensors of added blocks that `source` already had, by their names in `source`."""
@@ -128,7 +160,16 @@ class _SharedTensors:
 
     @cached_property
     def originals(self) -> list[str]:
-        """Tensors of the first source model, by their names in `source`."""
+        """Tensors of the first source model that are not dialed, by their names in `source`."""
+        return [name for name in self._of_first_source if self.now(name) not in self.dialed]
+
+    @cached_property
+    def dialed_originals(self) -> list[str]:
+        """Tensors of the first source model that are dialed, by their names in `source`."""
+        return [name for name in self._of_first_source if self.now(name) in self.dialed]
+
+    @cached_property
+    def _of_first_source(self) -> list[str]:
         return [name for name in self.expected if original_name(name, self.source.plan) is not None]
 
     def now(self, name: str) -> str:
@@ -247,12 +288,13 @@ def _some(names: list[str]) -> str:
 
 
 def _check_blocks(blocks: Sequence[BlockReport], trained: Trained) -> Check:
-    faults = {BlockState.WRONG, BlockState.TRAINED} if trained is Trained.NOTHING else {BlockState.WRONG}
+    moved = {BlockState.TRAINED, BlockState.OFF} if trained is Trained.NOTHING else set()
+    faults = {BlockState.WRONG, *moved}
     wrong = [f"block {block.layer}: {block.text}" for block in blocks if block.state in faults]
     if wrong:
         return Check("added blocks", ok=False, text="; ".join(wrong))
     parts = []
-    for state in (BlockState.IDENTITY, BlockState.RANDOM, BlockState.TRAINED):
+    for state in (BlockState.IDENTITY, BlockState.RANDOM, BlockState.OFF, BlockState.TRAINED):
         layers = [str(block.layer) for block in blocks if block.state is state]
         if layers:
             parts.append(f"{', '.join(layers)}: {state.value}")
