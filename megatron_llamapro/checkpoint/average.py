@@ -18,7 +18,8 @@ from megatron_llamapro.checkpoint.formats.open import open_megatron_checkpoint
 from megatron_llamapro.checkpoint.hashes import tensor_hashes
 from megatron_llamapro.checkpoint.report import Conversion
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, combined_hash
-from megatron_llamapro.checkpoint.writing import DEFAULTS, Options
+from megatron_llamapro.checkpoint.writing import DEFAULTS, Options, folders_of
+from megatron_llamapro.config.drafts import check_target
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.manifest import Manifest, tool_versions
 from megatron_llamapro.expansion.provenance import AveragedCheckpoint
@@ -44,6 +45,7 @@ def average(
     first, *others = opened
     for other in others:
         _check_same(first, other)
+    check_target(Path(target), overwrite=options.overwrite, sources=folders_of(*opened))
     assert first.manifest is not None
     names = _trained_names(first)
     states = {path: state for each in opened for path, state in each.states.items()}

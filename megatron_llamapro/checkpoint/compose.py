@@ -23,7 +23,8 @@ from megatron_llamapro.checkpoint.pack import Pack, open_pack
 from megatron_llamapro.checkpoint.report import Conversion
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, stored_hash
 from megatron_llamapro.checkpoint.tensors.weight_map import hf_name_in_layer, hf_shapes, layer_of, weights_of
-from megatron_llamapro.checkpoint.writing import DEFAULTS, Options
+from megatron_llamapro.checkpoint.writing import DEFAULTS, Options, folders_of
+from megatron_llamapro.config.drafts import check_target
 from megatron_llamapro.config.errors import CheckpointError, ConfigError
 from megatron_llamapro.expansion.dial_record import LARGEST_SCALE, DialRecord, block_scale
 from megatron_llamapro.expansion.manifest import Manifest, tool_versions
@@ -71,6 +72,7 @@ def compose(
         return write_checkpoint(checkpoint, Path(target), kind, options=options)
     opened = [open_pack(Path(each.folder)) for each in packs]
     _check_fit(checkpoint, opened)
+    check_target(Path(target), overwrite=options.overwrite, sources=folders_of(checkpoint, *opened))
     _check_hashes(checkpoint, opened, options)
     composed = _composed(checkpoint, opened, [each.scale for each in packs])
     done = write_checkpoint(composed, Path(target), kind, dtype=composed.dtype, options=options)
@@ -184,7 +186,7 @@ def _manifest(plan: ExpansionPlan, packs: Sequence[Pack], scales: Sequence[float
         inits=(*first.inits, *(init for each in others for init in each.inits)),
         init_seeds=(*first.init_seeds, *(seed for each in others for seed in each.init_seeds)),
         tool_versions=tool_versions(),
-        averaged=(),
+        averaged=() if others else first.averaged,
         dial=dial,
         packs=tuple(
             ComposedPack(number, pack.name, pack.record.hash, scale)

@@ -35,7 +35,7 @@ from megatron_llamapro.checkpoint.tensors.layout import DEFAULT_MAX_SHARD_BYTES,
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, stored_hash
 from megatron_llamapro.checkpoint.tensors.transfer import TensorJob, transfer
 from megatron_llamapro.checkpoint.tensors.weight_map import iter_hf, weights_of
-from megatron_llamapro.checkpoint.writing import DEFAULTS, JOURNAL, Options, check_space, open_journal
+from megatron_llamapro.checkpoint.writing import DEFAULTS, JOURNAL, Options, check_space, folders_of, open_journal
 from megatron_llamapro.config.drafts import draft_of, staged
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
 from megatron_llamapro.config.version import VERSION
@@ -186,12 +186,7 @@ def write_checkpoint(
     original = _original(checkpoint, expansion, dial)
     before = checkpoint.manifest and checkpoint.manifest.dial
     options.on_total(model.num_bytes)
-    folders = [
-        checkpoint.folder,
-        *(path.parent for path in checkpoint.states),
-        *([original.folder] if original else []),
-    ]
-    sources = tuple(dict.fromkeys(folders))
+    sources = folders_of(checkpoint, *([original] if original else []))
     staging = staged(target, overwrite=options.overwrite, resume=options.resume, sources=sources, journal=JOURNAL)
     with staging as draft, ExitStack() as stack:
         if dial:  # reads tensors: only after the target's checks

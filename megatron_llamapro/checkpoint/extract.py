@@ -21,12 +21,12 @@ from megatron_llamapro.checkpoint.side_files import copy_notices, without_code
 from megatron_llamapro.checkpoint.tensors.layout import TargetLayout
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles
 from megatron_llamapro.checkpoint.tensors.transfer import TensorJob, transfer
-from megatron_llamapro.checkpoint.writing import DEFAULTS, JOURNAL, Options, check_space, open_journal
+from megatron_llamapro.checkpoint.writing import DEFAULTS, JOURNAL, Options, check_space, folders_of, open_journal
 from megatron_llamapro.config.drafts import draft_of, staged
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.version import VERSION
 from megatron_llamapro.expansion.manifest import Manifest
-from megatron_llamapro.families.hf_config import MANIFEST_KEY
+from megatron_llamapro.families.hf_config import MANIFEST_KEY, HfModel
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def extract(source: str | Path, target: str | Path, *, options: Options = DEFAUL
     sizes = block_tensors(checkpoint.shape, manifest.plan)
     layout = safetensors_layout(draft_of(target) / BLOCKS_FILE, list(sizes.items()), checkpoint.dtype)
     options.on_total(checkpoint.weight_bytes)
-    folders = tuple(dict.fromkeys([checkpoint.folder, *(path.parent for path in checkpoint.states)]))
-    staging = staged(target, overwrite=options.overwrite, resume=options.resume, sources=folders, journal=JOURNAL)
+    sources = folders_of(checkpoint)
+    staging = staged(target, overwrite=options.overwrite, resume=options.resume, sources=sources, journal=JOURNAL)
     with staging as draft, SourceFiles(checkpoint.states) as files:
         check_stored_head(checkpoint, files)
         originals = _proven_originals(checkpoint, manifest, files, options)
@@ -75,7 +75,7 @@ def extract(source: str | Path, target: str | Path, *, options: Options = DEFAUL
         hashes = {name: journal.hashes[name] for name in sizes}
         check_base_tensors(checkpoint, lambda name: unmerged_hash(checkpoint, name, {**originals, **hashes}, files))
         config = {key: value for key, value in checkpoint.config.items() if key != MANIFEST_KEY}
-        record = PackRecord(without_code(config), manifest, hashes)
+        record = PackRecord(HfModel(without_code(config), checkpoint.shape), manifest, hashes)
         record.write(draft)
     return Extraction(target, record, sum(job.num_bytes for job in jobs), len(originals))
 

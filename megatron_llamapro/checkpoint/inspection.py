@@ -63,7 +63,7 @@ class Inspection:
     packs: tuple[ComposedPack, ...] = ()
     """The packs that rounds of blocks came from."""
     averaged: tuple[str, ...] = ()
-    """The names of the checkpoints that it is the mean of."""
+    """The names of the checkpoints that it, or the model that it was trained from, is the mean of."""
     num_adapters: int = 0
     """The number of low-rank adapters stored beside the weights. Every reader merges them."""
     dial: DialRecord | None = None

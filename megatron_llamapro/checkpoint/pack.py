@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_llamapro.checkpoint.formats.folders import read_record, write_record
@@ -19,7 +20,7 @@ from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.files import file_inside
 from megatron_llamapro.expansion.manifest import Manifest
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.families.hf_config import model_shape
+from megatron_llamapro.families.hf_config import HfModel, model_shape
 from megatron_llamapro.families.shape import ModelShape
 
 BLOCKS_FILE = "added_blocks.safetensors"
@@ -30,8 +31,8 @@ FORMAT_VERSION = 1
 class PackRecord:
     """The record of a pack, in `llamapro_pack.json`."""
 
-    config: dict
-    """config.json of the expanded model, without a manifest."""
+    model: HfModel
+    """The expanded model, without a manifest in its config."""
     manifest: Manifest
     """The expanded model's. It has the hash of every original tensor."""
     block_hashes: Mapping[str, str]
@@ -47,13 +48,21 @@ class PackRecord:
         """Return the record in a folder, or None if there is none.
 
         Raises:
-            CheckpointError: the record is damaged, or of another version.
+            CheckpointError: the record is damaged, or of another version, or of a model that is not supported.
         """
-        return read_record(folder, PACK_NAME, format_version=FORMAT_VERSION, build=cls._of)
+        path = Path(folder) / PACK_NAME
+        record = read_record(folder, PACK_NAME, format_version=FORMAT_VERSION, build=partial(cls._of, where=path))
+        if record is not None:
+            record.manifest.check_fits(record.model.shape, where=path)
+        return record
 
     @classmethod
-    def _of(cls, data: dict) -> PackRecord:
-        record = cls(data["config"], Manifest.from_json(data["manifest"], where=PACK_NAME), data["block_hashes"])
+    def _of(cls, data: dict, *, where: Path) -> PackRecord:
+        config, manifest = {**data["config"]}, Manifest.from_json(data["manifest"], where=where)
+        try:
+            record = cls(HfModel(config, model_shape(config)), manifest, {**data["block_hashes"]})
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {error}") from None
         for text in (*record.block_hashes, *record.block_hashes.values()):
             if not isinstance(text, str):
                 raise TypeError(f"{text!r} is not text")
@@ -74,7 +83,7 @@ class PackRecord:
             "hash": self.hash,
             "base_hash": combined_hash(self.manifest.original_hashes),
             "block_hashes": dict(self.block_hashes),
-            "config": self.config,
+            "config": self.model.config,
             "manifest": self.manifest.to_json(),
         }
         write_record(folder, PACK_NAME, format_version=FORMAT_VERSION, fields=fields)
@@ -86,8 +95,6 @@ class Pack:
 
     folder: Path
     record: PackRecord
-    shape: ModelShape
-    """Shape of the expanded model."""
     tensors: Mapping[str, StoredTensor]
     """By the Hugging Face names of the expanded model."""
     states: Mapping[Path, FileState]
@@ -107,7 +114,7 @@ class Pack:
     @property
     def base_shape(self) -> ModelShape:
         """Shape of the model that the blocks were added to."""
-        return self.shape.with_layers(self.plan.original_layers)
+        return self.record.model.shape.with_layers(self.plan.original_layers)
 
 
 def open_pack(folder: Path) -> Pack:
@@ -122,17 +129,15 @@ def open_pack(folder: Path) -> Pack:
         raise CheckpointError(f"{folder} is not a pack, it has no {PACK_NAME}: make one with llamapro extract")
     if path is None:
         raise CheckpointError(f"{folder} lacks the file {BLOCKS_FILE}: copy the whole pack")
-    shape = model_shape(record.config)
-    record.manifest.check_fits(shape, where=folder / PACK_NAME)
     state, entries = state_of(path), read_header(path)
     dtype = SAFETENSORS_DTYPES[record.manifest.dtype]
-    expected = block_tensors(shape, record.manifest.plan)
+    expected = block_tensors(record.model.shape, record.manifest.plan)
     if {name: (entry.dtype, entry.shape) for name, entry in entries.items()} != {
         name: (dtype, size) for name, size in expected.items()
     } or record.block_hashes.keys() != expected.keys():
         raise CheckpointError(f"{path} does not hold the tensors that {PACK_NAME} describes: extract the pack again")
     tensors = {name: whole(size, path, entries[name].offset) for name, size in expected.items()}
-    return Pack(folder, record, shape, tensors, {path: state})
+    return Pack(folder, record, tensors, {path: state})
 
 
 def block_tensors(shape: ModelShape, plan: ExpansionPlan) -> dict[str, Shape]:

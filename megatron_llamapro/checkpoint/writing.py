@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from megatron_llamapro.checkpoint.tensors.layout import TargetLayout
-from megatron_llamapro.checkpoint.tensors.streaming import Progress, nothing
+from megatron_llamapro.checkpoint.tensors.streaming import FileState, Progress, nothing
 from megatron_llamapro.checkpoint.tensors.transfer import Journal, TensorJob, are_complete, default_workers
 from megatron_llamapro.config.drafts import clear
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.config.values import decimal_size
 
 JOURNAL = ".llamapro-journal.jsonl"
+
+
+class _Stored(Protocol):
+    """What lies in files of a folder, or of several: a checkpoint, or a pack."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def states(self) -> Mapping[Path, FileState]: ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,12 @@ class Options:
 
 
 DEFAULTS = Options()
+
+
+def folders_of(*checkpoints: _Stored) -> tuple[Path, ...]:
+    """Return the folders of opened checkpoints, and those of their tensors' files. No target may overlap with them."""
+    folders = (folder for each in checkpoints for folder in (each.folder, *(path.parent for path in each.states)))
+    return tuple(dict.fromkeys(folders))
 
 
 def open_journal(draft: Path, fingerprint: str, layout: TargetLayout) -> Journal:

@@ -63,7 +63,7 @@ class Manifest:
     hashed_as: str | None = None
     """`hash_dtype` if it is not `dtype`: the weights were cast after they were hashed."""
     averaged: tuple[AveragedCheckpoint, ...] = ()
-    """The checkpoints that it is the mean of, if it is a mean."""
+    """The checkpoints that it, or the model that it was trained from, is the mean of."""
     packs: tuple[ComposedPack, ...] = ()
     """The packs that rounds of blocks came from."""
     dial: DialRecord | None = None

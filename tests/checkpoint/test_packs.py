@@ -21,6 +21,7 @@ from megatron_llamapro.checkpoint.convert import TORCH_DIST, expand_hf, hf_to_me
 from megatron_llamapro.checkpoint.extract import extract
 from megatron_llamapro.checkpoint.inspection import inspect
 from megatron_llamapro.checkpoint.proof.verify import verify
+from megatron_llamapro.checkpoint.writing import Options
 from megatron_llamapro.config.errors import CheckpointError, ConfigError
 from megatron_llamapro.expansion.manifest import Manifest
 from megatron_llamapro.expansion.round import Expansion, Init
@@ -214,6 +215,8 @@ def test_a_composed_model_converts_trains_and_grows_as_any_other(
     packs = [ScaledPack(extract(run, tmp_path / f"pack {name}").target, 0.5) for name, run in runs.items()]
     compose(base, tmp_path / "hf", packs=packs)
     compose(base, tmp_path / "megatron", packs=packs, kind=TORCH_DIST)
+    compose(models().original_megatron, tmp_path / "of megatron", packs=packs)
+    assert same_tensors(tmp_path / "of megatron", tmp_path / "hf")
     hf_to_megatron(tmp_path / "hf", tmp_path / "converted")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (
@@ -266,6 +269,49 @@ def test_a_pack_trained_in_another_type_than_its_base(tiny_llama: Tiny, tmp_path
     hf_to_megatron(tmp_path / "export", tmp_path / "cast twice", dtype="float16")
     with pytest.raises(CheckpointError, match="was cast from bfloat16 to float16, so its hashes do not show"):
         extract(tmp_path / "cast twice", tmp_path / "no")
+
+
+def test_an_interrupted_composition_resumes_only_with_the_same_scales(
+    tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_llama()
+    pack = extract(trained(base, tmp_path / "run", 2, 5), tmp_path / "pack").target
+
+    def interrupt(scale: float) -> None:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("megatron_llamapro.config.drafts.sync_tree", _interrupt)
+            compose(base, tmp_path / "it", packs=[ScaledPack(pack, scale)])
+
+    def resume(scale: float) -> tuple[int, bytes]:
+        done = compose(base, tmp_path / "it", packs=[ScaledPack(pack, scale)], options=Options(resume=True))
+        return done.num_resumed_bytes, (tmp_path / "it" / "model.safetensors").read_bytes()
+
+    interrupt(0.5)
+    resumed_bytes, half = resume(0.5)
+    assert resumed_bytes == sum(tensor.nbytes for tensor in load_file(tmp_path / "it" / "model.safetensors").values())
+    shutil.rmtree(tmp_path / "it")
+    interrupt(0.75)
+    assert resume(0.5) == (0, half)
+
+
+def test_an_interrupted_extraction_leaves_nothing_and_resumes(
+    tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, pack = trained(tiny_llama(), tmp_path / "run", 2, 5), tmp_path / "pack"
+    expected = extract(run, tmp_path / "expected").target
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("megatron_llamapro.config.drafts.sync_tree", _interrupt)
+        extract(run, pack)
+    assert not pack.exists()
+    extract(run, pack, options=Options(resume=True))
+    assert {path.name: path.read_bytes() for path in pack.iterdir()} == {
+        path.name: path.read_bytes() for path in expected.iterdir()
+    }
+    assert not (tmp_path / ".pack.partial").exists()
+
+
+def _interrupt(folder: Path) -> None:
+    raise KeyboardInterrupt
 
 
 def test_what_is_no_pack_cannot_be_extracted(tiny_llama: Tiny, tmp_path: Path) -> None:
@@ -330,6 +376,9 @@ def test_packs_that_cannot_be_put_together_are_refused(tiny_llama: Tiny, tmp_pat
         "lacking": lambda folder: (folder / "added_blocks.safetensors").unlink(),
         "hash": lambda folder: _edit(folder, hash="0" * 64),
         "config": lambda folder: _edit(folder, config={**config_of(tmp_path / "run"), "num_hidden_layers": 7}),
+        "model": lambda folder: _edit(folder, config={"model_type": "gpt2"}),
+        "list": lambda folder: _edit(folder, config=[1]),
+        "tensors": lambda folder: save_file({"a": torch.ones(1)}, folder / "added_blocks.safetensors"),
         "json": lambda folder: (folder / "llamapro_pack.json").write_text("{"),
         "newer": lambda folder: _edit(folder, format_version=2),
     }.items():
@@ -343,6 +392,9 @@ def test_packs_that_cannot_be_put_together_are_refused(tiny_llama: Tiny, tmp_pat
         (damaged["lacking"],): r"lacks the file added_blocks.safetensors: copy the whole pack",
         (damaged["hash"],): r"llamapro_pack.json is damaged .*its hashes do not match",
         (damaged["config"],): "its manifest has 6 layers, but its config.json has 7",
+        (damaged["model"],): r"llamapro_pack.json: model_type 'gpt2' is not supported",
+        (damaged["list"],): r"llamapro_pack.json is damaged",
+        (damaged["tensors"],): r"does not hold the tensors that llamapro_pack.json describes: extract the pack again",
         (damaged["json"],): r"llamapro_pack.json is damaged",
         (damaged["newer"],): "has format 2, this version reads 1",
     }

@@ -47,6 +47,13 @@ REFUSED = {
     LLAMAPRO + "average --checkpoint {model} --target x": "a mean needs two checkpoints or more",
     LLAMAPRO
     + "average --checkpoint x y --target z --format torch_dist --max_shard_size 1GB": "is for --format hugging_face",
+    LLAMAPRO + "extract --source nowhere --target x": "nowhere is not a folder",
+    LLAMAPRO + "extract --source {model} --target x": "has no llamapro.json to say which blocks were added",
+    LLAMAPRO + "compose --base nowhere --target x": "nowhere is not a folder",
+    LLAMAPRO + "compose --base {model} --pack nowhere --target x": "nowhere is not a pack",
+    LLAMAPRO + "compose --base {model} --pack a b --scale 1 --target x": "--scale has 1 values for 2 packs",
+    LLAMAPRO + "compose --base {model} --pack a --scale 3 --target x": "the scale of a is 3: it must be from 0",
+    LLAMAPRO + "compose --base {model} --pack a --scale nan --target x": "it must be finite",
     LLAMAPRO + "dry-run --config {run} --world_size 1 --model.checkpoint nowhere": "nowhere does not exist",
     LLAMAPRO + "dry-run --config {run} --world_size 3": "is not a multiple of",
     LLAMAPRO + "plan-parallelism --config {run} --world_size 1 --model.checkpoint nowhere": "nowhere does not exist",
