@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the same names as in the table, for type checkers and edito
     from megatron_llamapro.families.hf_config import read_hf_model
     from megatron_llamapro.model.freeze import freeze
     from megatron_llamapro.model.lora import add_adapters
+    from megatron_llamapro.model.penalty import penalise_added_blocks, penalty_arguments
     from megatron_llamapro.model.skip_frozen import skip_frozen_work
     from megatron_llamapro.optimizer.param_groups import param_group_overrides
     from megatron_llamapro.runtime.cpu import install as allow_cpu
@@ -48,6 +49,8 @@ _PUBLIC = {
     "freeze": "model.freeze",
     "skip_frozen_work": "model.skip_frozen",
     "schedule_arguments": "training.communication:communication",
+    "penalise_added_blocks": "model.penalty",
+    "penalty_arguments": "model.penalty",
     "ParamGroupRule": "config.schema",
     "param_group_overrides": "optimizer.param_groups",
     "LoraConfig": "config.schema",
@@ -75,6 +78,8 @@ __all__ = [
     "megatron_to_hf",
     "megatron_to_megatron",
     "param_group_overrides",
+    "penalise_added_blocks",
+    "penalty_arguments",
     "read_hf_model",
     "schedule_arguments",
     "skip_frozen_work",

@@ -35,6 +35,7 @@ COMMANDS = {
     "extract": Command("commands.extract", "write the added blocks of a run as a pack"),
     "compose": Command("commands.compose", "put packs of added blocks into the model that they were made for"),
     "train-tokenizer": Command("commands.train_tokenizer", "train a sentencepiece tokenizer on text"),
+    "generate-text": Command("commands.generate_text", "sample documents from a model, to replay them"),
     "preprocess": Command(
         "commands.preprocess", "convert jsonl documents or conversations to token files (.bin, .idx)"
     ),
@@ -45,6 +46,8 @@ COMMANDS = {
     "dry-run": Command("commands.dry_run", "show what each rank of a job would hold, execute and send, without a GPU"),
     "train": Command("pretrain", "train in one process; for several: torchrun -m megatron_llamapro.pretrain"),
     "launch": Command("commands.launch", "print or submit the SLURM job that trains a run to its end"),
+    "evaluate": Command("commands.evaluate", "evaluate checkpoints on held-out sets, side by side"),
+    "sweep": Command("commands.sweep", "evaluate a checkpoint along its dial, and choose a scale"),
     "plot": Command("commands.plot", "plot the metrics of runs: losses, gradient norm, learning rate, speed"),
 }
 

@@ -60,20 +60,10 @@ def _read(arguments: Sequence[str] | None, stop: StopRequest) -> tuple[RunConfig
 
 
 def _run(config: RunConfig, start: Start | None, stop: StopRequest) -> None:
-    from megatron_llamapro.runtime import cpu
-    from megatron_llamapro.runtime.distributed import start_world, stop_world
-    from megatron_llamapro.runtime.upstream import import_megatron
+    from megatron_llamapro.runtime.world import running_world
 
-    import_megatron()
-    cpu.install()
-    start_world(timeout_minutes=config.parallel.distributed_timeout_minutes)
-    try:
+    with running_world(timeout_minutes=config.parallel.distributed_timeout_minutes):
         _train(config, start, stop)
-    except LlamaProError as raised:
-        if raised.on_all_ranks:  # otherwise the others are in a collective, and stop_world would wait for them
-            stop_world()
-        raise
-    stop_world()
 
 
 def _train(config: RunConfig, start: Start | None, stop: StopRequest) -> None:

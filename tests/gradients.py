@@ -9,9 +9,10 @@ All ranks of all layouts train on the same batch, so losses, norms and gathered 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -51,6 +52,7 @@ def load_chunks(
     lora: LoraConfig = NO_ADAPTERS,
     after_loading: Callable[[list], None] = lambda chunks: None,
     skip: bool = True,
+    penalty_weight: float = 0.0,
 ):
     """Load this rank's chunks of a Megatron checkpoint and freeze all but `trainable`.
 
@@ -63,6 +65,7 @@ def load_chunks(
     from megatron_llamapro.model.build import build_model
     from megatron_llamapro.model.freeze import freeze
     from megatron_llamapro.model.lora import add_adapters
+    from megatron_llamapro.model.penalty import penalise_added_blocks
     from megatron_llamapro.model.skip_frozen import skip_frozen_work
     from megatron_llamapro.runtime.distributed import start_model_parallel
     from megatron_llamapro.training.checkpoints.state import load_model
@@ -80,6 +83,8 @@ def load_chunks(
         freeze(chunks, plan, trainable, tie_word_embeddings=shape.tie_word_embeddings)
         if skip:
             skip_frozen_work(chunks, first_trainable_layer(trainable, plan, lora=lora))
+        if penalty_weight:
+            penalise_added_blocks(chunks, plan, weight=penalty_weight)
     return layout, shape, chunks
 
 
@@ -90,15 +95,19 @@ def gradients_worker(
     trainable: tuple[str, ...] = ("added_blocks",),
     *,
     observe: Callable[[list], AbstractContextManager] = nullcontext,
+    fields: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    sums_seen: list | None = None,
     **options: object,
 ):
     """Take steps and return (loss, gradient norm, this rank's gradient pieces) of each.
 
     `observe` makes a context manager from the chunks; it surrounds the forward and backward passes of each step.
+    `fields` replace or add fields of the batch. `sums_seen` gets the `LossSum` of each step.
     `options` are those of `load_chunks`.
     """
     from megatron.core import parallel_state
 
+    from megatron_llamapro.model.penalty import penalties_of
     from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler
     from megatron_llamapro.testing.gather import gradient_pieces
     from megatron_llamapro.training.machine import connect, wrapped
@@ -118,13 +127,15 @@ def gradients_worker(
         with observe(models):
             sums = run_microbatches(
                 chunks,
-                [micro_batches(layout) for _ in chunks],
+                [micro_batches(layout, fields) for _ in chunks],
                 num_microbatches=BATCH // layout.data_size,
                 micro_batch_size=1,
                 seq_length=SEQ_LENGTH,
                 forward_only=False,
             )
-        loss = reduce_loss(sums, layout=layout).loss
+        loss = reduce_loss(sums, layout=layout, penalties=penalties_of(models))
+        if sums_seen is not None:
+            sums_seen.append(loss)
         # A copy, because gathering replaces the gradients that the optimizer clips.
         saved = [buffer.grad_data.clone() for chunk in chunks for buffer in chunk.buffers]
         pieces = gradient_pieces(chunks, data_group=parallel_state.get_data_parallel_group())
@@ -132,12 +143,12 @@ def gradients_worker(
             buffer.grad_data.copy_(data)
         _, norm, _ = optimizer.step()
         scheduler.step(1)
-        steps.append((loss, norm, pieces))
+        steps.append((loss.loss, norm, pieces))
     return steps
 
 
-def micro_batches(layout):
-    """Yield this data-parallel rank's micro-batches of `batch`, one sample each."""
+def micro_batches(layout, fields: Mapping[str, torch.Tensor] = MappingProxyType({})):
+    """Yield this data-parallel rank's micro-batches of `batch`, one sample each, with the rows of `fields`."""
     tokens, labels = batch()
     for number in range(BATCH // layout.data_size):
         row = slice(number * layout.data_size + layout.data_rank, number * layout.data_size + layout.data_rank + 1)
@@ -146,4 +157,5 @@ def micro_batches(layout):
             "labels": labels[row],
             "loss_mask": torch.ones(1, SEQ_LENGTH),
             "position_ids": torch.arange(SEQ_LENGTH)[None],
+            **{name: values[row] for name, values in fields.items()},
         }

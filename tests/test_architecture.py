@@ -27,9 +27,10 @@ ROOMS = {
     "data": "config runtime",
     "optimizer": "config runtime model",
     "training": "config runtime families expansion checkpoint model planning data optimizer",
+    "evaluation": "config runtime families checkpoint model data training",
     "dry_run": "config runtime checkpoint model planning training",
     "pretrain": "config runtime checkpoint training",
-    "commands": "config runtime launch families expansion checkpoint planning data training dry_run",
+    "commands": "config runtime launch families expansion checkpoint planning data training evaluation dry_run",
     "testing": "config runtime families checkpoint training",
     "__main__": "config",  # and, by its table of names, the chosen command
 }
@@ -51,9 +52,14 @@ WITHOUT_TORCH = (
     "__main__",
 )
 WITHOUT_TORCH_TOO = (
+    "data.generate",
     "data.preprocess",
+    "data.token_files",
     "data.tokenizer",
     "data.train_tokenizer",
+    "evaluation.job",
+    "evaluation.picture",
+    "evaluation.results",
     "runtime.changes",
     "runtime.console",
     "runtime.launched",

@@ -68,6 +68,8 @@ class Result:
     num_trainable: int
     saves: list
     skips: list
+    penalties: list
+    """Of every step's record; None if it has none."""
 
 
 def train(config: RunConfig, sigterm_at: int | None = None) -> Result:
@@ -98,6 +100,7 @@ def train(config: RunConfig, sigterm_at: int | None = None) -> Result:
         num_trainable=run.machine.report.num_trainable,
         saves=writer.saves(),
         skips=writer.skips(),
+        penalties=[record.get("penalty") for record in writer.records if record["kind"] == "train"],
     )
 
 

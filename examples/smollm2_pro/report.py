@@ -15,6 +15,9 @@ from megatron_llamapro.training.metrics_file import figure, read_records
 
 METHODS = {"llamapro": "LLaMA Pro (added blocks)", "all_weights": "all weights"}
 DOMAINS = {"cpp": "C++ (new)", "english": "English (known)", "python": "Python (known)"}
+KNOWN = ("english", "python")
+COLOURS = {"llamapro": "#0072B2", "all_weights": "#D55E00"}  # distinct for colour-blind readers
+MARKS = {"llamapro": "o-", "all_weights": "s--"}
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -33,8 +36,8 @@ def curves(records: list[dict]) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def figures(records: list[dict]) -> dict[str, object]:
-    """Return the results of one method."""
+def figures(records: list[dict], sweep: dict) -> dict[str, object]:
+    """Return the results of one method: of its run, and of its sweep along the dial."""
     run = next(record for record in records if record["kind"] == "run")
     speeds = [record["tokens_per_second"] for record in records if record["kind"] == "train"]
     lines = curves(records)
@@ -45,6 +48,12 @@ def figures(records: list[dict]) -> dict[str, object]:
         "tokens_per_second_median": statistics.median(speeds),
         "held_out_loss": {domain: {"before": line[0][1], "after": line[-1][1]} for domain, line in lines.items()},
         "curves": lines,
+        "dial": [
+            {"scale": entry["scale"], **{domain: entry["losses"][domain]["loss"] for domain in DOMAINS}}
+            for entry in sweep["scales"]
+        ],
+        "gain_at_no_loss": sweep["gain_at_no_loss"],
+        "choice": sweep["choice"],
     }
 
 
@@ -59,7 +68,7 @@ def identity_error(run_dir: Path) -> float:
 
     original = run_dir / "smollm2"
     with tempfile.TemporaryDirectory(dir=run_dir) as folder:
-        megatron_to_hf(run_dir / "megatron-36", Path(folder) / "expanded")
+        megatron_to_hf(run_dir / "megatron-45", Path(folder) / "expanded")
         ids = AutoTokenizer.from_pretrained(original)("The capital of France is Paris.", return_tensors="pt").input_ids
         logits = []
         for path in (original, Path(folder) / "expanded"):
@@ -70,27 +79,48 @@ def identity_error(run_dir: Path) -> float:
 
 
 def draw(results: dict[str, dict], path: Path, *, steps: int) -> None:
-    """Draw one panel per domain: held-out loss over steps for both methods."""
+    """Draw both methods: above, each domain's held-out loss over the steps; below, along the dial, C++ against each
+    known domain."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = {"llamapro": "#0072B2", "all_weights": "#D55E00"}  # distinct for colour-blind readers
-    marks = {"llamapro": "o-", "all_weights": "s--"}
-    figure, axes = pyplot.subplots(1, len(DOMAINS), figsize=(11, 3.6), layout="constrained")
-    for axis, (domain, title) in zip(axes, DOMAINS.items(), strict=True):
+    figure = pyplot.figure(figsize=(11, 7.2), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    for axis, (domain, title) in zip(above.subplots(1, len(DOMAINS)), DOMAINS.items(), strict=True):
         for method, label in METHODS.items():
             points = results[method]["curves"][domain]
-            axis.plot(*zip(*points, strict=True), marks[method], color=colours[method], label=label, markersize=5)
+            axis.plot(*zip(*points, strict=True), MARKS[method], color=COLOURS[method], label=label, markersize=5)
         axis.axhline(results["llamapro"]["curves"][domain][0][1], color="0.6", linewidth=0.8, linestyle=":")
         axis.set(title=title, xlabel="step")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="0.92")
-    axes[0].set_ylabel("held-out loss, nats per token")
-    axes[0].legend(frameon=False)
+        _tidy(axis)
+    above.axes[0].set_ylabel("held-out loss, nats per token")
+    above.axes[0].legend(frameon=False)
+    for axis, known in zip(below.subplots(1, len(KNOWN), sharey=True), KNOWN, strict=True):
+        for method in METHODS:
+            _draw_dial(axis, results[method]["dial"], known, MARKS[method], COLOURS[method])
+        axis.axvline(0, color="0.6", linewidth=0.8, linestyle=":")
+        axis.set(xlabel=f"change of {DOMAINS[known]}, nats per token")
+        _tidy(axis)
+    below.axes[0].set_ylabel("gain in C++, nats per token")
+    below.suptitle("along the dial, from the original (0) to what was trained (1)", fontsize="medium")
     figure.suptitle(f"SmolLM2-135M post-pretrained on C++ for {steps} steps of 1,024 tokens")
     figure.savefig(path, dpi=150)
+
+
+def _draw_dial(axis, dial: list[dict], known: str, mark: str, colour: str) -> None:
+    first = dial[0]
+    changes = [point[known] - first[known] for point in dial]
+    gains = [first["cpp"] - point["cpp"] for point in dial]
+    axis.plot(changes, gains, mark, color=colour, markersize=5)
+    for point, *place in zip(dial, changes, gains, strict=True):
+        axis.annotate(f"{point['scale']:g}", place, textcoords="offset points", xytext=(6, -3), fontsize="x-small")
+
+
+def _tidy(axis) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(color="0.92")
 
 
 def show(report: dict) -> None:
@@ -113,6 +143,8 @@ def show(report: dict) -> None:
         ("tokens/s, median", "tokens_per_second_median", "{:,.0f}"),
     ):
         table.add_row(name, *(form.format(methods[method][key]) for method in METHODS))
+    table.add_row("C++ gained at no loss", *(f"{methods[method]['gain_at_no_loss']:.3f}" for method in METHODS))
+    table.add_row("scale of the dial to choose", *(f"{methods[method]['choice']['scale']:g}" for method in METHODS))
     console.print(table)
     print(f"identity error before training (largest difference of a logit): {report['identity_error']}")
     print("original weights after training:")
@@ -132,7 +164,12 @@ def main() -> int:
     parser.add_argument("--steps", type=int, required=True, metavar="N", help="length of the run to report")
     args = parser.parse_args()
     out = args.run_dir / f"{args.steps}-steps"
-    results = {method: figures(read_metrics(out / method / "metrics.jsonl")) for method in METHODS}
+    results = {
+        method: figures(
+            read_metrics(out / method / "metrics.jsonl"), json.loads((out / f"{method}.sweep.json").read_text())
+        )
+        for method in METHODS
+    }
     before, after = (json.loads((out / f"{name}.sample.json").read_text()) for name in ("smollm2", "llamapro"))
     report = {
         "steps": args.steps,

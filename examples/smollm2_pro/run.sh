@@ -42,29 +42,36 @@ for part in cpp.train english.held_out python.held_out cpp.held_out; do
     --tokenizer $RUN/smollm2 --output_prefix $RUN/data/$part --num_workers 2
 done
 
-echo "# 3. Convert to Megatron: 30 blocks with 6 identity blocks added; for the control, without them"
-step $RUN/megatron-36 llamapro convert hf-to-megatron \
-  --source $RUN/smollm2 --target $RUN/megatron-36 --num_added_blocks 6
+echo "# 3. Convert to Megatron: 30 blocks with 15 identity blocks added; for the control, without them"
+step $RUN/megatron-45 llamapro convert hf-to-megatron \
+  --source $RUN/smollm2 --target $RUN/megatron-45 --num_added_blocks 15
 step $RUN/verify-before.txt tee_to $RUN/verify-before.txt llamapro verify \
-  --original $RUN/smollm2 --expanded $RUN/megatron-36 --trained nothing
+  --original $RUN/smollm2 --expanded $RUN/megatron-45 --trained nothing
 step $RUN/megatron-30 llamapro convert hf-to-megatron \
   --source $RUN/smollm2 --target $RUN/megatron-30
 
 echo "# 4. Post-pretrain on C++, $STEPS steps: only the added blocks; then, as a control, all weights of the original"
 for method in llamapro all_weights; do
-  step "$OUT/$method-hf/config.json" torchrun --nproc-per-node 2 -m megatron_llamapro.pretrain \
+  step "$OUT/$method.sweep.json" torchrun --nproc-per-node 2 -m megatron_llamapro.pretrain \
     --config "$HERE/$method.yaml" --training.train_iters "$STEPS" --checkpoint.save "$OUT/$method"
 done
 
-echo "# 5. Export to Hugging Face, and verify that no original weight moved"
+echo "# 5. Turn the dial of both: what C++ gains against what English and Python lose"
 for method in llamapro all_weights; do
-  step "$OUT/$method-hf" llamapro convert megatron-to-hf \
-    --source "$OUT/$method" --target "$OUT/$method-hf"
+  step "$OUT/$method.sweep.json" torchrun --nproc-per-node 2 -m megatron_llamapro sweep \
+    --checkpoint "$OUT/$method" --original $RUN/smollm2 --new cpp=$RUN/data/cpp.held_out \
+    --known english=$RUN/data/english.held_out python=$RUN/data/python.held_out \
+    --seq_length 256 --num_samples 8 --micro_batch_size 4 --output "$OUT/$method.sweep.json"
 done
-step "$OUT/verify.txt" tee_to "$OUT/verify.txt" llamapro verify \
-  --original $RUN/smollm2 --expanded "$OUT/llamapro-hf"
 
-echo "# 6. Report"
+echo "# 6. Export to Hugging Face at the scale that gains most at no loss, and verify that no original weight moved"
+SCALE=$(python -c "import json; print(json.load(open('$OUT/llamapro.sweep.json'))['choice']['scale'])")
+step "$OUT/llamapro-hf" llamapro convert megatron-to-hf \
+  --source "$OUT/llamapro" --target "$OUT/llamapro-hf" --added_block_scale "$SCALE"
+step "$OUT/verify.txt" tee_to "$OUT/verify.txt" llamapro verify \
+  --original $RUN/smollm2 --expanded "$OUT/llamapro-hf" --undialed "$OUT/llamapro"
+
+echo "# 7. Report"
 for model in "smollm2:$RUN/smollm2" "llamapro:$OUT/llamapro-hf"; do
   sample=$OUT/${model%%:*}.sample.json
   step "$sample" python $HERE/generate.py --model "${model#*:}" --output "$sample"

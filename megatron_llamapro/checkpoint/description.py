@@ -12,7 +12,7 @@ from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.expansion.manifest import MANIFEST_NAME, Manifest
 from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.expansion.round import Expansion
-from megatron_llamapro.expansion.trainable import check_lora, check_trainable, what_trains
+from megatron_llamapro.expansion.trainable import check_lora, check_trainable, trainable_layers, what_trains
 from megatron_llamapro.expansion.trainable_part import TrainablePart
 from megatron_llamapro.families.hf_config import model_shape, read_hf_config
 from megatron_llamapro.families.shape import ModelShape
@@ -30,6 +30,11 @@ def check_fits(config: RunConfig, shape: ModelShape, plan: ExpansionPlan) -> Non
     )
     check_trainable(config.model.trainable, plan, tie_word_embeddings=shape.tie_word_embeddings, shape=shape)
     check_lora(config.lora, plan, shape)
+    trains = trainable_layers(config.model.trainable, plan, lora=config.lora)
+    if config.keep.penalty_weight and trains.isdisjoint(plan.added_layers):
+        raise ConfigError(
+            "keep.penalty_weight is set, but no added block trains: set it to 0, or add added_blocks to model.trainable"
+        )
     if config.data.seq_length > shape.max_position_embeddings:
         raise ConfigError(
             f"data.seq_length is {config.data.seq_length}, but the model supports at most "

@@ -28,6 +28,8 @@ TRAIN_PANELS = {
     "learning_rate": "learning rate",
     "tokens_per_second": "tokens per second",
 }
+# Fields that only some runs have.
+OPTIONAL_PANELS = {"penalty": "penalty on added blocks, before its weight"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -86,7 +88,8 @@ def _values(record: Mapping) -> dict[tuple[str, str], float]:
     if record["kind"] == "eval":
         return {(f"held-out {record['name']}", ""): figure(record, "loss")}
     if record["kind"] == "train":
-        return {(TRAIN_PANELS[name], ""): figure(record, name) for name in TRAIN_PANELS}
+        panels = {**TRAIN_PANELS, **{name: panel for name, panel in OPTIONAL_PANELS.items() if name in record}}
+        return {(panel, ""): figure(record, name) for name, panel in panels.items()}
     if record["kind"] == "block":
         return {(panel, f"block {record['layer']}"): figure(record, name) for name, panel in BLOCK_FIGURES.items()}
     return {}

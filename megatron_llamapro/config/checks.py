@@ -6,6 +6,7 @@ the model's shape. All run before anything is built or written.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -65,6 +66,7 @@ def check_run_config(config: RunConfig) -> None:
     check_ranges(config, {f"{section}.{name}": 0 for section, name in _NOT_NEGATIVE}, _AT_MOST)
     _check_optimizer(config)
     _check_data(config)
+    _check_keep(config)
     _check_parallel(config.parallel)
     _check_retention(config.checkpoint)
     _check_recompute(config.recompute)
@@ -125,6 +127,14 @@ def _check_data(config: RunConfig) -> None:
         check_samples(config)
     if config.training.eval_interval and not data.valid:
         raise ConfigError("training.eval_interval is set, but data.valid names no held-out set")
+
+
+def _check_keep(config: RunConfig) -> None:
+    keep = config.keep
+    if not (math.isfinite(keep.penalty_weight) and keep.penalty_weight >= 0):
+        raise ConfigError(f"keep.penalty_weight is {keep.penalty_weight}: it must be a number from 0 on, e.g. 3")
+    if keep.penalty_weight and keep.penalty_on == "known" and not any(entry.known for entry in config.data.train):
+        raise ConfigError("keep.penalty_on is known, but no source of data.train is: mark one with known: true")
 
 
 def check_samples(config: RunConfig, *, iteration: int = 0, consumed_samples: int = 0) -> None:
@@ -239,14 +249,7 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
         ConfigError: the ranks, the batch or the micro-batches cannot be divided evenly.
     """
     parallel, training = config.parallel, config.training
-    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if world_size % model_ranks:
-        raise ConfigError(
-            f"{world_size} ranks cannot be divided into replicas of {parallel.tensor_model_parallel_size} "
-            f"tensor-parallel x {parallel.pipeline_model_parallel_size} pipeline ranks: start a multiple of "
-            f"{model_ranks} processes"
-        )
-    replicas = world_size // model_ranks
+    replicas = count_replicas(parallel, world_size)
     micro_batches = count_microbatches(
         training.global_batch_size, micro_batch_size=training.micro_batch_size, data_parallel_size=replicas
     )
@@ -257,6 +260,18 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
             "change training.global_batch_size"
         )
     return replicas
+
+
+def count_replicas(parallel: ParallelConfig, world_size: int) -> int:
+    """Return the number of replicas that `world_size` ranks form, or raise `ConfigError` if one is incomplete."""
+    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if world_size % model_ranks:
+        raise ConfigError(
+            f"{world_size} rank{'s' * (world_size > 1)} cannot be divided into replicas of "
+            f"{parallel.tensor_model_parallel_size} tensor-parallel x {parallel.pipeline_model_parallel_size} pipeline "
+            f"ranks: start a multiple of {model_ranks} processes"
+        )
+    return world_size // model_ranks
 
 
 def check_model(

@@ -17,6 +17,7 @@ LRDecayStyle = Literal["cosine", "linear", "constant"]
 RecomputeGranularity = Literal["full", "selective"]
 RecomputeMethod = Literal["uniform", "block"]
 RecomputeModule = Literal["core_attn", "mlp", "moe"]
+PenaltyOn = Literal["all", "known"]
 TransformerImpl = Literal["auto", "local", "transformer_engine"]
 DataFormat = Literal["text", "chat"]
 CrossEntropy = Literal["chunked", "liger", "plain"]
@@ -157,6 +158,8 @@ class BlendEntry:
     """Path of a .bin/.idx pair without the suffix. llamapro preprocess or Megatron-LM writes such pairs."""
     weight: float = 1.0
     """Share of the samples from this source, relative to the other weights."""
+    known: bool = False
+    """Whether the original model knows such text already, so that the section keep treats it as text to keep."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,19 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class KeepConfig:
+    """Keeping what the original model knew. docs/keeping.md says what helps."""
+
+    penalty_weight: float = 0.0
+    """Weight of a penalty on what the added blocks add: the squared size of a block's contribution to the residual
+    stream relative to the stream, mean over tokens and blocks. It is added to the loss. 0: none."""
+    penalty_on: PenaltyOn = "all"
+    """Tokens that the penalty is computed on. all: every token that has a loss. known: only those from sources of
+    data.train marked known. The sum over them is still divided by the number of all tokens, so the share of these
+    sources is part of the weight."""
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Checkpoints: where, how often, and how many to keep."""
 
@@ -274,6 +290,7 @@ class RunConfig:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    keep: KeepConfig = field(default_factory=KeepConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

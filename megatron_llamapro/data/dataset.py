@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy
@@ -30,10 +30,13 @@ from megatron_llamapro.runtime.distributed import from_first_rank, raise_togethe
 
 
 class CheckedDataset(Dataset):
-    """Samples whose tokens are in the model's vocabulary. A token beyond it would read another weight or crash CUDA."""
+    """Samples whose tokens are in the model's vocabulary. A token beyond it would read another weight or crash CUDA.
 
-    def __init__(self, dataset: Dataset, *, name: str, vocab_size: int) -> None:
-        self.dataset, self.name, self.vocab_size = dataset, name, vocab_size
+    With `known`, which says of every source in the blend whether it is marked known, a sample has its source's mark.
+    """
+
+    def __init__(self, dataset: Dataset, *, name: str, vocab_size: int, known: Sequence[bool] = ()) -> None:
+        self.dataset, self.name, self.vocab_size, self.known = dataset, name, vocab_size, known
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -48,6 +51,8 @@ class CheckedDataset(Dataset):
                 f"{self.name} holds token {largest}, but the model's vocabulary has {self.vocab_size} tokens: the file "
                 "was made with another tokenizer; preprocess the text again"
             )
+        if self.known:  # a single source is not blended, and its samples have no number of their source
+            return {**sample, "known": torch.tensor(self.known[sample.get("dataset_id", 0)])}
         return sample
 
 
@@ -109,9 +114,11 @@ def build_train_dataset(
     vocab_size: int,
     cache_dir: Path,
     checked: Mapping[str, TokenFile] | None = None,
+    mark_known: bool = False,
 ) -> CheckedDataset:
     """Return the blended training set, with an order made for `num_samples`. All ranks call it; rank 0 builds the
-    indices. `checked` holds the pairs by prefix if they have been checked already.
+    indices. `checked` holds the pairs by prefix if they have been checked already. With `mark_known`, samples say
+    whether their source is marked known.
 
     If ranks may see different files, let them agree on `checked` first: an error on one rank alone leaves the others
     waiting.
@@ -145,7 +152,9 @@ def build_train_dataset(
         error = unreadable(folder, found)
     _agreed(error, folder)
     assert train is not None  # _agreed raised otherwise
-    return CheckedDataset(train, name=", ".join(entry.prefix for entry in data.train), vocab_size=vocab_size)
+    known = [entry.known for entry in data.train] if mark_known else ()
+    name = ", ".join(entry.prefix for entry in data.train)
+    return CheckedDataset(train, name=name, vocab_size=vocab_size, known=known)
 
 
 def _is_first_rank() -> bool:

@@ -34,6 +34,8 @@ class _Backend(Protocol):
 
     def token_id(self, token: str) -> int | None: ...
 
+    def token_bytes(self) -> list[int]: ...
+
 
 class Tokenizer:
     """Text to token ids and back.
@@ -77,6 +79,23 @@ class Tokenizer:
         """Return the text of `ids`."""
         return self._backend.decode(ids)
 
+    def token_bytes(self) -> list[int]:
+        """Return the number of UTF-8 bytes of text that each id stands for. Special tokens stand for none.
+
+        A sentencepiece tokenizer puts a space before every text, which counts too.
+        """
+        return self._backend.token_bytes()
+
+    @property
+    def bos(self) -> int | None:
+        """The id that starts a document, found as `eod` is by default, or None. Preprocessing does not write it."""
+        return next(iter(_special_ids(self._backend, self.path, "bos")), None)
+
+    @property
+    def all_ends(self) -> frozenset[int]:
+        """`eod`, and every end-of-sequence id that the files of the model beside the tokenizer name."""
+        return frozenset({self.eod, *_ids_of_the_model(self._backend, self.path, "eos")})
+
 
 class _JsonBackend:
     def __init__(self, path: Path) -> None:
@@ -106,6 +125,17 @@ class _JsonBackend:
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
+    def token_bytes(self) -> list[int]:
+        definition = json.loads(self._tokenizer.to_str())
+        steps = json.dumps([definition.get("pre_tokenizer"), definition.get("decoder")])
+        length = len if '"ByteLevel"' in steps else _piece_bytes  # each of its characters is a byte
+        sizes = [0] * self.vocab_size
+        for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            sizes[index] = length(token)
+        for added in definition["added_tokens"]:
+            sizes[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+        return sizes
+
 
 class _SentencePieceBackend:
     def __init__(self, path: Path) -> None:
@@ -118,7 +148,7 @@ class _SentencePieceBackend:
             reason = f"it is tiktoken's, as in Meta's original/: give the model's {JSON_NAME}" if is_tiktoken else error
             raise DataError(f"{path} is not a sentencepiece model: {reason}") from None
         self.vocab_size = self._processor.vocab_size()
-        self.eos_id = self._processor.eos_id()
+        self.special_ids = {"bos": self._processor.bos_id(), "eos": self._processor.eos_id()}
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -129,6 +159,19 @@ class _SentencePieceBackend:
     def token_id(self, token: str) -> int | None:
         found = self._processor.piece_to_id(token)
         return None if self._processor.id_to_piece(found) != token else found
+
+    def token_bytes(self) -> list[int]:
+        pieces = self._processor
+        is_text = [not (pieces.is_control(index) or pieces.is_unknown(index)) for index in range(self.vocab_size)]
+        return [_piece_bytes(pieces.id_to_piece(index)) if text else 0 for index, text in enumerate(is_text)]
+
+
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+
+
+def _piece_bytes(piece: str) -> int:
+    """Return the bytes of text of one of sentencepiece's pieces, which write a space as ▁."""
+    return 1 if _BYTE_PIECE.fullmatch(piece) else len(piece.replace("▁", " ").encode())
 
 
 def load_tokenizer(path: Path, *, eod_token: str | None = None) -> Tokenizer:
@@ -177,26 +220,38 @@ def _named_token(backend: _Backend, token: str, file: Path) -> int:
 
 
 def _end_of_sequence(backend: _Backend, file: Path) -> int:
-    """Return the end-of-sequence id: sentencepiece's own, or the one in the files beside tokenizer.json."""
-    if isinstance(backend, _SentencePieceBackend) and backend.eos_id >= 0:
-        return backend.eos_id
+    ids = _special_ids(backend, file, "eos")
+    if not ids:
+        raise DataError(
+            f"{file}: no end-of-sequence token is known (no eos_token in tokenizer_config.json beside it): name one "
+            "with --eod_token"
+        )
+    return ids[0]
+
+
+def _special_ids(backend: _Backend, file: Path, kind: str) -> list[int]:
+    """Return the ids that start ("bos") or end ("eos") a sequence, the first one first: sentencepiece's own, or those
+    in the files beside tokenizer.json."""
+    if isinstance(backend, _SentencePieceBackend) and backend.special_ids[kind] >= 0:
+        return [backend.special_ids[kind]]
     files = ["tokenizer_config.json", "special_tokens_map.json"]
     if "added_tokens_decoder" not in _json(file.with_name(files[0])):
         files.reverse()  # as in transformers: without that table, the older file wins
     for name in files:
-        token = _json(file.with_name(name)).get("eos_token")
+        token = _json(file.with_name(name)).get(f"{kind}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
-            return _named_token(backend, token, file)
+            return [_named_token(backend, token, file)]
+    return _ids_of_the_model(backend, file, kind)
+
+
+def _ids_of_the_model(backend: _Backend, file: Path, kind: str) -> list[int]:
     for name in ("generation_config.json", "config.json"):
-        ids = _json(file.with_name(name)).get("eos_token_id")
-        first = ids[0] if isinstance(ids, list) and ids else ids
-        if type(first) is int and 0 <= first < backend.vocab_size:
-            return first
-    raise DataError(
-        f"{file}: no end-of-sequence token is known (no eos_token in tokenizer_config.json beside it): name one with "
-        "--eod_token"
-    )
+        ids = _json(file.with_name(name)).get(f"{kind}_token_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        if ids and type(ids[0]) is int and 0 <= ids[0] < backend.vocab_size:
+            return [token for token in ids if type(token) is int and 0 <= token < backend.vocab_size]
+    return []
 
 
 def _json(path: Path) -> dict:

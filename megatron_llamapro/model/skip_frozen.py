@@ -91,14 +91,15 @@ def skip_frozen_work(chunks: Sequence[torch.nn.Module], first_trainable_layer: i
         if chunk.pre_process:
             below.append(chunk.embedding)
         for module in below:
-            _replace(module, "forward", torch.no_grad())
-        _replace(chunk, "set_input_tensor", _detached)
+            wrap_method(module, "forward", torch.no_grad())
+        wrap_method(chunk, "set_input_tensor", _detached)
         if chunk.config.recompute_granularity == "selective":
             for layer in chunk.decoder.layers[reach.num_layers_below :][:1]:
-                _replace(layer, "forward", _with_gradient)
+                wrap_method(layer, "forward", _with_gradient)
 
 
-def _replace(owner: torch.nn.Module, method: str, wrapper: Callable[[Callable], Callable]) -> None:
+def wrap_method(owner: torch.nn.Module, method: str, wrapper: Callable[[Callable], Callable]) -> None:
+    """Replace a method of one module by what `wrapper` makes of it."""
     setattr(owner, method, wrapper(getattr(owner, method)))
 
 

@@ -78,6 +78,15 @@ _MODEL = (
         until="Stays: upstream has forward-only layers only if multi-token prediction trains alone (#7021).",
     ),
     Change(
+        ours="model.penalty.penalise_added_blocks",
+        upstream="megatron.core.transformer.transformer_layer.TransformerLayer",
+        replaces={"forward": "a858d1d1"},
+        how=How.ATTRIBUTE,
+        why="Only with a penalty on added blocks: the backward pass of their layers adds its gradient. The weights of "
+        "the tokens reach them as context_mask, which nothing else uses in a model without cross-attention.",
+        until="Stays.",
+    ),
+    Change(
         ours="model.attention.RotaryTables",
         upstream="megatron.core.models.common.embeddings.rotary_pos_embedding.RotaryEmbedding",
         replaces={"forward": "a95f1a08"},

@@ -1,47 +1,90 @@
-"""Mean loss of each held-out set, by name. Every parallel layout evaluates the same samples in the same order."""
+"""The loss of each held-out set, by name. Every parallel layout evaluates the same samples in the same order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Dataset, default_collate
 
+from megatron_llamapro.data.conversations import Sample
 from megatron_llamapro.runtime.distributed import ParallelLayout
-from megatron_llamapro.training.machine import Machine
 from megatron_llamapro.training.step import Batch, LossSum, reduce_loss, run_microbatches
 
 
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """The loss of a held-out set."""
+
+    loss: float
+    """Mean loss per token, in nats; NaN if no token counts."""
+    num_tokens: int
+    num_bytes: int
+    """UTF-8 bytes of text that these tokens stand for."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The loss of a byte of text, in bits. Models with different tokenizers can be compared by it."""
+        return self.loss * self.num_tokens / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+
+
 def evaluate(
-    machine: Machine,
+    chunks: Sequence[torch.nn.Module],
     held_out: Mapping[str, Dataset],
     *,
-    num_samples: int,
+    layout: ParallelLayout,
+    num_samples: int | None,
     micro_batch_size: int,
     seq_length: int,
-) -> dict[str, LossSum]:
+    token_bytes: torch.Tensor,
+    progress: Callable[[int], object] = lambda num_samples: None,
+) -> dict[str, HeldOutLoss]:
     """Return the loss of every held-out set, over `num_samples` evenly spaced samples, or all if it has fewer. All
-    ranks call it."""
-    chunks, layout = machine.chunks, machine.layout
+    ranks call it.
+
+    `chunks` are this rank's chunks of the model, `token_bytes` the bytes of text that each token stands for
+    [vocabulary], and `progress` is called with the number of samples whose pass on this rank has started.
+    """
+    trained = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
     losses = {}
     with torch.no_grad():
         for name, dataset in held_out.items():
-            count = min(num_samples, len(dataset))
-            num_microbatches = _num_microbatches(count, micro_batch_size=micro_batch_size, layout=layout)
+            indices = _evenly_spaced(len(dataset), num_samples)
+            num_microbatches = _num_microbatches(len(indices), micro_batch_size=micro_batch_size, layout=layout)
+            passes = [_batches(dataset, indices, micro_batch_size, num_microbatches, layout) for _ in chunks]
+            passes[0] = _reported(passes[0], progress)
             sums = run_microbatches(
                 chunks,
-                [_batches(dataset, count, micro_batch_size, num_microbatches, layout) for _ in chunks],
+                passes,
                 num_microbatches=num_microbatches,
                 micro_batch_size=micro_batch_size,
                 seq_length=seq_length,
                 forward_only=True,
             )
-            losses[name] = reduce_loss(sums, layout=layout)
-    for chunk in chunks:
-        chunk.train()
+            losses[name] = _held_out_loss(
+                reduce_loss(sums, layout=layout), (dataset[index] for index in indices), token_bytes
+            )
+    for chunk, mode in zip(chunks, trained, strict=True):
+        chunk.train(mode)
     return losses
+
+
+def _evenly_spaced(available: int, wanted: int | None) -> list[int]:
+    count = available if wanted is None else min(wanted, available)
+    return [number * available // count for number in range(count)]
+
+
+def _held_out_loss(loss: LossSum, samples: Iterator[Sample], token_bytes: torch.Tensor) -> HeldOutLoss:
+    num_bytes = sum(int((token_bytes[sample["labels"]] * sample["loss_mask"]).sum()) for sample in samples)
+    return HeldOutLoss(loss.loss, loss.num_tokens, num_bytes)
 
 
 def _num_microbatches(count: int, *, micro_batch_size: int, layout: ParallelLayout) -> int:
@@ -52,15 +95,26 @@ def _num_microbatches(count: int, *, micro_batch_size: int, layout: ParallelLayo
 
 
 def _batches(
-    dataset: Dataset, count: int, micro_batch_size: int, num_microbatches: int, layout: ParallelLayout
+    dataset: Dataset,
+    indices: Sequence[int],
+    micro_batch_size: int,
+    num_microbatches: int,
+    layout: ParallelLayout,
 ) -> Iterator[Batch]:
     """Yield this replica's micro-batches. Places past the last sample hold sample 0 with its loss masked."""
     for number in range(num_microbatches):
         first = (number * layout.data_size + layout.data_rank) * micro_batch_size
         samples = []
-        for index in range(first, first + micro_batch_size):
-            sample = dict(dataset[index * len(dataset) // count if index < count else 0])
-            if index >= count:
+        for place in range(first, first + micro_batch_size):
+            is_past = place >= len(indices)
+            sample = dict(dataset[0 if is_past else indices[place]])
+            if is_past:
                 sample["loss_mask"] = torch.zeros_like(sample["loss_mask"])
             samples.append(sample)
         yield default_collate(samples)
+
+
+def _reported(batches: Iterator[Batch], progress: Callable[[int], object]) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch
+        progress(len(batch["tokens"]))

@@ -184,15 +184,18 @@ def _evaluate(run: Run, writers: Sequence[MetricsWriter]) -> None:
     if not (run.held_out and run.config.training.eval_interval):
         return
     losses = evaluate(
-        run.machine,
+        run.machine.chunks,
         run.held_out,
+        layout=run.layout,
+        token_bytes=run.token_bytes,
         num_samples=run.config.training.eval_samples,
         micro_batch_size=run.config.training.micro_batch_size,
         seq_length=run.config.data.seq_length,
     )
     for name, loss in losses.items():
         record = {"kind": "eval", "iteration": run.state.iteration, "name": name}
-        _write(writers, {**record, "loss": loss.loss, "tokens": loss.num_tokens})
+        figures = {"loss": loss.loss, "bits_per_byte": loss.bits_per_byte, "tokens": loss.num_tokens}
+        _write(writers, {**record, **figures})
 
 
 class StepTimer:
@@ -223,6 +226,7 @@ class StepTimer:
             "kind": "train",
             "iteration": run.state.iteration,
             "loss": result.loss.loss,
+            **({} if result.loss.penalty is None else {"penalty": result.loss.penalty}),
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
             "tokens_per_second": tokens,

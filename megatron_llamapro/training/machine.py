@@ -13,11 +13,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llamapro.config.schema import ParallelConfig, RunConfig
 from megatron_llamapro.expansion.plan import ExpansionPlan
-from megatron_llamapro.expansion.trainable import first_trainable_layer
+from megatron_llamapro.expansion.trainable import first_trainable_layer, trainable_layers
 from megatron_llamapro.families.shape import ModelShape
 from megatron_llamapro.model.build import LlamaModel, build_model
 from megatron_llamapro.model.freeze import StageReport, freeze
 from megatron_llamapro.model.lora import add_adapters
+from megatron_llamapro.model.penalty import penalise_added_blocks
 from megatron_llamapro.model.skip_frozen import skip_frozen_work
 from megatron_llamapro.optimizer.build import build_optimizer, build_scheduler
 from megatron_llamapro.optimizer.replicas import skip_collectives_of_one
@@ -41,7 +42,8 @@ def build_machine(
     """Build the machine on every rank of the started world. `load` fills the weights before the optimizer copies them.
 
     Raises:
-        ConfigError: model.trainable or a parameter-group rule matches nothing in this model.
+        ConfigError: model.trainable or a parameter-group rule matches nothing in this model, or keep.penalty_weight is
+            set and no added block trains.
     """
     layout = start_model_parallel(config.parallel, seed=config.training.seed)
     models = build_model(
@@ -55,6 +57,9 @@ def build_machine(
     add_adapters(models, plan, config.lora, seed=config.training.seed)
     report = freeze(models, plan, config.model.trainable)
     skip_frozen_work(models, first_trainable_layer(config.model.trainable, plan, lora=config.lora))
+    if config.keep.penalty_weight:
+        blocks = trainable_layers(config.model.trainable, plan, lora=config.lora) & set(plan.added_layers)
+        penalise_added_blocks(models, plan, weight=config.keep.penalty_weight, num_blocks=len(blocks))
     chunks = [wrapped(model, config.parallel) for model in models]
     optimizer = build_optimizer(chunks, config.optimizer, precision=config.training.precision)
     scheduler = build_scheduler(optimizer, config.optimizer, train_iters=config.training.train_iters)

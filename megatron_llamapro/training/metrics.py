@@ -77,8 +77,9 @@ class ConsoleWriter:
         )
 
     def _train_line(self, record: Record) -> str:
+        penalty = f"penalty {record['penalty']:.2e} │ " if "penalty" in record else ""
         return (
-            f"step {record['iteration']:>{self.width}}/{self.train_iters} │ loss {record['loss']:7.4f} │ "
+            f"step {record['iteration']:>{self.width}}/{self.train_iters} │ loss {record['loss']:7.4f} │ {penalty}"
             f"grad norm {record['grad_norm']:8.4f} │ lr {record['learning_rate']:.2e} │ "
             f"{record['tokens_per_second']:>9,.0f} tokens/s │ {record['tflops_per_second']:7.3f} TFLOP/s a rank │ "
             f"{record['memory_gib']:6.2f} GiB"

@@ -40,6 +40,8 @@ class Run:
     identity: RunIdentity
     train_set: CheckedDataset
     held_out: Mapping[str, Dataset]
+    token_bytes: torch.Tensor
+    """Bytes of text that each token stands for [vocabulary]; empty if no set is held out."""
     state: TrainingState
 
     @property
@@ -88,6 +90,7 @@ def set_up(config: RunConfig, *, read_by_rank_0: Start | None = None) -> Run:
         state=load_checkpoint(machine, resume_from) if resume_from else TrainingState(),
         train_set=_train_set(config, start, tokenizer),
         held_out=held_out,
+        token_bytes=torch.tensor(tokenizer.token_bytes() if held_out else [], device="cpu"),
     )
 
 
@@ -124,6 +127,7 @@ def _train_set(config: RunConfig, start: Start, tokenizer: Tokenizer) -> Checked
         vocab_size=start.shape.vocab_size,
         cache_dir=_cache_dir(config),
         checked=start.token_files,
+        mark_known=config.keep.penalty_weight > 0 and config.keep.penalty_on == "known",
     )
 
 

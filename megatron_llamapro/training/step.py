@@ -18,6 +18,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_llamapro.config.errors import DivergedError
+from megatron_llamapro.model.penalty import BlockPenalty, penalties_of, penalty_arguments
 from megatron_llamapro.optimizer.update import gradient_norm, update
 from megatron_llamapro.runtime.distributed import ParallelLayout, for_all_ranks
 from megatron_llamapro.training.checkpoints.state import Outcome, TrainingState
@@ -25,7 +26,7 @@ from megatron_llamapro.training.communication import communication
 from megatron_llamapro.training.machine import Machine
 
 Batch = dict[str, torch.Tensor]
-"""tokens, labels, loss_mask, position_ids: [b, s] each."""
+"""tokens, labels, loss_mask, position_ids: [b, s] each. known, if the penalty is on known sources only: [b]."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class LossSum:
     loss: float
     """Mean loss per token, in nats; NaN if no token counts."""
     num_tokens: int
+    penalty: float | None = None
+    """What the penalty on added blocks adds to the loss, divided by its weight; None if there is none."""
     stop_requested: bool = False
     """Whether any rank was asked to stop."""
 
@@ -72,6 +75,9 @@ def train_step(
     for chunk in machine.chunks:
         chunk.zero_grad_buffer()
     machine.optimizer.zero_grad()
+    penalties = penalties_of(machine.chunks)
+    for penalty in penalties:
+        penalty.restart()
     sums = run_microbatches(
         machine.chunks,
         batches,
@@ -82,7 +88,7 @@ def train_step(
     )
     if before_update is not None:
         before_update()
-    loss = reduce_loss(sums, layout=machine.layout, stop_requested=stop_requested())
+    loss = reduce_loss(sums, layout=machine.layout, penalties=penalties, stop_requested=stop_requested())
     grad_norm = gradient_norm(machine.optimizer)
     usable = math.isfinite(loss.loss) and math.isfinite(grad_norm) and grad_norm > 0
     if usable:
@@ -140,7 +146,10 @@ def _forward_step(batches: Iterator[Batch], chunk: torch.nn.Module):
     tokens, position_ids, labels, loss_mask = (
         batch[name].to(device, non_blocking=True) for name in ("tokens", "position_ids", "labels", "loss_mask")
     )
-    output = chunk(tokens, position_ids, None, labels=labels)
+    token_weights = loss_mask
+    if "known" in batch:
+        token_weights = loss_mask * batch["known"].to(device, non_blocking=True)[:, None]
+    output = chunk(tokens, position_ids, None, labels=labels, **penalty_arguments(chunk, token_weights))
     return output, partial(_sum_loss, loss_mask)
 
 
@@ -151,19 +160,34 @@ def _sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor):
     return total, num_tokens.to(torch.int), torch.stack([total.detach(), num_tokens]).double()
 
 
-def reduce_loss(sums: Sequence[torch.Tensor], *, layout: ParallelLayout, stop_requested: bool = False) -> LossSum:
-    """Return, on every rank, the loss over all micro-batches and replicas, and whether any rank was asked to stop.
+def reduce_loss(
+    sums: Sequence[torch.Tensor],
+    *,
+    layout: ParallelLayout,
+    penalties: Sequence[BlockPenalty] = (),
+    stop_requested: bool = False,
+) -> LossSum:
+    """Return, on every rank, the loss and the penalty over all micro-batches and replicas, and whether any rank was
+    asked to stop. `penalties` are those of this rank's chunks.
 
-    This takes one all-reduce of three numbers. Tensor-parallel ranks hold the same loss, so only the first adds it.
+    This takes one all-reduce of four numbers. Tensor-parallel ranks hold the same loss, so only the first adds it. The
+    same holds for the penalty without sequence parallelism.
     """
-    vector = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+    vector = torch.zeros(4, dtype=torch.float64, device=torch.cuda.current_device())
     if sums and layout.tensor_rank == 0:
         vector[:2] = torch.stack(list(sums)).sum(dim=0)
-    vector[2] = float(stop_requested)
+    for penalty in penalties:
+        if layout.tensor_rank == 0 or penalty.is_divided:
+            vector[2] += penalty.total / penalty.num_blocks
+    vector[3] = float(stop_requested)
     dist.all_reduce(vector)
-    total, num_tokens, stops = vector.tolist()
-    mean = total / num_tokens if num_tokens else math.nan
-    return LossSum(loss=mean, num_tokens=int(num_tokens), stop_requested=stops > 0)
+    total, num_tokens, penalised, stops = vector.tolist()
+    return LossSum(
+        loss=total / num_tokens if num_tokens else math.nan,
+        num_tokens=int(num_tokens),
+        penalty=(penalised / num_tokens if num_tokens else math.nan) if penalties else None,
+        stop_requested=stops > 0,
+    )
 
 
 def skip_record(result: StepResult, state: TrainingState) -> dict[str, object]:

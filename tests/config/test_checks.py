@@ -91,6 +91,13 @@ BAD_ENTRIES = (0, -1, 11, "3-11", "5-4", "a", "3-", "3..4", "1e2", True)
         ({"lora__rank": 0, "model__trainable": ("lora",)}, r"lora\.rank is 0: it must be at least 1"),
         ({"lora__rank": 4, "lora__alpha": 0.0, "model__trainable": ("lora",)}, r"lora\.alpha is 0\.0"),
         ({"lora__rank": 4, "lora__targets": (), "model__trainable": ("lora",)}, r"lora\.targets is empty"),
+        ({"keep__penalty_weight": -1.0}, r"keep\.penalty_weight is -1\.0: it must be a number from 0 on"),
+        ({"keep__penalty_weight": float("inf")}, r"keep\.penalty_weight is inf"),
+        ({"keep__penalty_weight": float("nan")}, r"keep\.penalty_weight is nan"),
+        (
+            {"keep__penalty_weight": 1.0, "keep__penalty_on": "known"},
+            r"no source of data\.train is: mark one with known: true",
+        ),
         ({"lora__rank": 4, "model__trainable": ("lora", "everything")}, "everything and lora: choose one of them"),
     ],
 )

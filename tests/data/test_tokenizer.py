@@ -39,6 +39,38 @@ def test_a_sentencepiece_model_encodes_and_decodes(sentencepiece_model: Path) ->
     assert not {0, 1, 2} & set(ids)
 
 
+@pytest.fixture(scope="module")
+def byte_level_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Llama 3's kind: a token is a string of bytes, which may be a part of a character."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["return the naïve value"] * 9, trainer)
+    folder = tmp_path_factory.mktemp("byte_level")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return folder
+
+
+TEXTS = ("if x:\n    return {'é': 7}", "two  spaces", "naïve 日本語 🙂", "\t\n\n")
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text(byte_level_tokenizer: Path, sentencepiece_model: Path) -> None:
+    """A sentencepiece tokenizer puts a space before a text, which is a byte more."""
+    for folder, num_more in ((byte_level_tokenizer, 0), (sentencepiece_model.parent, 1)):
+        tokenizer = load_tokenizer(folder)
+        sizes = tokenizer.token_bytes()
+        assert len(sizes) == tokenizer.vocab_size and sizes[tokenizer.eod] == 0
+        for text in TEXTS:
+            ids = tokenizer.encode(text)
+            assert tokenizer.decode(ids) == text
+            assert sum(sizes[index] for index in ids) == len(text.encode()) + num_more
+
+
 def test_training_is_repeatable(jsonl: Path, sentencepiece_model: Path, tmp_path: Path) -> None:
     again = train_tokenizer([jsonl], tmp_path, vocab_size=400)
     assert again.read_bytes() == sentencepiece_model.read_bytes()

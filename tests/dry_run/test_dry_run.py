@@ -15,7 +15,7 @@ from gradients import parallel
 from megatron_llamapro.checkpoint.description import describe_model
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.io import dump_yaml
-from megatron_llamapro.config.schema import LoraConfig, ParallelConfig, RecomputeConfig, RunConfig
+from megatron_llamapro.config.schema import KeepConfig, LoraConfig, ParallelConfig, RecomputeConfig, RunConfig
 from megatron_llamapro.dry_run.counting import Kind, Product
 from megatron_llamapro.testing.distributed import run_apart, run_distributed
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
@@ -164,6 +164,30 @@ def test_only_the_trainable_part_is_reduced(config: Callable) -> None:
     assert 4 * trainable <= reduced < 4 * trainable * 1.05
     assert report.held_bytes[Kind.GRADIENTS] == reduced
     assert report.held_bytes[Kind.MOMENTS] < 8 * trainable / 15
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_penalty_executes_no_products_and_keeps_at_most_an_activation(stages: int, config: Callable) -> None:
+    """Kept is the output of a stage that an added block ends, and the weight of each token in each added block."""
+    plain = config(parallel(pp=stages))
+    reports = [
+        run_apart(dry_worker, each, 2, None) for each in (plain, replace(plain, keep=KeepConfig(penalty_weight=3.0)))
+    ]
+    for without, with_it in zip(*reports, strict=True):
+        assert with_it.counts.flops == without.counts.flops
+        assert with_it.counts.sent_bytes == without.counts.sent_bytes
+        assert with_it.message_bytes == without.message_bytes
+        assert with_it.held_bytes == without.held_bytes
+        tokens, hidden_size = plain.data.seq_length, 64
+        weights = 4 * tokens * (2 if stages == 1 else 1)
+        output = 4 * tokens * hidden_size if without.stage < stages - 1 else 0
+        assert with_it.saved_bytes - without.saved_bytes <= weights + output
+
+
+def test_a_penalty_runs_dry_on_stages_without_added_blocks(config: Callable) -> None:
+    stages = parallel(pp=2, stage_layers=(2, 4))
+    reports = run_apart(dry_worker, replace(config(stages), keep=KeepConfig(penalty_weight=3.0)), 2, None)
+    assert [report.stage_report.trainable_layers for report in reports] == [(), (2, 5)]
 
 
 def test_no_gradient_goes_below_the_first_trainable_block(config: Callable, models: Callable, tmp_path: Path) -> None:

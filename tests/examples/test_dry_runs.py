@@ -59,7 +59,7 @@ def readme_yaml(folder: Path) -> Path:
 EXAMPLES = {
     "the README's": (readme_yaml, LLAMA_2_7B, 8, 16, 80),
     "smoke": (lambda _: ROOT / "examples/smoke/run.yaml", TINY, 2, 2, 1),
-    "demo": (lambda _: ROOT / "examples/smollm2_pro/llamapro.yaml", SMOLLM2_135M, 6, 2, 8),
+    "demo": (lambda _: ROOT / "examples/smollm2_pro/llamapro.yaml", SMOLLM2_135M, 15, 2, 8),
     "demo, all weights": (lambda _: ROOT / "examples/smollm2_pro/all_weights.yaml", SMOLLM2_135M, 0, 2, 8),
 }
 

@@ -27,6 +27,8 @@ SETATTR = {
     "optimizer.param_groups": "a mark on a parameter",
     "checkpoint.proof.transformers_model": "a module of transformers",
 }
+# Functions that wrap methods of modules with `wrap_method`.
+WRAPPING = ("model.skip_frozen.skip_frozen_work", "model.penalty.penalise_added_blocks")
 UPGRADE = (
     "\nAfter an upgrade, for every row of megatron_llamapro/runtime/changes.py: read its `until`, and upstream's code "
     "if its fingerprint changed. Remove the row and our code if they are no longer needed; adapt our code if it no "
@@ -100,10 +102,12 @@ def test_only_known_places_call_setattr() -> None:
 
 
 def test_methods_of_modules_are_wrapped_only_by_rows() -> None:
-    place = "model.skip_frozen"
-    calls = (call for name, call in nodes(ast.Call) if (name, ast.unparse(call.func)) == (place, "_replace"))
-    rows = [row for row in CHANGES if row.ours == f"{place}.skip_frozen_work"]
-    assert {call.args[1].value for call in calls} == {member for row in rows for member in row.replaces}, UNLISTED
+    wrapped = {
+        (place, call.args[1].value) for place, call in nodes(ast.Call) if ast.unparse(call.func) == "wrap_method"
+    }
+    rows = [row for row in CHANGES if row.ours in WRAPPING]
+    listed = {(row.ours.rpartition(".")[0], member) for row in rows for member in row.replaces}
+    assert wrapped == listed, UNLISTED
 
 
 def test_attributes_of_upstreams_modules_are_set_only_by_rows() -> None:

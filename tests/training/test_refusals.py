@@ -17,7 +17,7 @@ import workers
 from megatron_llamapro.checkpoint.convert import legacy, megatron_to_megatron
 from megatron_llamapro.checkpoint.formats.folders import latest_checkpoint
 from megatron_llamapro.config.io import dump_yaml
-from megatron_llamapro.config.schema import BlendEntry, ParallelConfig
+from megatron_llamapro.config.schema import BlendEntry, KeepConfig, ParallelConfig
 from megatron_llamapro.testing.distributed import run_distributed
 
 
@@ -61,6 +61,9 @@ def test_every_refusal_is_the_same_line_on_every_rank(
         ),
         "did you mean 'added_blocks'": with_model(base, trainable=("added_block",)),
         "has no added blocks": with_model(base, checkpoint=str(models().original_megatron)),
+        "no added block trains: set it to 0, or add added_blocks to model.trainable": dataclasses.replace(
+            with_model(base, trainable=("embedding",)), keep=KeepConfig(penalty_weight=1.0)
+        ),
         "needs a CUDA device": with_model(base, transformer_impl="transformer_engine"),
         "cannot be divided by parallel.tensor_model_parallel_size 4": dataclasses.replace(
             base, parallel=ParallelConfig(tensor_model_parallel_size=4)

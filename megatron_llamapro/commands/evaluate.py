@@ -1,0 +1,76 @@
+"""Evaluate checkpoints on held-out sets: loss, perplexity and bits per byte, side by side.
+
+llamapro evaluate --checkpoint llama-2-7b-hf runs/first --set cpp=data/cpp english=data/english
+
+Checkpoints may be Hugging Face's or Megatron's, full or delta, or the folder of a run. A set is a pair of token files.
+Several ranks: torchrun --nproc-per-node 8 -m megatron_llamapro evaluate … --tensor_model_parallel_size 2
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_llamapro.commands.evaluation_options import (
+    add_evaluation_options,
+    check_output,
+    job_of,
+    launched_world_size,
+    read_sets,
+)
+from megatron_llamapro.config.command import CommandParser, is_first_rank
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.files import write_atomically
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Evaluate every checkpoint, print the table, write the JSON."""
+    parser = CommandParser(prog="llamapro evaluate", description=__doc__)
+    parser.add_argument(
+        "--checkpoint", type=Path, nargs="+", required=True, metavar="DIR", help="checkpoints in any format, or runs"
+    )
+    parser.add_argument("--label", nargs="+", help="a name for each checkpoint (default: its folder's)")
+    parser.add_argument("--set", nargs="+", required=True, metavar="NAME=PREFIX", help="held-out sets: token files")
+    add_evaluation_options(parser)
+    args = parser.parse_args(arguments)
+    labels = args.label or [_label(path, args.checkpoint) for path in args.checkpoint]
+    if len(labels) != len(args.checkpoint):
+        parser.error(f"--label names {len(labels)} checkpoints, --checkpoint {len(args.checkpoint)}")
+    if len({*labels}) < len(labels):
+        raise ConfigError(f"checkpoints have the same name, {', '.join(labels)}: give each its own with --label")
+    check_output(args.output, overwrite=args.overwrite)
+    job = job_of(args, read_sets(args.set))
+
+    def read() -> tuple:
+        from megatron_llamapro.checkpoint.formats.open import open_checkpoint
+
+        opened = {label: open_checkpoint(path) for label, path in zip(labels, args.checkpoint, strict=True)}
+        return opened, job.check([*opened.values()], world_size=launched_world_size())
+
+    on_first_rank = read() if is_first_rank() else None
+
+    from megatron_llamapro.evaluation.results import losses_json, settings_json, table
+    from megatron_llamapro.runtime.distributed import ask_first_rank
+    from megatron_llamapro.runtime.world import running_world
+
+    with running_world():
+        from megatron_llamapro.evaluation.run import evaluate_each
+
+        checkpoints, token_files = ask_first_rank(lambda: on_first_rank)
+        losses = evaluate_each(checkpoints, job, token_files)
+        if is_first_rank():
+            print(table(losses), flush=True)
+            if args.output:
+                entries = [
+                    {"label": label, "folder": str(checkpoint.folder), "losses": losses_json(losses[label])}
+                    for label, checkpoint in checkpoints.items()
+                ]
+                content = {**settings_json(job, token_files), "checkpoints": entries}
+                write_atomically(args.output, json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+def _label(path: Path, paths: Sequence[Path]) -> str:
+    name = path.resolve().name
+    return name if sum(other.resolve().name == name for other in paths) == 1 else str(path)

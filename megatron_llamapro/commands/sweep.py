@@ -1,0 +1,135 @@
+"""Turn a trained checkpoint's dial: evaluate it at several scales, and name the one that gains most at no loss.
+
+llamapro sweep --checkpoint runs/first --new cpp=data/cpp --known english=data/english python=data/python
+
+At scale 0 the model is the original, at 1 it is the checkpoint. Of added blocks, the dial multiplies the output
+projections; of trained original weights, the change (then give --original). Export the chosen scale with
+`llamapro convert megatron-to-hf --added_block_scale`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_llamapro.commands.evaluation_options import (
+    add_evaluation_options,
+    check_output,
+    job_of,
+    launched_world_size,
+    read_sets,
+)
+from megatron_llamapro.config.command import CommandParser, is_first_rank
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.files import write_atomically
+
+DEFAULT_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+DEFAULT_TOLERANCE = 0.01
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Evaluate every scale, print the table and the choice, draw, write the JSON."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.tolerance < 0:
+        raise ConfigError(f"--tolerance is {args.tolerance:g}: it cannot be negative")
+    check_output(args.output, overwrite=args.overwrite)
+    check_output(args.picture, overwrite=args.overwrite)
+    new, known = read_sets(args.new, option="--new"), read_sets(args.known, option="--known")
+    if both := sorted({*new} & {*known}):
+        raise ConfigError(f"'{both[0]}' is in --new and in --known: a set is one or the other")
+    job = job_of(args, {**new, **known})
+    scales = sorted({*args.scales, *(() if args.reference else (0.0,))})
+
+    def read() -> tuple:
+        from megatron_llamapro.checkpoint.formats.open import open_checkpoint
+
+        checkpoint = open_checkpoint(args.checkpoint)
+        original = open_checkpoint(args.original) if args.original else None
+        return checkpoint, original, job.check([checkpoint], world_size=launched_world_size())
+
+    on_first_rank = read() if is_first_rank() else None
+
+    from megatron_llamapro.evaluation.picture import draw_curves
+    from megatron_llamapro.evaluation.results import Curve, Figures, losses_json, read_reference, settings_json
+    from megatron_llamapro.runtime.distributed import ask_first_rank
+    from megatron_llamapro.runtime.world import running_world
+
+    with running_world():
+        from megatron_llamapro.evaluation.run import sweep
+
+        checkpoint, original, token_files = ask_first_rank(lambda: on_first_rank)
+        settings = settings_json(job, token_files)
+        figures: dict[float, Figures] = {}
+        if args.reference:
+            figures[0.0] = ask_first_rank(lambda: read_reference(args.reference, settings))
+        for scale, losses in sweep(checkpoint, job, token_files, scales=scales, original=original):
+            figures[scale] = losses_json(losses)
+    if is_first_rank():
+        curve = Curve.of(figures, new=[*new], known=[*known])
+        print(curve.table())
+        print(curve.conclusion(args.tolerance))
+        if args.output:
+            content = {
+                **settings,
+                "checkpoint": str(checkpoint.folder),
+                **curve.to_json(figures, tolerance=args.tolerance),
+            }
+            write_atomically(args.output, json.dumps(content, indent=1) + "\n")
+        if args.picture:
+            draw_curves([{"": curve}], args.picture, tolerance=args.tolerance)
+    return 0
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="llamapro sweep", description=__doc__)
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="trained checkpoint in any format, or a run"
+    )
+    parser.add_argument(
+        "--original",
+        type=Path,
+        metavar="DIR",
+        help="the model before training, in any format; needed if original weights were trained",
+    )
+    parser.add_argument(
+        "--new", nargs="+", required=True, metavar="NAME=PREFIX", help="held-out sets of the new domain"
+    )
+    parser.add_argument(
+        "--known", nargs="+", required=True, metavar="NAME=PREFIX", help="held-out sets of what the model knew"
+    )
+    parser.add_argument(
+        "--scales",
+        type=_scales,
+        default=DEFAULT_SCALES,
+        metavar="0,0.5,1",
+        help=f"scales to evaluate (default: {','.join(f'{scale:g}' for scale in DEFAULT_SCALES)}); 0 always is",
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="FILE.json",
+        help="the original's losses on the same sets, from llamapro evaluate --output, instead of evaluating scale 0",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=DEFAULT_TOLERANCE,
+        metavar="NATS",
+        help=f"how much worse a known set may be, in nats per token (default: {DEFAULT_TOLERANCE})",
+    )
+    add_evaluation_options(parser)
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the new domain against each known set")
+    return parser
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    try:
+        scales = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        scales = ()
+    if not scales or not all(0 <= scale <= 2 for scale in scales):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of scales from 0 to 2, e.g. 0,0.5,1")
+    return scales

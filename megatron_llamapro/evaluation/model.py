@@ -1,0 +1,86 @@
+"""A checkpoint of any format as a model in memory, on all ranks, ready to be evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Dataset
+
+from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint
+from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles
+from megatron_llamapro.data.dataset import build_valid_datasets
+from megatron_llamapro.data.token_files import TokenFile
+from megatron_llamapro.data.tokenizer import load_tokenizer
+from megatron_llamapro.evaluation.job import EvaluationJob
+from megatron_llamapro.evaluation.weights import fill
+from megatron_llamapro.model.build import LlamaModel, build_model
+from megatron_llamapro.runtime.distributed import ParallelLayout, failing_together, start_model_parallel
+from megatron_llamapro.training.evaluation import HeldOutLoss, evaluate
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """This rank's part of a model, and the held-out sets."""
+
+    job: EvaluationJob
+    checkpoint: Checkpoint
+    layout: ParallelLayout
+    chunks: Sequence[LlamaModel]
+    held_out: Mapping[str, Dataset]
+    token_bytes: torch.Tensor
+    """Bytes of text that each token stands for [vocabulary]."""
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, job: EvaluationJob, token_files: Mapping[str, TokenFile]) -> EvaluatedModel:
+        """Build the model, load it, and open the sets. All ranks of the started world call it.
+
+        Raises:
+            LlamaProError: a file cannot be read; on all ranks.
+        """
+        config = job.config_of(checkpoint)
+        layout = start_model_parallel(config.parallel, seed=config.training.seed)
+        chunks = build_model(
+            checkpoint.shape,
+            model=config.model,
+            parallel=config.parallel,
+            precision=job.precision_of(checkpoint),
+        )
+        with failing_together(f"{checkpoint.folder} cannot be evaluated"):
+            tokenizer = load_tokenizer(job.tokenizer_of(checkpoint))
+            held_out = build_valid_datasets(
+                config.data, vocab_size=checkpoint.shape.vocab_size, eod=tokenizer.eod, checked=token_files
+            )
+            token_bytes = torch.tensor(tokenizer.token_bytes(), device="cpu")
+        model = cls(job, checkpoint, layout, chunks, held_out, token_bytes)
+        model.read_weights(checkpoint)
+        return model
+
+    def read_weights(self, checkpoint: Checkpoint, only: Collection[str] | None = None) -> None:
+        """Read the weights of a checkpoint of the same model, or `only` those of some tensors. All ranks call it.
+
+        Raises:
+            CheckpointError: a file vanished or changed; on all ranks.
+        """
+        with failing_together(f"{checkpoint.folder} cannot be read"), SourceFiles(checkpoint.states) as files:
+            fill(self.chunks, checkpoint, files, dtype=self.job.dtype_of(self.checkpoint), only=only)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all sets that one evaluation passes."""
+        wanted = self.job.num_samples
+        return sum(len(held) if wanted is None else min(wanted, len(held)) for held in self.held_out.values())
+
+    def losses(self, progress: Callable[[int], object]) -> dict[str, HeldOutLoss]:
+        """Return the loss of each set. All ranks call it. `progress` is called with numbers of samples."""
+        return evaluate(
+            self.chunks,
+            self.held_out,
+            layout=self.layout,
+            num_samples=self.job.num_samples,
+            micro_batch_size=self.job.micro_batch_size,
+            seq_length=self.job.seq_length,
+            token_bytes=self.token_bytes,
+            progress=lambda samples: progress(samples * self.layout.data_size),
+        )

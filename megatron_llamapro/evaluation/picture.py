@@ -1,0 +1,70 @@
+"""Draws what a new domain gains against what each known set loses, along the dial."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.evaluation.results import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LABELLED_SCALES = 6  # with more points, their labels overlap
+
+
+def draw_curves(rows: Sequence[Mapping[str, Curve]], output: Path, *, tolerance: float) -> None:
+    """Draw curves by label: a row of panels per element of `rows`, a panel per known set. `output`'s extension sets the
+    format. All curves of a row have the same sets.
+
+    Up is more gain in the new domain; right is more loss of the known set. A point is a scale of the dial, and the
+    origin is scale 0.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or does not support the format.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("pictures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = max(len(_first(curves).known) for curves in rows)
+    figure, grid = pyplot.subplots(
+        len(rows), columns, figsize=(4.6 * columns, 3.6 * len(rows)), layout="constrained", squeeze=False, sharey="row"
+    )
+    for axes, curves in zip(grid, rows, strict=True):
+        for axis, name in zip(axes, _first(curves).known, strict=True):
+            _draw_panel(axis, curves, name, tolerance)
+        axes[0].set(ylabel=f"gain in {', '.join(_first(curves).new)}, nats per token")
+    if len(rows[0]) > 1:
+        grid[0, 0].legend(frameon=False, fontsize="small")
+    try:
+        figure.savefig(output, dpi=150)
+    except ValueError as error:
+        raise ConfigError(f"{output}: {error}") from None
+    finally:
+        pyplot.close(figure)
+
+
+def _first(curves: Mapping[str, Curve]) -> Curve:
+    return next(iter(curves.values()))
+
+
+def _draw_panel(axis: Axes, curves: Mapping[str, Curve], known: str, tolerance: float) -> None:
+    axis.axvline(0, color="0.6", linewidth=0.8)
+    axis.axvline(tolerance, color="0.6", linewidth=0.8, linestyle=":")
+    for label, curve in curves.items():
+        scales = sorted(curve.losses)
+        changes = [curve.losses[scale][known] - curve.losses[0.0][known] for scale in scales]
+        gains = [curve.gain(scale) for scale in scales]
+        axis.plot(changes, gains, marker="o", markersize=4, linewidth=1.5, label=label)
+        if len(curves) == 1 and len(scales) <= LABELLED_SCALES:
+            for scale, *place in zip(scales, changes, gains, strict=True):
+                axis.annotate(f"{scale:g}", place, textcoords="offset points", xytext=(6, -3), fontsize="small")
+    axis.set(xlabel=f"change of the loss of {known}, nats per token")
+    axis.grid(color="0.92")
+    axis.spines[["top", "right"]].set_visible(False)
