@@ -31,6 +31,9 @@ COMMANDS = {
     "inspect": Command(
         "commands.inspect", "describe a checkpoint: family, layers, added blocks, trainable part, sizes"
     ),
+    "average": Command("commands.average", "write the mean of several checkpoints of a run"),
+    "extract": Command("commands.extract", "write the added blocks of a run as a pack"),
+    "compose": Command("commands.compose", "put packs of added blocks into the model that they were made for"),
     "train-tokenizer": Command("commands.train_tokenizer", "train a sentencepiece tokenizer on text"),
     "generate-text": Command("commands.generate_text", "sample documents from a model, to replay them"),
     "preprocess": Command(

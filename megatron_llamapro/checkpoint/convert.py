@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -33,12 +32,12 @@ from megatron_llamapro.checkpoint.lineage import Origins, check_base_tensors, na
 from megatron_llamapro.checkpoint.report import Conversion
 from megatron_llamapro.checkpoint.side_files import copy_side_files, notices_left_out, without_code
 from megatron_llamapro.checkpoint.tensors.layout import DEFAULT_MAX_SHARD_BYTES, TargetLayout
-from megatron_llamapro.checkpoint.tensors.streaming import Progress, SourceFiles, nothing, stored_hash
-from megatron_llamapro.checkpoint.tensors.transfer import Journal, TensorJob, are_complete, default_workers, transfer
+from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, stored_hash
+from megatron_llamapro.checkpoint.tensors.transfer import TensorJob, transfer
 from megatron_llamapro.checkpoint.tensors.weight_map import iter_hf, weights_of
-from megatron_llamapro.config.drafts import clear, draft_of, staged
+from megatron_llamapro.checkpoint.writing import DEFAULTS, JOURNAL, Options, check_space, folders_of, open_journal
+from megatron_llamapro.config.drafts import draft_of, staged
 from megatron_llamapro.config.errors import CheckpointError, ExpansionError
-from megatron_llamapro.config.values import decimal_size
 from megatron_llamapro.config.version import VERSION
 from megatron_llamapro.expansion.dial_record import block_scale
 from megatron_llamapro.expansion.manifest import Manifest
@@ -46,8 +45,6 @@ from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.expansion.round import Expansion, Init, expanded_hf_config
 from megatron_llamapro.families.hf_config import CONFIG_NAME, ITEMSIZES, MANIFEST_KEY, model_shape, spelled_for_all
 from megatron_llamapro.families.shape import ModelShape
-
-JOURNAL = ".llamapro-journal.jsonl"
 
 
 @dataclass(frozen=True)
@@ -71,28 +68,9 @@ def legacy(**division: Any) -> TargetKind:
     return TargetKind(partial(legacy_layout, target=LegacyTarget(**division)))
 
 
-def _hugging_face(max_shard_bytes: int) -> TargetKind:
+def hugging_face(max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> TargetKind:
+    """Return the kind with safetensors files of at most `max_shard_bytes`."""
     return TargetKind(partial(hf_layout, max_shard_bytes=max_shard_bytes), manifest_in_config=True)
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of every conversion."""
-
-    overwrite: bool = False
-    """Replace an existing target, once the new one is complete."""
-    resume: bool = False
-    """Resume an interrupted conversion to the same target."""
-    num_workers: int = 0
-    """Number of threads; 0: two per core, at most eight."""
-    progress: Progress = nothing
-    """Called with the number of bytes that were just written."""
-    on_total: Progress = nothing
-    """Called once, with the number of bytes to write."""
-
-    @property
-    def workers(self) -> int:
-        return self.num_workers or default_workers()
 
 
 def hf_to_megatron(
@@ -103,7 +81,7 @@ def hf_to_megatron(
     dtype: str | None = None,
     dial: DialSetting | None = None,
     kind: TargetKind = TORCH_DIST,
-    options: Options = Options(),
+    options: Options = DEFAULTS,
 ) -> Conversion:
     """Convert a Hugging Face LLaMA to a Megatron checkpoint of either format. An `expansion` adds blocks on the way.
 
@@ -116,7 +94,9 @@ def hf_to_megatron(
         ExpansionError: the blocks cannot be added as requested.
     """
     checkpoint = open_hf(Path(source))
-    return _convert(checkpoint, Path(target), kind, expansion=expansion, dtype=dtype, dial=dial, options=options)
+    return write_checkpoint(
+        checkpoint, Path(target), kind, expansion=expansion, dtype=dtype, dial=dial, options=options
+    )
 
 
 def megatron_to_megatron(
@@ -128,7 +108,7 @@ def megatron_to_megatron(
     dial: DialSetting | None = None,
     kind: TargetKind = TORCH_DIST,
     merge_adapters: bool = True,
-    options: Options = Options(),
+    options: Options = DEFAULTS,
 ) -> Conversion:
     """Convert a Megatron checkpoint to another format or division of ranks, or add another round of blocks to it.
 
@@ -137,7 +117,9 @@ def megatron_to_megatron(
     checkpoint = open_megatron_checkpoint(Path(source))
     if not merge_adapters:
         checkpoint = dataclasses.replace(checkpoint, adapters={})
-    return _convert(checkpoint, Path(target), kind, expansion=expansion, dtype=dtype, dial=dial, options=options)
+    return write_checkpoint(
+        checkpoint, Path(target), kind, expansion=expansion, dtype=dtype, dial=dial, options=options
+    )
 
 
 def expand_hf(
@@ -147,11 +129,13 @@ def expand_hf(
     expansion: Expansion,
     dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
-    options: Options = Options(),
+    options: Options = DEFAULTS,
 ) -> Conversion:
     """Expand a Hugging Face checkpoint to another one. Arguments and errors: see `hf_to_megatron`."""
-    kind = _hugging_face(max_shard_bytes)
-    return _convert(open_hf(Path(source)), Path(target), kind, expansion=expansion, dtype=dtype, options=options)
+    kind = hugging_face(max_shard_bytes)
+    return write_checkpoint(
+        open_hf(Path(source)), Path(target), kind, expansion=expansion, dtype=dtype, options=options
+    )
 
 
 def hf_to_hf(
@@ -161,12 +145,12 @@ def hf_to_hf(
     dtype: str | None = None,
     dial: DialSetting | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
-    options: Options = Options(),
+    options: Options = DEFAULTS,
 ) -> Conversion:
     """Dial a Hugging Face checkpoint, cast it, or divide it into other files. Arguments and errors: see
     `hf_to_megatron`."""
-    kind = _hugging_face(max_shard_bytes)
-    return _convert(open_hf(Path(source)), Path(target), kind, dtype=dtype, dial=dial, options=options)
+    kind = hugging_face(max_shard_bytes)
+    return write_checkpoint(open_hf(Path(source)), Path(target), kind, dtype=dtype, dial=dial, options=options)
 
 
 def megatron_to_hf(
@@ -175,14 +159,14 @@ def megatron_to_hf(
     *,
     dial: DialSetting | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
-    options: Options = Options(),
+    options: Options = DEFAULTS,
 ) -> Conversion:
     """Convert a Megatron checkpoint, trained or not, to Hugging Face. Arguments and errors: see `hf_to_megatron`."""
     checkpoint = open_megatron_checkpoint(Path(source))
-    return _convert(checkpoint, Path(target), _hugging_face(max_shard_bytes), dial=dial, options=options)
+    return write_checkpoint(checkpoint, Path(target), hugging_face(max_shard_bytes), dial=dial, options=options)
 
 
-def _convert(
+def write_checkpoint(
     checkpoint: Checkpoint,
     target: Path,
     kind: TargetKind,
@@ -192,13 +176,17 @@ def _convert(
     dial: DialSetting | None = None,
     options: Options,
 ) -> Conversion:
+    """Write an opened checkpoint to `target`, as `kind`. Other arguments and errors: see `hf_to_megatron`.
+
+    A checkpoint may have tensors in several folders, and computed ones: see `formats.adapters.rows_of`.
+    """
     started = time.monotonic()
     model = _target_model(checkpoint, expansion, dtype)
     layout = kind.layout(draft_of(target), model.shape, model.dtype)
     original = _original(checkpoint, expansion, dial)
     before = checkpoint.manifest and checkpoint.manifest.dial
     options.on_total(model.num_bytes)
-    sources = (checkpoint.folder, *([original.folder] if original else []))
+    sources = folders_of(checkpoint, *([original] if original else []))
     staging = staged(target, overwrite=options.overwrite, resume=options.resume, sources=sources, journal=JOURNAL)
     with staging as draft, ExitStack() as stack:
         if dial:  # reads tensors: only after the target's checks
@@ -212,8 +200,8 @@ def _convert(
                 checkpoint, lambda name: stored_hash(checkpoint.tensors[name], files, checkpoint.itemsize)
             )
         jobs = _jobs(_origins(checkpoint, files, model), layout, model)
-        journal = _journal(draft, _fingerprint(checkpoint, model, layout), layout)
-        _check_space(target, draft, jobs, journal)
+        journal = open_journal(draft, _fingerprint(checkpoint, model, layout), layout)
+        check_space(target, draft, jobs, journal)
         copy_side_files(checkpoint.folder, draft)
         done_before = transfer(
             jobs,
@@ -310,45 +298,20 @@ def _jobs(origins: Origins, layout: TargetLayout, model: _Model) -> list[TensorJ
     ]
 
 
-def _journal(draft: Path, fingerprint: str, layout: TargetLayout) -> Journal:
-    """Return the journal of an earlier run of the same conversion if its files are complete, else an empty journal.
-
-    Everything else in the draft is deleted: the source may have lost a file since it was copied, e.g. a license.
-    """
-    journal = Journal(draft / JOURNAL, fingerprint)
-    if not journal.is_new and are_complete(layout.files):
-        clear(draft, but={JOURNAL, *(file.path.relative_to(draft).parts[0] for file in layout.files)})
-        return journal
-    clear(draft)
-    return Journal(draft / JOURNAL, fingerprint)
-
-
 def _fingerprint(source: Checkpoint, model: _Model, layout: TargetLayout) -> str:
     """Return a hash that a journal must match. It covers the source's state and the target's bytes and places."""
     hasher = blake3()
     states = [(str(path.resolve()), state) for path, state in sorted(source.states.items())]
-    what = [VERSION, states, source.config, model.config, model.plan.to_json(), model.dtype]
+    lineage = source.manifest and source.manifest.to_json()
+    what = [VERSION, states, source.config, lineage, model.config, model.plan.to_json(), model.dtype]
     if model.expansion is not None:
         what += [model.expansion.init.value, model.expansion.seed]
-    if source.manifest and source.manifest.dial:
-        what.append(source.manifest.dial.to_json())
     hasher.update(json.dumps(what).encode())
     for file in layout.files:
         hasher.update(repr((str(file.path), file.num_bytes, file.fixed)).encode())
     for name, copies in layout.tensors.items():
         hasher.update(repr((name, [copy.pieces for copy in copies])).encode())
     return hasher.hexdigest()
-
-
-def _check_space(target: Path, draft: Path, jobs: Sequence[TensorJob], journal: Journal) -> None:
-    """Raise `CheckpointError` if the disk is too small: before hours of writing, not after."""
-    todo = (job for job in jobs if job.name not in journal.hashes and not job.rows.is_zero)
-    needed = sum(job.num_bytes * len(job.copies) for job in todo)
-    free = shutil.disk_usage(draft).free
-    if needed > free:
-        raise CheckpointError(
-            f"{target} needs {decimal_size(needed)}, but its disk has {decimal_size(free)} free: make room"
-        )
 
 
 def _write_small_files(draft: Path, layout: TargetLayout, kind: TargetKind, model: _Model, manifest: Manifest) -> None:

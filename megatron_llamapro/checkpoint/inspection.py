@@ -21,6 +21,7 @@ from megatron_llamapro.config.pipeline_stages import draw
 from megatron_llamapro.config.values import decimal_size
 from megatron_llamapro.expansion.dial_record import DialRecord
 from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.expansion.provenance import ComposedPack
 from megatron_llamapro.families.hf_config import ITEMSIZES
 from megatron_llamapro.families.shape import ModelShape
 
@@ -59,6 +60,10 @@ class Inspection:
     num_base_tensors: int = 0
     other_dtypes: Mapping[str, str] = field(default_factory=dict)
     """The types of the tensors that are not stored in `dtype`, by name."""
+    packs: tuple[ComposedPack, ...] = ()
+    """The packs that rounds of blocks came from."""
+    averaged: tuple[str, ...] = ()
+    """The names of the checkpoints that it, or the model that it was trained from, is the mean of."""
     num_adapters: int = 0
     """The number of low-rank adapters stored beside the weights. Every reader merges them."""
     dial: DialRecord | None = None
@@ -93,6 +98,8 @@ class Inspection:
             "stage_layers": self.stage_layers,
             "base": str(self.base) if self.base else None,
             "adapters": self.num_adapters,
+            "averaged": list(self.averaged),
+            "packs": [asdict(pack) for pack in self.packs],
             "dial": self.dial.to_json() if self.dial else None,
         }
 
@@ -101,6 +108,8 @@ class Inspection:
         rows = [
             ("folder", f"{self.folder} ({self.format})"),
             *([("adapters", f"{self.num_adapters} low-rank; every tool merges them")] if self.num_adapters else []),
+            *([("packs", ", ".join(map(str, self.packs)))] if self.packs else []),
+            *([("mean of", ", ".join(self.averaged))] if self.averaged else []),
             *([("dialed", f"{self.dial} ({len(self.dial.undialed_hashes)} tensors)")] if self.dial else []),
             *([("delta of", f"{self.base}, for {self.num_base_tensors} tensors")] if self.base else []),
             (
@@ -181,6 +190,8 @@ def inspect(folder: Path) -> Inspection:
         stage_layers=checkpoint.stage_layers,
         base=checkpoint.base.folder if checkpoint.base else None,
         num_adapters=checkpoint.num_adapters,
+        packs=checkpoint.manifest.packs if checkpoint.manifest else (),
+        averaged=tuple(each.name for each in checkpoint.manifest.averaged) if checkpoint.manifest else (),
         dial=checkpoint.manifest.dial if checkpoint.manifest else None,
         num_base_tensors=len(checkpoint.base.delta.base_hashes) if checkpoint.base else 0,
         parts=tuple(_part(name, belongs, checkpoint) for name, belongs in _PARTS.items()),

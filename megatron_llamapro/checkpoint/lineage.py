@@ -52,6 +52,7 @@ def after_rounds(checkpoint: Checkpoint, num_rounds: int) -> Checkpoint:
         dial=None,
         inits=known.inits[:num_rounds],
         init_seeds=known.init_seeds[:num_rounds],
+        packs=tuple(pack for pack in known.packs if pack.round <= num_rounds),
     )
     return dataclasses.replace(
         checkpoint,

@@ -46,7 +46,9 @@ def summary(conversion: Conversion) -> str:
     """Return the summary: layers before and after, blocks added now and earlier, bytes and speed."""
     plan = conversion.plan
     lines = [f"{conversion.target}: {layers_text(conversion.num_source_layers, plan.num_layers)}"]
-    added = plan.newest_layers if plan.num_layers > conversion.num_source_layers else ()
+    rounds = range(plan.num_rounds + 1)
+    before = next(n for n in rounds if len(plan.layers_after(n)) >= conversion.num_source_layers)
+    added = tuple(i for i, layer in enumerate(plan.layers) if layer.added_in_round > before)
     for text, layers in (("added blocks", added), ("added earlier", sorted({*plan.added_layers} - {*added}))):
         if layers:
             lines.append(f"{text}: {', '.join(map(str, layers))}")

@@ -48,6 +48,15 @@ def copy_side_files(source: Path, target: Path, *, config: Mapping | None = None
         shutil.copyfile(path, target / name)
 
 
+def copy_notices(source: Path, target: Path) -> None:
+    """Copy the licenses and notices of a folder. Raises what `side_files` raises."""
+    left_out = notices_left_out(source)
+    for path in (path for pattern in _NOTICES for path in sorted(source.glob(pattern))):
+        if path.name not in left_out and file_inside(source, path.name) is not None:
+            check_small(path, path.stat().st_size)
+            shutil.copyfile(path, target / path.name)
+
+
 def side_files(folder: Path, *, config: Mapping | None = None) -> dict[str, Path]:
     """Return, by name, the `SIDE_FILES` of a folder and the code of a tokenizer that transformers does not have.
 

@@ -129,6 +129,28 @@ def add_shard_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_result_options(parser: argparse.ArgumentParser) -> None:
+    """Add --format and --max_shard_size, for commands whose result has either format."""
+    parser.add_argument(
+        "--format",
+        choices=("hugging_face", "torch_dist"),
+        default="hugging_face",
+        help="hugging_face (default): safetensors; torch_dist: a Megatron checkpoint, e.g. to train it further",
+    )
+    add_shard_option(parser)
+
+
+def read_result_options(parser: CommandParser, args: argparse.Namespace) -> TargetKind:
+    """Return the format of `add_result_options`. Contradictory options end the program with a usage error."""
+    from megatron_llamapro.checkpoint.convert import TORCH_DIST, hugging_face
+
+    if args.format == "hugging_face":
+        return hugging_face(args.max_shard_bytes)
+    if args.max_shard_bytes != DEFAULT_MAX_SHARD_BYTES:
+        parser.error("--max_shard_size is for --format hugging_face")
+    return TORCH_DIST
+
+
 def _num_workers(text: str) -> int:
     if not re.fullmatch("[0-9]{1,4}", text) or int(text) > 1000:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of threads")

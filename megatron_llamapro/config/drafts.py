@@ -43,12 +43,12 @@ def staged(
     """
     target = Path(target).absolute()
     draft = draft_of(target)
-    _check_target(target, overwrite=overwrite, sources=sources)
+    check_target(target, overwrite=overwrite, sources=sources)
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(draft, target):
         try:
             _restore(target)
-            _check_target(target, overwrite=overwrite, sources=sources)
+            check_target(target, overwrite=overwrite, sources=sources)
             if not resume:
                 clear(draft)
             yield draft
@@ -56,7 +56,7 @@ def staged(
             if journal is not None:
                 (draft / journal).unlink()
                 sync(draft)
-            _check_target(target, overwrite=overwrite, sources=sources)
+            check_target(target, overwrite=overwrite, sources=sources)
             _move_into_place(draft, target)
         except Exception:
             if not resume:
@@ -64,7 +64,8 @@ def staged(
             raise
 
 
-def _check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
+def check_target(target: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
+    """Raise `CheckpointError` if `staged` would refuse the target, apart from other processes."""
     real = Path(os.path.realpath(target))  # `resolve` raises if links form a loop
     for source in sources:
         inside = Path(source).resolve()

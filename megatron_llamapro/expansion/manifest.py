@@ -17,14 +17,16 @@ from megatron_llamapro.config.files import read_inside
 from megatron_llamapro.config.version import VERSION
 from megatron_llamapro.expansion.dial_record import DialRecord
 from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.expansion.provenance import AveragedCheckpoint, ComposedPack
 from megatron_llamapro.expansion.round import Init
 from megatron_llamapro.families.hf_config import MANIFEST_KEY, WEIGHT_DTYPES
 from megatron_llamapro.families.shape import ModelShape
 
 MANIFEST_NAME = "llamapro.json"
-FORMAT_VERSIONS = (1, 2)
+FORMAT_VERSIONS = (1, 2, 3)
 """The lowest format that can hold a manifest is written, so that older versions of this program can read it. Format 2
-has a `hash_dtype`. Format 1 has none, because it equals `dtype`. Either may have a `dial`: older versions leave it out,
+has a `hash_dtype`. Format 1 has none, because it equals `dtype`. Format 3 has rounds that were added apart (packs), and
+may have a `hash_dtype`. Any may have a `dial`: older versions leave it out,
 and read and convert the weights correctly."""
 HASH_FUNCTION = "blake3"
 """Four times as fast as SHA-256, so that a conversion never waits for hashing."""
@@ -60,6 +62,10 @@ class Manifest:
     tool_versions: Mapping[str, str] = field(default_factory=dict)
     hashed_as: str | None = None
     """`hash_dtype` if it is not `dtype`: the weights were cast after they were hashed."""
+    averaged: tuple[AveragedCheckpoint, ...] = ()
+    """The checkpoints that it, or the model that it was trained from, is the mean of."""
+    packs: tuple[ComposedPack, ...] = ()
+    """The packs that rounds of blocks came from."""
     dial: DialRecord | None = None
     """How the checkpoint was dialed, or None if it was not. A further round of blocks starts without it."""
 
@@ -86,7 +92,7 @@ class Manifest:
         hashed_as = {"hash_dtype": self.hashed_as} if self.hashed_as else {}
         dial = {"dial": self.dial.to_json()} if self.dial else {}
         return {
-            "format_version": FORMAT_VERSIONS[bool(hashed_as)],
+            "format_version": 3 if self.plan.apart else 2 if hashed_as else 1,
             "family": self.family,
             "dtype": self.dtype,
             "plan": self.plan.to_json(),
@@ -98,6 +104,8 @@ class Manifest:
             "original_hashes": dict(self.original_hashes),
             **dial,
             "tool_versions": dict(self.tool_versions),
+            **({"averaged": [vars(each) for each in self.averaged]} if self.averaged else {}),
+            **({"packs": [vars(each) for each in self.packs]} if self.packs else {}),
         }
 
     @classmethod
@@ -111,7 +119,7 @@ class Manifest:
             raise CheckpointError(f"{where}: the manifest is not a JSON object")
         version = data.get("format_version")
         if version not in FORMAT_VERSIONS:
-            known = " and ".join(map(str, FORMAT_VERSIONS))
+            known = ", ".join(map(str, FORMAT_VERSIONS))
             raise CheckpointError(
                 f"{where}: the manifest has format {version!r}, this version reads {known}: "
                 "use the version of megatron-llamapro that wrote it, or convert the model again"
@@ -127,7 +135,9 @@ class Manifest:
                 source=_source(data["source"]),
                 original_hashes={_text(k): _text(v) for k, v in data["original_hashes"].items()},
                 tool_versions={_text(k): _text(v) for k, v in data["tool_versions"].items()},
-                hashed_as=_dtype(data["hash_dtype"]) if version == 2 else None,
+                hashed_as=_dtype(data["hash_dtype"]) if version == 2 or "hash_dtype" in data else None,
+                averaged=tuple(map(AveragedCheckpoint.from_json, data.get("averaged", ()))),
+                packs=tuple(map(ComposedPack.from_json, data.get("packs", ()))),
                 dial=_dial(data.get("dial"), plan),
             )
         except (KeyError, TypeError, ValueError, AttributeError, ExpansionError) as error:

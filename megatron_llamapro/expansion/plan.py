@@ -7,7 +7,7 @@ layers are new. Layer indices are 0-based and global, as in Hugging Face. Paper:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import pairwise
 
@@ -59,6 +59,9 @@ class ExpansionPlan:
     layers: tuple[Layer, ...]
     num_rounds: int = 0
     """How many times the first source model was expanded. Blocks of the latest round have this number."""
+    apart: tuple[int, ...] = ()
+    """Rounds after the first whose blocks were added to the first source model (`with_pack`), not to the model that
+    the rounds before made."""
 
     @classmethod
     def unexpanded(cls, num_layers: int) -> ExpansionPlan:
@@ -90,6 +93,21 @@ class ExpansionPlan:
         """Return the layers that existed after `num_rounds` rounds, in order."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.added_in_round <= num_rounds)
 
+    def layers_of_round(self, number: int) -> tuple[int, ...]:
+        """Return the layers of the model that round `number` made, in order. If its blocks were added apart, these are
+        the original ones and its own."""
+        if number not in self.apart:
+            return self.layers_after(number)
+        return tuple(i for i, layer in enumerate(self.layers) if layer.added_in_round in (0, number))
+
+    def of_round(self, number: int) -> ExpansionPlan:
+        """Return the plan of the model that round `number` made. Raises what `after` raises."""
+        if number not in self.apart:
+            return self.after(number)
+        layers = self.layers_of_round(number)
+        positions = [i for i, layer in enumerate(layers) if self.layers[layer].is_added]
+        return ExpansionPlan.unexpanded(len(self.original_layers)).expand(positions)
+
     def copied_from(self, layer: int) -> int:
         """Return the layer of this model that the added block `layer` was copied from."""
         number = self.layers[layer].added_in_round
@@ -104,6 +122,9 @@ class ExpansionPlan:
         """
         plan = ExpansionPlan.unexpanded(len(self.original_layers))
         for number in range(1, num_rounds + 1):
+            if number in self.apart:
+                plan = plan.with_pack(self.of_round(number))
+                continue
             layers = [self.layers[i] for i in self.layers_after(number)]
             plan = plan.expand([i for i, layer in enumerate(layers) if layer.added_in_round == number])
         return plan
@@ -129,12 +150,47 @@ class ExpansionPlan:
             )
             for index, parent in enumerate(parents)
         )
-        return ExpansionPlan(layers, new_round)
+        return ExpansionPlan(layers, new_round, self.apart)
+
+    def with_pack(self, pack: ExpansionPlan) -> ExpansionPlan:
+        """Return the plan with the blocks of `pack`, a plan of one round of the same first source model, as one more
+        round.
+
+        A block stays behind the original block that it is behind in `pack` (or before block 0), after all blocks that
+        are there already.
+
+        Raises:
+            ExpansionError: `pack` has another number of rounds or of original blocks.
+        """
+        if pack.num_rounds != 1 or len(pack.original_layers) != len(self.original_layers):
+            raise ExpansionError(
+                f"a pack is one round of blocks for {len(self.original_layers)} original blocks, not "
+                f"{pack.num_rounds} rounds for {len(pack.original_layers)}"
+            )
+        if self.num_rounds == 0:
+            return pack
+        new_round = self.num_rounds + 1
+        layers: list[Layer] = []
+        for own, added in zip(self._groups(), pack._groups(), strict=True):
+            layers += [replace(self.layers[i], parent_layer=i) for i in own]
+            for source in (pack.layers[i].source_layer for i in added if pack.layers[i].is_added):
+                layers.append(Layer(source, self.original_layers[source], new_round))
+        return ExpansionPlan(tuple(layers), new_round, (*self.apart, new_round))
+
+    def _groups(self) -> list[list[int]]:
+        """Return the layers before the first original block, then each original block with the added ones behind it."""
+        groups: list[list[int]] = [[]]
+        for i, layer in enumerate(self.layers):
+            if not layer.is_added:
+                groups.append([])
+            groups[-1].append(i)
+        return groups
 
     def to_json(self) -> dict:
         """Return plain data. `from_json` turns it back into an equal plan."""
         return {
             "num_rounds": self.num_rounds,
+            **({"apart": list(self.apart)} if self.apart else {}),
             "layers": [
                 {
                     "source_layer": x.source_layer,
@@ -153,7 +209,8 @@ class ExpansionPlan:
             ExpansionError: the data is not a plan, or its lineage contradicts itself.
         """
         try:
-            plan = cls(tuple(Layer(**layer) for layer in data["layers"]), data["num_rounds"])
+            layers = tuple(Layer(**layer) for layer in data["layers"])
+            plan = cls(layers, data["num_rounds"], tuple(data.get("apart", ())))
         except (KeyError, TypeError) as error:
             raise ExpansionError(f"not an expansion plan: {error}") from None
         plan._check_lineage()
@@ -161,7 +218,7 @@ class ExpansionPlan:
 
     def _check_lineage(self) -> None:
         numbers = [n for x in self.layers for n in (x.source_layer, x.parent_layer, x.added_in_round)]
-        if not all(type(n) is int and n >= 0 for n in [*numbers, self.num_rounds]):
+        if not all(type(n) is int and n >= 0 for n in [*numbers, self.num_rounds, *self.apart]):
             raise ExpansionError("not an expansion plan: layers and rounds are whole numbers, 0 or more")
         originals = [layer.source_layer for layer in self.layers if not layer.is_added]
         if not originals or originals != list(range(len(originals))):
@@ -174,6 +231,10 @@ class ExpansionPlan:
             raise ExpansionError("not an expansion plan: it has more rounds than layers")
         if {x.added_in_round for x in self.layers if x.is_added} != set(range(1, self.num_rounds + 1)):
             raise ExpansionError("not an expansion plan: its rounds do not match its added layers")
+        if not set(self.apart) <= set(range(2, self.num_rounds + 1)) or sorted(set(self.apart)) != [*self.apart]:
+            raise ExpansionError(
+                "not an expansion plan: the rounds that were added apart are not some of the later ones"
+            )
 
 
 def parent_of_each_layer(num_source_layers: int, positions: Sequence[int]) -> list[int]:

@@ -56,7 +56,7 @@ GOOD = MANIFEST.to_json()
 LAYERS = GOOD["plan"]["layers"]
 DAMAGED = {
     "no object": ([], "not a JSON object"),
-    "another version": ({**GOOD, "format_version": 3}, "the manifest has format 3, this version reads 1 and 2"),
+    "another version": ({**GOOD, "format_version": 4}, "the manifest has format 4, this version reads 1, 2, 3"),
     "no version": ({}, "the manifest has format None"),
     "a missing field": ({k: v for k, v in GOOD.items() if k != "dtype"}, "manifest is damaged .*dtype"),
     "a type of the hashes that no weight has": (

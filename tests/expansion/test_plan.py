@@ -117,6 +117,79 @@ def test_a_plan_survives_json(plan: ExpansionPlan) -> None:
     assert ExpansionPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
+@st.composite
+def packs(draw: st.DrawFn) -> list[ExpansionPlan]:
+    """Plans of one round each, for the same original model."""
+    num_layers = draw(st.integers(2, 8))
+    choices = st.builds(
+        lambda number, placement: placed_positions(num_layers, number, placement=placement),
+        st.integers(1, num_layers),
+        st.sampled_from(Placement),
+    )
+    return [
+        ExpansionPlan.unexpanded(num_layers).expand(positions)
+        for positions in draw(st.lists(choices, min_size=1, max_size=4))
+    ]
+
+
+def composed(packs: list[ExpansionPlan]) -> ExpansionPlan:
+    plan = ExpansionPlan.unexpanded(len(packs[0].original_layers))
+    for pack in packs:
+        plan = plan.with_pack(pack)
+    return plan
+
+
+def behind(plan: ExpansionPlan, number: int) -> list[tuple[int, int]]:
+    """Return, for every block of a round, the original block that it stands behind (-1: none) and its source."""
+    last, found = -1, []
+    for layer in plan.layers:
+        last += not layer.is_added
+        if layer.added_in_round == number:
+            found.append((last, layer.source_layer))
+    return found
+
+
+@given(packs())
+def test_packs_keep_their_blocks_behind_the_same_original_blocks(packs: list[ExpansionPlan]) -> None:
+    plan = composed(packs)
+    assert plan.num_layers == len(plan.original_layers) + sum(len(pack.added_layers) for pack in packs)
+    for number, pack in enumerate(packs, 1):
+        assert behind(plan, number) == behind(pack, 1)
+        assert plan.of_round(number) == pack
+    groups = "".join("o" if not layer.is_added else chr(layer.added_in_round) for layer in plan.layers).split("o")
+    assert all(list(group) == sorted(group) for group in groups)
+
+
+@given(packs())
+def test_blocks_of_packs_are_copied_from_original_blocks(packs: list[ExpansionPlan]) -> None:
+    plan = composed(packs)
+    for layer in plan.added_layers:
+        assert plan.copied_from(layer) == plan.original_layers[plan.layers[layer].source_layer]
+
+
+@given(packs())
+def test_a_composed_plan_is_recovered_expanded_and_written_as_any_other(packs: list[ExpansionPlan]) -> None:
+    plan = composed(packs)
+    assert ExpansionPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    for number in range(1, len(packs) + 1):
+        assert plan.after(number) == composed(packs[:number])
+    larger = plan.expand((0, plan.num_layers + 1))
+    assert larger.after(larger.num_rounds) == larger and larger.after(plan.num_rounds) == plan
+
+
+def test_one_pack_is_the_plan_of_its_run() -> None:
+    pack = ExpansionPlan.unexpanded(4).expand((2, 5))
+    assert ExpansionPlan.unexpanded(4).with_pack(pack) == pack
+    assert "apart" not in pack.to_json()
+
+
+def test_a_pack_of_another_model_or_of_two_rounds_is_refused() -> None:
+    plan = ExpansionPlan.unexpanded(4)
+    for pack in (ExpansionPlan.unexpanded(3).expand((0,)), plan.expand((0,)).expand((0,)), plan):
+        with pytest.raises(ExpansionError, match="a pack is one round of blocks for 4 original blocks, not"):
+            plan.with_pack(pack)
+
+
 def test_a_run_of_positions_copies_the_blocks_before_it() -> None:
     plan = ExpansionPlan.unexpanded(4).expand((2, 3, 6))
     assert described(plan) == [

@@ -15,7 +15,7 @@ from blake3 import blake3
 from megatron_llamapro.checkpoint.formats.checkpoint import Adapter, Checkpoint, OriginalTensor
 from megatron_llamapro.checkpoint.formats.folders import read_record, write_record
 from megatron_llamapro.checkpoint.formats.megatron_tensors import MegatronTensor
-from megatron_llamapro.checkpoint.tensors.computed import DialedRows, MergedRows, ZeroRows, cast, cast_along
+from megatron_llamapro.checkpoint.tensors.computed import DialedRows, MeanRows, MergedRows, ZeroRows, cast, cast_along
 from megatron_llamapro.checkpoint.tensors.layout import StoredTensor, is_whole, parts_of
 from megatron_llamapro.checkpoint.tensors.streaming import (
     FileState,
@@ -124,7 +124,8 @@ def _adapters_of(
 def rows_of(checkpoint: Checkpoint, name: str, files: SourceFiles, *, dtype: str | None = None) -> Rows:
     """Return the rows of a checkpoint's tensor in `dtype` (default: the type that it is stored in).
 
-    It is merged with its adapter if it has one, then dialed if the checkpoint is, then cast.
+    It is merged with its adapter, averaged with the same tensor of other checkpoints, and dialed, if the checkpoint has
+    these; then it is cast.
     """
     stored = checkpoint.dtype_of(name)
     return cast(_dialed_rows(checkpoint, name, files), source=stored, target=dtype or stored, name=name)
@@ -136,13 +137,18 @@ def original_rows(tensor: OriginalTensor, name: str, files: SourceFiles) -> Rows
 
 
 def _dialed_rows(checkpoint: Checkpoint, name: str, files: SourceFiles) -> Rows:
-    dial, rows = checkpoint.dialed.get(name), _merged_rows(checkpoint, name, files)
+    dial, rows = checkpoint.dialed.get(name), _mean_rows(checkpoint, name, files)
     if dial is None:
         return rows
     original = original_rows(dial.original, name, files) if dial.original else None
     if dial.scale == 0:
         return original or ZeroRows()
     return DialedRows(rows, original=original, scale=dial.scale, dtype=checkpoint.dtype_of(name), name=name)
+
+
+def _mean_rows(checkpoint: Checkpoint, name: str, files: SourceFiles) -> Rows:
+    rows = [_merged_rows(each, name, files) for each in (checkpoint, *checkpoint.averaged_with.get(name, ()))]
+    return MeanRows(*rows, dtype=checkpoint.dtype_of(name)) if len(rows) > 1 else rows[0]
 
 
 def _merged_rows(checkpoint: Checkpoint, name: str, files: SourceFiles) -> Rows:

@@ -93,6 +93,8 @@ class Checkpoint:
     """Adapters of some tensors, by the same names. `formats.adapters.rows_of` merges them."""
     other_dtypes: Mapping[str, str] = field(default_factory=dict)
     """The types of the tensors that are not stored in `dtype`, by name."""
+    averaged_with: Mapping[str, tuple[Checkpoint, ...]] = field(default_factory=dict)
+    """The checkpoints whose tensors `formats.adapters.rows_of` averages with this one's, by tensor name."""
     dialed: Mapping[str, DialedTensor] = field(default_factory=dict)
     """Dials of some tensors, by the same names. `formats.adapters.rows_of` applies them."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +28,27 @@ Record = TypeVar("Record")
 def iteration_folder(save: Path, iteration: int) -> Path:
     """Return the folder of the checkpoint after `iteration` steps."""
     return save / f"iter_{iteration:07d}"
+
+
+def iteration_of(folder: Path) -> int | None:
+    """Return the number of steps in the name of a checkpoint's folder, or None if it has another name."""
+    match = re.fullmatch(r"iter_(\d{7,})", Path(folder).name)
+    return int(match[1]) if match else None
+
+
+def newest_checkpoints(save: Path, count: int) -> list[Path]:
+    """Return the newest complete checkpoints in a training run's folder, oldest first.
+
+    Raises:
+        CheckpointError: it has fewer than `count`.
+    """
+    folders = Path(save).iterdir() if Path(save).is_dir() else ()
+    found = {step: path for path in folders if (step := iteration_of(path)) is not None and is_torch_dist(path)}
+    if len(found) < count:
+        raise CheckpointError(
+            f"{save} has {len(found)} complete checkpoints, not {count}: name a run's folder, or fewer"
+        )
+    return [found[step] for step in sorted(found)[-count:]]
 
 
 def latest_checkpoint(save: Path) -> Path | None:

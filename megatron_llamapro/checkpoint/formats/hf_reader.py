@@ -165,7 +165,7 @@ def _read_headers(paths: Iterable[Path], promised: Mapping[str, str]) -> dict[st
     """Return every tensor of all files. If two are the same, return the one that the index names."""
     entries: dict[str, HeaderEntry] = {}
     for path in paths:
-        for name, entry in _read_header(path).items():
+        for name, entry in read_header(path).items():
             if not name.isprintable():
                 raise CheckpointError(f"{path} names a tensor {name[:80]!r}: it is damaged")
             if name in entries and not are_same(entries[name], entry):
@@ -179,10 +179,13 @@ def _read_headers(paths: Iterable[Path], promised: Mapping[str, str]) -> dict[st
     return entries
 
 
-def _read_header(path: Path) -> dict[str, HeaderEntry]:
-    """Return every tensor of a file.
+def read_header(path: Path) -> dict[str, HeaderEntry]:
+    """Return every tensor of a safetensors file.
 
     The library checks the header (offsets within the file, no overlap, no gap) but does not say where a tensor starts.
+
+    Raises:
+        CheckpointError: the file is truncated, or is not a safetensors file.
     """
     try:
         with safe_open(path, framework="np") as checked:

@@ -210,9 +210,12 @@ def quantised(config: Mapping) -> str | None:
 _MULTIMODAL = "the model reads more than text, and only text models can be expanded: save its language model alone"
 _FUSED = "these projections are stored fused, which is not supported: save the model with separate ones"
 
+PACK_NAME = "llamapro_pack.json"
+
 _OTHER_FORMAT = "it is in {}: use the model in Hugging Face's format, with safetensors"
 
 FOLDERS: tuple[tuple[str, str], ...] = (
+    (PACK_NAME, "it is a pack of added blocks, not a model: `llamapro compose --base HF_DIR --pack` makes one of it"),
     ("adapter_config.json", "it is a PEFT adapter: load it with its model, merge_and_unload(), and save the model"),
     ("*.gguf", "it is GGUF, a format for llama.cpp, mostly quantised: use the model that it was made from"),
     ("consolidated*", _OTHER_FORMAT.format("Meta's or Mistral's own format")),

@@ -23,7 +23,7 @@ from megatron_llamapro.expansion.manifest import Manifest
 from megatron_llamapro.families.hf_config import ITEMSIZES, MANIFEST_KEY
 from megatron_llamapro.families.shape import ModelShape
 
-_Named = tuple[str, Shape]
+NamedShape = tuple[str, Shape]
 
 
 def hf_layout(
@@ -38,16 +38,23 @@ def hf_layout(
     files: list[TargetFile] = []
     tensors: dict[str, tuple[StoredTensor, ...]] = {}
     for name, shard in zip(names, shards, strict=True):
-        header = _header(shard, dtype)
-        position = len(header)
-        for tensor, size in shard:
-            tensors[tensor] = (whole(size, folder / name, position),)
-            position += _num_bytes(size, ITEMSIZES[dtype])
-        files.append(TargetFile(folder / name, position, ((0, header),)))
+        part = safetensors_layout(folder / name, shard, dtype)
+        files += part.files
+        tensors.update(part.tensors)
     return TargetLayout(tensors, tuple(files), _index(names, shards, dtype))
 
 
-def _index(names: Sequence[str], shards: Sequence[Sequence[_Named]], dtype: str) -> dict[str, bytes]:
+def safetensors_layout(path: Path, tensors: Sequence[NamedShape], dtype: str) -> TargetLayout:
+    """Return the layout of one safetensors file."""
+    header = _header(tensors, dtype)
+    position, places = len(header), {}
+    for name, size in tensors:
+        places[name] = (whole(size, path, position),)
+        position += _num_bytes(size, ITEMSIZES[dtype])
+    return TargetLayout(places, (TargetFile(path, position, ((0, header),)),), {})
+
+
+def _index(names: Sequence[str], shards: Sequence[Sequence[NamedShape]], dtype: str) -> dict[str, bytes]:
     if len(shards) == 1:
         return {}
     total = sum(_num_bytes(size, ITEMSIZES[dtype]) for shard in shards for _, size in shard)
@@ -61,8 +68,8 @@ def _num_bytes(size: Shape, itemsize: int) -> int:
     return tensor.num_rows * tensor.num_columns * itemsize
 
 
-def _divide(tensors: Sequence[_Named], itemsize: int, max_shard_bytes: int) -> list[list[_Named]]:
-    shards: list[list[_Named]] = [[]]
+def _divide(tensors: Sequence[NamedShape], itemsize: int, max_shard_bytes: int) -> list[list[NamedShape]]:
+    shards: list[list[NamedShape]] = [[]]
     held = 0
     for name, size in tensors:
         num_bytes = _num_bytes(size, itemsize)
@@ -78,7 +85,7 @@ def _shard_name(index: int, count: int) -> str:
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _header(shard: Sequence[_Named], dtype: str) -> bytes:
+def _header(shard: Sequence[NamedShape], dtype: str) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, size in shard:

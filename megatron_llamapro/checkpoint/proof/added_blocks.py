@@ -125,17 +125,16 @@ class AddedBlocks:
 
     def _parent(self, layer: int) -> int:
         """Return the current index of the block that it was made of."""
-        plan, number = self.expanded.plan, self._round(layer)
-        then = plan.after(number).layers[plan.layers_after(number).index(layer)]
-        return plan.layers_after(number - 1)[then.parent_layer]
+        return self.expanded.plan.copied_from(layer)
 
     def _initial_tensors(self, layer: int) -> Iterator[_InitialTensor]:
         plan, number, init, seed = self.expanded.plan, self._round(layer), self._init(layer), self._seed(layer)
-        before = self.original if self._is_next_round(layer) else after_rounds(self.expanded, number - 1)
-        there = plan.layers_after(number)
+        earlier = 0 if number in plan.apart else number - 1
+        before = self.original if self.original.plan.num_rounds == earlier else after_rounds(self.expanded, earlier)
+        there = plan.layers_of_round(number)
         weights = weights_of(self.expanded.shape.with_layers(there))
         origins = {
-            types: Origins(before, self.files, plan.after(number), types[0], init, seed or 0)
+            types: Origins(before, self.files, plan.of_round(number), types[0], init, seed or 0)
             for types in self._ways(before.dtype)
         }
         for weight, name, _ in iter_hf([weight for weight in weights if weight.layer == there.index(layer)]):

@@ -13,21 +13,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_llamapro.checkpoint.formats.adapters import rows_of, unmerged_hash
+from megatron_llamapro.checkpoint.formats.adapters import unmerged_hash
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint
 from megatron_llamapro.checkpoint.formats.hf_reader import check_stored_head
 from megatron_llamapro.checkpoint.formats.open import open_checkpoint
+from megatron_llamapro.checkpoint.hashes import tensor_hashes
 from megatron_llamapro.checkpoint.lineage import name_now, original_name
 from megatron_llamapro.checkpoint.proof.added_blocks import AddedBlocks, BlockReport, BlockState
 from megatron_llamapro.checkpoint.proof.dial_proof import DialProof
 from megatron_llamapro.checkpoint.proof.same_function import CastTensors, Check, check_function
-from megatron_llamapro.checkpoint.tensors.computed import cast_along
-from megatron_llamapro.checkpoint.tensors.streaming import Progress, SourceFiles, hash_rows, nothing
+from megatron_llamapro.checkpoint.tensors.streaming import Progress, SourceFiles, nothing
 from megatron_llamapro.checkpoint.tensors.transfer import default_workers
 from megatron_llamapro.config.errors import CheckpointError
 from megatron_llamapro.expansion.dial_record import DialRecord
 from megatron_llamapro.expansion.plan import Trained
-from megatron_llamapro.families.hf_config import ITEMSIZES
 from megatron_llamapro.families.shape import ModelShape
 
 
@@ -84,7 +83,7 @@ def verify(
             )
             yield dial
             dialed = frozenset(result.manifest.dial.undialed_hashes if run and dial.ok else ())
-        hashes = _hashes(result, (result.dtype,), files, pool, progress)
+        hashes = tensor_hashes(result, result.tensors, files, pool, types=(result.dtype,), progress=progress)
         kept = dataclasses.replace(_kept(source, result, hashes, files, pool, progress), dialed=dialed)
         yield _check_originals(kept)
         yield _check_manifest(kept, _hashes_as_noted(kept, files, pool, progress))
@@ -116,19 +115,6 @@ def _check_dial(proof: DialProof | None, record: DialRecord, pool: ThreadPoolExe
         return proof.check(pool)
     text = f"recorded as {record}, but nothing is proven: give --undialed, the checkpoint that was dialed"
     return Check("dial", ok=True, text=text)
-
-
-def _hashes(
-    checkpoint: Checkpoint, types: Sequence[str], files: SourceFiles, pool: ThreadPoolExecutor, progress: Progress
-) -> dict[str, str]:
-    """Return the hash of every tensor, cast to each of `types` in turn."""
-
-    def hash_of(name: str) -> str:
-        tensor = checkpoint.tensors[name]
-        rows = cast_along(rows_of(checkpoint, name, files, dtype=types[0]), types=types, name=name)
-        return hash_rows(rows, tensor, ITEMSIZES[types[-1]], progress=progress)
-
-    return dict(zip(checkpoint.tensors, pool.map(hash_of, checkpoint.tensors), strict=True))
 
 
 def _check_lineage(source: Checkpoint, result: Checkpoint) -> Check:
@@ -210,7 +196,8 @@ def _kept(
     """
 
     def after(*types: str) -> _SharedTensors:
-        return _SharedTensors(source, result, types, _hashes(source, types, files, pool, progress), actual)
+        expected = tensor_hashes(source, source.tensors, files, pool, types=types, progress=progress)
+        return _SharedTensors(source, result, types, expected, actual)
 
     assert result.manifest is not None
     casts = result.manifest.casts
@@ -249,7 +236,7 @@ def _hashes_as_noted(
     if result.dtype == noted_in:
         return {name: kept.actual[kept.now(name)] for name in kept.originals}
     if _types(source) == [noted_in] or noted_in in kept.types:
-        return _hashes(source, (noted_in,), files, pool, progress)
+        return tensor_hashes(source, source.tensors, files, pool, types=(noted_in,), progress=progress)
     return None
 
 

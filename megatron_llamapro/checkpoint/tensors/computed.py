@@ -47,17 +47,25 @@ class CastRows:
 
 
 class MeanRows:
-    """The mean of two tensors' rows, computed in float32."""
+    """The mean of several tensors' rows, computed in float32.
+
+    A value that all tensors share keeps its exact bits. (Three times a float32 number, divided by 3, may be another.)
+    """
 
     is_zero = False
 
-    def __init__(self, one: Rows, other: Rows, *, dtype: str) -> None:
-        self._pair, self._dtype = (one, other), dtype
+    def __init__(self, *tensors: Rows, dtype: str) -> None:
+        self._tensors, self._dtype = tensors, dtype
 
     def fill(self, start: int, out: numpy.ndarray) -> None:
-        itemsize = ITEMSIZES[self._dtype]
-        one, other = (_values(rows, start, out, self._dtype, itemsize).float() for rows in self._pair)
-        out[:] = _raw(((one + other) / 2).to(_dtype(self._dtype)))
+        torch, itemsize = _torch(), ITEMSIZES[self._dtype]
+        first, *others = (_values(rows, start, out, self._dtype, itemsize) for rows in self._tensors)
+        total, is_shared = first.float(), torch.ones_like(first, dtype=torch.bool)
+        for values in others:
+            total = total + values.float()
+            is_shared &= _bits(values) == _bits(first)
+        mean = (total / len(self._tensors)).to(first.dtype)
+        out[:] = _raw(torch.where(is_shared, first, mean))
 
 
 class MergedRows:
@@ -172,6 +180,12 @@ def _values(rows: Rows, start: int, out: numpy.ndarray, dtype: str, out_itemsize
     raw = numpy.empty((len(out), width), numpy.uint8)
     rows.fill(start, raw)
     return _torch().from_numpy(raw).view(_dtype(dtype))
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """Return the values' bits as integers. Unlike the values, equal NaNs are equal, and zeros of two signs are not."""
+    torch = _torch()
+    return values.view(torch.int32 if values.itemsize == 4 else torch.int16)
 
 
 def _narrowed(values: torch.Tensor, dtype: str, *, name: str) -> torch.Tensor:

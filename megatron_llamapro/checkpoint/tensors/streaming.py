@@ -212,3 +212,8 @@ def hash_rows(
 def stored_hash(tensor: StoredTensor, files: Readable, itemsize: int, *, progress: Progress = nothing) -> str:
     """Return the content hash of a tensor that is stored in files."""
     return hash_rows(StoredRows(tensor, files, itemsize), tensor, itemsize, progress=progress)
+
+
+def combined_hash(hashes: Mapping[str, str]) -> str:
+    """Return one hash of many tensors' hashes: BLAKE3 of a line `name hash` for each, sorted by name."""
+    return blake3("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()

@@ -8,7 +8,6 @@ complete checkpoint loadable.
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 import time
 import uuid
@@ -21,7 +20,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 from megatron_llamapro.checkpoint.formats.adapters import AdapterRecord
 from megatron_llamapro.checkpoint.formats.delta import Delta
-from megatron_llamapro.checkpoint.formats.folders import LATEST, iteration_folder
+from megatron_llamapro.checkpoint.formats.folders import LATEST, iteration_folder, iteration_of
 from megatron_llamapro.checkpoint.formats.small_files import SmallFiles
 from megatron_llamapro.checkpoint.side_files import copy_side_files
 from megatron_llamapro.config.drafts import sync, sync_tree
@@ -219,8 +218,6 @@ def publish(draft: Path, folder: Path) -> None:
 LEFTOVERS = "iter_*.tmp"
 """Folders that are not checkpoints: half written or half removed."""
 
-_CHECKPOINT = re.compile(r"iter_(\d{7,})")
-
 
 def superseded(iterations: Collection[int], *, newest: int, keep_last: int | None, keep_every: int | None) -> list[int]:
     """Return which of a run's checkpoints to remove, oldest first. `newest`, the last complete one, and any newer ones
@@ -237,8 +234,8 @@ def prune(
 ) -> None:
     """Remove the checkpoints that `superseded` returns, except those `needed`. Bases are not checkpoints of a step, and
     stay."""
-    found = (_CHECKPOINT.fullmatch(path.name) for path in save.iterdir())
-    iterations = [int(match.group(1)) for match in found if match]
+    found = map(iteration_of, save.iterdir())
+    iterations = [iteration for iteration in found if iteration is not None]
     spared = {path.resolve() for path in needed}
     for iteration in superseded(iterations, newest=newest, keep_last=keep_last, keep_every=keep_every):
         folder = iteration_folder(save, iteration)
