@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 STEPS ?= 30
+QUESTION ?= goal
 FUZZ_EXAMPLES ?= 5000
 # Test files that read FUZZ_EXAMPLES, directly or through tests/fuzzing.py.
 FUZZED = $(shell grep -rlE 'FUZZ_EXAMPLES|from fuzzing' tests --include='test_*.py')
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
 
-.PHONY: help demo test test-fast test-all fuzz smoke check hooks clean
+.PHONY: help demo test test-fast test-all fuzz smoke evidence check hooks clean
 
 help:
 	@echo "make demo       expand a real LLaMA, train it on C++ and plot the losses (STEPS=$(STEPS))"
@@ -19,6 +20,7 @@ help:
 	@echo "make test-all   those tests too, if this machine can run them"
 	@echo "make fuzz       thousands of damaged checkpoints, configurations and texts (FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) of each kind)"
 	@echo "make smoke      every step with a tiny random LLaMA, in a minute"
+	@echo "make evidence   one question of docs/evidence.md: QUESTION=goal, hours, resumes (evidence/questions has them all)"
 	@echo "make check      lint, format, types, shell scripts"
 	@echo "make hooks      install these checks to run before every commit (pre-commit)"
 
@@ -27,6 +29,12 @@ demo: $(DEMO_READY)
 
 smoke: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/smoke/run.sh
+
+# A question's finished runs have their results in evidence/results: remove a result to repeat its run.
+evidence: $(DEMO_READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python evidence/run.py --question $(QUESTION)
+	$(BIN)/python evidence/report.py
 
 # worksteal keeps both workers busy to the end.
 test: $(READY)

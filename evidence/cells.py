@@ -37,6 +37,8 @@ class Cell:
     """Share of the samples from known text."""
     replay_from: str = "known"
     """known: the training documents of the known sets. generated: documents that the original model wrote."""
+    kl_weight: float = 0.0
+    """Weight of the distillation from the original on the replayed samples, instead of their cross-entropy."""
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -70,6 +72,8 @@ class Cell:
             parts.append(f"penalty{self.penalty_weight:g}" + ("_known" if self.penalty_on == "known" else ""))
         if self.replay:
             parts.append(f"replay{self.replay:g}" + ("_generated" if self.replay_from == "generated" else ""))
+        if self.kl_weight:
+            parts.append(f"kl{self.kl_weight:g}")
         return "-".join([*parts, f"{self.steps}steps", f"seed{self.seed}"])
 
     def to_json(self) -> dict[str, Any]:
@@ -98,4 +102,4 @@ def _value(key: str, value: object) -> Any:
         return tuple(int(part) for part in str(value).split(","))
     if key == "trainable":
         return tuple(str(value).split(","))
-    return float(value) if key in ("lr", "penalty_weight", "replay") else value
+    return float(value) if key in ("lr", "penalty_weight", "replay", "kl_weight") else value

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from cells import KNOWN_SETS, NEW_DOMAINS, Cell, cells_of
-from measure import NUM_SAMPLES, SCALES, result_of
 
+from cells import KNOWN_SETS, NEW_DOMAINS, Cell, cells_of
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.config.files import write_atomically
+from outcomes import NUM_SAMPLES, SCALES, result_of
 
 WORK = Path("runs/evidence")
 RESULTS = Path("evidence/results")
@@ -31,6 +31,7 @@ SEQ_LENGTH = 256
 SAMPLES_PER_STEP = 4
 NUM_RANKS = 2
 WARMUP = 0.06
+GENERATED_TOKENS = 60_000
 # As many trainable parameters as six added blocks have.
 LORA_RANK = 84
 
@@ -46,6 +47,15 @@ def prepare() -> None:
     for domain in domains:
         for part in ("train", "held_out"):
             tokenise(f"{domain}.{part}")
+
+
+def generate() -> None:
+    """Make the text that the original model writes itself, if it does not exist."""
+    text = WORK / "text/generated.train.jsonl"
+    if not text.exists():
+        model = WORK / "smollm2"
+        run("llamapro", "generate-text", "--model", model, "--output", text, "--num_tokens", GENERATED_TOKENS)
+    tokenise("generated.train")
 
 
 def tokenise(name: str) -> None:
@@ -85,7 +95,9 @@ def config_of(cell: Cell) -> dict:
     }
     if cell.method == "lora":
         config["lora"] = {"rank": LORA_RANK}
-    if cell.penalty_weight:
+    if cell.kl_weight:  # samples are marked as known only for a penalty; this one is nothing
+        config["keep"] = {"penalty_weight": 1e-20, "penalty_on": "known"}
+    elif cell.penalty_weight:
         config["keep"] = {"penalty_weight": cell.penalty_weight, "penalty_on": cell.penalty_on}
     return config
 
@@ -113,7 +125,11 @@ def train(cell: Cell) -> None:
     config = WORK / "work" / f"{cell.name}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(config, yaml.safe_dump(config_of(cell), sort_keys=False))
-    torchrun("megatron_llamapro.pretrain", "--config", config)
+    if cell.kl_weight:
+        distil = ("evidence/distil.py", "--kl_weight", cell.kl_weight)
+        run("torchrun", "--nproc-per-node", NUM_RANKS, *distil, "--config", config)
+    else:
+        torchrun("megatron_llamapro.pretrain", "--config", config)
     (folder / "trained").touch()
 
 
@@ -173,6 +189,8 @@ def main() -> int:
         result = RESULTS / f"{cell.name}.json"
         print(f"# run {number} of {len(cells)}: {cell.name}{' exists' * result.exists()}", flush=True)
         if not result.exists():
+            if cell.replay_from == "generated":
+                generate()
             train(cell)
             losses = result_of(cell, json.loads(sweep(cell).read_text()), json.loads(ORIGINAL.read_text()))
             write_atomically(result, json.dumps(losses, indent=1) + "\n")

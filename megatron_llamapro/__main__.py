@@ -32,6 +32,7 @@ COMMANDS = {
         "commands.inspect", "describe a checkpoint: family, layers, added blocks, trainable part, sizes"
     ),
     "train-tokenizer": Command("commands.train_tokenizer", "train a sentencepiece tokenizer on text"),
+    "generate-text": Command("commands.generate_text", "sample documents from a model, to replay them"),
     "preprocess": Command(
         "commands.preprocess", "convert jsonl documents or conversations to token files (.bin, .idx)"
     ),

@@ -38,7 +38,8 @@ from megatron_llamapro.expansion.round import Expansion
 
 # One thread per process: on tiny tensors, threads that wait for each other cost more than the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # its scripts import each other
+for folder in ("benchmarks", "evidence"):  # their scripts import each other
+    sys.path.append(str(Path(__file__).parents[1] / folder))
 
 NUM_LAYERS, ADDED = 4, Expansion.at(2, 5)
 

@@ -52,6 +52,7 @@ WITHOUT_TORCH = (
     "__main__",
 )
 WITHOUT_TORCH_TOO = (
+    "data.generate",
     "data.preprocess",
     "data.token_files",
     "data.tokenizer",

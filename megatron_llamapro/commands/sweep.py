@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
             }
             write_atomically(args.output, json.dumps(content, indent=1) + "\n")
         if args.picture:
-            draw_curves({"": curve}, args.picture, tolerance=args.tolerance)
+            draw_curves([{"": curve}], args.picture, tolerance=args.tolerance)
     return 0
 
 

@@ -86,6 +86,16 @@ class Tokenizer:
         """
         return self._backend.token_bytes()
 
+    @property
+    def bos(self) -> int | None:
+        """The id that starts a document, found as `eod` is by default, or None. Preprocessing does not write it."""
+        return next(iter(_special_ids(self._backend, self.path, "bos")), None)
+
+    @property
+    def all_ends(self) -> frozenset[int]:
+        """`eod`, and every end-of-sequence id that the files of the model beside the tokenizer name."""
+        return frozenset({self.eod, *_ids_of_the_model(self._backend, self.path, "eos")})
+
 
 class _JsonBackend:
     def __init__(self, path: Path) -> None:
@@ -138,7 +148,7 @@ class _SentencePieceBackend:
             reason = f"it is tiktoken's, as in Meta's original/: give the model's {JSON_NAME}" if is_tiktoken else error
             raise DataError(f"{path} is not a sentencepiece model: {reason}") from None
         self.vocab_size = self._processor.vocab_size()
-        self.eos_id = self._processor.eos_id()
+        self.special_ids = {"bos": self._processor.bos_id(), "eos": self._processor.eos_id()}
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -210,26 +220,38 @@ def _named_token(backend: _Backend, token: str, file: Path) -> int:
 
 
 def _end_of_sequence(backend: _Backend, file: Path) -> int:
-    """Return the end-of-sequence id: sentencepiece's own, or the one in the files beside tokenizer.json."""
-    if isinstance(backend, _SentencePieceBackend) and backend.eos_id >= 0:
-        return backend.eos_id
+    ids = _special_ids(backend, file, "eos")
+    if not ids:
+        raise DataError(
+            f"{file}: no end-of-sequence token is known (no eos_token in tokenizer_config.json beside it): name one "
+            "with --eod_token"
+        )
+    return ids[0]
+
+
+def _special_ids(backend: _Backend, file: Path, kind: str) -> list[int]:
+    """Return the ids that start ("bos") or end ("eos") a sequence, the first one first: sentencepiece's own, or those
+    in the files beside tokenizer.json."""
+    if isinstance(backend, _SentencePieceBackend) and backend.special_ids[kind] >= 0:
+        return [backend.special_ids[kind]]
     files = ["tokenizer_config.json", "special_tokens_map.json"]
     if "added_tokens_decoder" not in _json(file.with_name(files[0])):
         files.reverse()  # as in transformers: without that table, the older file wins
     for name in files:
-        token = _json(file.with_name(name)).get("eos_token")
+        token = _json(file.with_name(name)).get(f"{kind}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
-            return _named_token(backend, token, file)
+            return [_named_token(backend, token, file)]
+    return _ids_of_the_model(backend, file, kind)
+
+
+def _ids_of_the_model(backend: _Backend, file: Path, kind: str) -> list[int]:
     for name in ("generation_config.json", "config.json"):
-        ids = _json(file.with_name(name)).get("eos_token_id")
-        first = ids[0] if isinstance(ids, list) and ids else ids
-        if type(first) is int and 0 <= first < backend.vocab_size:
-            return first
-    raise DataError(
-        f"{file}: no end-of-sequence token is known (no eos_token in tokenizer_config.json beside it): name one with "
-        "--eod_token"
-    )
+        ids = _json(file.with_name(name)).get(f"{kind}_token_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        if ids and type(ids[0]) is int and 0 <= ids[0] < backend.vocab_size:
+            return [token for token in ids if type(token) is int and 0 <= token < backend.vocab_size]
+    return []
 
 
 def _json(path: Path) -> dict:

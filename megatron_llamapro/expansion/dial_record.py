@@ -38,6 +38,11 @@ def block_scale(scale: float | Sequence[float], *, num_added_blocks: int) -> Blo
     return scales[0] if len(set(scales)) == 1 else scales
 
 
+def scale_of_block(scale: BlockScale, index: int) -> float:
+    """Return the scale of added block `index`, counted from 0."""
+    return scale[index] if isinstance(scale, tuple) else scale
+
+
 @dataclass(frozen=True)
 class DialRecord:
     """The last dial of a checkpoint, and the factors of earlier ones. Training since then does not change it."""
@@ -51,11 +56,11 @@ class DialRecord:
 
     def of_block(self, index: int) -> float:
         """Return the scale of the last dial for added block `index`, counted from 0."""
-        return _of_block(self.added_block_scale, index)
+        return scale_of_block(self.added_block_scale, index)
 
     def is_off(self, index: int) -> bool:
         """Return whether any dial set added block `index`, counted from 0, to 0."""
-        return any(_of_block(scale, index) == 0 for scale in (self.added_block_scale, *self.earlier))
+        return any(scale_of_block(scale, index) == 0 for scale in (self.added_block_scale, *self.earlier))
 
     def __str__(self) -> str:
         return ", then ".join(map(_text, (*self.earlier, self.added_block_scale)))
@@ -80,10 +85,6 @@ class DialRecord:
             raise TypeError("a hash is not text")
         scales = [_scale(value, num_added_blocks) for value in (*data["earlier"], data["added_block_scale"])]
         return cls(scales[-1], dict(hashes), tuple(scales[:-1]))
-
-
-def _of_block(scale: BlockScale, index: int) -> float:
-    return scale[index] if isinstance(scale, tuple) else scale
 
 
 def _plain(scale: BlockScale) -> float | list[float]:

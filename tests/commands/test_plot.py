@@ -38,6 +38,13 @@ def test_series_hold_losses_and_block_figures(metrics: Path) -> None:
     assert series["contribution of a block to the stream", "block 5"] == [(2, 0.1)]
 
 
+def test_only_a_penalised_run_has_a_panel_of_its_penalty(metrics: Path) -> None:
+    panel = ("penalty on added blocks, before its weight", "")
+    assert panel not in read_series(metrics)
+    metrics.write_text(metrics.read_text() + json.dumps({**json.loads(record(3)), "penalty": 0.01}) + "\n")
+    assert read_series(metrics)[panel] == [(3, 0.01)]
+
+
 def test_a_figure_that_is_not_finite_is_a_gap(metrics: Path, tmp_path: Path) -> None:
     """A last line cut by a kill is ignored."""
     metrics.write_text(metrics.read_text() + record(3).replace("1.0", "null") + "\n" + record(4)[:20])

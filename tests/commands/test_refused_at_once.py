@@ -32,6 +32,11 @@ REFUSED = {
     LLAMAPRO + "preprocess --input nowhere --tokenizer {model} --output_prefix x": "nowhere does not exist",
     LLAMAPRO + "preprocess --input {run} --tokenizer nowhere --output_prefix x": "nowhere does not exist",
     LLAMAPRO + "train-tokenizer --input nowhere --vocab_size 300 --output_dir x": "nowhere does not exist",
+    LLAMAPRO + "generate-text --model nowhere --output x --num_documents 1": "nowhere is not a folder",
+    LLAMAPRO + "generate-text --model {model} --output x": "give either --num_documents or --num_tokens",
+    LLAMAPRO + "generate-text --model {model} --output x --num_tokens 9": "must be below the 128 positions",
+    LLAMAPRO
+    + "generate-text --model {model} --output x --num_tokens 9 --max_document_tokens 9 --eod_token y": "no token 'y'",
     LLAMAPRO + "convert hf-to-megatron --source nowhere --target x": "nowhere is not a folder",
     LLAMAPRO + "convert hf-to-megatron --source {model} --target {model}": "overlap",
     LLAMAPRO + "convert hf-to-megatron --source {model} --target x --num_added_blocks 99": "99",

@@ -79,20 +79,20 @@ RUNS = {
     "only the final norm": {"trainable": ("final_norm",)},
     "lora": {"trainable": ("lora",), "lora": LoraConfig(rank=3, alpha=6.0)},
     "low-rank blocks": {"trainable": ("lora",), "lora": LoraConfig(rank=3, blocks="added_blocks")},
+    "adapters on trained weights": {"trainable": ("everything", "lora"), "lora": LoraConfig(rank=3, blocks="all")},
 }
+KINDS = {"delta": ("float32", True), "full": ("float32", False), "bfloat16": ("bfloat16", True)}
 
 
-@pytest.mark.parametrize(
-    ("dtype", "delta"), [("float32", True), ("float32", False), ("bfloat16", True)], ids=["delta", "full", "bfloat16"]
-)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", RUNS)
-def test_a_run_is_dialed(
-    what: str, delta: bool, dtype: str, trained: Callable, models: Callable, tmp_path: Path
-) -> None:
+def test_a_run_is_dialed(what: str, kind: str, trained: Callable, models: Callable, tmp_path: Path) -> None:
     """A delta needs no --original: its base has the values. Where nothing was adapted, bits are equal."""
+    dtype, delta = KINDS[kind]
     original = models(dtype=dtype).original_hf
     config = trained(delta=delta, dtype=dtype, **RUNS[what])
-    is_needed = what == "everything" or (not delta and what in ("embedding and added blocks", "only the final norm"))
+    trains_originals = what in ("embedding and added blocks", "only the final norm")
+    is_needed = "everything" in RUNS[what]["trainable"] or (trains_originals and not delta)
     given = original if is_needed else None
     if is_needed:
         with pytest.raises(CheckpointError, match="give --original, the model before training"):
@@ -133,24 +133,34 @@ def test_a_delta_is_dialed_to_megatron(trained: Callable, tmp_path: Path) -> Non
         megatron_to_hf(last_of(config), tmp_path / "refused", dial=DialSetting(0.5))
 
 
-def test_frozen_output_projections_are_dialed_too(trained: Callable, models: Callable, tmp_path: Path) -> None:
-    """The second round trained only the embedding; the dial of the first round's blocks takes them from the base."""
-    first = trained(delta=True, save="first")
+def test_what_an_earlier_run_trained_is_dialed_too(trained: Callable, models: Callable, tmp_path: Path) -> None:
+    """The second run trained only the final norm. Its base holds the embedding and the blocks of the first run."""
+    first = trained(delta=True, save="first", trainable=("added_blocks", "embedding"))
     megatron_to_megatron(last_of(first), tmp_path / "start")
-    second = trained(delta=True, save="second", checkpoint=tmp_path / "start", trainable=("embedding",))
-    megatron_to_hf(last_of(second), tmp_path / "plain")
-    megatron_to_hf(last_of(second), tmp_path / "dialed", dial=DialSetting(0.5))
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "dialed"))
-    for name in filter(OUTPUT.fullmatch, before):
-        assert torch.equal(after[name], 0.5 * before[name])
-    assert not {
-        check.name
-        for check in verify(models().original_hf, tmp_path / "dialed", undialed=last_of(second))
-        if not check.ok
-    }
+    second = trained(delta=True, save="second", checkpoint=tmp_path / "start", trainable=("final_norm",))
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight and 1 more was trained"):
+        megatron_to_hf(last_of(second), tmp_path / "dialed", dial=DialSetting(0.5))
+    original, start = models().original_hf, load_file(models().expanded_hf / "model.safetensors")
+    megatron_to_hf(last_of(second), tmp_path / "dialed", dial=DialSetting(0.5, original))
+    found, wanted = load_file(tmp_path / "dialed" / "model.safetensors"), expected(second, start, 0.5)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    checks = verify(original, tmp_path / "dialed", undialed=last_of(second))
+    assert [check.name for check in checks if not check.ok] == []
 
 
-def test_a_changed_low_bit_of_a_dialed_adapter_is_found(trained: Callable, models: Callable, tmp_path: Path) -> None:
+def test_a_base_that_was_trained_is_not_the_original(trained: Callable, models: Callable, tmp_path: Path) -> None:
+    """A run that first saved full checkpoints made its base from one of them."""
+    settings = {"trainable": ("embedding",), "train_iters": 4}
+    trained(delta=False, exit_interval=2, **settings)
+    config = trained(delta=True, **settings)
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight was trained, .* give --original"):
+        megatron_to_hf(last_of(config), tmp_path / "dialed", dial=DialSetting(0.5))
+    megatron_to_hf(last_of(config), tmp_path / "dialed", dial=DialSetting(0, models().original_megatron))
+    found = load_file(tmp_path / "dialed" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(found, load_file(models().original_hf / "model.safetensors")["model.embed_tokens.weight"])
+
+
+def test_another_scale_of_adapters_is_found(trained: Callable, models: Callable, tmp_path: Path) -> None:
     config = trained(delta=True, **RUNS["lora"])
     megatron_to_hf(last_of(config), tmp_path / "dialed", dial=DialSetting(0.5))
     path = tmp_path / "dialed" / "llamapro.json"

@@ -43,6 +43,11 @@ SKIP = {
 HELD_OUT = {"kind": "eval", "iteration": 7, "name": "cpp", "loss": 1.75, "tokens": 10}
 
 
+def test_a_penalty_stands_beside_the_loss(capsys: pytest.CaptureFixture) -> None:
+    ConsoleWriter(train_iters=100).write({**STEP, "penalty": 0.0123})
+    assert "│ loss  1.5000 │ penalty 1.23e-02 │ grad norm" in capsys.readouterr().out
+
+
 def test_console_lines_are_aligned(capsys: pytest.CaptureFixture) -> None:
     writer = ConsoleWriter(train_iters=100)
     writer.write(STEP)

@@ -75,3 +75,14 @@ def test_a_single_source_can_be_known(run_config: Callable) -> None:
 def test_a_penalised_run_in_bfloat16_trains(run_config: Callable) -> None:
     result = run(penalised(run_config(dtype="bfloat16")))
     assert len(result.figures) == 4 and result.penalties[-1] > 0
+
+
+def test_a_run_resumes_exactly_and_with_another_penalty(run_config: Callable) -> None:
+    """The penalty is no part of the run's identity, like the learning rate."""
+    whole = run(penalised(run_config(save="whole")))
+    cut = [run(penalised(run_config(save="cut", exit_interval=2))) for _ in range(2)]
+    assert [*cut[0].figures, *cut[1].figures] == whole.figures
+    assert [*cut[0].penalties, *cut[1].penalties] == whole.penalties
+    run(penalised(run_config(save="changed", exit_interval=2)))
+    changed = run(penalised(run_config(save="changed", exit_interval=2), weight=1.0))
+    assert changed.penalties[0] == whole.penalties[2] and changed.figures[0] != whole.figures[2]

@@ -19,7 +19,7 @@ from megatron_llamapro.checkpoint.formats.hf_reader import check_stored_head
 from megatron_llamapro.checkpoint.formats.open import open_checkpoint
 from megatron_llamapro.checkpoint.lineage import name_now, original_name
 from megatron_llamapro.checkpoint.proof.added_blocks import AddedBlocks, BlockReport, BlockState
-from megatron_llamapro.checkpoint.proof.dialed import DialProof
+from megatron_llamapro.checkpoint.proof.dial_proof import DialProof
 from megatron_llamapro.checkpoint.proof.same_function import CastTensors, Check, check_function
 from megatron_llamapro.checkpoint.tensors.computed import cast_along
 from megatron_llamapro.checkpoint.tensors.streaming import Progress, SourceFiles, hash_rows, nothing

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from cells import KNOWN_SETS, Cell
-
 from megatron_llamapro.evaluation.results import Curve
 
 TOLERANCE = 0.01

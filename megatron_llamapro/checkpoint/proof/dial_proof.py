@@ -50,7 +50,8 @@ class DialProof:
     def check(self, pool: ThreadPoolExecutor) -> Check:
         """Compare every tensor of `result` with its value computed again."""
         where, record = self.undialed.folder, self._record
-        if self.undialed.plan != self.result.plan or self.undialed.shape != self.result.shape:
+        run, result = self.undialed, self.result
+        if (run.plan, run.shape) != (result.plan, result.shape) or run.other_dtypes:
             return Check("dial", ok=False, text=f"{where} is another model than the one that was dialed")
         names = [*record.undialed_hashes]
         found = pool.map(lambda name: undialed_hash(self.undialed, name, self.files), names)

@@ -1,0 +1,164 @@
+"""Write the tables and pictures of docs/evidence.md from the committed results.
+
+python evidence/report.py
+
+A table stands between `<!-- table of QUESTION -->` and `<!-- end -->`. The words around it are written by hand. A
+picture goes to docs/images/evidence_QUESTION.png.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cells import Cell, cells_of
+from megatron_llamapro.config.command import CommandParser, run_command
+from megatron_llamapro.config.files import write_atomically
+from megatron_llamapro.evaluation.picture import draw_curves
+from megatron_llamapro.evaluation.results import Curve
+from outcomes import TOLERANCE, curve_of, read_results
+
+RESULTS = Path("evidence/results")
+PAGE = Path("docs/evidence.md")
+IMAGES = Path("docs/images")
+PICTURES = ("goal", "density")
+"""The questions that get a picture."""
+
+_TABLE = re.compile(r"(<!-- table of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_HEADER = (
+    "| new domain | trained | learning rate | gain | English | Python | gain at no loss | of plain blocks | seeds |\n"
+    "|---|---|---|---|---|---|---|---|---|\n"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The results of a run with one or several seeds."""
+
+    cell: Cell
+    """With the first of the seeds."""
+    curves: Sequence[Curve]
+
+    @property
+    def mean_curve(self) -> Curve:
+        """The losses at each scale, averaged over the seeds."""
+        first = self.curves[0]
+        losses = {
+            scale: {name: statistics.mean(curve.losses[scale][name] for curve in self.curves) for name in of_scale}
+            for scale, of_scale in first.losses.items()
+        }
+        return replace(first, losses=losses)
+
+    def figure(self, values: Iterable[float], sign: str = "") -> str:
+        """Return the mean over the seeds, and their standard deviation if there are several."""
+        values = list(values)
+        mean = f"{statistics.mean(values):{sign}.3f}"
+        return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+    @property
+    def gains_at_no_loss(self) -> list[float]:
+        return [curve.gain_at_no_loss(TOLERANCE) for curve in self.curves]
+
+    def change(self, name: str) -> list[float]:
+        """Return the change of a set's loss after training, for every seed."""
+        return [curve.losses[1.0][name] - curve.losses[0.0][name] for curve in self.curves]
+
+
+def findings_of(cells: Sequence[Cell]) -> list[Finding]:
+    """Return the finished runs, those that differ only in their seed together."""
+    curves: dict[Cell, list[Curve]] = {}
+    for cell, result in read_results(RESULTS, cells).items():
+        curves.setdefault(replace(cell, seed=1), []).append(curve_of(result))
+    return [Finding(cell, found) for cell, found in curves.items()]
+
+
+def description(cell: Cell) -> str:
+    """Return what was trained, as a reader says it."""
+    parts = [_trained(cell)]
+    if cell.trainable:
+        parts.append(f"only {' and '.join(cell.trainable)}")
+    if cell.init != "copy":
+        parts.append(f"init {cell.init}")
+    if cell.penalty_weight:
+        parts.append(f"penalty {cell.penalty_weight:g}{' on known text' * (cell.penalty_on == 'known')}")
+    if cell.replay:
+        parts.append(f"replay {cell.replay:g}{' generated' * (cell.replay_from == 'generated')}")
+    if cell.kl_weight:
+        parts.append(f"distilled with weight {cell.kl_weight:g}")
+    if cell.steps != 50:
+        parts.append(f"{cell.steps} steps")
+    return ", ".join(parts)
+
+
+def _trained(cell: Cell) -> str:
+    if not cell.adds_blocks:
+        return {"everything": "all weights", "lora": "low-rank adapters"}[cell.method]
+    if cell.positions:
+        return f"{len(cell.positions)} blocks at {cell.positions[0]} to {cell.positions[-1]}"
+    return f"{cell.num_added_blocks} blocks"
+
+
+def plain_blocks(cell: Cell) -> Cell:
+    """Return the run to compare with: six plain blocks, the same domain and number of steps."""
+    return Cell(domain=cell.domain, lr=1e-3, steps=cell.steps)
+
+
+def table(findings: Sequence[Finding], baselines: Mapping[Cell, Finding]) -> str:
+    """Return a Markdown table, one row per run."""
+    return _HEADER + "".join(_row(finding, baselines.get(plain_blocks(finding.cell))) for finding in findings)
+
+
+def _row(finding: Finding, plain: Finding | None) -> str:
+    cell = finding.cell
+    gain = finding.figure(curve.gain(1.0) for curve in finding.curves)
+    at_no_loss = statistics.mean(finding.gains_at_no_loss)
+    ratio = f"{at_no_loss / statistics.mean(plain.gains_at_no_loss):.2f} ×" if plain else ""
+    columns = [
+        cell.domain,
+        description(cell),
+        f"{cell.lr:g}",
+        gain,
+        *(finding.figure(finding.change(name), "+") for name in finding.curves[0].known),
+        finding.figure(finding.gains_at_no_loss),
+        ratio,
+        str(len(finding.curves)),
+    ]
+    return f"| {' | '.join(columns)} |\n"
+
+
+def page_with_tables(page: str) -> str:
+    """Return the page with every table made anew."""
+
+    def with_table(found: re.Match) -> str:
+        cells = cells_of(found[2])
+        findings = findings_of(cells)
+        baselines = {finding.cell: finding for finding in findings_of(list(map(plain_blocks, cells)))}
+        baselines |= {finding.cell: finding for finding in findings}
+        return f"{found[1]}{table(findings, baselines)}{found[3]}"
+
+    return _TABLE.sub(with_table, page)
+
+
+def draw(question: str) -> None:
+    """Draw a question's finished runs: a row of panels for each new domain."""
+    rows: dict[str, dict[str, Curve]] = {}
+    for finding in findings_of(cells_of(question)):
+        rows.setdefault(finding.cell.domain, {})[description(finding.cell)] = finding.mean_curve
+    if rows:
+        draw_curves(list(rows.values()), IMAGES / f"evidence_{question}.png", tolerance=TOLERANCE)
+
+
+def main() -> int:
+    """Write the page and the pictures."""
+    CommandParser(description=__doc__).parse_args()
+    write_atomically(PAGE, page_with_tables(PAGE.read_text(encoding="utf-8")))
+    for question in PICTURES:
+        draw(question)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
