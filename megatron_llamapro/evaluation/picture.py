@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LABELLED_SCALES = 6  # with more points, their labels overlap
 LINEAR_BELOW = 0.01  # scores of blocks range from about 0 to several nats
 SCORE_LABELS = {
-    BlockScore.LEFT_OUT: "increase of the loss without the block, nats per token",
+    BlockScore.LEFT_OUT: "loss without the block: increase, nats per token",
     BlockScore.STREAM_CHANGE: "change of the residual stream",
 }
 
@@ -57,6 +57,8 @@ def draw_blocks(ranking: Ranking, output: Path) -> None:
                 means = ranking.mean(names)
                 axis.plot(means, marker="o", markersize=4, linewidth=1.5, label=f"{label}: {', '.join(names)}")
         axis.set_yscale("symlog", linthresh=LINEAR_BELOW)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.locator_params(axis="x", integer=True)
         axis.set(xlabel="source block", ylabel=SCORE_LABELS[ranking.by])
         axis.legend(frameon=False, fontsize="small")
 
