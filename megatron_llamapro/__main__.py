@@ -48,6 +48,7 @@ COMMANDS = {
     "launch": Command("commands.launch", "print or submit the SLURM job that trains a run to its end"),
     "evaluate": Command("commands.evaluate", "evaluate checkpoints on held-out sets, side by side"),
     "sweep": Command("commands.sweep", "evaluate a checkpoint along its dial, and choose a scale"),
+    "rank-blocks": Command("commands.rank_blocks", "score every block on held-out sets, and choose which to copy"),
     "plot": Command("commands.plot", "plot the metrics of runs: losses, gradient norm, learning rate, speed"),
 }
 

@@ -1,4 +1,4 @@
-"""Options that evaluate and sweep share: how sets are read, and how the model is divided."""
+"""Options that evaluate, sweep and rank-blocks share: how sets are read, and how the model is divided."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 DEFAULT_SEQ_LENGTH = 2048
 
 
-def add_evaluation_options(parser: CommandParser) -> None:
-    """Add the options of reading sets, of dividing the model, and --output."""
+def add_evaluation_options(parser: CommandParser, *, num_samples: int | None = None) -> None:
+    """Add the options of reading sets, of dividing the model, and --output. `num_samples` is the default; None means
+    all."""
     parser.add_argument(
         "--seq_length",
         type=int,
@@ -32,7 +33,11 @@ def add_evaluation_options(parser: CommandParser) -> None:
         help=f"tokens per sample (default: {DEFAULT_SEQ_LENGTH})",
     )
     parser.add_argument(
-        "--num_samples", type=int, metavar="N", help="samples of each set, evenly spaced (default: all)"
+        "--num_samples",
+        type=int,
+        default=num_samples,
+        metavar="N",
+        help=f"samples of each set, evenly spaced (default: {num_samples or 'all'})",
     )
     parser.add_argument(
         "--micro_batch_size", type=int, default=1, metavar="N", help="samples per forward pass (default: 1)"
@@ -92,6 +97,18 @@ def read_sets(words: Sequence[str], *, option: str = "--set") -> dict[str, str]:
             raise ConfigError(f"{option} names '{name}' twice: give each set its own name")
         sets[name] = _prefix(prefix)
     return sets
+
+
+def read_new_and_known(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
+    """Read --new, which may be missing, and --known.
+
+    Raises:
+        ConfigError: as in `read_sets`, or a set is in both.
+    """
+    new, known = read_sets(args.new or (), option="--new"), read_sets(args.known, option="--known")
+    if both := sorted({*new} & {*known}):
+        raise ConfigError(f"'{both[0]}' is in --new and in --known: a set is one or the other")
+    return new, known
 
 
 def _prefix(text: str) -> str:

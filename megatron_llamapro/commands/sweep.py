@@ -19,7 +19,7 @@ from megatron_llamapro.commands.evaluation_options import (
     check_output,
     job_of,
     launched_world_size,
-    read_sets,
+    read_new_and_known,
 )
 from megatron_llamapro.config.command import CommandParser, is_first_rank
 from megatron_llamapro.config.errors import ConfigError
@@ -37,9 +37,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--tolerance is {args.tolerance:g}: it cannot be negative")
     check_output(args.output, overwrite=args.overwrite)
     check_output(args.picture, overwrite=args.overwrite)
-    new, known = read_sets(args.new, option="--new"), read_sets(args.known, option="--known")
-    if both := sorted({*new} & {*known}):
-        raise ConfigError(f"'{both[0]}' is in --new and in --known: a set is one or the other")
+    new, known = read_new_and_known(args)
     job = job_of(args, {**new, **known})
     scales = sorted({*args.scales} - {0.0}, reverse=args.descend)
     if not args.reference:

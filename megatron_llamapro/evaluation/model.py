@@ -18,6 +18,7 @@ from megatron_llamapro.evaluation.weights import fill
 from megatron_llamapro.model.build import LlamaModel, build_model
 from megatron_llamapro.runtime.distributed import ParallelLayout, failing_together, start_model_parallel
 from megatron_llamapro.training.evaluation import HeldOutLoss, evaluate
+from megatron_llamapro.training.step import Batch
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,14 @@ class EvaluatedModel:
         wanted = self.job.num_samples
         return sum(len(held) if wanted is None else min(wanted, len(held)) for held in self.held_out.values())
 
-    def losses(self, progress: Callable[[int], object]) -> dict[str, HeldOutLoss]:
-        """Return the loss of each set. All ranks call it. `progress` is called with numbers of samples."""
+    def losses(
+        self,
+        progress: Callable[[int], object],
+        *,
+        before_batch: Callable[[str, Batch], object] = lambda name, batch: None,
+    ) -> dict[str, HeldOutLoss]:
+        """Return the loss of each set. All ranks call it. `progress` is called with numbers of samples, and
+        `before_batch` with the set's name and each micro-batch, right before its pass on this rank."""
         return evaluate(
             self.chunks,
             self.held_out,
@@ -83,4 +90,5 @@ class EvaluatedModel:
             seq_length=self.job.seq_length,
             token_bytes=self.token_bytes,
             progress=lambda samples: progress(samples * self.layout.data_size),
+            before_batch=before_batch,
         )

@@ -1,18 +1,25 @@
-"""Draws what a new domain gains against what each known set loses, along the dial."""
+"""Draws evaluations: what a new domain gains against what each known set loses, and the scores of blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.evaluation.ranking import BlockScore, Ranking
 from megatron_llamapro.evaluation.results import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LABELLED_SCALES = 6  # with more points, their labels overlap
+LINEAR_BELOW = 0.01  # scores of blocks range from about 0 to several nats
+SCORE_LABELS = {
+    BlockScore.LEFT_OUT: "loss without the block: increase, nats per token",
+    BlockScore.STREAM_CHANGE: "change of the residual stream",
+}
 
 
 def draw_curves(rows: Sequence[Mapping[str, Curve]], output: Path, *, tolerance: float) -> None:
@@ -25,6 +32,42 @@ def draw_curves(rows: Sequence[Mapping[str, Curve]], output: Path, *, tolerance:
     Raises:
         ConfigError: matplotlib is not installed, or does not support the format.
     """
+    columns = max(len(_first(curves).known) for curves in rows)
+    with _panels(output, len(rows), columns, width=4.6, height=3.6) as grid:
+        for axes, curves in zip(grid, rows, strict=True):
+            for axis, name in zip(axes, _first(curves).known, strict=True):
+                _draw_panel(axis, curves, name, tolerance)
+            axes[0].set(ylabel=f"gain in {', '.join(_first(curves).new)}, nats per token")
+        if len(rows[0]) > 1:
+            grid[0][0].legend(frameon=False, fontsize="small")
+
+
+def draw_blocks(ranking: Ranking, output: Path) -> None:
+    """Draw the score of every block into `output`, whose extension sets the format: a line for the mean over the known
+    sets, one for the new sets. The chosen blocks are shaded. The score's axis is linear near 0, else logarithmic.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or does not support the format.
+    """
+    with _panels(output, 1, 1, width=8, height=4) as [[axis]]:
+        for number, block in enumerate(ranking.chosen):
+            axis.axvspan(block - 0.5, block + 0.5, color="0.9", label=None if number else "chosen")
+        for label, names in (("known", ranking.known), ("new", ranking.new)):
+            if names:
+                means = ranking.mean(names)
+                axis.plot(means, marker="o", markersize=4, linewidth=1.5, label=f"{label}: {', '.join(names)}")
+        axis.set_yscale("symlog", linthresh=LINEAR_BELOW)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.locator_params(axis="x", integer=True)
+        axis.set(xlabel="source block", ylabel=SCORE_LABELS[ranking.by])
+        axis.legend(frameon=False, fontsize="small")
+
+
+@contextmanager
+def _panels(
+    output: Path, num_rows: int, num_columns: int, *, width: float, height: float
+) -> Iterator[list[list[Axes]]]:
+    """Yield empty panels of this size in inches, in rows, and write them into `output` at the end."""
     try:
         import matplotlib
     except ImportError:
@@ -32,20 +75,23 @@ def draw_curves(rows: Sequence[Mapping[str, Curve]], output: Path, *, tolerance:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = max(len(_first(curves).known) for curves in rows)
     figure, grid = pyplot.subplots(
-        len(rows), columns, figsize=(4.6 * columns, 3.6 * len(rows)), layout="constrained", squeeze=False, sharey="row"
+        num_rows,
+        num_columns,
+        figsize=(width * num_columns, height * num_rows),
+        layout="constrained",
+        squeeze=False,
+        sharey="row",
     )
-    for axes, curves in zip(grid, rows, strict=True):
-        for axis, name in zip(axes, _first(curves).known, strict=True):
-            _draw_panel(axis, curves, name, tolerance)
-        axes[0].set(ylabel=f"gain in {', '.join(_first(curves).new)}, nats per token")
-    if len(rows[0]) > 1:
-        grid[0, 0].legend(frameon=False, fontsize="small")
+    for axis in grid.flat:
+        axis.grid(color="0.92")
+        axis.spines[["top", "right"]].set_visible(False)
     try:
-        figure.savefig(output, dpi=150)
-    except ValueError as error:
-        raise ConfigError(f"{output}: {error}") from None
+        yield grid.tolist()
+        try:
+            figure.savefig(output, dpi=150)
+        except ValueError as error:
+            raise ConfigError(f"{output}: {error}") from None
     finally:
         pyplot.close(figure)
 
@@ -66,5 +112,3 @@ def _draw_panel(axis: Axes, curves: Mapping[str, Curve], known: str, tolerance: 
             for scale, *place in zip(scales, changes, gains, strict=True):
                 axis.annotate(f"{scale:g}", place, textcoords="offset points", xytext=(6, -3), fontsize="small")
     axis.set(xlabel=f"change of the loss of {known}, nats per token")
-    axis.grid(color="0.92")
-    axis.spines[["top", "right"]].set_visible(False)

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.version import VERSION
-from megatron_llamapro.data.token_files import TokenFile
-from megatron_llamapro.evaluation.job import EvaluationJob
+
+if TYPE_CHECKING:
+    from megatron_llamapro.data.token_files import TokenFile
+    from megatron_llamapro.evaluation.job import EvaluationJob
 
 Losses = Mapping[str, float]
 """Loss in nats per token, by set."""

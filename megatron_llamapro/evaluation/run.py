@@ -28,7 +28,7 @@ def evaluate_each(
     found = {}
     for label, checkpoint in checkpoints.items():
         model = EvaluatedModel.load(checkpoint, job, token_files)
-        with _bar(label, model, num_passes=1) as bar:
+        with sample_bar(label, model, num_passes=1) as bar:
             found[label] = model.losses(bar.update)
         del model
     return found
@@ -52,14 +52,14 @@ def sweep(
     """
     dial = ask_first_rank(lambda: Dial.of(checkpoint, original=original))
     model = EvaluatedModel.load(dial.at(scales[0]), job, token_files)
-    with _bar("sweep", model, num_passes=len(scales)) as bar:
+    with sample_bar("sweep", model, num_passes=len(scales)) as bar:
         for scale in scales:
             if scale != scales[0]:
                 model.read_weights(dial.at(scale), only=dial.undialed_hashes)
             yield scale, model.losses(bar.update)
 
 
-def _bar(label: str, model: EvaluatedModel, *, num_passes: int) -> tqdm:
+def sample_bar(label: str, model: EvaluatedModel, *, num_passes: int) -> tqdm:
     """Return a bar in samples on standard error; on a terminal, and on the first rank only."""
     hidden = True if model.layout.rank else None
     return tqdm(desc=label, total=num_passes * model.num_samples, unit="sample", disable=hidden, leave=False)

@@ -6,7 +6,7 @@ layers are new. Layer indices are 0-based and global, as in Hugging Face. Paper:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import pairwise
@@ -263,6 +263,14 @@ def parent_of_each_layer(num_source_layers: int, positions: Sequence[int]) -> li
         parents.extend(range(first, first + run))
         index += run
     return parents
+
+
+def positions_after(blocks: Iterable[int]) -> tuple[int, ...]:
+    """Return the positions, in the expanded model, of one added block after each of these source blocks.
+
+    An added block copies the block before it, so each of these source blocks is copied once. (3, 7) gives 4, 9.
+    """
+    return tuple(block + 1 + num_before for num_before, block in enumerate(sorted(blocks)))
 
 
 def _check_positions(positions: Sequence[int], num_layers: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.data import Dataset, default_collate
@@ -44,12 +45,14 @@ def evaluate(
     seq_length: int,
     token_bytes: torch.Tensor,
     progress: Callable[[int], object] = lambda num_samples: None,
+    before_batch: Callable[[str, Batch], object] = lambda name, batch: None,
 ) -> dict[str, HeldOutLoss]:
     """Return the loss of every held-out set, over `num_samples` evenly spaced samples, or all if it has fewer. All
     ranks call it.
 
     `chunks` are this rank's chunks of the model, `token_bytes` the bytes of text that each token stands for
     [vocabulary], and `progress` is called with the number of samples whose pass on this rank has started.
+    `before_batch` is called with the set's name and each micro-batch, right before its pass through the first chunk.
     """
     trained = [chunk.training for chunk in chunks]
     for chunk in chunks:
@@ -60,7 +63,7 @@ def evaluate(
             indices = _evenly_spaced(len(dataset), num_samples)
             num_microbatches = _num_microbatches(len(indices), micro_batch_size=micro_batch_size, layout=layout)
             passes = [_batches(dataset, indices, micro_batch_size, num_microbatches, layout) for _ in chunks]
-            passes[0] = _reported(passes[0], progress)
+            passes[0] = _reported(passes[0], progress, partial(before_batch, name))
             sums = run_microbatches(
                 chunks,
                 passes,
@@ -114,7 +117,10 @@ def _batches(
         yield default_collate(samples)
 
 
-def _reported(batches: Iterator[Batch], progress: Callable[[int], object]) -> Iterator[Batch]:
+def _reported(
+    batches: Iterator[Batch], progress: Callable[[int], object], before: Callable[[Batch], object]
+) -> Iterator[Batch]:
     for batch in batches:
+        before(batch)
         yield batch
         progress(len(batch["tokens"]))

@@ -130,7 +130,7 @@ def command_of(shim: Path) -> str:
     return name
 
 
-WITHOUT_AN_OLD_NAME = {"train", "evaluate", "sweep", "average", "extract", "compose", "generate-text"}
+WITHOUT_AN_OLD_NAME = {"train", "evaluate", "sweep", "average", "extract", "compose", "generate-text", "rank-blocks"}
 
 
 def test_every_command_keeps_its_old_name_in_tools() -> None:

@@ -10,9 +10,9 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
+from held_out import NUM_SAMPLES, SEQ_LENGTH, job, samples
 from safetensors.torch import load_file, save_file
 
 from gradients import parallel
@@ -21,12 +21,6 @@ from megatron_llamapro.config.schema import ParallelConfig
 from megatron_llamapro.evaluation.job import EvaluationJob
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
-
-SEQ_LENGTH, NUM_SAMPLES = 16, 5
-
-
-def job(prefix: Path, **settings: object) -> EvaluationJob:
-    return EvaluationJob(sets={"b": str(prefix)}, seq_length=SEQ_LENGTH, num_samples=NUM_SAMPLES, **settings)
 
 
 def evaluate_worker(folders: Mapping[str, Path], settings: EvaluationJob) -> dict[str, tuple[float, int, int]]:
@@ -50,14 +44,6 @@ def sweep_worker(
     before = open_checkpoint(original) if original else None
     along = sweep(checkpoint, settings, token_files, scales=scales, original=before)
     return {scale: losses["b"].loss for scale, losses in along}
-
-
-def samples(prefix: Path) -> torch.Tensor:
-    """Return the evaluated samples [samples, SEQ_LENGTH + 1], read from the file itself: evenly spaced ones."""
-    tokens = numpy.fromfile(f"{prefix}.bin", dtype=numpy.uint16).astype(numpy.int64)
-    available = (len(tokens) - 1) // SEQ_LENGTH
-    starts = [number * available // NUM_SAMPLES * SEQ_LENGTH for number in range(NUM_SAMPLES)]
-    return torch.stack([torch.from_numpy(tokens[start : start + SEQ_LENGTH + 1]) for start in starts])
 
 
 def reference_loss(folder: Path, prefix: Path) -> float:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_llamapro.config.errors import ExpansionError
-from megatron_llamapro.expansion.plan import ExpansionPlan, Placement, placed_positions
+from megatron_llamapro.expansion.plan import ExpansionPlan, Placement, placed_positions, positions_after
 
 
 def naive_interleaved(num_layers: int, num_added: int, top: int) -> list[tuple[int, bool]]:
@@ -46,6 +46,14 @@ def plans(draw: st.DrawFn) -> ExpansionPlan:
         placement = draw(st.sampled_from(Placement))
         plan = plan.expand(placed_positions(plan.num_layers, num_added, placement=placement))
     return plan
+
+
+@given(st.sets(st.integers(0, 19), min_size=1))
+def test_blocks_added_after_chosen_ones_copy_these(blocks: set[int]) -> None:
+    positions = positions_after(blocks)
+    expected = [entry for block in range(20) for entry in [(block, False)] + [(block, True)] * (block in blocks)]
+    plan = ExpansionPlan.unexpanded(20).expand(positions)
+    assert (described(plan), plan.added_layers) == (expected, positions)
 
 
 def test_the_plan_for_llama_2_7b_is_the_papers() -> None:
