@@ -97,7 +97,7 @@ def _trained(cell: Cell) -> str:
     if not cell.adds_blocks:
         return {"everything": "all weights", "lora": "low-rank adapters"}[cell.method]
     if cell.positions:
-        return f"{len(cell.positions)} blocks at {cell.positions[0]} to {cell.positions[-1]}"
+        return f"{len(cell.positions)} blocks at {', '.join(map(str, cell.positions))}"
     return f"{cell.num_added_blocks} blocks"
 
 

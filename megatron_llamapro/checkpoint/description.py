@@ -20,6 +20,18 @@ from megatron_llamapro.families.shape import ModelShape
 
 def check_fits(config: RunConfig, shape: ModelShape, plan: ExpansionPlan) -> None:
     """Raise `ConfigError` if a model of this shape and plan cannot be trained as configured."""
+    check_shape(config, shape)
+    check_trainable(config.model.trainable, plan, tie_word_embeddings=shape.tie_word_embeddings, shape=shape)
+    check_lora(config.lora, plan, shape)
+    trains = trainable_layers(config.model.trainable, plan, lora=config.lora)
+    if config.keep.penalty_weight and trains.isdisjoint(plan.added_layers):
+        raise ConfigError(
+            "keep.penalty_weight is set, but no added block trains: set it to 0, or add added_blocks to model.trainable"
+        )
+
+
+def check_shape(config: RunConfig, shape: ModelShape) -> None:
+    """Raise `ConfigError` if a model of this shape cannot be divided, or cannot read samples, as configured."""
     check_model(
         config,
         num_layers=shape.num_layers,
@@ -28,13 +40,6 @@ def check_fits(config: RunConfig, shape: ModelShape, plan: ExpansionPlan) -> Non
         ffn_hidden_size=shape.ffn_hidden_size,
         has_experts=shape.is_moe,
     )
-    check_trainable(config.model.trainable, plan, tie_word_embeddings=shape.tie_word_embeddings, shape=shape)
-    check_lora(config.lora, plan, shape)
-    trains = trainable_layers(config.model.trainable, plan, lora=config.lora)
-    if config.keep.penalty_weight and trains.isdisjoint(plan.added_layers):
-        raise ConfigError(
-            "keep.penalty_weight is set, but no added block trains: set it to 0, or add added_blocks to model.trainable"
-        )
     if config.data.seq_length > shape.max_position_embeddings:
         raise ConfigError(
             f"data.seq_length is {config.data.seq_length}, but the model supports at most "

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_llamapro.checkpoint.description import check_shape
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint
-from megatron_llamapro.config.checks import check_model, check_ranges, count_replicas
-from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.checks import check_ranges, count_replicas
 from megatron_llamapro.config.schema import (
     DataConfig,
     DataFormat,
@@ -40,7 +40,7 @@ class EvaluationJob:
     micro_batch_size: int = 1
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: Precision | None = None
-    """If None, the precision of the checkpoint's type; fp32 for float16, which megatron.core is not given here."""
+    """If None, that of the checkpoint's type; fp32 for float16."""
     data_format: DataFormat = "text"
     tokenizer: Path | None = None
     """If None, the checkpoint's own."""
@@ -87,27 +87,11 @@ class EvaluationJob:
         """Return the sets' token files by prefix. Raise `LlamaProError` if a checkpoint cannot be evaluated on
         `world_size` ranks, or on these sets."""
         for checkpoint in checkpoints:
-            self._check_model(checkpoint, world_size)
+            count_replicas(self.parallel, world_size)
+            check_shape(self.config_of(checkpoint), checkpoint.shape)
+            self.tokenizer_of(checkpoint)
         smallest = min(checkpoints, key=lambda checkpoint: checkpoint.shape.vocab_size)
         return {
             prefix: check_token_file(prefix, vocab_size=smallest.shape.vocab_size, data_format=self.data_format)
             for prefix in self.sets.values()
         }
-
-    def _check_model(self, checkpoint: Checkpoint, world_size: int) -> None:
-        shape, config = checkpoint.shape, self.config_of(checkpoint)
-        count_replicas(self.parallel, world_size)
-        check_model(
-            config,
-            num_layers=shape.num_layers,
-            num_attention_heads=shape.num_attention_heads,
-            num_query_groups=shape.num_query_groups,
-            ffn_hidden_size=shape.ffn_hidden_size,
-            has_experts=shape.is_moe,
-        )
-        if self.seq_length > shape.max_position_embeddings:
-            raise ConfigError(
-                f"seq_length is {self.seq_length}, but {checkpoint.folder} supports at most "
-                f"{shape.max_position_embeddings} positions"
-            )
-        self.tokenizer_of(checkpoint)
