@@ -88,6 +88,13 @@ LINES = {
     "plan-parallelism": ("--config=~/run.yaml", "--world_size=8", "--hf_config=~/nowhere"),
     "train": ("--config=~/nowhere",),
     "launch": ("--config=~/run.yaml", "--launch=~/nowhere"),
+    "average": ("--checkpoint", "~/nowhere", "~/x", "--target=~/y"),
+    "extract": ("--source=~/nowhere", "--target=~/x"),
+    "compose": ("--base=~/nowhere", "--target=~/x"),
+    "generate-text": ("--model=~/nowhere", "--output=~/x.jsonl", "--num_documents=1"),
+    "evaluate": ("--checkpoint=~/nowhere", "--set", "a=~/x"),
+    "sweep": ("--checkpoint=~/nowhere", "--new", "a=~/x", "--known", "b=~/y"),
+    "rank-blocks": ("--checkpoint=~/nowhere", "--known", "a=~/x", "--num_added_blocks=1"),
 }
 
 

@@ -313,7 +313,7 @@ def test_a_mistake_when_resuming_loses_nothing(
         hf_to_megatron(tiny_llama(), tmp_path / "it", kind=legacy(tensor_model_parallel_size=3), options=resume)
     usage = shutil.disk_usage(tmp_path)._replace(free=9)
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_llamapro.checkpoint.convert.shutil.disk_usage", lambda path: usage)
+        patch.setattr("megatron_llamapro.checkpoint.writing.shutil.disk_usage", lambda path: usage)
         with pytest.raises(CheckpointError, match="make room"):
             hf_to_megatron(tiny_llama(), tmp_path / "it", options=resume)
     assert hf_to_megatron(tiny_llama(), tmp_path / "it", options=resume).num_resumed_bytes > 200_000

@@ -80,7 +80,7 @@ def test_too_small_a_disk_is_noticed_before_writing(
     tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("megatron_llamapro.checkpoint.convert.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("megatron_llamapro.checkpoint.writing.shutil.disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match=r"needs 561 kB, but its disk has 1 kB free: make room"):
         hf_to_megatron(tiny_llama(), tmp_path / "it")
     assert list(tmp_path.iterdir()) == []
