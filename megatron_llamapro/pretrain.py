@@ -7,7 +7,6 @@ One process needs no torchrun: llamapro train --config run.yaml
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from megatron_llamapro.config.errors import LlamaProError, RunError
 from megatron_llamapro.config.io import parse_run_config
 from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.runtime.console import keep_on_printing
-from megatron_llamapro.runtime.launched import world_of_environment
+from megatron_llamapro.runtime.launched import launched_world_size
 from megatron_llamapro.runtime.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def _read(arguments: Sequence[str] | None, stop: StopRequest) -> tuple[RunConfig
 
     `Start` is None on all but the first rank of each node. Rank 0's is passed to all ranks later.
     """
-    launched = world_of_environment(os.environ)  # may fail on this rank alone
+    world_size = launched_world_size()  # may fail on this rank alone
     try:
         config = parse_run_config(arguments)
 
@@ -53,7 +52,7 @@ def _read(arguments: Sequence[str] | None, stop: StopRequest) -> tuple[RunConfig
         from megatron_llamapro.training.start import read_start_of_node
 
         stop.kept = partial(what_is_kept, config.checkpoint.save)
-        return config, read_start_of_node(config, world_size=launched.world_size if launched else 1)
+        return config, read_start_of_node(config, world_size=world_size)
     except LlamaProError as error:
         error.on_all_of_node = True
         raise

@@ -16,12 +16,12 @@ from megatron_llamapro.commands.evaluation_options import (
     add_evaluation_options,
     check_output,
     job_of,
-    launched_world_size,
     read_sets,
 )
 from megatron_llamapro.config.command import CommandParser, is_first_rank
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.files import write_atomically
+from megatron_llamapro.runtime.launched import launched_world_size
 
 
 def main(arguments: Sequence[str]) -> int:

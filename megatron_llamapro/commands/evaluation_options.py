@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.files import check_can_hold
 from megatron_llamapro.config.schema import DataFormat, ParallelConfig, Precision
 from megatron_llamapro.config.values import expand_user, spelled_as
-from megatron_llamapro.runtime.launched import world_of_environment
 
 if TYPE_CHECKING:
     from megatron_llamapro.evaluation.job import EvaluationJob
@@ -123,9 +121,3 @@ def check_output(path: Path | None, *, overwrite: bool) -> None:
     check_can_hold(path)
     if path is not None and path.exists() and not overwrite:
         raise ConfigError(f"{path} exists: choose another file, or give --overwrite")
-
-
-def launched_world_size() -> int:
-    """Return the number of ranks of this start."""
-    launched = world_of_environment(os.environ)
-    return launched.world_size if launched else 1

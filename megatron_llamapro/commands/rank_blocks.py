@@ -20,7 +20,6 @@ from megatron_llamapro.commands.evaluation_options import (
     add_evaluation_options,
     check_output,
     job_of,
-    launched_world_size,
     read_new_and_known,
 )
 from megatron_llamapro.config.command import CommandParser, is_first_rank
@@ -29,6 +28,7 @@ from megatron_llamapro.evaluation.ranking import BlockScore, Ranking
 from megatron_llamapro.expansion.plan import placed_positions
 from megatron_llamapro.expansion.trainable_part import TrainablePart
 from megatron_llamapro.planning.flops import step_work
+from megatron_llamapro.runtime.launched import launched_world_size
 
 if TYPE_CHECKING:
     from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint

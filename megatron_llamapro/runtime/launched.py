@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -62,6 +63,12 @@ def world_of_environment(variables: Mapping[str, str]) -> LaunchedRank | None:
     if "LOCAL_RANK" in variables:
         _number(variables, "LOCAL_RANK")
     return LaunchedRank(rank, world_size, variables["MASTER_ADDR"], port)
+
+
+def launched_world_size() -> int:
+    """Return the number of ranks of this start. Raises what `world_of_environment` raises."""
+    launched = world_of_environment(os.environ)
+    return launched.world_size if launched else 1
 
 
 def _check_alone(variables: Mapping[str, str]) -> None:

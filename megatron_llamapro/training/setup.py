@@ -41,7 +41,7 @@ class Run:
     train_set: CheckedDataset
     held_out: Mapping[str, Dataset]
     token_bytes: torch.Tensor
-    """Bytes of text that each token stands for [vocabulary]; empty if no set is held out."""
+    """Bytes of text that each token stands for [vocabulary]; empty if nothing is evaluated."""
     state: TrainingState
 
     @property
@@ -80,6 +80,7 @@ def set_up(config: RunConfig, *, read_by_rank_0: Start | None = None) -> Run:
         if resume_from is None:
             load_model(models, start.source)
 
+    evaluates = bool(held_out and config.training.eval_interval)
     machine = build_machine(config, start.shape, start.plan, load=load)
     return Run(
         config=config,
@@ -90,7 +91,7 @@ def set_up(config: RunConfig, *, read_by_rank_0: Start | None = None) -> Run:
         state=load_checkpoint(machine, resume_from) if resume_from else TrainingState(),
         train_set=_train_set(config, start, tokenizer),
         held_out=held_out,
-        token_bytes=torch.tensor(tokenizer.token_bytes() if held_out else [], device="cpu"),
+        token_bytes=torch.tensor(tokenizer.token_bytes() if evaluates else [], device="cpu"),
     )
 
 
