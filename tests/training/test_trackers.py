@@ -155,6 +155,6 @@ def test_a_failing_tracker_does_not_end_the_run(tracker: str, tmp_path: Path) ->
         timeout=100,
     )
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "trained on", done.stderr
-    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 1 and "the run continues without it" in warnings[0], done.stderr
+    # TensorBoard's thread may be printing its traceback, so the warning need not begin a line.
+    assert done.stderr.count("warning: ") == 1 == done.stderr.count("the run continues without it"), done.stderr
     assert tracker == "tensorboard" or "Traceback" not in done.stderr, done.stderr
