@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Cell:
     """known: the training documents of the known sets. generated: documents that the original model wrote."""
     kl_weight: float = 0.0
     """Weight of the distillation from the original on the replayed samples, instead of their cross-entropy."""
+    packs: bool = False
+    """One run per domain, and their packs composed, instead of one run on the mixed documents."""
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -53,6 +55,11 @@ class Cell:
     @property
     def adds_blocks(self) -> bool:
         return self.method == "added_blocks"
+
+    @property
+    def parts(self) -> tuple[Cell, ...]:
+        """The runs whose packs are composed."""
+        return tuple(replace(self, domain=domain, packs=False) for domain in self.domains)
 
     @property
     def blocks(self) -> str:
@@ -74,6 +81,8 @@ class Cell:
             parts.append(f"replay{self.replay:g}" + ("_generated" if self.replay_from == "generated" else ""))
         if self.kl_weight:
             parts.append(f"kl{self.kl_weight:g}")
+        if self.packs:
+            parts.append("packs")
         return "-".join([*parts, f"{self.steps}steps", f"seed{self.seed}"])
 
     def to_json(self) -> dict[str, Any]:

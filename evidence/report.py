@@ -88,6 +88,8 @@ def description(cell: Cell) -> str:
         parts.append(f"replay {cell.replay:g}{' generated' * (cell.replay_from == 'generated')}")
     if cell.kl_weight:
         parts.append(f"distilled with weight {cell.kl_weight:g}")
+    if cell.packs:
+        parts.append("in a pack for each domain")
     if cell.steps != 50:
         parts.append(f"{cell.steps} steps")
     return ", ".join(parts)

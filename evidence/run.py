@@ -119,8 +119,11 @@ def sources(cell: Cell) -> list[dict]:
 
 
 def train(cell: Cell) -> None:
-    """Train the run, if it is not trained yet."""
+    """Train the run, if it is not trained yet. Of packs, train the run of each, and compose them."""
     folder = WORK / "work" / cell.name
+    if cell.packs:
+        compose(cell, folder)
+        return
     if (folder / "trained").exists():
         return
     config = WORK / "work" / f"{cell.name}.yaml"
@@ -132,6 +135,19 @@ def train(cell: Cell) -> None:
     else:
         torchrun("megatron_llamapro.pretrain", "--config", config)
     (folder / "trained").touch()
+
+
+def compose(cell: Cell, folder: Path) -> None:
+    """Make the model of several packs, if it does not exist."""
+    packs: list[object] = []
+    for part in cell.parts:
+        train(part)
+        pack = WORK / "packs" / part.name
+        if not pack.exists():
+            run("llamapro", "extract", "--source", WORK / "work" / part.name, "--target", pack)
+        packs += ["--pack", pack]
+    if not folder.exists():
+        run("llamapro", "compose", "--base", WORK / "smollm2", *packs, "--target", folder)
 
 
 def evaluate_original() -> None:
