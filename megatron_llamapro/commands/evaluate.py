@@ -17,6 +17,7 @@ from megatron_llamapro.commands.evaluation_options import (
     check_output,
     job_of,
     read_sets,
+    started_world,
 )
 from megatron_llamapro.config.command import CommandParser, is_first_rank
 from megatron_llamapro.config.errors import ConfigError
@@ -48,16 +49,10 @@ def main(arguments: Sequence[str]) -> int:
         opened = {label: open_checkpoint(path) for label, path in zip(labels, args.checkpoint, strict=True)}
         return opened, job.check([*opened.values()], world_size=launched_world_size())
 
-    on_first_rank = read() if is_first_rank() else None
-
-    from megatron_llamapro.evaluation.results import losses_json, settings_json, table
-    from megatron_llamapro.runtime.distributed import ask_first_rank
-    from megatron_llamapro.runtime.world import running_world
-
-    with running_world():
+    with started_world(read) as (checkpoints, token_files):
+        from megatron_llamapro.evaluation.results import losses_json, settings_json, table
         from megatron_llamapro.evaluation.run import evaluate_each
 
-        checkpoints, token_files = ask_first_rank(lambda: on_first_rank)
         losses = evaluate_each(checkpoints, job, token_files)
         if is_first_rank():
             print(table(losses), flush=True)

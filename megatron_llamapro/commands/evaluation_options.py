@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
-from megatron_llamapro.config.command import CommandParser
+from megatron_llamapro.config.command import CommandParser, is_first_rank
 from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.files import check_can_hold
 from megatron_llamapro.config.schema import DataFormat, ParallelConfig, Precision
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from megatron_llamapro.evaluation.job import EvaluationJob
 
 DEFAULT_SEQ_LENGTH = 2048
+Read = TypeVar("Read")
 
 
 def add_evaluation_options(parser: CommandParser, *, num_samples: int | None = None) -> None:
@@ -121,3 +123,18 @@ def check_output(path: Path | None, *, overwrite: bool) -> None:
     check_can_hold(path)
     if path is not None and path.exists() and not overwrite:
         raise ConfigError(f"{path} exists: choose another file, or give --overwrite")
+
+
+@contextmanager
+def started_world(read: Callable[[], Read]) -> Iterator[Read]:
+    """Start the world, end it after the block, and give every rank what `read` returns on the first.
+
+    The first rank reads before torch is imported, so that wrong input is reported at once.
+    """
+    on_first_rank = read() if is_first_rank() else None
+
+    from megatron_llamapro.runtime.distributed import ask_first_rank
+    from megatron_llamapro.runtime.world import running_world
+
+    with running_world():
+        yield ask_first_rank(lambda: on_first_rank)

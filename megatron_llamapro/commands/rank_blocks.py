@@ -21,6 +21,7 @@ from megatron_llamapro.commands.evaluation_options import (
     check_output,
     job_of,
     read_new_and_known,
+    started_world,
 )
 from megatron_llamapro.config.command import CommandParser, is_first_rank
 from megatron_llamapro.config.files import write_atomically
@@ -51,17 +52,11 @@ def main(arguments: Sequence[str]) -> int:
         evenly = placed_positions(checkpoint.shape.num_layers, args.num_added_blocks)  # refuses impossible numbers
         return checkpoint, evenly, job.check([checkpoint], world_size=launched_world_size())
 
-    on_first_rank = read() if is_first_rank() else None
-
-    from megatron_llamapro.evaluation.picture import draw_blocks
-    from megatron_llamapro.evaluation.results import settings_json
-    from megatron_llamapro.runtime.distributed import ask_first_rank
-    from megatron_llamapro.runtime.world import running_world
-
-    with running_world():
+    with started_world(read) as (checkpoint, evenly, token_files):
         from megatron_llamapro.evaluation.blocks import score_blocks
+        from megatron_llamapro.evaluation.picture import draw_blocks
+        from megatron_llamapro.evaluation.results import settings_json
 
-        checkpoint, evenly, token_files = ask_first_rank(lambda: on_first_rank)
         scores = score_blocks(checkpoint, job, token_files)
     if is_first_rank():
         ranking = Ranking(scores, [*known], [*new], BlockScore(args.by), args.num_added_blocks)

@@ -19,6 +19,7 @@ from megatron_llamapro.commands.evaluation_options import (
     check_output,
     job_of,
     read_new_and_known,
+    started_world,
 )
 from megatron_llamapro.config.command import CommandParser, is_first_rank
 from megatron_llamapro.config.errors import ConfigError
@@ -50,17 +51,12 @@ def main(arguments: Sequence[str]) -> int:
         original = open_checkpoint(args.original) if args.original else None
         return checkpoint, original, job.check([checkpoint], world_size=launched_world_size())
 
-    on_first_rank = read() if is_first_rank() else None
-
-    from megatron_llamapro.evaluation.picture import draw_curves
-    from megatron_llamapro.evaluation.results import Curve, Figures, losses_json, read_reference, settings_json
-    from megatron_llamapro.runtime.distributed import ask_first_rank
-    from megatron_llamapro.runtime.world import running_world
-
-    with running_world():
+    with started_world(read) as (checkpoint, original, token_files):
+        from megatron_llamapro.evaluation.picture import draw_curves
+        from megatron_llamapro.evaluation.results import Curve, Figures, losses_json, read_reference, settings_json
         from megatron_llamapro.evaluation.run import sweep
+        from megatron_llamapro.runtime.distributed import ask_first_rank
 
-        checkpoint, original, token_files = ask_first_rank(lambda: on_first_rank)
         settings = settings_json(job, token_files)
         figures: dict[float, Figures] = {}
         if args.reference:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import Dataset
 
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles
@@ -17,7 +16,7 @@ from megatron_llamapro.evaluation.job import EvaluationJob
 from megatron_llamapro.evaluation.weights import fill
 from megatron_llamapro.model.build import LlamaModel, build_model
 from megatron_llamapro.runtime.distributed import ParallelLayout, failing_together, start_model_parallel
-from megatron_llamapro.training.evaluation import HeldOutLoss, evaluate
+from megatron_llamapro.training.evaluation import HeldOutLoss, HeldOutSet, evaluate
 from megatron_llamapro.training.step import Batch
 
 
@@ -29,9 +28,7 @@ class EvaluatedModel:
     checkpoint: Checkpoint
     layout: ParallelLayout
     chunks: Sequence[LlamaModel]
-    held_out: Mapping[str, Dataset]
-    token_bytes: torch.Tensor
-    """Bytes of text that each token stands for [vocabulary]."""
+    held_out: Mapping[str, HeldOutSet]
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, job: EvaluationJob, token_files: Mapping[str, TokenFile]) -> EvaluatedModel:
@@ -50,11 +47,12 @@ class EvaluatedModel:
         )
         with failing_together(f"{checkpoint.folder} cannot be evaluated"):
             tokenizer = load_tokenizer(job.tokenizer_of(checkpoint))
-            held_out = build_valid_datasets(
+            datasets = build_valid_datasets(
                 config.data, vocab_size=checkpoint.shape.vocab_size, eod=tokenizer.eod, checked=token_files
             )
             token_bytes = torch.tensor(tokenizer.token_bytes(), device="cpu")
-        model = cls(job, checkpoint, layout, chunks, held_out, token_bytes)
+        held_out = {name: HeldOutSet(dataset, job.num_samples, token_bytes) for name, dataset in datasets.items()}
+        model = cls(job, checkpoint, layout, chunks, held_out)
         model.read_weights(checkpoint)
         return model
 
@@ -70,8 +68,7 @@ class EvaluatedModel:
     @property
     def num_samples(self) -> int:
         """Samples of all sets that one evaluation passes."""
-        wanted = self.job.num_samples
-        return sum(len(held) if wanted is None else min(wanted, len(held)) for held in self.held_out.values())
+        return sum(map(len, self.held_out.values()))
 
     def losses(
         self,
@@ -85,10 +82,8 @@ class EvaluatedModel:
             self.chunks,
             self.held_out,
             layout=self.layout,
-            num_samples=self.job.num_samples,
             micro_batch_size=self.job.micro_batch_size,
             seq_length=self.job.seq_length,
-            token_bytes=self.token_bytes,
             progress=lambda samples: progress(samples * self.layout.data_size),
             before_batch=before_batch,
         )

@@ -5,14 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch.utils.data import Dataset, default_collate
 
 from megatron_llamapro.data.conversations import Sample
 from megatron_llamapro.runtime.distributed import ParallelLayout
-from megatron_llamapro.training.step import Batch, LossSum, reduce_loss, run_microbatches
+from megatron_llamapro.training.step import Batch, reduce_loss, run_microbatches
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """The samples of a held-out set that every evaluation passes: evenly spaced, or all if `wanted` is None."""
+
+    dataset: Dataset
+    wanted: int | None
+    token_bytes: torch.Tensor
+    """UTF-8 bytes of text that each token stands for [vocabulary]."""
+
+    def __len__(self) -> int:
+        available = len(self.dataset)
+        return available if self.wanted is None else min(self.wanted, available)
+
+    def __getitem__(self, number: int) -> Sample:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return self.dataset[number * len(self.dataset) // len(self)]
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of text that the tokens which have a loss stand for."""
+        return sum(int((self.token_bytes[sample["labels"]] * sample["loss_mask"]).sum()) for sample in self)
 
 
 @dataclass(frozen=True)
@@ -37,32 +61,28 @@ class HeldOutLoss:
 
 def evaluate(
     chunks: Sequence[torch.nn.Module],
-    held_out: Mapping[str, Dataset],
+    held_out: Mapping[str, HeldOutSet],
     *,
     layout: ParallelLayout,
-    num_samples: int | None,
     micro_batch_size: int,
     seq_length: int,
-    token_bytes: torch.Tensor,
     progress: Callable[[int], object] = lambda num_samples: None,
     before_batch: Callable[[str, Batch], object] = lambda name, batch: None,
 ) -> dict[str, HeldOutLoss]:
-    """Return the loss of every held-out set, over `num_samples` evenly spaced samples, or all if it has fewer. All
-    ranks call it.
+    """Return the loss of every held-out set. All ranks call it.
 
-    `chunks` are this rank's chunks of the model, `token_bytes` the bytes of text that each token stands for
-    [vocabulary], and `progress` is called with the number of samples whose pass on this rank has started.
-    `before_batch` is called with the set's name and each micro-batch, right before its pass through the first chunk.
+    `chunks` are this rank's chunks of the model. `progress` is called with the number of samples whose pass on this
+    rank has started, and `before_batch` with the set's name and each micro-batch, right before its pass through the
+    first chunk.
     """
     trained = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
     losses = {}
     with torch.no_grad():
-        for name, dataset in held_out.items():
-            indices = _evenly_spaced(len(dataset), num_samples)
-            num_microbatches = _num_microbatches(len(indices), micro_batch_size=micro_batch_size, layout=layout)
-            passes = [_batches(dataset, indices, micro_batch_size, num_microbatches, layout) for _ in chunks]
+        for name, samples in held_out.items():
+            num_microbatches = _num_microbatches(len(samples), micro_batch_size=micro_batch_size, layout=layout)
+            passes = [_batches(samples, micro_batch_size, num_microbatches, layout) for _ in chunks]
             passes[0] = _reported(passes[0], progress, partial(before_batch, name))
             sums = run_microbatches(
                 chunks,
@@ -72,22 +92,11 @@ def evaluate(
                 seq_length=seq_length,
                 forward_only=True,
             )
-            losses[name] = _held_out_loss(
-                reduce_loss(sums, layout=layout), (dataset[index] for index in indices), token_bytes
-            )
+            reduced = reduce_loss(sums, layout=layout)
+            losses[name] = HeldOutLoss(reduced.loss, reduced.num_tokens, samples.num_bytes)
     for chunk, mode in zip(chunks, trained, strict=True):
         chunk.train(mode)
     return losses
-
-
-def _evenly_spaced(available: int, wanted: int | None) -> list[int]:
-    count = available if wanted is None else min(wanted, available)
-    return [number * available // count for number in range(count)]
-
-
-def _held_out_loss(loss: LossSum, samples: Iterator[Sample], token_bytes: torch.Tensor) -> HeldOutLoss:
-    num_bytes = sum(int((token_bytes[sample["labels"]] * sample["loss_mask"]).sum()) for sample in samples)
-    return HeldOutLoss(loss.loss, loss.num_tokens, num_bytes)
 
 
 def _num_microbatches(count: int, *, micro_batch_size: int, layout: ParallelLayout) -> int:
@@ -98,23 +107,19 @@ def _num_microbatches(count: int, *, micro_batch_size: int, layout: ParallelLayo
 
 
 def _batches(
-    dataset: Dataset,
-    indices: Sequence[int],
-    micro_batch_size: int,
-    num_microbatches: int,
-    layout: ParallelLayout,
+    samples: HeldOutSet, micro_batch_size: int, num_microbatches: int, layout: ParallelLayout
 ) -> Iterator[Batch]:
     """Yield this replica's micro-batches. Places past the last sample hold sample 0 with its loss masked."""
     for number in range(num_microbatches):
         first = (number * layout.data_size + layout.data_rank) * micro_batch_size
-        samples = []
+        batch = []
         for place in range(first, first + micro_batch_size):
-            is_past = place >= len(indices)
-            sample = dict(dataset[0 if is_past else indices[place]])
+            is_past = place >= len(samples)
+            sample = dict(samples[0 if is_past else place])
             if is_past:
                 sample["loss_mask"] = torch.zeros_like(sample["loss_mask"])
-            samples.append(sample)
-        yield default_collate(samples)
+            batch.append(sample)
+        yield default_collate(batch)
 
 
 def _reported(

@@ -181,14 +181,10 @@ def _check_healthy(result: StepResult, state: TrainingState) -> None:
 
 
 def _evaluate(run: Run, writers: Sequence[MetricsWriter]) -> None:
-    if not (run.held_out and run.config.training.eval_interval):
-        return
     losses = evaluate(
         run.machine.chunks,
         run.held_out,
         layout=run.layout,
-        token_bytes=run.token_bytes,
-        num_samples=run.config.training.eval_samples,
         micro_batch_size=run.config.training.micro_batch_size,
         seq_length=run.config.data.seq_length,
     )
