@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_llamapro.checkpoint.convert import TargetKind, hugging_face, write_checkpoint
+from megatron_llamapro.checkpoint.dial import output_projections
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint, DialedTensor
 from megatron_llamapro.checkpoint.formats.open import open_checkpoint
 from megatron_llamapro.checkpoint.hashes import tensor_hashes
@@ -22,7 +23,7 @@ from megatron_llamapro.checkpoint.lineage import name_now
 from megatron_llamapro.checkpoint.pack import Pack, open_pack
 from megatron_llamapro.checkpoint.report import Conversion
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles, stored_hash
-from megatron_llamapro.checkpoint.tensors.weight_map import hf_name_in_layer, hf_shapes, layer_of, weights_of
+from megatron_llamapro.checkpoint.tensors.weight_map import hf_name_in_layer, hf_shapes, layer_of
 from megatron_llamapro.checkpoint.writing import DEFAULTS, Options, folders_of
 from megatron_llamapro.config.drafts import check_target
 from megatron_llamapro.config.errors import CheckpointError, ConfigError
@@ -147,7 +148,7 @@ def _composed(base: Checkpoint, packs: Sequence[Pack], scales: Sequence[float]) 
     types = {name_now(name, plan, 0): base.dtype_of(name) for name in base.tensors}
     scale_of: dict[str, float] = {}
     undialed: dict[str, str] = {}
-    outputs = {name for weight in weights_of(shape) if weight.row.zero_in_added for name in weight.hf_names}
+    outputs = output_projections(shape, plan)
     for number, (pack, scale) in enumerate(zip(packs, scales, strict=True), 1):
         for then, name in _names_now(pack, plan, number).items():
             tensors[name] = pack.tensors[then]

@@ -25,6 +25,8 @@ from megatron_llamapro.checkpoint.tensors.weight_map import weights_of
 from megatron_llamapro.config.errors import CheckpointError, ConfigError
 from megatron_llamapro.expansion.dial_record import BlockScale, DialRecord, block_scale, scale_of_block
 from megatron_llamapro.expansion.manifest import Manifest
+from megatron_llamapro.expansion.plan import ExpansionPlan
+from megatron_llamapro.families.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Dial:
                 f"{checkpoint.folder} has no llamapro.json, so nothing says what was trained: dial a checkpoint that "
                 "has one"
             )
-        outputs = output_projections(checkpoint)
+        outputs = output_projections(checkpoint.shape, checkpoint.plan)
         originals = [name for name in checkpoint.tensors if original_name(name, checkpoint.plan) is not None]
         with (
             SourceFiles({**checkpoint.states, **(original.states if original else {})}) as files,
@@ -141,12 +143,12 @@ class Dial:
         return kept
 
 
-def output_projections(checkpoint: Checkpoint) -> dict[str, int]:
+def output_projections(shape: ModelShape, plan: ExpansionPlan) -> dict[str, int]:
     """Return the output projections of added blocks, each with the index of its block among the added ones."""
-    place = {layer: index for index, layer in enumerate(checkpoint.plan.added_layers)}
+    place = {layer: index for index, layer in enumerate(plan.added_layers)}
     return {
         name: place[weight.layer]
-        for weight in weights_of(checkpoint.shape)
+        for weight in weights_of(shape)
         if weight.layer in place and weight.row.zero_in_added
         for name in weight.hf_names
     }

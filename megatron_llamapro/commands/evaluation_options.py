@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypeVar, get_args
 
 from megatron_llamapro.config.command import CommandParser, is_first_rank
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.files import check_can_hold
 from megatron_llamapro.config.schema import DataFormat, ParallelConfig, Precision
 from megatron_llamapro.config.values import expand_user, spelled_as
 
@@ -116,13 +115,6 @@ def _prefix(text: str) -> str:
         return expand_user(text)
     except ValueError as error:
         raise ConfigError(f"{text!r}: {error}") from None
-
-
-def check_output(path: Path | None, *, overwrite: bool) -> None:
-    """Raise `ConfigError` if a file cannot be written there, or exists and may not be replaced."""
-    check_can_hold(path)
-    if path is not None and path.exists() and not overwrite:
-        raise ConfigError(f"{path} exists: choose another file, or give --overwrite")
 
 
 @contextmanager

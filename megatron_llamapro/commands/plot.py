@@ -8,12 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_llamapro.config.command import CommandParser
 from megatron_llamapro.config.errors import ConfigError, DataError
-from megatron_llamapro.config.files import check_can_hold
+from megatron_llamapro.config.files import check_can_hold, check_output
+from megatron_llamapro.config.pictures import panels
 from megatron_llamapro.training.metrics import BLOCK_FIGURES
 from megatron_llamapro.training.metrics_file import figure, read_records
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Series = list[tuple[int, float]]
 Panels = dict[tuple[str, str], Series]
@@ -51,10 +56,8 @@ def main(arguments: Sequence[str]) -> int:
     if args.label and len(args.label) != len(args.input):
         parser.error(f"--label names {len(args.label)} runs, --input {len(args.input)}")
     output = args.output if args.output.suffix else args.output.with_name(f"{args.output.name}.png")
-    for path in (args.output, output):
-        check_can_hold(path)
-    if output.exists() and not args.overwrite:
-        raise ConfigError(f"{output} exists: choose another --output, or give --overwrite")
+    check_can_hold(args.output)
+    check_output(output, overwrite=args.overwrite)
     inputs = [path / "metrics.jsonl" if path.is_dir() else path for path in args.input]
     labels = args.label or labels_of(inputs)
     if len(set(labels)) < len(labels):
@@ -101,40 +104,27 @@ def plot(runs: Mapping[str, Panels], output: Path) -> None:
     Raises:
         ConfigError: matplotlib is not installed, or does not support the format.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("pictures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    names = list(dict.fromkeys(panel for series in runs.values() for panel, _ in series))
+    columns = min(3, len(names))
+    with panels(output, -(-len(names) // columns), columns, width=4.2, height=3) as rows:
+        grid = [axis for row in rows for axis in row]
+        for axis in grid[len(names) :]:
+            axis.set_axis_off()
+        for axis, name in zip(grid, names, strict=False):
+            _draw_panel(axis, name, runs)
+        if len(runs) > 1:
+            grid[0].legend(frameon=False)
 
-    panels = list(dict.fromkeys(panel for series in runs.values() for panel, _ in series))
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, grid = pyplot.subplots(
-        rows, columns, figsize=(4.2 * columns, 3 * rows), layout="constrained", squeeze=False
-    )
-    for axis in grid.flat[len(panels) :]:
-        axis.set_axis_off()
-    for axis, panel in zip(grid.flat, panels, strict=False):
-        for style, (label, series) in zip(cycle(LINE_STYLES), runs.items(), strict=False):
-            lines = {line: points for (name, line), points in series.items() if name == panel}
-            for line, points in lines.items():
-                name = " ".join(filter(None, (label if len(runs) > 1 else "", line)))
-                axis.plot(*zip(*points, strict=True), label=name, linewidth=1.5, linestyle=style if line else "-")
-            if any(lines):
-                axis.legend(frameon=False, fontsize="x-small")
-        axis.set(title=panel, xlabel="step")
-        axis.grid(color="0.92")
-        axis.spines[["top", "right"]].set_visible(False)
-    if len(runs) > 1:
-        grid.flat[0].legend(frameon=False)
-    try:
-        figure.savefig(output, dpi=150)
-    except ValueError as error:
-        raise ConfigError(f"{output}: {error}") from None
-    finally:
-        pyplot.close(figure)
+
+def _draw_panel(axis: Axes, name: str, runs: Mapping[str, Panels]) -> None:
+    for style, (run, series) in zip(cycle(LINE_STYLES), runs.items(), strict=False):
+        lines = {line: points for (panel, line), points in series.items() if panel == name}
+        for line, points in lines.items():
+            label = " ".join(filter(None, (run if len(runs) > 1 else "", line)))
+            axis.plot(*zip(*points, strict=True), label=label, linewidth=1.5, linestyle=style if line else "-")
+        if any(lines):
+            axis.legend(frameon=False, fontsize="x-small")
+    axis.set(title=name, xlabel="step")
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:

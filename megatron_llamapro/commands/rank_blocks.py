@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING
 from megatron_llamapro.checkpoint.description import DescribedModel
 from megatron_llamapro.commands.evaluation_options import (
     add_evaluation_options,
-    check_output,
     job_of,
     read_new_and_known,
     started_world,
 )
 from megatron_llamapro.config.command import CommandParser, is_first_rank
-from megatron_llamapro.config.files import write_atomically
+from megatron_llamapro.config.files import check_output, write_atomically
 from megatron_llamapro.evaluation.ranking import BlockScore, Ranking
 from megatron_llamapro.expansion.plan import placed_positions
 from megatron_llamapro.expansion.trainable_part import TrainablePart

@@ -16,14 +16,13 @@ from pathlib import Path
 
 from megatron_llamapro.commands.evaluation_options import (
     add_evaluation_options,
-    check_output,
     job_of,
     read_new_and_known,
     started_world,
 )
 from megatron_llamapro.config.command import CommandParser, is_first_rank
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.files import write_atomically
+from megatron_llamapro.config.files import check_output, write_atomically
 from megatron_llamapro.runtime.launched import launched_world_size
 
 DEFAULT_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)

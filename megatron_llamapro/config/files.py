@@ -151,6 +151,13 @@ def check_can_hold(path: Path | None) -> None:
         raise ConfigError(f"{path} cannot be written: the folder {path.parent} does not exist")
 
 
+def check_output(path: Path | None, *, overwrite: bool) -> None:
+    """Raise `ConfigError` if a file cannot be written there, or exists and may not be replaced."""
+    check_can_hold(path)
+    if path is not None and path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists: choose another file, or give --overwrite")
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Make an `OSError` of the block name `path`, for operations on an open descriptor or a draft."""

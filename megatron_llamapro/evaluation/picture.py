@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.pictures import panels
 from megatron_llamapro.evaluation.ranking import BlockScore, Ranking
 from megatron_llamapro.evaluation.results import Curve
 
@@ -33,7 +32,7 @@ def draw_curves(rows: Sequence[Mapping[str, Curve]], output: Path, *, tolerance:
         ConfigError: matplotlib is not installed, or does not support the format.
     """
     columns = max(len(_first(curves).known) for curves in rows)
-    with _panels(output, len(rows), columns, width=4.6, height=3.6) as grid:
+    with panels(output, len(rows), columns, width=4.6, height=3.6, same_scale=True) as grid:
         for axes, curves in zip(grid, rows, strict=True):
             for axis, name in zip(axes, _first(curves).known, strict=True):
                 _draw_panel(axis, curves, name, tolerance)
@@ -49,7 +48,7 @@ def draw_blocks(ranking: Ranking, output: Path) -> None:
     Raises:
         ConfigError: matplotlib is not installed, or does not support the format.
     """
-    with _panels(output, 1, 1, width=8, height=4) as [[axis]]:
+    with panels(output, 1, 1, width=8, height=4) as [[axis]]:
         for number, block in enumerate(ranking.chosen):
             axis.axvspan(block - 0.5, block + 0.5, color="0.9", label=None if number else "chosen")
         for label, names in (("known", ranking.known), ("new", ranking.new)):
@@ -61,39 +60,6 @@ def draw_blocks(ranking: Ranking, output: Path) -> None:
         axis.locator_params(axis="x", integer=True)
         axis.set(xlabel="source block", ylabel=SCORE_LABELS[ranking.by])
         axis.legend(frameon=False, fontsize="small")
-
-
-@contextmanager
-def _panels(
-    output: Path, num_rows: int, num_columns: int, *, width: float, height: float
-) -> Iterator[list[list[Axes]]]:
-    """Yield empty panels of this size in inches, in rows, and write them into `output` at the end."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("pictures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, grid = pyplot.subplots(
-        num_rows,
-        num_columns,
-        figsize=(width * num_columns, height * num_rows),
-        layout="constrained",
-        squeeze=False,
-        sharey="row",
-    )
-    for axis in grid.flat:
-        axis.grid(color="0.92")
-        axis.spines[["top", "right"]].set_visible(False)
-    try:
-        yield grid.tolist()
-        try:
-            figure.savefig(output, dpi=150)
-        except ValueError as error:
-            raise ConfigError(f"{output}: {error}") from None
-    finally:
-        pyplot.close(figure)
 
 
 def _first(curves: Mapping[str, Curve]) -> Curve:

@@ -99,7 +99,11 @@ class AddedBlocks:
         dial, index = self.expanded.manifest.dial, self.expanded.plan.added_layers.index(layer)
         if dial is None or not dial.is_off(index):
             return False
-        outputs = [name for name, block in output_projections(self.expanded).items() if block == index]
+        outputs = [
+            name
+            for name, block in output_projections(self.expanded.shape, self.expanded.plan).items()
+            if block == index
+        ]
         tensors, itemsize = self.expanded.tensors, self.expanded.itemsize
         return all(self.hashes[name] == hash_rows(ZeroRows(), tensors[name], itemsize) for name in outputs)
 

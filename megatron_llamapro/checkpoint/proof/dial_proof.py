@@ -74,7 +74,7 @@ class DialProof:
 
     @cached_property
     def _outputs(self) -> dict[str, int]:
-        return output_projections(self.result)
+        return output_projections(self.result.shape, self.result.plan)
 
     @cached_property
     def _names_in_original(self) -> dict[str | None, str]:
