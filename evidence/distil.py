@@ -9,7 +9,6 @@ one pipeline stage, one tensor-parallel rank.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -20,22 +19,9 @@ from torch.nn import functional
 from megatron_llamapro.config.command import run_command
 
 
-@contextlib.contextmanager
-def bypassed(model: torch.nn.Module) -> Iterator[None]:
-    """Make every layer that trains return its input."""
-    layers = [layer for layer in model.decoder.layers if any(p.requires_grad for p in layer.parameters())]
-    before = [layer.forward for layer in layers]
-    for layer in layers:
-        layer.forward = lambda hidden_states, *args, **kwargs: (hidden_states, None)
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            layer.forward = forward
-
-
 def distilling_step(kl_weight: float, sum_loss, batches: Iterator, chunk: torch.nn.Module):
     """The forward step of `training/step.py`, with another loss of known samples."""
+    from megatron_llamapro.model.bypass import bypassed
     from megatron_llamapro.model.names import unwrapped
 
     batch = next(batches)
@@ -46,7 +32,8 @@ def distilling_step(kl_weight: float, sum_loss, batches: Iterator, chunk: torch.
     losses = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # [b, s]
     if known.any():
         model = unwrapped(chunk)
-        with torch.no_grad(), bypassed(model):
+        added = [layer for layer in model.decoder.layers if any(p.requires_grad for p in layer.parameters())]
+        with torch.no_grad(), bypassed(added):
             original = model(tokens[known], position_ids[known], None)[..., :vocab_size].float()
         divergence = functional.kl_div(
             functional.log_softmax(logits[known], -1),

@@ -26,6 +26,7 @@ PAGE = Path("docs/evidence.md")
 IMAGES = Path("docs/images")
 PICTURES = ("goal", "density")
 """The questions that get a picture."""
+SEEDS = (1, 2, 3)
 
 _TABLE = re.compile(r"(<!-- table of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _HEADER = (
@@ -39,24 +40,20 @@ class Finding:
     """The results of a run with one or several seeds."""
 
     cell: Cell
-    """With the first of the seeds."""
+    """With seed 1, whichever seeds it had."""
     curves: Sequence[Curve]
 
     @property
     def mean_curve(self) -> Curve:
-        """The losses at each scale, averaged over the seeds."""
+        """The losses averaged over the seeds, at each scale that all of them have."""
         first = self.curves[0]
+        scales = set.intersection(*({*curve.losses} for curve in self.curves))
         losses = {
             scale: {name: statistics.mean(curve.losses[scale][name] for curve in self.curves) for name in of_scale}
             for scale, of_scale in first.losses.items()
+            if scale in scales
         }
         return replace(first, losses=losses)
-
-    def figure(self, values: Iterable[float], sign: str = "") -> str:
-        """Return the mean over the seeds, and their standard deviation if there are several."""
-        values = list(values)
-        mean = f"{statistics.mean(values):{sign}.3f}"
-        return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
 
     @property
     def gains_at_no_loss(self) -> list[float]:
@@ -65,6 +62,13 @@ class Finding:
     def change(self, name: str) -> list[float]:
         """Return the change of a set's loss after training, for every seed."""
         return [curve.losses[1.0][name] - curve.losses[0.0][name] for curve in self.curves]
+
+
+def figure(values: Iterable[float], sign: str = "") -> str:
+    """Return the mean over the seeds, and their standard deviation if there are several."""
+    values = list(values)
+    mean = f"{statistics.mean(values):{sign}.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
 
 
 def findings_of(cells: Sequence[Cell]) -> list[Finding]:
@@ -104,7 +108,7 @@ def _trained(cell: Cell) -> str:
 
 
 def plain_blocks(cell: Cell) -> Cell:
-    """Return the run to compare with: six plain blocks, the same domain and number of steps."""
+    """Return the run to compare with: six blocks without a penalty or replay, on the same domain, for as many steps."""
     return Cell(domain=cell.domain, lr=1e-3, steps=cell.steps)
 
 
@@ -115,7 +119,7 @@ def table(findings: Sequence[Finding], baselines: Mapping[Cell, Finding]) -> str
 
 def _row(finding: Finding, plain: Finding | None) -> str:
     cell = finding.cell
-    gain = finding.figure(curve.gain(1.0) for curve in finding.curves)
+    gain = figure(curve.gain(1.0) for curve in finding.curves)
     at_no_loss = statistics.mean(finding.gains_at_no_loss)
     ratio = f"{at_no_loss / statistics.mean(plain.gains_at_no_loss):.2f} ×" if plain else ""
     columns = [
@@ -123,8 +127,8 @@ def _row(finding: Finding, plain: Finding | None) -> str:
         description(cell),
         f"{cell.lr:g}",
         gain,
-        *(finding.figure(finding.change(name), "+") for name in finding.curves[0].known),
-        finding.figure(finding.gains_at_no_loss),
+        *(figure(finding.change(name), "+") for name in finding.curves[0].known),
+        figure(finding.gains_at_no_loss),
         ratio,
         str(len(finding.curves)),
     ]
@@ -137,8 +141,8 @@ def page_with_tables(page: str) -> str:
     def with_table(found: re.Match) -> str:
         cells = cells_of(found[2])
         findings = findings_of(cells)
-        baselines = {finding.cell: finding for finding in findings_of(list(map(plain_blocks, cells)))}
-        baselines |= {finding.cell: finding for finding in findings}
+        plain = dict.fromkeys(replace(plain_blocks(cell), seed=seed) for cell in cells for seed in SEEDS)
+        baselines = {finding.cell: finding for finding in findings_of(list(plain))}
         return f"{found[1]}{table(findings, baselines)}{found[3]}"
 
     return _TABLE.sub(with_table, page)
@@ -148,7 +152,10 @@ def draw(question: str) -> None:
     """Draw a question's finished runs: a row of panels for each new domain."""
     rows: dict[str, dict[str, Curve]] = {}
     for finding in findings_of(cells_of(question)):
-        rows.setdefault(finding.cell.domain, {})[description(finding.cell)] = finding.mean_curve
+        row, label = rows.setdefault(finding.cell.domain, {}), description(finding.cell)
+        if label in row:
+            raise ValueError(f"{question}: two runs are described as {label}")
+        row[label] = finding.mean_curve
     if rows:
         draw_curves(list(rows.values()), IMAGES / f"evidence_{question}.png", tolerance=TOLERANCE)
 

@@ -134,6 +134,9 @@ def train(cell: Cell) -> None:
         run("torchrun", "--nproc-per-node", NUM_RANKS, *distil, "--config", config)
     else:
         torchrun("megatron_llamapro.pretrain", "--config", config)
+    latest = int((folder / "latest_checkpointed_iteration.txt").read_text())
+    if latest != cell.steps:
+        raise SystemExit(f"{folder} was stopped at step {latest} of {cell.steps}: the same command continues")
     (folder / "trained").touch()
 
 

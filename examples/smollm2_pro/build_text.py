@@ -30,6 +30,7 @@ from pydoc_data.topics import topics
 
 from megatron_llamapro.config.command import CommandParser, run_command
 from megatron_llamapro.config.errors import ConfigError
+from megatron_llamapro.config.files import write_atomically
 
 HANDBOOK = Path("/usr/share/doc/debian-handbook/html/de-DE")
 
@@ -163,7 +164,7 @@ def main() -> int:
                 )
                 size += len(text)
         for part, lines in parts.items():
-            (args.output_dir / f"{domain}.{part}.jsonl").write_text("".join(line + "\n" for line in lines))
+            write_atomically(args.output_dir / f"{domain}.{part}.jsonl", "".join(line + "\n" for line in lines))
         print(f"{domain}: {len(parts['train'])} documents to train on, {len(parts['held_out'])} held out")
     return 0
 

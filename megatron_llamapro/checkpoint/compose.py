@@ -1,7 +1,7 @@
 """Puts packs of added blocks into the model that their runs started from.
 
-Every pack becomes a round of the result's plan. A block stays behind the original block that it was behind; where two
-packs have blocks behind the same one, they stand in the order in which the packs are given. The result is an opened
+Every pack becomes a round of the result's plan. A block follows the same original block as in its run; where two packs
+have blocks behind the same one, they are in the order in which the packs are given. The result is an opened
 checkpoint whose tensors lie in the folders of the base and of the packs, and the converter writes it.
 """
 
@@ -117,12 +117,13 @@ def _check_fit(base: Checkpoint, packs: Sequence[Pack]) -> None:
 
 def _check_hashes(base: Checkpoint, packs: Sequence[Pack], options: Options) -> None:
     """Raise `CheckpointError` if a tensor of the base or of a pack does not have the hash that a pack has noted."""
-    options.on_total(base.weight_bytes)
+    types = sorted({pack.manifest.hash_dtype for pack in packs})
+    options.on_total(base.weight_bytes * len(types))
     states = {path: state for each in (base, *packs) for path, state in each.states.items()}
     with SourceFiles(states) as files, ThreadPoolExecutor(options.workers) as pool:
         originals = {
             dtype: tensor_hashes(base, base.tensors, files, pool, types=(dtype,), progress=options.progress)
-            for dtype in sorted({pack.manifest.hash_dtype for pack in packs})
+            for dtype in types
         }
         for pack in packs:
             for name, value in originals[pack.manifest.hash_dtype].items():

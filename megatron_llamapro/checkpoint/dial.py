@@ -61,7 +61,7 @@ class Dial:
     checkpoint: Checkpoint
     manifest: Manifest
     outputs: Mapping[str, int]
-    """`output_projections`"""
+    """The output projections of added blocks, each with the index of its block among the added ones."""
     trained: Mapping[str, OriginalTensor]
     """The original tensors that were trained, as they were before. Their names are those in the checkpoint."""
     undialed_hashes: Mapping[str, str]
@@ -75,8 +75,8 @@ class Dial:
             raise CheckpointError(f"{checkpoint.folder} mixes types: convert it with --dtype, then dial the result")
         if manifest is None:
             raise CheckpointError(
-                f"{checkpoint.folder} has no llamapro.json, so nothing says what was trained: dial a checkpoint that "
-                "has one"
+                f"{checkpoint.folder} has no llamapro.json, so nothing says what was trained: give the folder of a run "
+                "or its export (an original model has nothing to dial)"
             )
         outputs = output_projections(checkpoint.shape, checkpoint.plan)
         originals = [name for name in checkpoint.tensors if original_name(name, checkpoint.plan) is not None]
@@ -92,7 +92,8 @@ class Dial:
                     f"{checkpoint.folder} has no added blocks, no adapters and no trained weights: there is nothing to "
                     "dial"
                 )
-            moved = [name for name in checkpoint.tensors if name in {*outputs, *before.tensors, *adapted}]
+            movable = {*outputs, *before.tensors, *adapted}
+            moved = [name for name in checkpoint.tensors if name in movable]
             hashes = finder.hashes(moved, lambda name: undialed_hash(checkpoint, name, files))
         states = {**checkpoint.states, **before.states}
         return cls(dataclasses.replace(checkpoint, states=states), manifest, outputs, before.tensors, hashes)
@@ -105,14 +106,14 @@ class Dial:
         """
         plan = self.checkpoint.plan
         chosen = block_scale(scale, num_added_blocks=len(plan.added_layers))
-        if chosen == 1:
-            return self.checkpoint
         others = [name for name in self.undialed_hashes if name not in self.outputs]
-        if isinstance(chosen, tuple) and others:
+        if others and isinstance(scale, Sequence) and len(scale) > 1:
             raise ConfigError(
                 f"added_block_scale has one value for each block, but original weights were trained too, such as "
                 f"{others[0]}: give one value for all"
             )
+        if chosen == 1:
+            return self.checkpoint
         scales = {name: scale_of_block(chosen, self.outputs.get(name, 0)) for name in self.undialed_hashes}
         moved = {name: value for name, value in scales.items() if value != 1}
         return dataclasses.replace(

@@ -21,8 +21,8 @@ def tensor_hashes(
     types: Sequence[str] | None = None,
     progress: Progress = nothing,
 ) -> dict[str, str]:
-    """Return the hashes of the tensors with these names, merged and averaged (`formats.adapters.rows_of`), and cast to
-    each of `types` in turn (default: as they are stored)."""
+    """Return the hashes of the tensors with these names, merged, averaged and dialed (`formats.adapters.rows_of`), and
+    cast to each of `types` in turn (default: as they are stored)."""
 
     def hash_of(name: str) -> str:
         along = types or (checkpoint.dtype_of(name),)

@@ -39,9 +39,9 @@ class Options:
     num_workers: int = 0
     """Number of threads; 0: two per core, at most eight."""
     progress: Progress = nothing
-    """Called with the number of bytes that were just written."""
+    """Called with numbers of bytes that were just handled: written, or read where a command first reads."""
     on_total: Progress = nothing
-    """Called once, with the number of bytes to write."""
+    """Called with the number of bytes of the part that starts now."""
 
     @property
     def workers(self) -> int:

@@ -1,6 +1,6 @@
 """Put packs of added blocks into the model that they were extracted for. No pack gives that model back.
 
-llamapro compose --base HF_DIR --pack packs/cpp --pack packs/law --scale 0.75 --scale 1 --target HF_DIR
+llamapro compose --base DIR --pack packs/cpp --pack packs/law --scale 0.75 --scale 1 --target HF_DIR
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ def main(arguments: Sequence[str]) -> int:
     """Read the options, compose, print a summary."""
     parser = CommandParser(prog="llamapro compose", description=__doc__)
     parser.add_argument(
-        "--base", type=Path, required=True, metavar="HF_DIR", help="model that the packs' runs were expanded from"
+        "--base",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="model that the packs' runs were expanded from, in any format",
     )
     parser.add_argument(
         "--pack",
@@ -35,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         nargs="+",
         action="extend",
         default=[],
-        metavar="0.75",
+        metavar="SCALE",
         help="factor of each pack's output projections, from 0 to 2, in the order of the packs (default: 1)",
     )
     parser.add_argument("--target", type=Path, required=True, metavar="DIR", help="folder to write")

@@ -8,7 +8,6 @@ Several ranks: torchrun --nproc-per-node 8 -m megatron_llamapro evaluate … --t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from megatron_llamapro.commands.evaluation_options import (
 )
 from megatron_llamapro.config.command import CommandParser, is_first_rank
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.files import check_output, write_atomically
+from megatron_llamapro.config.files import check_output, json_text, write_atomically
 from megatron_llamapro.runtime.launched import launched_world_size
 
 
@@ -39,29 +38,26 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"--label names {len(labels)} checkpoints, --checkpoint {len(args.checkpoint)}")
     if len({*labels}) < len(labels):
         raise ConfigError(f"checkpoints have the same name, {', '.join(labels)}: give each its own with --label")
-    check_output(args.output, overwrite=args.overwrite)
     job = job_of(args, read_sets(args.set))
 
     def read() -> tuple:
         from megatron_llamapro.checkpoint.formats.open import open_checkpoint
 
+        check_output(args.output, overwrite=args.overwrite)
         opened = {label: open_checkpoint(path) for label, path in zip(labels, args.checkpoint, strict=True)}
         return opened, job.check([*opened.values()], world_size=launched_world_size())
 
     with started_world(read) as (checkpoints, token_files):
-        from megatron_llamapro.evaluation.results import losses_json, settings_json, table
+        from megatron_llamapro.evaluation.results import checkpoint_json, settings_json, table
         from megatron_llamapro.evaluation.run import evaluate_each
 
         losses = evaluate_each(checkpoints, job, token_files)
         if is_first_rank():
             print(table(losses), flush=True)
             if args.output:
-                entries = [
-                    {"label": label, "folder": str(checkpoint.folder), "losses": losses_json(losses[label])}
-                    for label, checkpoint in checkpoints.items()
-                ]
+                entries = [checkpoint_json(each, job, label, losses[label]) for label, each in checkpoints.items()]
                 content = {**settings_json(job, token_files), "checkpoints": entries}
-                write_atomically(args.output, json.dumps(content, indent=1) + "\n")
+                write_atomically(args.output, json_text(content, indent=1) + "\n")
     return 0
 
 

@@ -37,6 +37,6 @@ def main(arguments: Sequence[str]) -> int:
         f"blocks: {', '.join(map(str, plan.added_layers))}, copied from "
         f"{', '.join(str(plan.layers[layer].source_layer) for layer in plan.added_layers)} of the original\n"
         f"{decimal_size(done.num_bytes)} of {done.record.manifest.dtype} weights, read back and compared\n"
-        f"{done.num_originals} original tensors have the hashes of {done.record.manifest.source.name}"
+        f"{done.num_originals} original tensors are those of {done.record.manifest.source.name}, by their hashes"
     )
     return 0

@@ -10,7 +10,6 @@ residual stream. The printed --positions are those for `llamapro convert`. docs/
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,8 @@ from megatron_llamapro.commands.evaluation_options import (
     started_world,
 )
 from megatron_llamapro.config.command import CommandParser, is_first_rank
-from megatron_llamapro.config.files import check_output, write_atomically
+from megatron_llamapro.config.files import check_output, json_text, write_atomically
+from megatron_llamapro.config.pictures import check_picture
 from megatron_llamapro.evaluation.ranking import BlockScore, Ranking
 from megatron_llamapro.expansion.plan import placed_positions
 from megatron_llamapro.expansion.trainable_part import TrainablePart
@@ -39,14 +39,14 @@ DEFAULT_NUM_SAMPLES = 32  # a pass per block over all of them
 def main(arguments: Sequence[str]) -> int:
     """Score the blocks, print the table, the positions and their costs, draw, write the JSON."""
     args = _parser().parse_args(arguments)
-    check_output(args.output, overwrite=args.overwrite)
-    check_output(args.picture, overwrite=args.overwrite)
     new, known = read_new_and_known(args)
     job = job_of(args, {**known, **new})
 
     def read() -> tuple:
         from megatron_llamapro.checkpoint.formats.open import open_checkpoint
 
+        check_output(args.output, overwrite=args.overwrite)
+        check_picture(args.picture, overwrite=args.overwrite)
         checkpoint = open_checkpoint(args.checkpoint)
         evenly = placed_positions(checkpoint.shape.num_layers, args.num_added_blocks)  # refuses impossible numbers
         return checkpoint, evenly, job.check([checkpoint], world_size=launched_world_size())
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
                 **ranking.to_json(),
                 "training_flops_per_token": costs,
             }
-            write_atomically(args.output, json.dumps(content, indent=1) + "\n")
+            write_atomically(args.output, json_text(content, indent=1) + "\n")
         if args.picture:
             draw_blocks(ranking, args.picture)
     return 0
@@ -87,12 +87,14 @@ def _flops_per_token(checkpoint: Checkpoint, positions: Sequence[int], *, seq_le
 
 def _lines(checkpoint: Checkpoint, placements: Mapping[str, Sequence[int]], costs: Mapping[str, float]) -> list[str]:
     """Return what each placement costs. Below its first added block there is no backward pass."""
-    return [
-        f"{name}: --positions {','.join(map(str, positions))} takes {costs[name] / 1e9:,.3f} GFLOP per token to train, "
-        f"with backward passes through {checkpoint.shape.num_layers + len(positions) - positions[0]} of "
-        f"{checkpoint.shape.num_layers + len(positions)} blocks"
-        for name, positions in placements.items()
-    ]
+    lines = []
+    for name, positions in placements.items():
+        num_blocks = checkpoint.shape.num_layers + len(positions)
+        lines.append(
+            f"{name}: --positions {','.join(map(str, positions))} takes {costs[name] / 1e9:,.3f} GFLOP per token to "
+            f"train, with backward passes through {num_blocks - positions[0]} of {num_blocks} blocks"
+        )
+    return lines
 
 
 def _parser() -> CommandParser:

@@ -10,7 +10,6 @@ projections; of trained original weights, the change (then give --original). Exp
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from megatron_llamapro.commands.evaluation_options import (
 )
 from megatron_llamapro.config.command import CommandParser, is_first_rank
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.files import check_output, write_atomically
+from megatron_llamapro.config.files import check_output, json_text, write_atomically
+from megatron_llamapro.config.pictures import check_picture
 from megatron_llamapro.runtime.launched import launched_world_size
 
 DEFAULT_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -35,31 +35,33 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     if args.tolerance < 0:
         raise ConfigError(f"--tolerance is {args.tolerance:g}: it cannot be negative")
-    check_output(args.output, overwrite=args.overwrite)
-    check_output(args.picture, overwrite=args.overwrite)
     new, known = read_new_and_known(args)
     job = job_of(args, {**new, **known})
     scales = sorted({*args.scales} - {0.0}, reverse=args.descend)
+    if not scales:
+        raise ConfigError("--scales has only 0, the original: name a scale above it")
     if not args.reference:
         scales.insert(0, 0.0)
 
     def read() -> tuple:
         from megatron_llamapro.checkpoint.formats.open import open_checkpoint
+        from megatron_llamapro.evaluation.results import read_reference, settings_json
 
+        check_output(args.output, overwrite=args.overwrite)
+        check_picture(args.picture, overwrite=args.overwrite)
         checkpoint = open_checkpoint(args.checkpoint)
         original = open_checkpoint(args.original) if args.original else None
-        return checkpoint, original, job.check([checkpoint], world_size=launched_world_size())
+        settings = settings_json(job, token_files := job.check([checkpoint], world_size=launched_world_size()))
+        precision = job.precision_of(checkpoint)
+        reference = read_reference(args.reference, settings, precision=precision) if args.reference else None
+        return checkpoint, original, token_files, settings, reference
 
-    with started_world(read) as (checkpoint, original, token_files):
+    with started_world(read) as (checkpoint, original, token_files, settings, reference):
         from megatron_llamapro.evaluation.picture import draw_curves
-        from megatron_llamapro.evaluation.results import Curve, Figures, losses_json, read_reference, settings_json
+        from megatron_llamapro.evaluation.results import Curve, Figures, losses_json
         from megatron_llamapro.evaluation.run import sweep
-        from megatron_llamapro.runtime.distributed import ask_first_rank
 
-        settings = settings_json(job, token_files)
-        figures: dict[float, Figures] = {}
-        if args.reference:
-            figures[0.0] = ask_first_rank(lambda: read_reference(args.reference, settings))
+        figures: dict[float, Figures] = {0.0: reference} if reference else {}
         for scale, losses in sweep(checkpoint, job, token_files, scales=scales, original=original):
             figures[scale] = losses_json(losses)
             curve = Curve.of(figures, new=[*new], known=[*known])
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
                 "checkpoint": str(checkpoint.folder),
                 **curve.to_json(figures, tolerance=args.tolerance),
             }
-            write_atomically(args.output, json.dumps(content, indent=1) + "\n")
+            write_atomically(args.output, json_text(content, indent=1) + "\n")
         if args.picture:
             draw_curves([{"": curve}], args.picture, tolerance=args.tolerance)
     return 0
@@ -89,7 +91,8 @@ def _parser() -> CommandParser:
         "--original",
         type=Path,
         metavar="DIR",
-        help="the model before training, in any format; needed if original weights were trained",
+        help="the model before training, in any format; needed if original weights were trained and the run's base "
+        "does not hold them",
     )
     parser.add_argument(
         "--new", nargs="+", required=True, metavar="NAME=PREFIX", help="held-out sets of the new domain"
@@ -102,7 +105,8 @@ def _parser() -> CommandParser:
         type=_scales,
         default=DEFAULT_SCALES,
         metavar="0,0.5,1",
-        help=f"scales to evaluate (default: {','.join(f'{scale:g}' for scale in DEFAULT_SCALES)}); 0 always is",
+        help=f"scales to evaluate (default: {','.join(f'{scale:g}' for scale in DEFAULT_SCALES)}); 0 is always one, "
+        "unless --reference is given",
     )
     parser.add_argument(
         "--descend",
@@ -113,7 +117,8 @@ def _parser() -> CommandParser:
         "--reference",
         type=Path,
         metavar="FILE.json",
-        help="the original's losses on the same sets, from llamapro evaluate --output, instead of evaluating scale 0",
+        help="the original's losses on the same sets, from llamapro evaluate --output of it alone, instead of "
+        "evaluating scale 0",
     )
     parser.add_argument(
         "--tolerance",

@@ -6,10 +6,12 @@ Errors name the file. Imports no torch.
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megatron_llamapro.config.errors import CheckpointError, ConfigError, LlamaProError
@@ -135,12 +137,25 @@ def check_small(path: Path, num_bytes: int, *, largest: int = LARGEST_SMALL_FILE
         raise CheckpointError(f"{path} has {num_bytes} bytes, more than any such file: it is damaged")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under another name and rename it, so that a kill leaves the old file or none."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file under another name and rename it, so that a kill leaves the old file or none."""
     draft = path.with_name(f"{path.name}.tmp")
     with naming(path):
-        draft.write_text(text, encoding="utf-8")
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
         draft.replace(path)
+
+
+def json_text(value: object, *, indent: int | None = None) -> str:
+    """Return JSON that every program can read: null stands for a float that is not finite."""
+    return json.dumps(_finite(value), allow_nan=False, indent=indent)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_can_hold(path: Path | None) -> None:

@@ -28,9 +28,17 @@ from megatron_llamapro.data.text_files import check_text_files, field_of, json_n
 from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
 
 _HIGHEST_TEMPERATURE = 2.0  # vLLM's
+# Options that a draft depends on, beside the contents of files.
 _SETTINGS = (
-    *("num_documents", "num_tokens", "max_document_tokens", "batch_size"),
-    *("temperature", "top_p", "seed", "dtype", "eod_token"),
+    "num_documents",
+    "num_tokens",
+    "max_document_tokens",
+    "batch_size",
+    "temperature",
+    "top_p",
+    "seed",
+    "dtype",
+    "eod_token",
 )
 _COUNTS = ("num_documents", "num_tokens", "max_document_tokens", "batch_size", "prompt_tokens")
 
@@ -148,7 +156,7 @@ def generate_text(
         temperature=request.temperature,
         top_p=request.top_p,
     )
-    with writing(output), text_draft(output, _settings(request, tokenizer, starts), resume=resume) as draft:
+    with writing(output), text_draft(output, _settings(request, tokenizer, sampling, starts), resume=resume) as draft:
         resumed = draft.written
         on_start(resumed)
         _write_batches(request, draft, sampling, tokenizer, starts, progress)
@@ -219,11 +227,14 @@ def _texts(path: Path) -> Iterator[str]:
             yield valid_unicode(text)
 
 
-def _settings(request: TextRequest, tokenizer: Tokenizer, starts: list[list[int]]) -> dict[str, object]:
+def _settings(
+    request: TextRequest, tokenizer: Tokenizer, sampling: Sampling, starts: list[list[int]]
+) -> dict[str, object]:
     """Return everything that a draft depends on, with contents of files in place of their paths."""
     contents = {
         "config.json": read_inside(request.model, "config.json") or b"",
         "starts of documents": json.dumps(starts).encode(),
+        "ends of documents": json.dumps(sorted(sampling.ends)).encode(),
     }
     return {
         "tokenizer": tokenizer.digest,

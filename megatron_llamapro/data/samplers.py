@@ -59,7 +59,7 @@ def choose_backend(requested: SamplerBackend | None) -> SamplerBackend:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2])
+    return tuple(map(int, re.findall(r"\d+", text)[:2]))
 
 
 def _has_gpu() -> bool:
@@ -142,7 +142,10 @@ class TransformersSampler:
             local_files_only=True,
             attn_implementation="sdpa",
         )
-        self._model: Any = loaded.to(self._device).eval()
+        try:
+            self._model: Any = loaded.to(self._device).eval()
+        except torch.OutOfMemoryError:
+            raise RunError("the model does not fit the GPU's memory: give --dtype bfloat16, or a larger GPU") from None
         self._sampling = sampling
         self._warpers = [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1 else []
         self._warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
@@ -203,9 +206,8 @@ def _config_without_code(model: Path) -> Any:
     from transformers import AutoConfig
 
     fields = json.loads(read_inside(model, "config.json") or b"{}")
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # as a file, because transformers decides some things when it reads one
+    # As a file, because transformers decides some things when it reads one.
+    with tempfile.TemporaryDirectory() as folder:
         kept = {name: value for name, value in fields.items() if not _CODE.fullmatch(name)}
         (Path(folder) / "config.json").write_text(json.dumps(kept))
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -51,8 +51,11 @@ class TextDraft:
     def __init__(self, folder: Path, settings: Mapping[str, object], *, resume: bool) -> None:
         self._text, self._batches = folder / _TEXT, folder / _BATCHES
         lines = self._batches.read_bytes().split(b"\n")[:-1] if resume and self._batches.is_file() else []
-        if lines:
-            _check_settings(folder, json.loads(lines[0]), settings)
+        earlier = _record(lines[0]) if lines else None
+        if earlier is None:  # none, or damaged by a crash of the machine
+            lines = []
+        else:
+            _check_settings(folder, earlier, settings)
         with self._text.open("ab") as file:
             batches = _complete(lines[1:], num_bytes=file.tell())
             self.num_batches, self.written = len(batches), sum(batches, Written())
@@ -99,6 +102,14 @@ def text_draft(output: Path, settings: Mapping[str, object], *, resume: bool) ->
         finally:
             if is_published or (draft is not None and not draft.num_batches):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _record(line: bytes) -> dict | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _check_settings(folder: Path, earlier: Mapping[str, object], settings: Mapping[str, object]) -> None:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint
-from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.data.token_files import TokenFile
 from megatron_llamapro.evaluation.job import EvaluationJob
 from megatron_llamapro.evaluation.model import EvaluatedModel
 from megatron_llamapro.evaluation.ranking import SetScores
-from megatron_llamapro.evaluation.run import sample_bar
+from megatron_llamapro.evaluation.run import check_finite, sample_bar
+from megatron_llamapro.model.bypass import bypassed
 from megatron_llamapro.model.names import global_layer_index
-from megatron_llamapro.runtime.distributed import for_all_ranks
 from megatron_llamapro.training.evaluation import HeldOutLoss
 from megatron_llamapro.training.step import Batch
 
@@ -38,10 +36,10 @@ def score_blocks(
         change = _StreamChange(model)
         with change.watching():
             whole = model.losses(bar.update, before_batch=change.start_batch)
-        _check_finite(whole)
+        check_finite(whole)
         without = []
         for block in range(num_blocks):
-            with _leaving_out(_layers(model), block):
+            with bypassed([layer for layer in _layers(model) if global_layer_index(layer) == block]):
                 without.append(model.losses(bar.update))
     changes = change.of_each_set(whole)
     return {
@@ -50,34 +48,9 @@ def score_blocks(
     }
 
 
-def _check_finite(losses: Mapping[str, HeldOutLoss]) -> None:
-    for name, held in losses.items():
-        if not math.isfinite(held.loss):
-            why = f"is {held.loss}" if held.num_tokens else "has no tokens"
-            raise for_all_ranks(DataError(f"the loss of the set {name} {why}: no block can be scored on it"))
-
-
 def _layers(model: EvaluatedModel) -> list[TransformerLayer]:
     """Return the layers of this rank."""
     return [layer for chunk in model.chunks for layer in chunk.decoder.layers]
-
-
-@contextlib.contextmanager
-def _leaving_out(layers: Sequence[TransformerLayer], block: int) -> Iterator[None]:
-    """Make a block's output its input. Ranks whose layers do not include it change nothing."""
-    left_out = [layer for layer in layers if global_layer_index(layer) == block]
-    for layer in left_out:
-        layer.forward = _unchanged
-    try:
-        yield
-    finally:
-        for layer in left_out:
-            del layer.forward  # the class has its own
-
-
-def _unchanged(hidden_states: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, None]:
-    """A TransformerLayer's forward returns the hidden states [s, b, h] and a context, which decoders do not have."""
-    return hidden_states, None
 
 
 class _StreamChange:
@@ -90,11 +63,13 @@ class _StreamChange:
         num_blocks = model.checkpoint.shape.num_layers
         # Sums of r by set [blocks]. Every token is added on one rank.
         self.sums = {name: torch.zeros(num_blocks, dtype=torch.float64, device=self.device) for name in model.held_out}
+        self.of_set = torch.empty(0)  # both are set by `start_batch`
+        self.token_weights = torch.empty(0)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Add up what the blocks do in the passes within."""
-        hooks = [layer.register_forward_hook(self._add, with_kwargs=True) for layer in self.layers]
+        hooks = [layer.register_forward_hook(self._add_changes, with_kwargs=True) for layer in self.layers]
         try:
             yield
         finally:
@@ -114,7 +89,7 @@ class _StreamChange:
             changes[name] = (sums / losses[name].num_tokens).sqrt().tolist()
         return changes
 
-    def _add(self, layer: TransformerLayer, _: tuple, given: Mapping, output: tuple) -> None:
+    def _add_changes(self, layer: TransformerLayer, _: tuple, given: Mapping, output: tuple) -> None:
         """Input and output are [s, b, h]. Tensor-parallel ranks hold copies, or parts with sequence parallelism."""
         weights, is_divided = self.token_weights, layer.config.sequence_parallel
         if is_divided:

@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_llamapro.checkpoint.description import check_shape
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint
 from megatron_llamapro.config.checks import check_ranges, count_replicas
+from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.config.schema import (
     DataConfig,
     DataFormat,
@@ -91,7 +92,10 @@ class EvaluationJob:
             check_shape(self.config_of(checkpoint), checkpoint.shape)
             self.tokenizer_of(checkpoint)
         smallest = min(checkpoints, key=lambda checkpoint: checkpoint.shape.vocab_size)
-        return {
-            prefix: check_token_file(prefix, vocab_size=smallest.shape.vocab_size, data_format=self.data_format)
-            for prefix in self.sets.values()
-        }
+        return {prefix: self._token_file(name, prefix, smallest) for name, prefix in self.sets.items()}
+
+    def _token_file(self, name: str, prefix: str, checkpoint: Checkpoint) -> TokenFile:
+        try:
+            return check_token_file(prefix, vocab_size=checkpoint.shape.vocab_size, data_format=self.data_format)
+        except DataError as error:
+            raise DataError(f"set {name}: {error}") from None

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint
 from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles
 from megatron_llamapro.data.dataset import build_valid_datasets
@@ -16,7 +14,7 @@ from megatron_llamapro.evaluation.job import EvaluationJob
 from megatron_llamapro.evaluation.weights import fill
 from megatron_llamapro.model.build import LlamaModel, build_model
 from megatron_llamapro.runtime.distributed import ParallelLayout, failing_together, start_model_parallel
-from megatron_llamapro.training.evaluation import HeldOutLoss, HeldOutSet, evaluate
+from megatron_llamapro.training.evaluation import HeldOutLoss, HeldOutSet, evaluate, held_out_sets
 from megatron_llamapro.training.step import Batch
 
 
@@ -50,8 +48,9 @@ class EvaluatedModel:
             datasets = build_valid_datasets(
                 config.data, vocab_size=checkpoint.shape.vocab_size, eod=tokenizer.eod, checked=token_files
             )
-            token_bytes = torch.tensor(tokenizer.token_bytes(), device="cpu")
-        held_out = {name: HeldOutSet(dataset, job.num_samples, token_bytes) for name, dataset in datasets.items()}
+            held_out = held_out_sets(
+                datasets, tokenizer, num_samples=job.num_samples, vocab_size=checkpoint.shape.vocab_size
+            )
         model = cls(job, checkpoint, layout, chunks, held_out)
         model.read_weights(checkpoint)
         return model
@@ -84,6 +83,6 @@ class EvaluatedModel:
             layout=self.layout,
             micro_batch_size=self.job.micro_batch_size,
             seq_length=self.job.seq_length,
-            progress=lambda samples: progress(samples * self.layout.data_size),
+            progress=progress,
             before_batch=before_batch,
         )

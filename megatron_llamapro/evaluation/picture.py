@@ -23,7 +23,7 @@ SCORE_LABELS = {
 
 def draw_curves(rows: Sequence[Mapping[str, Curve]], output: Path, *, tolerance: float) -> None:
     """Draw curves by label: a row of panels per element of `rows`, a panel per known set. `output`'s extension sets the
-    format. All curves of a row have the same sets.
+    format. All curves have the same known sets, those of a row also the same new ones. A label has one color.
 
     Up is more gain in the new domain; right is more loss of the known set. A point is a scale of the dial, and the
     origin is scale 0.
@@ -31,14 +31,16 @@ def draw_curves(rows: Sequence[Mapping[str, Curve]], output: Path, *, tolerance:
     Raises:
         ConfigError: matplotlib is not installed, or does not support the format.
     """
-    columns = max(len(_first(curves).known) for curves in rows)
-    with panels(output, len(rows), columns, width=4.6, height=3.6, same_scale=True) as grid:
+    known = _first(rows[0]).known
+    labels = list(dict.fromkeys(label for curves in rows for label in curves))
+    colors = {label: f"C{number % 10}" for number, label in enumerate(labels)}
+    with panels(output, len(rows), len(known), width=4.6, height=3.6, same_scale=True) as grid:
         for axes, curves in zip(grid, rows, strict=True):
-            for axis, name in zip(axes, _first(curves).known, strict=True):
-                _draw_panel(axis, curves, name, tolerance)
+            for axis, name in zip(axes, known, strict=True):
+                _draw_panel(axis, curves, name, tolerance, colors)
             axes[0].set(ylabel=f"gain in {', '.join(_first(curves).new)}, nats per token")
-        if len(rows[0]) > 1:
-            grid[0][0].legend(frameon=False, fontsize="small")
+            if len(labels) > 1:
+                axes[0].legend(frameon=False, fontsize="small")
 
 
 def draw_blocks(ranking: Ranking, output: Path) -> None:
@@ -66,14 +68,16 @@ def _first(curves: Mapping[str, Curve]) -> Curve:
     return next(iter(curves.values()))
 
 
-def _draw_panel(axis: Axes, curves: Mapping[str, Curve], known: str, tolerance: float) -> None:
+def _draw_panel(
+    axis: Axes, curves: Mapping[str, Curve], known: str, tolerance: float, colors: Mapping[str, str]
+) -> None:
     axis.axvline(0, color="0.6", linewidth=0.8)
     axis.axvline(tolerance, color="0.6", linewidth=0.8, linestyle=":")
     for label, curve in curves.items():
         scales = sorted(curve.losses)
         changes = [curve.losses[scale][known] - curve.losses[0.0][known] for scale in scales]
         gains = [curve.gain(scale) for scale in scales]
-        axis.plot(changes, gains, marker="o", markersize=4, linewidth=1.5, label=label)
+        axis.plot(changes, gains, marker="o", markersize=4, linewidth=1.5, label=label, color=colors[label])
         if len(curves) == 1 and len(scales) <= LABELLED_SCALES:
             for scale, *place in zip(scales, changes, gains, strict=True):
                 axis.annotate(f"{scale:g}", place, textcoords="offset points", xytext=(6, -3), fontsize="small")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -13,13 +14,14 @@ from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.version import VERSION
 
 if TYPE_CHECKING:
+    from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint
     from megatron_llamapro.data.token_files import TokenFile
     from megatron_llamapro.evaluation.job import EvaluationJob
 
 Losses = Mapping[str, float]
 """Loss in nats per token, by set."""
 Figures = Mapping[str, Mapping[str, Any]]
-"""`losses_json` of an evaluation."""
+"""Loss, perplexity, bits per byte, tokens and bytes of text, by set (`losses_json`)."""
 
 
 class SetLoss(Protocol):
@@ -61,8 +63,20 @@ def settings_json(job: EvaluationJob, token_files: Mapping[str, TokenFile]) -> d
     }
 
 
-def read_reference(path: Path, settings: Mapping[str, Any]) -> Figures:
-    """Return the figures of the only checkpoint in a JSON file of `llamapro evaluate`, for the sets of `settings`.
+def checkpoint_json(
+    checkpoint: Checkpoint, job: EvaluationJob, label: str, losses: Mapping[str, SetLoss]
+) -> dict[str, Any]:
+    """Return what `llamapro evaluate` writes of one checkpoint."""
+    return {
+        "label": label,
+        "folder": str(checkpoint.folder),
+        "precision": job.precision_of(checkpoint),
+        "losses": losses_json(losses),
+    }
+
+
+def read_reference(path: Path, settings: Mapping[str, Any], *, precision: str) -> Figures:
+    """Return the figures of the only checkpoint in the JSON file of `llamapro evaluate`, for the sets of `settings`.
 
     Raises:
         ConfigError: the file has other content, or other settings: its losses could not be compared.
@@ -70,17 +84,23 @@ def read_reference(path: Path, settings: Mapping[str, Any]) -> Figures:
     wrong = f"{path} cannot be the reference:"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        [entry] = content["checkpoints"]
+        entry, *others = content["checkpoints"]
+        if others:
+            raise ConfigError(f"{wrong} it has {1 + len(others)} checkpoints: evaluate the original alone")
         figures = {name: entry["losses"][name] for name in settings["sets"]}
         for name in ("seq_length", "num_samples", "format"):
             if content[name] != settings[name]:
                 raise ConfigError(f"{wrong} its {name} is {content[name]}, but here it is {settings[name]}")
+        if entry["precision"] != precision:
+            raise ConfigError(f"{wrong} it was evaluated in {entry['precision']}, but here it is {precision}")
         for name, held in settings["sets"].items():
+            if figures[name]["loss"] is None:
+                raise ConfigError(f"{wrong} the loss of {name} in it is not a number")
             if content["sets"][name]["digest"] != held["digest"]:
                 raise ConfigError(f"{wrong} its set {name} has other tokens: evaluate the original again")
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{wrong} it must be written by llamapro evaluate --output, for one checkpoint and all these sets ({error})"
+            f"{wrong} it must be written by llamapro evaluate --output, for the original and all these sets ({error})"
         ) from None
     return figures
 
@@ -148,6 +168,11 @@ class Curve:
             "gain_at_no_loss": self.gain_at_no_loss(tolerance),
         }
 
+    @property
+    def _finite(self) -> list[float]:
+        """The scales at which every loss is a number. A run that diverged may have none but 0."""
+        return [scale for scale, losses in self.losses.items() if all(map(math.isfinite, losses.values()))]
+
     def gain(self, scale: float) -> float:
         """Return the decrease of the new domains' mean loss."""
         return sum(self.losses[0.0][name] - self.losses[scale][name] for name in self.new) / len(self.new)
@@ -159,14 +184,15 @@ class Curve:
     def choice(self, tolerance: float) -> Choice:
         """Return the measured scale with the most gain at which no known set is worse than the original by more than
         `tolerance`. The original is one of them."""
-        allowed = [scale for scale in self.losses if self.worst_known(scale) <= tolerance]
+        allowed = [scale for scale in self._finite if self.worst_known(scale) <= tolerance]
         best = max(allowed, key=lambda scale: (self.gain(scale), -scale))
         return Choice(best, self.gain(best), self.worst_known(best))
 
     def gain_at_no_loss(self, tolerance: float) -> float:
         """Return the most gain at which no known set is worse by more than `tolerance`, with losses interpolated
-        linearly between the measured scales. Losses are convex along the dial, so it is slightly too low."""
-        scales = sorted(self.losses)
+        linearly between the measured scales. If losses are convex along the dial, this is slightly
+        too low."""
+        scales = sorted(self._finite)
         gains = [self.choice(tolerance).gain]
         for low, high in pairwise(scales):
             part = min((self._part_within(name, low, high, tolerance) for name in self.known), default=1.0)
@@ -183,15 +209,30 @@ class Curve:
         return 1.0 if at_high <= limit else (limit - at_low) / (at_high - at_low)
 
     def conclusion(self, tolerance: float) -> str:
-        """Return the sentence that names the scale to choose."""
+        """Return the sentence that names the scale to choose, or says why there is none."""
         choice = self.choice(tolerance)
-        if not choice.scale:
-            return f"every scale above 0 makes a known set worse by more than {tolerance:g}: try smaller scales"
-        return (
-            f"--added_block_scale {choice.scale:g} gains most within the tolerance: the new domain's loss falls by "
-            f"{choice.gain:.4f}, and no known set is worse than the original by more than "
-            f"{max(choice.worst_known, 0):.4f}"
-        )
+        what = f"the loss of {self.new[0]}" if len(self.new) == 1 else f"the mean loss of {', '.join(self.new)}"
+        if choice.scale:
+            lost = choice.worst_known
+            kept = f"no known set is worse than the original{f' by more than {lost:.4f}' if lost > 0 else ''}"
+            return (
+                f"--added_block_scale {choice.scale:g} gains most within the tolerance: {what} falls by "
+                f"{choice.gain:.4f}{self._exceptions(choice.scale)}, and {kept}"
+            )
+        gaining = [scale for scale in self._finite if self.gain(scale) > 0]
+        if gaining:
+            least = self.losses[min(gaining)]
+            worst = max(self.known, key=lambda name: least[name] - self.losses[0.0][name])
+            return f"every scale that lowers {what} makes {worst} worse by more than {tolerance:g}: try smaller scales"
+        if len(self._finite) < len(self.losses):
+            return "losses above scale 0 are not numbers: the run diverged, or its weights are damaged"
+        return f"no scale lowers {what}: was this checkpoint trained, and are the sets of --new the right ones?"
+
+    def _exceptions(self, scale: float) -> str:
+        """Return which of several new sets are worse than the original, although their mean is better."""
+        changes = {name: self.losses[scale][name] - self.losses[0.0][name] for name in self.new}
+        worse = [f"{name} is worse by {change:.4f}" for name, change in changes.items() if change > 0]
+        return f" (but {', '.join(worse)})" if worse else ""
 
     def table(self) -> str:
         """Return one row per scale: the loss of each set, and its change."""

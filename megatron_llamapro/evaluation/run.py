@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tqdm import tqdm
 
 from megatron_llamapro.checkpoint.dial import Dial
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint
+from megatron_llamapro.config.errors import DataError
 from megatron_llamapro.data.token_files import TokenFile
 from megatron_llamapro.evaluation.job import EvaluationJob
 from megatron_llamapro.evaluation.model import EvaluatedModel
-from megatron_llamapro.runtime.distributed import ask_first_rank
+from megatron_llamapro.runtime.distributed import ask_first_rank, for_all_ranks
 from megatron_llamapro.training.evaluation import HeldOutLoss
 
 OnResult = Callable[[dict[str, HeldOutLoss]], object]
@@ -48,7 +50,8 @@ def sweep(
     `original` is the model before training; see `checkpoint.dial.dialed`.
 
     Raises:
-        LlamaProError: there is nothing to dial, or a file cannot be read; on all ranks.
+        LlamaProError: there is nothing to dial, a file cannot be read, or a loss at scale 0 is not a number; on all
+            ranks.
     """
     dial = ask_first_rank(lambda: Dial.of(checkpoint, original=original))
     model = EvaluatedModel.load(dial.at(scales[0]), job, token_files)
@@ -56,7 +59,18 @@ def sweep(
         for scale in scales:
             if scale != scales[0]:
                 model.read_weights(dial.at(scale), only=dial.undialed_hashes)
-            yield scale, model.losses(bar.update)
+            losses = model.losses(bar.update)
+            if scale == 0:
+                check_finite(losses)
+            yield scale, losses
+
+
+def check_finite(losses: Mapping[str, HeldOutLoss]) -> None:
+    """Raise `DataError`, on all ranks, if nothing can be compared with one of these losses of the original."""
+    for name, held in losses.items():
+        if not math.isfinite(held.loss):
+            why = f"the loss of the set {name} is {held.loss}" if held.num_tokens else f"no token of {name} has a loss"
+            raise for_all_ranks(DataError(f"{why}: the original needs a number there, to compare with"))
 
 
 def sample_bar(label: str, model: EvaluatedModel, *, num_passes: int) -> tqdm:

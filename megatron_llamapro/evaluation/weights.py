@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron_llamapro.checkpoint.formats.adapters import rows_of
 from megatron_llamapro.checkpoint.formats.checkpoint import Checkpoint
 from megatron_llamapro.checkpoint.tensors.layout import num_columns
-from megatron_llamapro.checkpoint.tensors.streaming import SourceFiles
+from megatron_llamapro.checkpoint.tensors.streaming import CHUNK_BYTES, SourceFiles
 from megatron_llamapro.checkpoint.tensors.weight_map import Weight, row_blocks, weights_of
 from megatron_llamapro.families.hf_config import ITEMSIZES
 from megatron_llamapro.training.checkpoints.state import model_state
@@ -61,11 +61,12 @@ def _read(weight: Weight, part: ShardedTensor, checkpoint: Checkpoint, files: So
     first, num_rows = _rows_of_part(weight, part)
     whole_rows = numpy.zeros((num_rows, columns * itemsize), numpy.uint8)
     parts = {name: rows_of(checkpoint, name, files, dtype=dtype) for name in weight.hf_names}
+    portion = max(1, CHUNK_BYTES // max(1, columns * itemsize))
     for block in row_blocks(weight, checkpoint.shape):
-        start, stop = max(first, block.merged_start), min(first + num_rows, block.merged_start + block.num_rows)
-        if start < stop:
+        end = min(first + num_rows, block.merged_start + block.num_rows)
+        for start in range(max(first, block.merged_start), end, portion):
             offset = block.part_start + start - block.merged_start
-            parts[block.part].fill(offset, whole_rows[start - first : stop - first])
+            parts[block.part].fill(offset, whole_rows[start - first : min(start + portion, end) - first])
     values = torch.from_numpy(whole_rows).view(getattr(torch, dtype))
     is_matrix = len(part.local_shape) > 1
     if is_matrix:

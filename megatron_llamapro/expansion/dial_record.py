@@ -65,6 +65,11 @@ class DialRecord:
     def __str__(self) -> str:
         return ", then ".join(map(_text, (*self.earlier, self.added_block_scale)))
 
+    @property
+    def last(self) -> str:
+        """The last dial, without the earlier ones."""
+        return _text(self.added_block_scale)
+
     def to_json(self) -> dict:
         """Return plain data. `from_json` turns it back into an equal record."""
         return {

@@ -9,8 +9,8 @@ tokens of known sources count, the sum over them is still divided by the number 
 share of these sources acts as a part of the weight.
 
 The gradient with respect to y, and negated with respect to x, is a closed form in x and y. Each block adds it in its
-own backward pass, in float32: there is no second forward pass, no message, and no matrix product. It is exact at any
-layout and with recomputation. Works with any megatron.core GPTModel; see docs/in_your_own_loop.md.
+own backward pass, in float32: there is no second forward pass, no communication, and no matrix product. It is exact at
+any layout and with recomputation. Works with any megatron.core GPTModel; see docs/in_your_own_loop.md.
 """
 
 from __future__ import annotations
@@ -56,8 +56,11 @@ def penalise_added_blocks(
     models. Pass `penalty_arguments` in every call of a model that trains.
 
     Raises:
-        ConfigError: no added block trains.
+        ConfigError: no added block trains, or the model is fp16.
     """
+    if any(unwrapped(chunk).config.fp16 for chunk in chunks):
+        # Its gradient does not pass through the scaled loss, so the optimizer would divide it by the loss scale.
+        raise ConfigError("a penalty on added blocks needs bf16 or fp32: fp16 scales the loss, but not the penalty")
     layers = {
         chunk: [layer for layer in chunk.decoder.layers if global_layer_index(layer) in plan.added_layers]
         for chunk in map(unwrapped, chunks)

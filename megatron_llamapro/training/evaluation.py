@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from megatron_llamapro.data.conversations import Sample
+from megatron_llamapro.data.tokenizer import Tokenizer
 from megatron_llamapro.runtime.distributed import ParallelLayout
 from megatron_llamapro.training.step import Batch, reduce_loss, run_microbatches
 
@@ -59,6 +61,16 @@ class HeldOutLoss:
         return self.loss * self.num_tokens / math.log(2) / self.num_bytes if self.num_bytes else math.nan
 
 
+def held_out_sets(
+    datasets: Mapping[str, Dataset], tokenizer: Tokenizer, *, num_samples: int | None, vocab_size: int
+) -> dict[str, HeldOutSet]:
+    """Return the sets to evaluate, by name. `vocab_size` is the model's: ids that the tokenizer lacks stand for no
+    text."""
+    sizes = tokenizer.token_bytes() if datasets else []
+    token_bytes = torch.tensor(sizes + [0] * (vocab_size - len(sizes)), device="cpu")
+    return {name: HeldOutSet(dataset, num_samples, token_bytes) for name, dataset in datasets.items()}
+
+
 def evaluate(
     chunks: Sequence[torch.nn.Module],
     held_out: Mapping[str, HeldOutSet],
@@ -71,9 +83,9 @@ def evaluate(
 ) -> dict[str, HeldOutLoss]:
     """Return the loss of every held-out set. All ranks call it.
 
-    `chunks` are this rank's chunks of the model. `progress` is called with the number of samples whose pass on this
-    rank has started, and `before_batch` with the set's name and each micro-batch, right before its pass through the
-    first chunk.
+    `chunks` are this rank's chunks of the model. `progress` is called with numbers of samples: those that all replicas
+    pass beside the micro-batch which this rank starts. `before_batch` is called with the set's name and each
+    micro-batch, right before its pass through the first chunk.
     """
     trained = [chunk.training for chunk in chunks]
     for chunk in chunks:
@@ -83,7 +95,8 @@ def evaluate(
         for name, samples in held_out.items():
             num_microbatches = _num_microbatches(len(samples), micro_batch_size=micro_batch_size, layout=layout)
             passes = [_batches(samples, micro_batch_size, num_microbatches, layout) for _ in chunks]
-            passes[0] = _reported(passes[0], progress, partial(before_batch, name))
+            shares = _shares(len(samples), micro_batch_size * layout.data_size)
+            passes[0] = _reported(passes[0], shares, progress, partial(before_batch, name))
             sums = run_microbatches(
                 chunks,
                 passes,
@@ -122,10 +135,19 @@ def _batches(
         yield default_collate(batch)
 
 
+def _shares(count: int, size: int) -> Iterator[int]:
+    """Yield how many of `count` samples each micro-batch of all replicas has, `size` or fewer; 0 after the last."""
+    for first in itertools.count(step=size):
+        yield min(max(count - first, 0), size)
+
+
 def _reported(
-    batches: Iterator[Batch], progress: Callable[[int], object], before: Callable[[Batch], object]
+    batches: Iterator[Batch],
+    shares: Iterator[int],
+    progress: Callable[[int], object],
+    before: Callable[[Batch], object],
 ) -> Iterator[Batch]:
-    for batch in batches:
+    for batch, num_samples in zip(batches, shares, strict=False):
         before(batch)
+        progress(num_samples)
         yield batch
-        progress(len(batch["tokens"]))

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_llamapro.config.errors import DataError
+from megatron_llamapro.config.files import json_text, write_atomically
 
 
 class JsonlWriter:
@@ -35,13 +36,13 @@ class JsonlWriter:
         if lines and not (resumed_at and _belongs(lines, run_id)):
             print(f"{path} held the records of an earlier run: moved to {move_aside(path)}", flush=True)
             lines = []
-        _replace(path, b"".join(line.rstrip() + b"\n" for line in lines if _iteration(line) <= resumed_at))
+        write_atomically(path, b"".join(line.rstrip() + b"\n" for line in lines if _iteration(line) <= resumed_at))
 
     def write(self, record: Mapping[str, object]) -> None:
         """Append a record. If the disk is full, keep the record for later: training does not stop for it."""
         if record["kind"] == "run":
             record = {**record, "run_id": self._run_id}
-        self._pending.append(json.dumps(_finite(record), allow_nan=False).encode() + b"\n")
+        self._pending.append(json_text(record).encode() + b"\n")
         try:
             _append(self.path, b"".join(self._pending))
         except OSError as error:
@@ -116,21 +117,6 @@ def _iteration(line: bytes) -> float:
     """Return a record's step. A line cut off by a kill counts as beyond every step."""
     step = (_parsed(line) or {}).get("iteration")
     return step if isinstance(step, int) else math.inf
-
-
-def _finite(value: object) -> object:
-    """Return a record, with None (JSON's null) for figures that are not finite."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace(path: Path, content: bytes) -> None:
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_bytes(content)
-    draft.replace(path)
 
 
 def _append(path: Path, data: bytes) -> None:

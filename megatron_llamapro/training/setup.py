@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from megatron_llamapro.checkpoint.formats.small_files import SmallFiles
 from megatron_llamapro.config.checks import count_microbatches
 from megatron_llamapro.config.errors import ConfigError, LlamaProError
-from megatron_llamapro.config.schema import RunConfig, TrainingConfig
+from megatron_llamapro.config.schema import RunConfig
 from megatron_llamapro.data.dataset import CheckedDataset, build_train_dataset, build_valid_datasets
 from megatron_llamapro.data.index_cache import make_cache_dir
 from megatron_llamapro.data.tokenizer import Tokenizer, load_tokenizer
@@ -23,7 +23,7 @@ from megatron_llamapro.optimizer.build import check_apex
 from megatron_llamapro.runtime.distributed import ParallelLayout, ask_first_rank, raise_together
 from megatron_llamapro.training.checkpoints.resume import RunIdentity, checkpoint_to_resume, run_identity
 from megatron_llamapro.training.checkpoints.state import TrainingState, load_checkpoint, load_model
-from megatron_llamapro.training.evaluation import HeldOutSet
+from megatron_llamapro.training.evaluation import HeldOutSet, held_out_sets
 from megatron_llamapro.training.machine import Machine, build_machine
 from megatron_llamapro.training.metrics import metrics_path
 from megatron_llamapro.training.start import Start, read_start
@@ -89,7 +89,12 @@ def set_up(config: RunConfig, *, read_by_rank_0: Start | None = None) -> Run:
         identity=identity,
         state=load_checkpoint(machine, resume_from) if resume_from else TrainingState(),
         train_set=_train_set(config, start, tokenizer),
-        held_out=_held_out_sets(held_out, tokenizer, config.training),
+        held_out=held_out_sets(
+            held_out if config.training.eval_interval else {},
+            tokenizer,
+            num_samples=config.training.eval_samples,
+            vocab_size=start.shape.vocab_size,
+        ),
     )
 
 
@@ -115,15 +120,6 @@ def _check_this_rank(
         error = found
     raise_together(error)
     return held_out
-
-
-def _held_out_sets(
-    datasets: Mapping[str, Dataset], tokenizer: Tokenizer, training: TrainingConfig
-) -> dict[str, HeldOutSet]:
-    if not datasets or not training.eval_interval:
-        return {}
-    token_bytes = torch.tensor(tokenizer.token_bytes(), device="cpu")
-    return {name: HeldOutSet(dataset, training.eval_samples, token_bytes) for name, dataset in datasets.items()}
 
 
 def _train_set(config: RunConfig, start: Start, tokenizer: Tokenizer) -> CheckedDataset:

@@ -334,9 +334,10 @@ def test_an_impossible_scale_is_refused(scale: object, problem: str, trained: Ca
     assert not (tmp_path / "dialed").exists()
 
 
-def test_a_scale_for_each_block_cannot_say_how_far_originals_move(trained: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scales", [(0.5, 1), (0.5, 0.5), (1, 1)])
+def test_a_scale_for_each_block_cannot_say_how_far_originals_move(scales: tuple[float, ...], trained: Callable) -> None:
     original, folder, _ = trained(lambda name: True)
-    found = refusal(ConfigError, lambda: dialed(open_checkpoint(folder), (0.5, 1), original=open_checkpoint(original)))
+    found = refusal(ConfigError, lambda: dialed(open_checkpoint(folder), scales, original=open_checkpoint(original)))
     assert "model.embed_tokens.weight: give one value for all" in found
 
 

@@ -41,5 +41,7 @@ def test_checkpoints_are_named_one_by_one_or_as_the_last_of_a_run(
     run(shlex.split(f"average --run {two_steps} --last 2 --format torch_dist --target {tmp_path / 'megatron'}"))
     found = inspect(tmp_path / "megatron")
     assert found.format == "Megatron, torch_dist" and len(found.averaged) == 2
-    with pytest.raises(CheckpointError, match="save has 2 complete checkpoints, not 3: name a run's folder, or fewer"):
+    with pytest.raises(
+        CheckpointError, match=r"save has 2 complete checkpoints, not 3: name a run's folder, or fewer \("
+    ):
         run(shlex.split(f"average --run {two_steps} --last 3 --target {tmp_path / 'more'}"))

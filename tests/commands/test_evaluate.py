@@ -96,6 +96,7 @@ def test_a_sweep_takes_the_original_from_a_reference(
     assert after["losses"]["a"]["loss"] == before["losses"]["a"]["loss"]
     for wrong, message in (
         (("--seq_length", 32, "--num_samples", 1), "its num_samples is 2, but here it is 1"),
+        ((*size, "--precision", "bf16"), "it was evaluated in fp32, but here it is bf16"),
         ((*size, "--known", f"b={token_files[0]}"), "its set b has other tokens: evaluate the original again"),
         ((*size, "--known", f"c={token_files[0]}"), "it must be written by llamapro evaluate --output"),
     ):
@@ -109,7 +110,7 @@ EVALUATE_REFUSES = {
     "a set twice": (["--checkpoint", "{model}", "--set", "a={a}", "a={b}"], "--set names 'a' twice"),
     "no such set": (
         ["--checkpoint", "{model}", "--set", "a=/nowhere/x", "--seq_length", "32"],
-        "/nowhere/x.bin does not exist",
+        "set a: /nowhere/x.bin does not exist",
     ),
     "samples that are too long": (
         ["--checkpoint", "{model}", "--set", "a={a}", "--seq_length", "100000"],
@@ -146,6 +147,8 @@ SWEEP_REFUSES = {
     "a set both new and known": (["--known", "a={a}"], "'a' is in --new and in --known"),
     "a negative tolerance": (["--tolerance", "-1"], "--tolerance is -1: it cannot be negative"),
     "nothing to dial": (["--checkpoint", "{original}"], "{original}"),
+    "only the original": (["--scales", "0"], "--scales has only 0, the original: name a scale above it"),
+    "a picture of no format": (["--picture", "{model}/x.doc"], "x.doc: the format must be one of "),
 }
 
 

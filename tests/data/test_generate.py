@@ -98,6 +98,7 @@ DAMAGES: dict[str, Callable[[bytes, bytes], tuple[bytes, bytes]]] = {
     "the text is gone": lambda text, batches: (b"", batches),
     "the list is cut in a line": lambda text, batches: (text, batches[:-5]),
     "the list is cut in the settings": lambda text, batches: (text, batches[:5]),
+    "the list is zeros": lambda text, batches: (text, b"\0" * 19 + b"\n" + batches.split(b"\n", 1)[1]),
     "the list ends in zeros": lambda text, batches: (text, batches[:-20] + b"\0" * 19 + b"\n"),
     "half a batch is too much": lambda text, batches: (text + text[:30], batches),
 }

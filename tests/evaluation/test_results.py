@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from megatron_llamapro.evaluation.results import Choice, Curve
@@ -45,6 +47,33 @@ def test_the_gain_at_no_loss_is_all_of_it_if_nothing_is_lost() -> None:
 def test_the_gain_at_no_loss_is_below_the_first_scale_if_that_loses_too_much() -> None:
     losses = {0.0: {"new": 2.0, "english": 3.0}, 1.0: {"new": 1.0, "english": 3.04}}
     assert curve(losses, ("english",)).gain_at_no_loss(0.01) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("at_one", "said"),
+    [
+        (
+            (1.5, 3.005),
+            "--added_block_scale 1 gains most within the tolerance: the loss of new falls by 0.5000, and no ",
+        ),
+        (
+            (1.5, 3.1),
+            "every scale that lowers the loss of new makes english worse by more than 0.01: try smaller scales",
+        ),
+        ((2.0, 2.9), "no scale lowers the loss of new: was this checkpoint trained, and are the sets of --new the "),
+        ((math.nan, 2.9), "losses above scale 0 are not numbers: the run diverged"),
+    ],
+)
+def test_the_conclusion_says_what_to_choose_or_why_there_is_nothing(at_one: tuple[float, float], said: str) -> None:
+    losses = {0.0: {"new": 2.0, "english": 3.0}, 1.0: dict(zip(("new", "english"), at_one, strict=True))}
+    assert curve(losses, ("english",)).conclusion(0.01).startswith(said)
+
+
+def test_the_conclusion_names_a_new_set_that_got_worse() -> None:
+    losses = {0.0: {"a": 2.0, "b": 3.0, "k": 1.0}, 1.0: {"a": 1.0, "b": 3.2, "k": 0.9}}
+    said = Curve(losses, ("a", "b"), ("k",)).conclusion(0.01)
+    assert "the mean loss of a, b falls by 0.4000 (but b is worse by 0.2000)" in said
+    assert said.endswith("no known set is worse than the original")
 
 
 def test_a_new_domain_of_several_sets_gains_their_mean() -> None:

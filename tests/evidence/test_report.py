@@ -61,7 +61,8 @@ def test_seeds_are_averaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         cell = cells.Cell(domain="cpp", lr=1e-3, seed=seed)
         at_one = {name: {"loss": value} for name, value in {"cpp": loss, "english": 3.0, "python": 2.5}.items()}
         before = {name: {"loss": value} for name, value in {"cpp": 2.0, "english": 3.0, "python": 2.5}.items()}
-        result = result_of(cell, {"scales": [{"scale": 1.0, "losses": at_one}]}, {"checkpoints": [{"losses": before}]})
+        measured = [{"scale": scale, "losses": at_one} for scale in (0.75, 1.0)[-seed:]]  # --descend stops anywhere
+        result = result_of(cell, {"scales": measured}, {"checkpoints": [{"losses": before}]})
         (tmp_path / f"{cell.name}.json").write_text(json.dumps(result))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "cells_of", lambda question: [run, cells.Cell(domain="cpp", lr=1e-3, seed=2)])
@@ -69,3 +70,5 @@ def test_seeds_are_averaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert row == (
         "| cpp | 6 blocks | 0.001 | 0.500 ± 0.141 | +0.000 ± 0.000 | +0.000 ± 0.000 | 0.500 ± 0.141 | 1.00 × | 2 |"
     )
+    [finding] = report.findings_of([run, cells.Cell(domain="cpp", lr=1e-3, seed=2)])
+    assert finding.mean_curve.losses[1.0]["cpp"] == pytest.approx(1.5) and [*finding.mean_curve.losses] == [0.0, 1.0]

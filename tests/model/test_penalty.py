@@ -5,6 +5,7 @@ The reference writes the penalty out with torch's operations. 1e-5 relative in f
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gradients import BATCH, SEQ_LENGTH, batch, gradients_worker, parallel
+from megatron_llamapro.config.errors import ConfigError
 from megatron_llamapro.config.schema import RecomputeConfig
+from megatron_llamapro.expansion.plan import ExpansionPlan
 from megatron_llamapro.expansion.round import Expansion
-from megatron_llamapro.model.penalty import BlockPenalty, _PenaltyGradient
+from megatron_llamapro.model.penalty import BlockPenalty, _PenaltyGradient, penalise_added_blocks
 from megatron_llamapro.testing.distributed import run_distributed
 from megatron_llamapro.testing.tiny_models import TINY_FAMILIES
 
@@ -224,6 +227,13 @@ def test_a_penalty_on_nothing_is_refused(trainable: tuple[str, ...], trained: Ca
     _, megatron = trained(2, 5)
     [message] = run_distributed(refused, 1, megatron, trainable)
     assert message.startswith("no added block trains, so there is nothing to penalise")
+
+
+def test_a_penalty_on_an_fp16_model_is_refused() -> None:
+    """Its gradient would not be scaled as the loss is."""
+    chunk = types.SimpleNamespace(config=types.SimpleNamespace(fp16=True))
+    with pytest.raises(ConfigError, match="needs bf16 or fp32"):
+        penalise_added_blocks([chunk], ExpansionPlan.unexpanded(4), weight=1.0, num_blocks=2)
 
 
 def refused(folder: Path, trainable: tuple[str, ...]) -> str:

@@ -46,7 +46,8 @@ def newest_checkpoints(save: Path, count: int) -> list[Path]:
     found = {step: path for path in folders if (step := iteration_of(path)) is not None and is_torch_dist(path)}
     if len(found) < count:
         raise CheckpointError(
-            f"{save} has {len(found)} complete checkpoints, not {count}: name a run's folder, or fewer"
+            f"{save} has {len(found)} complete checkpoint{'s' * (len(found) != 1)}, not {count}: name a run's folder, "
+            "or fewer (checkpoint.keep_last may have removed some)"
         )
     return [found[step] for step in sorted(found)[-count:]]
 

@@ -51,7 +51,8 @@ class DialProof:
         """Compare every tensor of `result` with its value computed again."""
         where, record = self.undialed.folder, self._record
         run, result = self.undialed, self.result
-        if (run.plan, run.shape) != (result.plan, result.shape) or run.other_dtypes:
+        is_other = run.manifest is None or (run.plan, run.shape) != (result.plan, result.shape) or run.other_dtypes
+        if is_other or not record.undialed_hashes.keys() <= run.tensors.keys():
             return Check("dial", ok=False, text=f"{where} is another model than the one that was dialed")
         names = [*record.undialed_hashes]
         found = pool.map(lambda name: undialed_hash(self.undialed, name, self.files), names)
@@ -62,9 +63,9 @@ class DialProof:
         wrong = [name for name, is_right in zip(self.result.tensors, holds, strict=True) if not is_right]
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            return Check("dial", ok=False, text=f"{wrong[0]}{more} is not {record} of {where}")
+            return Check("dial", ok=False, text=f"{wrong[0]}{more} is not {record.last} of {where}")
         how = ", those with adapters to the last bits of float32" if self.undialed.adapters else ", bit for bit"
-        text = f"{len(names)} tensors are {record} of {where}, all others are equal{how}"
+        text = f"{len(names)} tensors are {record.last} of {where}, all others are equal{how}"
         return Check("dial", ok=True, text=text)
 
     @property

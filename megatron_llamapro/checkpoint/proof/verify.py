@@ -113,7 +113,7 @@ def _undialed(folder: str | Path | None, result: Checkpoint) -> Checkpoint | Non
 def _check_dial(proof: DialProof | None, record: DialRecord, pool: ThreadPoolExecutor) -> Check:
     if proof is not None:
         return proof.check(pool)
-    text = f"recorded as {record}, but nothing is proven: give --undialed, the checkpoint that was dialed"
+    text = f"recorded as {record}, but not checked: give --undialed, the checkpoint before the dial"
     return Check("dial", ok=True, text=text)
 
 

@@ -68,7 +68,7 @@ def test_a_dial_of_added_blocks_is_proven(dtype: str, blocks: Callable, tmp_path
     assert found["dial"].text == f"4 tensors are × 0.3, 0.75 of {run}, all others are equal, bit for bit"
     assert found["added blocks"].text == "2, 5: trained"
     assert checked(original, tmp_path / "dialed")["dial"].text == (
-        "recorded as × 0.3, 0.75, but nothing is proven: give --undialed, the checkpoint that was dialed"
+        "recorded as × 0.3, 0.75, but not checked: give --undialed, the checkpoint before the dial"
     )
 
 
@@ -94,6 +94,8 @@ def test_a_dial_of_all_weights_is_proven(tiny_model: Tiny, tmp_path: Path) -> No
     assert found["dial"].text.startswith("39 tensors are × 0.5 of ") and "function" not in found
     edit(tmp_path / "dialed", lambda tensors: tensors["model.norm.weight"][0].add_(1e-6))
     assert failures(original, tmp_path / "dialed", undialed=tmp_path / "run")["dial"].startswith("model.norm.weight is")
+    (tmp_path / "run" / "llamapro.json").unlink()
+    assert "is another model" in failures(original, tmp_path / "dialed", undialed=tmp_path / "run")["dial"]
 
 
 def test_at_0_the_model_is_proven_to_be_the_original(blocks: Callable, tmp_path: Path) -> None:
@@ -174,7 +176,9 @@ def test_the_second_of_two_dials_is_proven(blocks: Callable, tmp_path: Path) -> 
     original, run = blocks(dtype="bfloat16")
     hf_to_hf(run, tmp_path / "once", dial=DialSetting(0.7))
     hf_to_hf(tmp_path / "once", tmp_path / "twice", dial=DialSetting(0.3))
-    assert not failures(original, tmp_path / "twice", undialed=tmp_path / "once")
+    found = checked(original, tmp_path / "twice", undialed=tmp_path / "once")
+    assert all(check.ok for check in found.values()), found
+    assert found["dial"].text.startswith(f"4 tensors are × 0.3 of {tmp_path / 'once'}")
     assert "is not what was dialed" in failures(original, tmp_path / "twice", undialed=run)["dial"]
 
 
