@@ -1,7 +1,7 @@
 # Every target first sets up .venv from the pinned requirements. `PYTHON=python3.12 make test` uses another Python.
 
 PYTHON ?= python3
-STEPS ?= 30
+STEPS ?= 20
 QUESTION ?= goal
 FUZZ_EXAMPLES ?= 5000
 # Test files that read FUZZ_EXAMPLES, directly or through tests/fuzzing.py.

@@ -1,6 +1,6 @@
 """Report the demo's measurements: report.json, report.png and tables.
 
-python examples/smollm2_pro/report.py --run_dir runs/smollm2_pro --steps 30
+python examples/smollm2_pro/report.py --run_dir runs/smollm2_pro --steps 20
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # LLaMA Pro on a real LLaMA, start to finish. Every printed line that starts with $ is a command that you can type.
-# STEPS=30 sets the length. A step whose result exists is skipped; remove runs/smollm2_pro to start over.
+# STEPS=20 sets the length. A step whose result exists is skipped; remove runs/smollm2_pro to start over.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-STEPS=${STEPS:-30}
+STEPS=${STEPS:-20}
 HERE=examples/smollm2_pro
 RUN=runs/smollm2_pro
 OUT=$RUN/$STEPS-steps
@@ -37,7 +37,7 @@ step $RUN/smollm2 python $HERE/extract_model.py --target $RUN/smollm2
 
 echo "# 2. Text: English and Python, known to the model, and C++, the new domain"
 step $RUN/text/cpp.train.jsonl python $HERE/build_text.py --output_dir $RUN/text
-for part in cpp.train english.held_out python.held_out cpp.held_out; do
+for part in {english,python,cpp}.{train,held_out}; do
   step $RUN/data/$part.idx llamapro preprocess --input $RUN/text/$part.jsonl \
     --tokenizer $RUN/smollm2 --output_prefix $RUN/data/$part --num_workers 2
 done
