@@ -50,7 +50,7 @@ def test_the_summaries_follow_from_the_losses(path: Path) -> None:
 
 
 def test_a_question_asks_for_every_combination() -> None:
-    [first, *others] = [cell for cell in cells.cells_of("keeps") if cell.method == "lora"]
+    [first, *others] = [cell for cell in cells.cells_of("keeps") if cell.method == "lora" and not cell.replay]
     assert (first.domain, first.lr, first.name) == ("bytecode", 2.5e-4, "bytecode-lora-lr0.00025-50steps-seed1")
     assert len(others) == 5
 
