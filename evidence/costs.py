@@ -44,7 +44,7 @@ CASES = {
 def cost_of(options: list[str], folder: Path) -> dict[str, float]:
     """Return the figures of one rank, by dry run."""
     command = ["-m", "megatron_llamapro", "dry-run", "--config", RECIPE, "--hf_config", str(folder)]
-    sizes = ["--world_size", "16", "--training.micro_batch_size", "1", "--json"]
+    sizes = ["--world_size", "16", "--training.micro_batch_size", "1", "--keep.penalty_weight", "0", "--json"]
     done = subprocess.run([sys.executable, *command, *sizes, *options], check=True, capture_output=True, text=True)
     report = json.loads(done.stdout)
     [rank] = report["ranks"]

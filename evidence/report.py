@@ -2,12 +2,13 @@
 
 python evidence/report.py
 
-A table stands between `<!-- table of QUESTION -->` and `<!-- end -->`. The words around it are written by hand. A
-picture goes to docs/images/evidence_QUESTION.png.
+A table stands between `<!-- table of QUESTION -->` and `<!-- end -->`, that of costs.json after `<!-- costs -->`. The
+words around it are written by hand. A picture goes to docs/images/evidence_QUESTION.png.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,9 @@ PICTURES = ("goal", "density")
 """The questions that get a picture."""
 SEEDS = (1, 2, 3)
 
+COSTS = Path("evidence/costs.json")
+
+_COSTS = re.compile(r"(<!-- costs -->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _HEADER = (
     "| new domain | trained | learning rate | gain | English | Python | gain at no loss | of plain blocks | seeds |\n"
@@ -145,7 +149,22 @@ def page_with_tables(page: str) -> str:
         baselines = {finding.cell: finding for finding in findings_of(list(plain))}
         return f"{found[1]}{table(findings, baselines)}{found[3]}"
 
-    return _TABLE.sub(with_table, page)
+    costs = json.loads(COSTS.read_text())
+    return _COSTS.sub(lambda found: f"{found[1]}{costs_table(costs)}{found[2]}", _TABLE.sub(with_table, page))
+
+
+def costs_table(costs: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the table of what evidence/costs.py counted."""
+    rows = [
+        f"| {name} | {cost['trainable_parameters'] / 1e9:.2f} | {cost['gflop_per_token']:.1f} | {cost['held_gib']:.1f} "
+        f"| {cost['peak_gib']:.1f} | {cost['tokens_per_second_a_rank']:,.0f} |\n"
+        for name, cost in costs.items()
+    ]
+    header = (
+        "| trained | trainable parameters, billion | GFLOP a token | held, GiB a rank | peak, GiB a rank "
+        "| tokens/s a rank |\n|---|---|---|---|---|---|\n"
+    )
+    return header + "".join(rows)
 
 
 def draw(question: str) -> None:

@@ -40,7 +40,7 @@ def draw_curves(rows: Sequence[Mapping[str, Curve]], output: Path, *, tolerance:
                 _draw_panel(axis, curves, name, tolerance, colors)
             axes[0].set(ylabel=f"gain in {', '.join(_first(curves).new)}, nats per token")
             if len(labels) > 1:
-                axes[0].legend(frameon=False, fontsize="small")
+                axes[0].legend(frameon=False, fontsize="small", loc="lower right")
 
 
 def draw_blocks(ranking: Ranking, output: Path) -> None:

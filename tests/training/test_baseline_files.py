@@ -25,6 +25,8 @@ def test_every_baseline_can_be_combined_with_a_recipe(
 ) -> None:
     here = (
         f"--data.train=[{{prefix: {token_files[0]}}}]",
+        "--data.valid={}",
+        "--training.eval_interval=0",
         "--data.seq_length=64",
         "--training.train_iters=2",
         "--training.global_batch_size=4",
