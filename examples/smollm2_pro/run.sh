@@ -61,7 +61,7 @@ for method in llamapro all_weights; do
   step "$OUT/$method.sweep.json" torchrun --nproc-per-node 2 -m megatron_llamapro sweep \
     --checkpoint "$OUT/$method" --original $RUN/smollm2 --new cpp=$RUN/data/cpp.held_out \
     --known english=$RUN/data/english.held_out python=$RUN/data/python.held_out \
-    --seq_length 256 --num_samples 8 --micro_batch_size 4 --output "$OUT/$method.sweep.json"
+    --seq_length 256 --num_samples 8 --micro_batch_size 4 --scales 0.5,0.75,1 --output "$OUT/$method.sweep.json"
 done
 
 echo "# 6. Export to Hugging Face at the scale that gains most at no loss, and verify that no original weight moved"
