@@ -39,8 +39,10 @@ def draw_curves(rows: Sequence[Mapping[str, Curve]], output: Path, *, tolerance:
             for axis, name in zip(axes, known, strict=True):
                 _draw_panel(axis, curves, name, tolerance, colors)
             axes[0].set(ylabel=f"gain in {', '.join(_first(curves).new)}, nats per token")
-            if len(labels) > 1:
-                axes[0].legend(frameon=False, fontsize="small", loc="lower right")
+        if len(labels) > 1:
+            lines = {line.get_label(): line for axes in grid for line in axes[0].get_lines()}
+            shown = [lines[label] for label in labels]
+            grid[0][0].figure.legend(handles=shown, loc="outside upper center", ncols=2, frameon=False)
 
 
 def draw_blocks(ranking: Ranking, output: Path) -> None:
