@@ -38,8 +38,8 @@ step $RUN/smollm2 python $HERE/extract_model.py --target $RUN/smollm2
 echo "# 2. Text: English and Python, known to the model, and C++, the new domain"
 step $RUN/text/cpp.train.jsonl python $HERE/build_text.py --output_dir $RUN/text
 for part in {english,python,cpp}.{train,held_out}; do
-  step $RUN/data/$part.idx llamapro preprocess --input $RUN/text/$part.jsonl \
-    --tokenizer $RUN/smollm2 --output_prefix $RUN/data/$part --num_workers 2
+  step "$RUN/data/$part.idx" llamapro preprocess --input "$RUN/text/$part.jsonl" \
+    --tokenizer $RUN/smollm2 --output_prefix "$RUN/data/$part" --num_workers 2
 done
 
 echo "# 3. Convert to Megatron: 30 blocks with 15 identity blocks added; for the control, without them"
