@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from megatron_llamapro.config.command import CommandParser, run_command
-from megatron_llamapro.config.files import write_atomically
+from megatron_llamapro.config.files import write_json
 from megatron_llamapro.planning.job import EFFICIENCY, PEAK_TFLOPS
 
 RECIPE = "examples/llama2_7b_pro/run.yaml"
@@ -64,7 +64,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA_2_7B))
         costs = {name: cost_of(options, Path(folder)) for name, options in CASES.items()}
-    write_atomically(OUTPUT, json.dumps(costs, indent=1) + "\n")
+    write_json(OUTPUT, costs)
     return 0
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 import yaml
 
 from cells import KNOWN_SETS, NEW_DOMAINS, Cell, cells_of
+from megatron_llamapro.checkpoint.formats.folders import iteration_of, latest_checkpoint
 from megatron_llamapro.config.command import CommandParser, run_command
-from megatron_llamapro.config.files import write_atomically
+from megatron_llamapro.config.files import write_atomically, write_json
 from outcomes import NUM_SAMPLES, SCALES, TOLERANCE, result_of
 
 WORK = Path("runs/evidence")
@@ -134,9 +135,9 @@ def train(cell: Cell) -> None:
         run("torchrun", "--nproc-per-node", NUM_RANKS, *distil, "--config", config)
     else:
         torchrun("megatron_llamapro.pretrain", "--config", config)
-    latest = int((folder / "latest_checkpointed_iteration.txt").read_text())
-    if latest != cell.steps:
-        raise SystemExit(f"{folder} was stopped at step {latest} of {cell.steps}: the same command continues")
+    latest = latest_checkpoint(folder)
+    if latest is None or iteration_of(latest) != cell.steps:
+        raise SystemExit(f"{folder} was stopped before step {cell.steps}: the same command continues")
     (folder / "trained").touch()
 
 
@@ -214,7 +215,7 @@ def main() -> int:
                 generate()
             train(cell)
             losses = result_of(cell, json.loads(sweep(cell).read_text()), json.loads(ORIGINAL.read_text()))
-            write_atomically(result, json.dumps(losses, indent=1) + "\n")
+            write_json(result, losses)
             print(f"# gain {losses['gain']:.3f}, at no loss {losses['gain_at_no_loss']:.3f}", flush=True)
             if not cell.adds_blocks:  # its checkpoint is large, and no other question needs it
                 shutil.rmtree(WORK / "work" / cell.name)

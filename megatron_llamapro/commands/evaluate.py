@@ -19,7 +19,7 @@ from megatron_llamapro.commands.evaluation_options import (
 )
 from megatron_llamapro.config.command import CommandParser, is_first_rank
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.files import check_output, json_text, write_atomically
+from megatron_llamapro.config.files import check_output, write_json
 from megatron_llamapro.runtime.launched import launched_world_size
 
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
             if args.output:
                 entries = [checkpoint_json(each, job, label, losses[label]) for label, each in checkpoints.items()]
                 content = {**settings_json(job, token_files), "checkpoints": entries}
-                write_atomically(args.output, json_text(content, indent=1) + "\n")
+                write_json(args.output, content)
     return 0
 
 

@@ -22,7 +22,7 @@ from megatron_llamapro.commands.evaluation_options import (
     started_world,
 )
 from megatron_llamapro.config.command import CommandParser, is_first_rank
-from megatron_llamapro.config.files import check_output, json_text, write_atomically
+from megatron_llamapro.config.files import check_output, write_json
 from megatron_llamapro.config.pictures import check_picture
 from megatron_llamapro.evaluation.ranking import BlockScore, Ranking
 from megatron_llamapro.expansion.plan import placed_positions
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
                 **ranking.to_json(),
                 "training_flops_per_token": costs,
             }
-            write_atomically(args.output, json_text(content, indent=1) + "\n")
+            write_json(args.output, content)
         if args.picture:
             draw_blocks(ranking, args.picture)
     return 0

@@ -21,7 +21,7 @@ from megatron_llamapro.commands.evaluation_options import (
 )
 from megatron_llamapro.config.command import CommandParser, is_first_rank
 from megatron_llamapro.config.errors import ConfigError
-from megatron_llamapro.config.files import check_output, json_text, write_atomically
+from megatron_llamapro.config.files import check_output, write_json
 from megatron_llamapro.config.pictures import check_picture
 from megatron_llamapro.runtime.launched import launched_world_size
 
@@ -51,9 +51,10 @@ def main(arguments: Sequence[str]) -> int:
         check_picture(args.picture, overwrite=args.overwrite)
         checkpoint = open_checkpoint(args.checkpoint)
         original = open_checkpoint(args.original) if args.original else None
-        settings = settings_json(job, token_files := job.check([checkpoint], world_size=launched_world_size()))
-        precision = job.precision_of(checkpoint)
-        reference = read_reference(args.reference, settings, precision=precision) if args.reference else None
+        token_files = job.check([checkpoint], world_size=launched_world_size())
+        settings, reference = settings_json(job, token_files), None
+        if args.reference:
+            reference = read_reference(args.reference, settings, precision=job.precision_of(checkpoint))
         return checkpoint, original, token_files, settings, reference
 
     with started_world(read) as (checkpoint, original, token_files, settings, reference):
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
                 "checkpoint": str(checkpoint.folder),
                 **curve.to_json(figures, tolerance=args.tolerance),
             }
-            write_atomically(args.output, json_text(content, indent=1) + "\n")
+            write_json(args.output, content)
         if args.picture:
             draw_curves([{"": curve}], args.picture, tolerance=args.tolerance)
     return 0

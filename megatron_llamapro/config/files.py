@@ -150,6 +150,11 @@ def json_text(value: object, *, indent: int | None = None) -> str:
     return json.dumps(_finite(value), allow_nan=False, indent=indent)
 
 
+def write_json(path: Path, value: object) -> None:
+    """Write `json_text`, indented, atomically."""
+    write_atomically(path, json_text(value, indent=1) + "\n")
+
+
 def _finite(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}

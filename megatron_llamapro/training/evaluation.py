@@ -66,7 +66,9 @@ def held_out_sets(
 ) -> dict[str, HeldOutSet]:
     """Return the sets to evaluate, by name. `vocab_size` is the model's: ids that the tokenizer lacks stand for no
     text."""
-    sizes = tokenizer.token_bytes() if datasets else []
+    if not datasets:
+        return {}  # without reading the vocabulary
+    sizes = tokenizer.token_bytes()
     token_bytes = torch.tensor(sizes + [0] * (vocab_size - len(sizes)), device="cpu")
     return {name: HeldOutSet(dataset, num_samples, token_bytes) for name, dataset in datasets.items()}
 

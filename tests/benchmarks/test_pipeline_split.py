@@ -17,6 +17,10 @@ def test_it_prints_the_planned_split_and_writes_json(
     """Run in this process, because its ranks are forked from this process's fork server."""
     monkeypatch.setattr(sys, "argv", ["pipeline_split.py", "--tiny", "--json", str(tmp_path / "split.json")])
     assert main() == 0
-    assert "| planned | (" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| planned | (" in printed
+    layers = {row.split(" | ")[0]: row.split(" | ")[1] for row in printed.splitlines() if " | (" in row}
     found = json.loads((tmp_path / "split.json").read_text())
-    assert found["predicted"] >= 1 and all(len(steps) == 2 for steps in found["seconds"].values())
+    # The planner may find that the even split is the best one: it plans with measured times.
+    assert found["predicted"] > 1 or layers["| planned"] == layers["| even"]
+    assert all(len(steps) == 2 for steps in found["seconds"].values())
